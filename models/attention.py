@@ -1,0 +1,124 @@
+"""Attention behind one call: `attend`, the chooser of its kernel, and the key/value cache of sampling.
+
+Letters: B batch, L sequence, H heads, d head dim. q, k, v and every result are (B, L, H, d), whatever the kernel.
+"""
+import functools
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def optional_module(name: str):
+    """The imported module, or None when it is not installed or does not load on this machine."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError):
+        return None
+
+
+def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtype, has_bias: bool,
+                   num_keys: int = 0) -> str:
+    """Name of the kernel `attend` runs: the first row whose every column holds.
+
+    | kernel   | installed  | device | dtype                  | bias                             |
+    |----------|------------|--------|------------------------|----------------------------------|
+    | flash    | flash_attn | CUDA   | float16, bfloat16      | none                             |
+    | xformers | xformers   | CUDA   | float16, bfloat16, f32 | none, or num_keys a multiple of 8|
+    | sdpa     | torch      | any    | any                    | any                              |
+
+    Args:
+        requested: 'auto' walks the table; a kernel's name asks for that one and raises if it cannot run.
+    Raises:
+        ValueError: an unknown name, or a kernel that does not suit these inputs.
+    """
+    on_cuda = torch.device(device).type == 'cuda'
+    suits = {
+        'flash': lambda: on_cuda and dtype in HALF and not has_bias and optional_module('flash_attn'),
+        'xformers': lambda: (on_cuda and dtype in (*HALF, torch.float32) and (not has_bias or num_keys % 8 == 0)
+                             and optional_module('xformers.ops')),
+        'sdpa': lambda: True,
+    }
+    if requested == 'auto':
+        return next(name for name, suitable in suits.items() if suitable())
+    if requested not in suits:
+        raise ValueError(f'attention backend must be auto or one of {list(suits)}, got {requested!r}')
+    if not suits[requested]():
+        raise ValueError(f'attention backend {requested!r} cannot run here ({device}, {dtype}, bias={has_bias}): '
+                         "pass 'auto', or install the package and use CUDA in half precision")
+    return requested
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Tensor | None = None,
+           scale: float | None = None, causal: bool = False, dropout_p: float = 0.,
+           backend: str = 'auto') -> torch.Tensor:
+    """softmax(scale * q k^T + bias) v.
+
+    Args:
+        q, k, v: (B, Lq, H, d) and twice (B, Lk, H, d), one dtype.
+        bias: additive, broadcastable to (B, H, Lq, Lk), 0 or -inf in the causal masks of this project.
+        scale: None means d ** -0.5.
+        causal: query i sees keys 0..i; needs Lq == Lk and no bias.
+        dropout_p: probability of dropping an attention weight.
+        backend: see `choose_backend`.
+    Returns:
+        (B, Lq, H, d).
+    """
+    kernel = choose_backend(backend, q.device, q.dtype, bias is not None, k.shape[1])
+    if kernel == 'flash':
+        return optional_module('flash_attn').flash_attn_func(q, k, v, dropout_p, scale, causal)
+    if kernel == 'xformers':
+        ops = optional_module('xformers.ops')
+        if causal:
+            bias = ops.LowerTriangularMask()
+        elif bias is not None:
+            bias = bias.to(q.dtype).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        return ops.memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout_p, scale=scale)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # BLHd -> BHLd
+    bias = bias if bias is None else bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, is_causal=causal, dropout_p=dropout_p)
+    return out.transpose(1, 2)
+
+
+class KVCache:
+    """Keys and values of the tokens sampled so far, in storage allocated once and written by slice.
+
+    Args:
+        capacity: tokens the storage holds; 0 starts small and grows by doubling.
+    """
+
+    def __init__(self, capacity: int = 0):
+        self.capacity, self.length = capacity, 0
+        self.storage: torch.Tensor | None = None  # (2, B, capacity, H, d)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add (B, l, H, d) keys and values; returns views of everything held, (B, length, H, d) each."""
+        end = self.length + k.shape[1]
+        if self.storage is None or end > self.capacity:
+            self.capacity = self.capacity if end <= self.capacity else max(end, 2 * self.capacity)
+            storage = k.new_empty(2, k.shape[0], self.capacity, *k.shape[2:])
+            if self.storage is not None:
+                storage[:, :, :self.length] = self.storage[:, :, :self.length]
+            self.storage = storage
+        self.storage[0, :, self.length:end], self.storage[1, :, self.length:end] = k, v
+        self.length = end
+        return self.storage[0, :, :end], self.storage[1, :, :end]
+
+
+@contextmanager
+def kv_caching(blocks: Iterable[nn.Module], capacity: int) -> Iterator[None]:
+    """Give every `block.attn` a fresh cache for the duration of the context, and always take it away."""
+    attns = [block.attn for block in blocks]
+    for attn in attns:
+        attn.cache = KVCache(capacity)
+    try:
+        yield
+    finally:
+        for attn in attns:
+            attn.cache = None

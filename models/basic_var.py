@@ -1,0 +1,161 @@
+"""Transformer parts of VAR and FlexVAR: attention, feed-forward, AdaLN block and head, and their initialisation.
+
+Letters: B batch, L sequence, C width, D condition width, H heads, d head dim.
+Source: arXiv 2404.02905, Sec. 4 and App. A.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.attention import KVCache, attend
+from models.helpers import DropPath
+
+MAX_LOG_SCALE = math.log(100)  # of the learnt attention scale
+
+
+class FFN(nn.Module):
+    """Linear, GELU (tanh form), Linear. `fused_if_available` is accepted for compatibility; there is one path."""
+
+    def __init__(self, in_features: int, hidden_features: int, drop: float = 0., fused_if_available: bool = True):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.fc2(F.gelu(self.fc1(x), approximate='tanh')))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; with `attn_l2_norm` over unit queries and keys and a learnt scale per head.
+
+    `cache` is the slot that `kv_caching` fills while sampling.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0.,
+                 attn_l2_norm: bool = False, flash_if_available: bool = True):
+        super().__init__()
+        assert embed_dim % num_heads == 0, f'embed_dim {embed_dim} must be a multiple of num_heads {num_heads}'
+        self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
+        self.attn_l2_norm, self.attn_drop = attn_l2_norm, attn_drop
+        self.backend = 'auto' if flash_if_available else 'sdpa'
+        if attn_l2_norm:
+            self.scale = 1.
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), 4.).log())
+        else:
+            self.scale = 0.25 / math.sqrt(self.head_dim)  # the 0.25 is part of the published model
+        self.mat_qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(embed_dim)), nn.Parameter(torch.zeros(embed_dim))
+        self.register_buffer('zero_k_bias', torch.zeros(embed_dim))
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.cache: KVCache | None = None
+
+    def kv_caching(self, enable: bool) -> None:
+        """Switch caching on or off, forgetting what is cached."""
+        self.cache = KVCache() if enable else None
+
+    def forward(self, x_BLC: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
+        B, L, C = x_BLC.shape
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        qkv = F.linear(x_BLC, self.mat_qkv.weight, bias).view(B, L, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.unbind(2)  # (B, L, H, d)
+        if self.attn_l2_norm:
+            scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().view(self.num_heads, 1)
+            q, k = (F.normalize(q, dim=-1) * scale_H1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+        if self.cache is not None:
+            k, v = self.cache.append(k, v)
+        out = attend(q, k, v, bias=attn_bias, scale=self.scale, dropout_p=self.attn_drop if self.training else 0.,
+                     backend=self.backend)
+        return self.proj_drop(self.proj(out.reshape(B, L, C)))
+
+    def extra_repr(self) -> str:
+        return f'num_heads={self.num_heads}, head_dim={self.head_dim}, attn_l2_norm={self.attn_l2_norm}'
+
+
+class SharedAdaLin(nn.Sequential):
+    """SiLU and Linear(D, 6C) of the condition, shared by all blocks; returns (B, 1, 6, C)."""
+
+    def __init__(self, cond_dim: int, embed_dim: int):
+        super().__init__(nn.SiLU(), nn.Linear(cond_dim, 6 * embed_dim))
+
+    def forward(self, cond_BD: torch.Tensor) -> torch.Tensor:
+        return super().forward(cond_BD).view(len(cond_BD), 1, 6, -1)
+
+
+class AdaLNSelfAttn(nn.Module):
+    """Attention and feed-forward, each normalised, modulated by the condition and gated.
+
+    Args:
+        shared_aln: the condition arrives as (B, 1, 6, C) from `SharedAdaLin` and the block only adds an offset.
+    """
+
+    def __init__(self, embed_dim: int, cond_dim: int, shared_aln: bool, num_heads: int, mlp_ratio: float = 4.,
+                 drop: float = 0., attn_drop: float = 0., drop_path: float = 0., attn_l2_norm: bool = False,
+                 norm_eps: float = 1e-6, flash_if_available: bool = True, fused_if_available: bool = True):
+        super().__init__()
+        self.C, self.D, self.shared_aln = embed_dim, cond_dim, shared_aln
+        if shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, embed_dim) / embed_dim ** 0.5)
+        self.drop_path = DropPath(drop_path)
+        self.attn = SelfAttention(embed_dim, num_heads, attn_drop, drop, attn_l2_norm, flash_if_available)
+        self.ffn = FFN(embed_dim, round(embed_dim * mlp_ratio), drop, fused_if_available)
+        self.ln_wo_grad = nn.LayerNorm(embed_dim, eps=norm_eps, elementwise_affine=False)
+        if not shared_aln:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * embed_dim))
+
+    def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
+        """x (B, L, C); cond_BD (B, D), or (B, 1, 6, C) with `shared_aln`; attn_bias additive or None."""
+        modulation = self.ada_gss + cond_BD if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        attn = self.attn(self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1), attn_bias=attn_bias)
+        x = x + self.drop_path(attn.mul_(gamma1))
+        ffn = self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2))
+        return x + self.drop_path(ffn.mul(gamma2))  # not in place: compiled graphs keep the pre-gate value
+
+
+class AdaLNBeforeHead(nn.Module):
+    """LayerNorm modulated by the condition, before the output head."""
+
+    def __init__(self, embed_dim: int, cond_dim: int, norm_eps: float = 1e-6):
+        super().__init__()
+        self.C, self.D = embed_dim, cond_dim
+        self.ln_wo_grad = nn.LayerNorm(embed_dim, eps=norm_eps, elementwise_affine=False)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 2 * embed_dim))
+
+    def forward(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2)
+        return self.ln_wo_grad(x_BLC).mul(scale.add(1)).add_(shift)
+
+
+@torch.no_grad()
+def init_transformer(model: nn.Module, init_adaln: float, init_adaln_gamma: float, init_head: float,
+                     init_std: float) -> None:
+    """Initialisation rules shared by VAR and FlexVAR, for a model with blocks, head and head_nm.
+
+    Args:
+        init_adaln, init_adaln_gamma: multipliers of the AdaLN weights: scales and shifts, and the two gammas.
+        init_head: multiplier of the head's weight; negative leaves it.
+        init_std: of every Linear and Embedding; negative means sqrt(1 / (3 C)).
+    """
+    std = (1 / model.C / 3) ** 0.5 if init_std < 0 else init_std
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.zero_()
+    if init_head >= 0:
+        model.head.weight.mul_(init_head)
+    model.head_nm.ada_lin[-1].weight.mul_(init_adaln)
+    for block in model.blocks:
+        block.attn.proj.weight.div_(math.sqrt(2 * len(model.blocks)))
+        block.ffn.fc2.weight.div_(math.sqrt(2 * len(model.blocks)))
+        if block.shared_aln:
+            gamma, rest = block.ada_gss[:, :, :2], block.ada_gss[:, :, 2:]
+        else:
+            weight = block.ada_lin[-1].weight
+            gamma, rest = weight[:2 * block.C], weight[2 * block.C:]
+        gamma.mul_(init_adaln_gamma)
+        rest.mul_(init_adaln)

@@ -1,0 +1,408 @@
+"""VAR: a transformer that predicts the next scale of a token pyramid.
+
+Letters: B batch, K scales, L all tokens, l tokens of one scale, C width, D condition width, Z tokenizer channels,
+V vocabulary, 3HW image. Source: arXiv 2404.02905.
+"""
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+from torch.nn import functional as F
+
+import dist
+from models.attention import kv_caching
+from models.base import ARModel, Tokenizer
+from models.basic_var import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin, init_transformer
+from models.helpers import (
+    Rng,
+    drop_labels,
+    gumbel_softmax_with_rng,
+    guide,
+    sample_with_top_k_top_p_,
+)
+from models.scales import ScaleLayout
+from models.tokenizers.vqvae import VQVAE
+
+
+@dataclass(frozen=True)
+class ProgressiveSchedule:
+    """Progressive training: begin with the coarse scales and add the finer ones one by one. All counts are micro-steps.
+
+    Args:
+        num_scales: K. total: micro-steps of the whole training. warmup: lr warm-up, during which the stage is the first.
+        until: share of the training after which all scales take part, in (0, 1].
+        first_stage: scale index of the first stage.
+        stage_warmup: micro-steps over which the newest scale's loss weight grows to 1.
+    """
+
+    num_scales: int
+    total: int
+    warmup: float
+    until: float
+    first_stage: int = 4
+    stage_warmup: float = 0.
+
+    def stage(self, step: np.ndarray) -> np.ndarray:
+        """Index of the finest scale trained at each step."""
+        last, full_from = self.num_scales - 1, self.total * self.until
+        done = np.clip((step - self.warmup) / max(full_from - self.warmup, 1e-9), 0, 1)
+        stage = self.first_stage + np.round(done * (last - self.first_stage)).astype(int)
+        return np.where(step <= self.warmup, self.first_stage, np.where(step >= full_from, last, stage))
+
+    @cached_property
+    def stage_begins(self) -> dict[int, int]:
+        """First step of every stage that occurs."""
+        stages, first = np.unique(self.stage(np.arange(self.total)), return_index=True)
+        return dict(zip(stages.tolist(), first.tolist(), strict=True))
+
+    def at(self, progress: float) -> tuple[int, float]:
+        """(stage, loss weight of its newest scale) after the given share of the training."""
+        step = min(round(progress * self.total), self.total - 1)
+        stage = int(self.stage(np.array(step)))
+        if self.stage_begins[stage] == 0 or stage == self.num_scales - 1 or not self.stage_warmup:
+            return stage, 1.
+        steps_in_stage = step - self.stage_begins[stage] + 1
+        return stage, min(max(steps_in_stage / self.stage_warmup, 0.01), 1.)
+
+
+class ScaleStep(NamedTuple):
+    """What sampling one scale produced."""
+    k: int
+    logits_BlV: torch.Tensor  # guided, before filtering
+    idx_Bl: torch.Tensor      # drawn codes, int64
+    f_hat: torch.Tensor       # (B, Z, P, P) sum of all scales so far, P = patch_nums[-1]; updated in place by the next
+
+
+class VAR(ARModel):
+    """Next-scale transformer with AdaLN conditioning.
+
+    Args:
+        vae_local: frozen tokenizer, kept as a plain reference.
+        num_classes: classes; index num_classes is the null class of classifier-free guidance.
+        depth, embed_dim, num_heads, mlp_ratio: of the transformer; published: heads = depth, width = 64 * depth.
+        drop_rate, attn_drop_rate, drop_path_rate: dropout; drop path grows linearly over the blocks.
+        norm_eps: of every LayerNorm.
+        shared_aln: one AdaLN projection for all blocks.
+        cond_drop_rate: share of labels replaced by the null class in training.
+        attn_l2_norm: unit queries and keys with a learnt scale; published weights use it.
+        patch_nums: sides of the code maps, coarse to fine.
+        flash_if_available: False means torch's SDPA always. fused_if_available: accepted for compatibility.
+        label_smooth: label smoothing of the training loss.
+        progressive: arguments of `ProgressiveSchedule` beside num_scales, or None for all scales at once.
+    """
+
+    headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
+    selection = 'L_tail'
+
+    def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
+                 num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0., attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0., norm_eps: float = 1e-6, shared_aln: bool = False,
+                 cond_drop_rate: float = 0.1, attn_l2_norm: bool = False,
+                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), flash_if_available: bool = True,
+                 fused_if_available: bool = True, label_smooth: float = 0.,
+                 progressive: dict[str, float] | None = None):
+        super().__init__(vae_local)
+        # 0. hyper-parameters
+        self.Cvae, self.V = vae_local.channels, vae_local.vocab_size
+        self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
+        self.num_classes, self.cond_drop_rate, self.drop_path_rate = num_classes, cond_drop_rate, drop_path_rate
+        self.label_smooth = label_smooth
+        self.patch_nums = tuple(patch_nums)
+        self.progressive = ProgressiveSchedule(len(self.patch_nums), **progressive) if progressive else None
+        self.layout = ScaleLayout(self.patch_nums)
+        std = math.sqrt(1 / self.C / 3)
+
+        # 1. input: code embedding
+        self.word_embed = nn.Linear(self.Cvae, self.C)
+
+        # 2. class embedding, with the null class as its last row
+        self.class_emb = nn.Embedding(num_classes + 1, self.C)
+        nn.init.trunc_normal_(self.class_emb.weight, std=std)
+        self.pos_start = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.first_l, self.C), std=std))
+
+        # 3. absolute position of every token, and the scale it belongs to
+        self.pos_1LC = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.L, self.C), std=std))
+        self.lvl_embed = nn.Embedding(len(self.patch_nums), self.C)
+        nn.init.trunc_normal_(self.lvl_embed.weight, std=std)
+
+        # 4. transformer
+        self.shared_ada_lin = SharedAdaLin(self.D, self.C) if shared_aln else nn.Identity()
+        drop_path = np.linspace(0, drop_path_rate, depth).tolist()
+        self.blocks = nn.ModuleList(
+            AdaLNSelfAttn(embed_dim, self.D, shared_aln, num_heads, mlp_ratio, drop_rate, attn_drop_rate,
+                          drop_path[i], attn_l2_norm, norm_eps, flash_if_available, fused_if_available)
+            for i in range(depth))
+
+        # 5. level of each token, and the block-causal mask of training
+        self.register_buffer('lvl_1L', self.layout.level_L()[None])
+        self.register_buffer('attn_bias_for_masking', self.layout.causal_bias()[None, None])
+
+        # 6. head
+        self.head_nm = AdaLNBeforeHead(self.C, self.D, norm_eps)
+        self.head = nn.Linear(self.C, self.V)
+
+    # ------------------------------------------------------------------------------ upstream names
+    L = property(lambda self: self.layout.total)
+    first_l = property(lambda self: self.layout.lengths[0])
+    begin_ends = property(lambda self: list(self.layout.spans))
+    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
+    prog_si = -1
+    vae_proxy = property(lambda self: (self.tokenizer,))
+    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))
+
+    @property
+    def rng(self) -> torch.Generator:
+        """Generator on the device of the weights, made on first use."""
+        if getattr(self, '_rng', None) is None or self._rng.device != self.device:
+            self._rng = torch.Generator(self.device)
+        return self._rng
+
+    @rng.setter
+    def rng(self, generator: torch.Generator | None) -> None:
+        self._rng = generator
+
+    @property
+    def uniform_prob(self) -> torch.Tensor:
+        """(1, num_classes), equal weights for drawing a random class."""
+        return torch.full((1, self.num_classes), 1 / self.num_classes, device=self.device)
+
+    # ------------------------------------------------------------------------------ training
+    def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
+                      progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Cross-entropy of all tokens given the coarser scales, each token weighted 1 / L."""
+        stage, newest_weight = self.progressive.at(progress) if self.progressive else (len(self.patch_nums) - 1, 1.)
+        idx_kBl = self.tokenizer.encode(images_B3HW)[:stage + 1]
+        target_BL = torch.cat(idx_kBl, dim=1)
+        with torch.autocast(images_B3HW.device.type, enabled=False):
+            teacher_BLZ = self.tokenizer.quantize.idxBl_to_var_input(idx_kBl)
+        logits_BLV = self(label_B, teacher_BLZ)
+
+        weight_L = torch.full((target_BL.shape[1],), 1 / self.L, device=target_BL.device)
+        weight_L[self.layout.spans[stage][0]:] *= newest_weight
+        loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=self.label_smooth,
+                                  reduction='none')
+        aux = dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, stage=stage, newest_weight=newest_weight)
+        return (loss_BL * weight_L).sum(1).mean(), aux
+
+    def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None) -> torch.Tensor:
+        """Teacher-forced logits; labels are dropped in training mode only.
+
+        Args:
+            label_B: (B,) int64 in [0, num_classes].
+            x_BLCv_wo_first_l: `idxBl_to_var_input` of the codes, (B, tokens after the first scale, Z); its length says
+                how many scales take part. None for the first scale alone.
+        Returns:
+            (B, first_l + tokens, V) float32.
+        """
+        B, L = len(label_B), self.first_l + (0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1])
+        self.layout.num_scales_of(L)
+        device_type = label_B.device.type
+        with torch.autocast(device_type, enabled=False):
+            if self.training:
+                label_B = drop_labels(label_B, self.num_classes, self.cond_drop_rate)
+            cond_BD = self.class_emb(label_B)
+            x_BLC = cond_BD[:, None].expand(B, self.first_l, -1) + self.pos_start
+            if x_BLCv_wo_first_l is not None:
+                x_BLC = torch.cat([x_BLC, self.word_embed(x_BLCv_wo_first_l.float())], dim=1)
+            x_BLC = x_BLC + self.lvl_embed(self.lvl_1L[:, :L]) + self.pos_1LC[:, :L]
+        modulation = self.shared_ada_lin(cond_BD)
+        attn_bias = self.attn_bias_for_masking[:, :, :L, :L]
+        if torch.is_autocast_enabled(device_type):  # the residual stream is in low precision in training
+            dtype = torch.get_autocast_dtype(device_type)
+            x_BLC, modulation, attn_bias = x_BLC.to(dtype), modulation.to(dtype), attn_bias.to(dtype)
+        for block in self.blocks:
+            x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
+        return self.get_logits(x_BLC, cond_BD)
+
+    def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
+        """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
+        return self.head(self.head_nm(h.float(), cond_BD).float()).float()
+
+    # ------------------------------------------------------------------------------ sampling
+    def as_labels(self, label_B: int | Sequence[int] | torch.Tensor | None, B: int, rng: Rng) -> torch.Tensor:
+        """(B,) int64 labels on the model's device: an int for all (negative is the null class), one per image, or None
+        for random classes.
+
+        Raises:
+            ValueError: wrong number of labels, or one outside [0, num_classes].
+        """
+        if label_B is None:
+            if rng is not None and not isinstance(rng, torch.Generator):
+                raise ValueError('random classes need a torch.Generator, got noise keyed by the image index: '
+                                 'pass the labels')
+            return torch.multinomial(self.uniform_prob, B, replacement=True, generator=rng).reshape(B)
+        if isinstance(label_B, int):
+            label_B = [self.num_classes if label_B < 0 else label_B] * B
+        labels = torch.as_tensor(label_B, dtype=torch.int64, device=self.device)
+        if labels.shape != (B,) or labels.min() < 0 or labels.max() > self.num_classes:
+            raise ValueError(f'expected {B} labels in 0..{self.num_classes} ({self.num_classes} is the null class), got '
+                             f'{labels.tolist()}: pass one class per image')
+        return labels
+
+    @torch.no_grad()
+    def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
+                      more_smooth: bool = False, rng: Rng = None) -> Iterator[ScaleStep]:
+        """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
+
+        Args:
+            label_B: (B,) int64, see `as_labels`.
+            cfg: guidance at the last scale; it grows linearly from 0 at the first.
+            top_k, top_p: see `filter_top_k_top_p_`; 0 is off.
+            more_smooth: mix code embeddings by Gumbel softmax: smoother pictures, worse scores.
+            rng: a generator, `ImageNoise`, or None for torch's global generator.
+        """
+        B, quantize, was_training = len(label_B), self.tokenizer.quantize, self.training
+        cond_BD = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)]))
+        modulation = self.shared_ada_lin(cond_BD)
+        position_1LC = self.lvl_embed(self.lvl_1L) + self.pos_1LC
+        next_BlC = cond_BD[:, None].expand(2 * B, self.first_l, -1) + self.pos_start + position_1LC[:, :self.first_l]
+        f_hat = cond_BD.new_zeros(B, self.Cvae, self.patch_nums[-1], self.patch_nums[-1])
+        self.eval()
+        try:
+            with kv_caching(self.blocks, capacity=self.L):
+                for k, pn in enumerate(self.patch_nums):
+                    x_BlC = next_BlC
+                    for block in self.blocks:  # no mask: all that is cached may be seen
+                        x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
+                    cond_BlV, uncond_BlV = self.get_logits(x_BlC, cond_BD).chunk(2)
+                    ratio = self.layout.ratio(k)
+                    logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)
+
+                    kept_BlV = logits_BlV.clone()  # filtered in place by the draw
+                    idx_Bl = sample_with_top_k_top_p_(kept_BlV, top_k, top_p, rng)[:, :, 0]
+                    if more_smooth:
+                        tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+                        mix_BlV = gumbel_softmax_with_rng(kept_BlV.mul(1 + ratio), tau=tau, rng=rng)
+                        h_BlZ = mix_BlV @ quantize.embedding.weight
+                    else:
+                        h_BlZ = quantize.embedding(idx_Bl)
+                    h_BZpp = h_BlZ.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
+                    f_hat, next_BZpp = quantize.get_next_autoregressive_input(k, len(self.patch_nums), f_hat, h_BZpp)
+                    yield ScaleStep(k, logits_BlV, idx_Bl, f_hat)
+
+                    if k < len(self.patch_nums) - 1:
+                        begin, end = self.layout.spans[k + 1]
+                        next_BlC = self.word_embed(next_BZpp.flatten(2).transpose(1, 2)) + position_1LC[:, begin:end]
+                        next_BlC = next_BlC.repeat(2, 1, 1)
+        finally:
+            self.train(was_training)
+
+    @torch.no_grad()
+    def autoregressive_infer_cfg(self, B: int, label_B: int | Sequence[int] | torch.Tensor | None,
+                                 g_seed: int | None = None, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
+                                 more_smooth: bool = False) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1], the published call.
+
+        Args:
+            label_B: see `as_labels`.
+            g_seed: seeds the model's own generator, so a batch repeats; None draws from torch's global one.
+            cfg, top_k, top_p, more_smooth: see `sample_scales`.
+        """
+        rng = None if g_seed is None else self.rng.manual_seed(g_seed)
+        return self._images(self.as_labels(label_B, B, rng), cfg=cfg, top_k=top_k, top_p=top_p,
+                            more_smooth=more_smooth, rng=rng)
+
+    def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 2.5, rng: Rng = None,
+               **options: Any) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1]; guidance s equals the published cfg + 1, options go to `sample_scales`."""
+        return self._images(self.as_labels(labels, len(labels), rng), cfg=guidance - 1, rng=rng, **options)
+
+    @torch.no_grad()
+    def _images(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
+        for step in self.sample_scales(label_B, **options):
+            f_hat = step.f_hat
+        return self.tokenizer.fhat_to_img(f_hat).add_(1).mul_(0.5)
+
+    # ------------------------------------------------------------------------------ metrics
+    @torch.no_grad()
+    def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Cross-entropy without smoothing and top-1 accuracy in percent: mean, last scale (tail), and per scale side in
+        pixels; in training also the vocabulary in use and the progressive stage.
+
+        While progressive training lacks the finest scale, tail values are -1.
+        """
+        logits_BLV, target_BL, stage = aux['logits_BLV'], aux['target_BL'], aux['stage']
+        loss_L = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction='none').mean(0)
+        predicted_BL = logits_BLV.argmax(-1)
+        acc_L = (predicted_BL == target_BL).float().mean(0).mul(100)
+        out = dict(L_mean=loss_L.mean(), acc_mean=acc_L.mean())
+        for (begin, end), pn in zip(self.layout.spans[:stage + 1], self.patch_nums, strict=False):
+            side = pn * self.tokenizer.stride
+            out[f'L_{side}'], out[f'acc_{side}'] = loss_L[begin:end].mean(), acc_L[begin:end].mean()
+        complete = stage == len(self.patch_nums) - 1
+        for name in ('L', 'acc'):
+            out[f'{name}_tail'] = out[f'{name}_{side}'] if complete else torch.full_like(loss_L[0], -1)
+        if self.training:
+            hit_V = torch.bincount(predicted_BL.flatten(), minlength=self.V).float()
+            dist.allreduce(hit_V)
+            out['z_voc_usage'] = (hit_V / hit_V.sum() > 0.001 / self.V).float().mean() * 100
+            for name, value in (('prog_si', stage if self.progressive else -1), ('prog_wp', aux['newest_weight']),
+                                ('prog_a_reso', side)):
+                out[name] = torch.full_like(loss_L[0], value)
+        return out
+
+    def config_state(self, progress: float) -> dict[str, Any]:
+        """The published `trainer.config`; resume needs none of it, since the stage follows from the step."""
+        resos = [pn * self.tokenizer.stride for pn in self.patch_nums]
+        config = dict(patch_nums=list(self.patch_nums), resos=resos, label_smooth=self.label_smooth, prog_it=0,
+                      last_prog_si=-1, first_prog=True)
+        if self.progressive:
+            schedule, (stage, _) = self.progressive, self.progressive.at(progress)
+            begin = schedule.stage_begins[stage]
+            config.update(prog_it=round(progress * schedule.total) - begin, last_prog_si=stage, first_prog=begin == 0)
+        return config
+
+    # ------------------------------------------------------------------------------ weights
+    def init_weights(self, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5, init_head: float = 0.02,
+                     init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
+        """See `init_transformer`; pos_start and pos_1LC keep the constructor's values. The model has no convolution."""
+        init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
+
+    @staticmethod
+    def published_sizes(depth: int) -> dict[str, Any]:
+        """Constructor arguments that follow from the depth in every published model."""
+        return dict(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path_rate=0.1 * depth / 24)
+
+    def no_weight_decay(self) -> set[str]:
+        return {'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start', 'start_pos',
+                'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'}
+
+    @staticmethod
+    def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        width = state['pos_start'].shape[-1]
+        head, q_bias = 'blocks.0.attn.scale_mul_1H11', state['blocks.0.attn.q_bias']
+        depth = 1 + max(int(key.split('.')[1]) for key in state if key.startswith('blocks.'))
+        lengths = state['lvl_1L'].flatten().bincount().tolist()
+        return dict(num_classes=len(state['class_emb.weight']) - 1, depth=depth, embed_dim=width,
+                    num_heads=state[head].shape[1] if head in state else len(q_bias) // 64,
+                    mlp_ratio=len(state['blocks.0.ffn.fc1.bias']) / width,
+                    shared_aln='shared_ada_lin.1.weight' in state, attn_l2_norm=head in state,
+                    patch_nums=tuple(math.isqrt(length) for length in lengths),
+                    vocab_size=len(state['head.bias']), channels=state['word_embed.weight'].shape[1])
+
+    def extra_repr(self) -> str:
+        return f'patch_nums={self.patch_nums}, drop_path_rate={self.drop_path_rate:g}'
+
+
+class VARHF(VAR, PyTorchModelHubMixin):
+    """VAR with `from_pretrained`, `save_pretrained` and `push_to_hub` (safetensors).
+
+    Args:
+        vae_kwargs: arguments of the VQVAE it builds; the tokenizer's weights are loaded separately.
+    """
+
+    def __init__(self, vae_kwargs: dict[str, Any], num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
+                 num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0., attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0., norm_eps: float = 1e-6, shared_aln: bool = False,
+                 cond_drop_rate: float = 0.1, attn_l2_norm: bool = False,
+                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), flash_if_available: bool = True,
+                 fused_if_available: bool = True):
+        super().__init__(VQVAE(**vae_kwargs), num_classes, depth, embed_dim, num_heads, mlp_ratio, drop_rate,
+                         attn_drop_rate, drop_path_rate, norm_eps, shared_aln, cond_drop_rate, attn_l2_norm, patch_nums,
+                         flash_if_available, fused_if_available)

@@ -1,0 +1,336 @@
+"""Train any model of this project: `torchrun --nproc_per_node=8 train.py --depth=16 --data_path=/path/to/imagenet`.
+
+Runs without torchrun, too. To resume, run the same command again: the newest checkpoint in the output folder continues
+exactly where it was saved. `--dry_run` prints every derived value and exits.
+"""
+import datetime
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import dist
+from models import FAMILIES, ARModel, Tokenizer, Trainable, build_tokenizer
+from models.helpers import global_rows
+from trainer import StepInfo, Trainer
+from utils.amp_sc import AmpOptimizer
+from utils.arg_util import Recipe, flag_of, parse_recipe
+from utils.checkpoint import load_file, model_state, newest_checkpoint, save_checkpoint
+from utils.data import KeyedAugmentation, build_dataset
+from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
+from utils.hub import fetch
+from utils.log import MetricLogger, SmoothedValue, TensorboardLogger, append_json_line, one_line_errors, setup_logging
+from utils.lr_control import filter_params, lr_wd_annealing
+from utils.misc import mix_seed, seed_everything
+
+logger = logging.getLogger(__name__)
+COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
+NO_SCORE = 999.  # "best so far" before the first evaluation, as published
+
+
+# ---------------------------------------------------------------------------------------------- building
+def build_model(recipe: Recipe, num_classes: int, steps_per_epoch: int, device: torch.device | str) -> Trainable:
+    """The model of a recipe with its frozen tokenizer, freshly initialised.
+
+    Args:
+        device: 'meta' builds without memory, for counting; the tokenizer's file is then not needed.
+    """
+    model_class, tokenizer_class = FAMILIES[recipe.model]
+    kwargs = recipe.model_kwargs(recipe.epochs * steps_per_epoch, steps_per_epoch)
+    args = []
+    if tokenizer_class is not None:
+        args.append(load_tokenizer(recipe, tokenizer_class, device))
+        kwargs['num_classes'] = num_classes
+    with torch.device(device):
+        model = model_class(*args, **kwargs)
+    if torch.device(device).type != 'meta':
+        model.init_weights(**recipe.init_kwargs())
+    return model
+
+
+def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | str) -> Tokenizer:
+    """The frozen tokenizer of `--vae_ckpt`; on 'meta' the published sizes where the file is absent.
+
+    Raises:
+        ValueError: no such file, no tokenizer in it, or one of another stride.
+    """
+    if torch.device(device).type == 'meta' and not Path(recipe.vae_ckpt).is_file():
+        with torch.device('meta'):
+            return cls(**recipe.tokenizer_kwargs())
+    if dist.is_local_master():  # one process per node downloads, the others then find the file
+        fetch(recipe.vae_ckpt)
+    dist.barrier()
+    path = fetch(recipe.vae_ckpt)
+    state = model_state(load_file(path), 'tokenizer')
+    tokenizer = build_tokenizer(cls, state, str(path), device, **recipe.tokenizer_kwargs())
+    if tokenizer.stride != recipe.patch_size:
+        raise ValueError(f'the tokenizer of {path} has stride {tokenizer.stride}, the recipe expects '
+                         f'{recipe.patch_size}: pass --patch_size={tokenizer.stride}')
+    return tokenizer
+
+
+def build_trainer(recipe: Recipe, model: Trainable) -> Trainer:
+    """The model with its optimizer, compiled where asked."""
+    if recipe.compile_model:
+        model.compile(mode=COMPILE_MODES[recipe.compile_model])
+    if recipe.compile_tokenizer and isinstance(model, ARModel):
+        model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
+    names, params, groups = filter_params(model, model.no_weight_decay())
+    optimizer = torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.beta1, recipe.beta2), weight_decay=0.,
+                                  fused=recipe.fused)
+    return Trainer(model, AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip, recipe.accumulate))
+
+
+def build_loaders(recipe: Recipe, train_set: Dataset, val_set: Dataset, seed: int,
+                  start: tuple[int, int]) -> tuple[Iterator, DataLoader, int]:
+    """(endless iterator over training batches from `start` = (epoch, step), validation loader, steps per epoch).
+
+    A training batch holds the images of all micro-steps of one optimizer step on this rank.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    local_batch = recipe.local_batch(world_size)
+    options = dict(num_workers=recipe.num_workers(world_size), pin_memory=torch.cuda.is_available())
+    sampler = DistInfiniteBatchSampler(
+        world_size, rank, len(train_set), local_batch * world_size * recipe.accumulate,
+        same_seed_for_all_ranks=recipe.same_seed_for_all_ranks, fill_last=True, start_ep=start[0], start_it=start[1],
+        by_batch=True, with_epoch=True)
+    train_loader = DataLoader(KeyedAugmentation(train_set, seed), batch_sampler=sampler, **options)
+    val_loader = DataLoader(val_set, batch_size=round(1.5 * local_batch), sampler=EvalDistributedSampler(
+        val_set, world_size, rank), **options)
+    return iter(train_loader), val_loader, len(sampler)
+
+
+# ---------------------------------------------------------------------------------------------- training
+@dataclass
+class RunState:
+    """What a checkpoint keeps under `run`: where the run stands beside weights and optimizer."""
+    seed: int
+    steps_per_epoch: int
+    best: float = NO_SCORE                 # lowest validation score so far
+    validation: dict | None = None         # metrics of the last evaluation
+
+
+class Run:
+    """One training, from its recipe to its last checkpoint."""
+
+    def __init__(self, recipe: Recipe):
+        world_size = dist.get_world_size()
+        recipe.check_batch(world_size)
+        self.recipe, self.device, self.folder = recipe, dist.get_device(), Path(recipe.output_dir)
+
+        # 1. the checkpoint to continue, and the seed of everything random
+        path, checkpoint = newest_checkpoint(self.folder, f'{recipe.CHECKPOINT_PREFIX}*.pth')
+        self.start = checkpoint.get('epoch', 0), checkpoint.get('iter', 0)
+        seed = choose_seed(recipe, checkpoint.get('run', {}).get('seed'))
+        torch.backends.cudnn.deterministic = recipe.seed is not None
+        torch.backends.cudnn.allow_tf32 = recipe.tf32
+        torch.set_float32_matmul_precision('high' if recipe.tf32 else 'highest')
+        seed_everything(mix_seed(seed))
+
+        # 2. data
+        num_classes, train_set, val_set = build_dataset(recipe.data_path, recipe.image_size, recipe.hflip,
+                                                        recipe.mid_reso)
+        if recipe.num_classes not in (0, num_classes):
+            raise ValueError(f'--num_classes={recipe.num_classes}, but {recipe.data_path} holds {num_classes} classes: '
+                             'correct one of them')
+        self.classes = list(train_set.classes)
+        self.batches, self.val_loader, steps_per_epoch = build_loaders(recipe, train_set, val_set, seed, self.start)
+        self.state = RunState(seed, steps_per_epoch)
+        self.total_steps, self.peak_lr = recipe.epochs * steps_per_epoch, recipe.peak_lr(world_size)
+
+        # 3. model, optimizer, and what the checkpoint says of them
+        self.model = build_model(recipe, num_classes, steps_per_epoch, self.device)
+        self.trainer = build_trainer(recipe, self.model)
+        if path:
+            self._resume(path, checkpoint)
+
+        # 4. logs
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tb = TensorboardLogger(str(self.folder / recipe.run_name(world_size)) if dist.is_master() else None,
+                                    filename_suffix=time.strftime('__%m%d_%H%M'))
+        self.last_save = time.time()
+        logger.info('%s: %.2fM parameters, %s x %d, %d + %d images of %d classes, %d steps per epoch, seed %d',
+                    recipe.model, count_parameters(self.model) / 1e6, self.device, world_size, len(train_set),
+                    len(val_set), num_classes, steps_per_epoch, seed)
+
+    def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(checkpoint['trainer'], str(path))
+        steps_per_epoch, mid_epoch = self.state.steps_per_epoch, self.start[1] > 0
+        self.state = RunState(**{**vars(self.state), **checkpoint.get('run', {})})
+        if mid_epoch and self.state.steps_per_epoch != steps_per_epoch:
+            raise ValueError(f'{path} stopped within an epoch of {self.state.steps_per_epoch} steps, this run has '
+                             f'{steps_per_epoch}: keep --bs and the data as they were until the epoch is complete')
+        self.state.steps_per_epoch = steps_per_epoch
+        logger.info('resumed from %s at epoch %d, step %d', path, *self.start)
+
+    def train(self) -> None:
+        """All epochs that are left; evaluation and a checkpoint every `eval_every` epochs and after the last."""
+        recipe, epochs = self.recipe, self.recipe.epochs
+        if dist.is_master() and self.start == (0, 0):
+            append_json_line(self.folder / 'log.txt', dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]),
+                                                           seed=self.state.seed, args=vars(recipe)))
+        begin = time.time()
+        for epoch in range(self.start[0], epochs):
+            first_step = self.start[1] if epoch == self.start[0] else 0
+            stats = self.train_epoch(epoch, first_step)
+            evaluated = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == epochs
+            if evaluated:
+                self.evaluate(epoch)
+            remaining = (time.time() - begin) / (epoch + 1 - self.start[0]) * (epochs - epoch - 1)
+            self.log_epoch(epoch, stats, evaluated, remaining)
+        self.tb.close()
+        logger.info('done: %d epochs, checkpoints in %s', epochs, self.folder)
+
+    def train_epoch(self, epoch: int, first_step: int) -> dict[str, float]:
+        """Epoch averages of the logged steps."""
+        recipe, trainer, tb, steps = self.recipe, self.trainer, self.tb, self.state.steps_per_epoch
+        meters = MetricLogger()
+        meters.add_meter('tlr', SmoothedValue(window_size=1, fmt='{value:.2g}'))
+        for name in (*self.model.headline, 'tnm'):
+            meters.add_meter(name, SmoothedValue(window_size=1, fmt='{median:.3f} ({global_avg:.3f})'))
+        clock = self.model.tokenizer.clock if isinstance(self.model, ARModel) else None
+        save_steps, save_minutes = recipe.save_steps_minutes
+
+        batches = meters.log_every(
+            first_step, steps, self.batches, print_freq=30 if steps > 8000 else 5,
+            header=f'[Ep]: [{epoch:4d}/{recipe.epochs}]', tokenizer_seconds=clock.take if clock else lambda: 0.,
+            images_per_iter=recipe.micro_batch(dist.get_world_size()) * recipe.accumulate)
+        for it, (images_B3HW, label_B) in batches:
+            step = epoch * steps + it
+            tb.set_step(step)
+            min_lr, max_lr, min_wd, max_wd = lr_wd_annealing(
+                recipe.lr_schedule, trainer.optimizer.optimizer, self.peak_lr, recipe.weight_decay,
+                recipe.final_weight_decay, step, recipe.warmup_epochs * steps, self.total_steps,
+                wp0=recipe.warmup_start, wpe=recipe.lr_end)
+            info = self.train_step(images_B3HW, label_B, step)
+
+            meters.update(tlr=max_lr)
+            if it in meters.log_iters or tb.due():
+                values = trainer.metrics(info.aux)
+                if not all(map(math.isfinite, values.values())):
+                    raise ValueError(f'the loss is not finite at epoch {epoch}, step {it}: lower --tblr or train with '
+                                     '--fp16=0; the same command continues from the last checkpoint')
+                meters.update(tnm=info.grad_norm, **{name: values[key] for name, key in self.model.headline.items()})
+                schedule = {name: values.pop(name) for name in list(values) if name.startswith('prog_')}
+                tb.update('AR_iter_loss', **values)
+                tb.update('AR_iter_schedule', **schedule)
+                tb.update('AR_opt_lr/lr_min', sche_tlr=min_lr)
+                tb.update('AR_opt_lr/lr_max', sche_tlr=max_lr)
+                tb.update('AR_opt_wd/wd_max', sche_twd=max_wd)
+                tb.update('AR_opt_wd/wd_min', sche_twd=min_wd)
+                tb.update('AR_opt_grad/fp16', scale_log2=info.scale_log2)
+                tb.update('AR_opt_grad/grad', grad_norm=info.grad_norm, grad_clip=recipe.clip if recipe.clip > 0 else None)
+            steps_due = save_steps and (step + 1) % save_steps == 0
+            minutes_due = save_minutes and time.time() - self.last_save >= 60 * save_minutes
+            if (steps_due or minutes_due) and it + 1 < steps:
+                self.save(epoch, it + 1)
+        return {name: meter.global_avg for name, meter in meters.meters.items()}
+
+    def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, step: int) -> StepInfo:
+        """One optimizer step over its micro-steps.
+
+        Random numbers follow from (seed, step) and the position of an image in the global batch, so that they are the
+        same after a restart and for any number of ranks and micro-steps.
+        """
+        num_micro, rank, world_size = self.recipe.accumulate, dist.get_rank(), dist.get_world_size()
+        micro = len(label_B) // num_micro
+        for j in range(num_micro):
+            rows = slice(j * micro, (j + 1) * micro)
+            seed_everything(mix_seed(self.state.seed, step))
+            with global_rows(rank * len(label_B) + rows.start, world_size * len(label_B)):
+                info = self.trainer.train_step(
+                    images_B3HW[rows].to(self.device, non_blocking=True), label_B[rows].to(self.device, non_blocking=True),
+                    progress=step / self.total_steps, stepping=j + 1 == num_micro)
+        return info
+
+    def evaluate(self, epoch: int) -> None:
+        """Validate, and keep the checkpoint as last and, if it improved, as best."""
+        begin = time.time()
+        self.state.validation = values = self.trainer.eval_epoch(self.val_loader)
+        is_best = values[self.model.selection] < self.state.best
+        self.state.best = min(self.state.best, values[self.model.selection])
+        self.save(epoch + 1, 0, is_best)
+        logger.info(' [*] [ep%d]  (val %d)  %s  best %s: %.4f  Val cost: %.1fs', epoch, values['count'],
+                    '  '.join(f'{name}: {values[key]:.4f}' for name, key in self.model.headline.items()),
+                    self.model.selection, self.state.best, time.time() - begin)
+
+    def save(self, epoch: int, step: int, is_best: bool = False) -> None:
+        """Checkpoint at `step` of `epoch`; the master alone writes."""
+        self.last_save = time.time()
+        if dist.is_master():
+            progress = (epoch * self.state.steps_per_epoch + step) / self.total_steps
+            save_checkpoint(dict(epoch=epoch, iter=step, trainer=self.trainer.state_dict(progress),
+                                 args=vars(self.recipe), run=vars(self.state), classes=self.classes),
+                            self.folder, self.recipe.CHECKPOINT_PREFIX, is_best)
+
+    def log_epoch(self, epoch: int, stats: dict[str, float], evaluated: bool, remaining: float) -> None:
+        """One line of JSON in log.txt and one point per TensorBoard curve."""
+        headline = self.model.headline.items()
+        train = {key: stats[name] for name, key in headline}
+        val = {f'v{key}': (self.state.validation or {}).get(key) for _, key in headline}
+        finish = time.strftime('%m-%d %H:%M', time.localtime(time.time() + remaining))
+        remain = str(datetime.timedelta(seconds=round(remaining)))
+        logger.info('     [ep%d]  (training)  %s  Remain: %s, Finish: %s', epoch,
+                    '  '.join(f'{name}: {stats[name]:.4f}' for name, _ in headline), remain, finish)
+        if not dist.is_master():
+            return
+        self.tb.update('AR_ep_loss', step=epoch + 1, **train, **(val if evaluated else {}))
+        self.tb.update('AR_z_burnout', step=epoch + 1, rest_hours=remaining / 3600)
+        self.tb.flush()
+        append_json_line(self.folder / 'log.txt', dict(
+            it=(epoch + 1) * self.state.steps_per_epoch, ep=f'{epoch + 1}/{self.recipe.epochs}', lr=stats['tlr'],
+            wd=self.trainer.optimizer.optimizer.param_groups[-1]['weight_decay'], grad_norm=stats['tnm'], **train, **val,
+            remain_time=remain, finish_time=finish))
+
+
+def choose_seed(recipe: Recipe, saved: int | None) -> int:
+    """The seed of the checkpoint, else of the recipe, else a fresh one, equal on all ranks.
+
+    Raises:
+        ValueError: recipe and checkpoint disagree.
+    """
+    if saved is not None and recipe.seed not in (None, saved):
+        raise ValueError(f'the checkpoint was begun with seed {saved}, got --seed={recipe.seed}: pass --seed={saved}, or '
+                         'start in another output folder')
+    fresh = torch.tensor([int.from_bytes(os.urandom(4), 'little')], device=dist.get_device())
+    dist.broadcast(fresh, src_rank=0)
+    return saved if saved is not None else recipe.seed if recipe.seed is not None else fresh.item()
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """Every setting under its published name, every derived value, and the number of parameters."""
+    settings = {flag_of(recipe, name): value for name, value in vars(recipe).items()}
+    model = build_model(recipe, recipe.num_classes or 1000, steps_per_epoch=1, device='meta')
+    return settings | recipe.derived(world_size) | dict(num_parameters=count_parameters(model))
+
+
+def main() -> None:
+    recipe = parse_recipe(sys.argv[1:])
+    if recipe.dry_run:
+        world_size = int(os.environ.get('WORLD_SIZE', 1))
+        if int(os.environ.get('RANK', 0)) == 0:
+            recipe.check_batch(world_size)
+            print(json.dumps(describe(recipe, world_size), indent=2))  # noqa: T201
+        return
+    dist.initialize()
+    setup_logging(recipe.output_dir, dist.is_master())
+    Run(recipe).train()
+    dist.finalize()
+
+
+if __name__ == '__main__':
+    with one_line_errors('train.py'):
+        main()

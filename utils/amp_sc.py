@@ -1,0 +1,62 @@
+"""Mixed precision, loss scaling, clipping and accumulation around an optimizer."""
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+MAX_SCALE = 32768.  # as published: a larger float16 loss scale is cut back to this
+
+
+class AmpOptimizer:
+    """An optimizer with the precision rules of the recipe.
+
+    Args:
+        mixed_precision: 0 float32, 1 float16 with loss scaling, 2 bfloat16.
+        names, paras: the trained parameters, for clipping.
+        grad_clip: maximum gradient norm; <= 0 only measures it.
+        n_gradient_accumulation: micro-steps per step; losses are divided by it.
+    """
+
+    def __init__(self, mixed_precision: int, optimizer: torch.optim.Optimizer, names: list[str],
+                 paras: list[nn.Parameter], grad_clip: float, n_gradient_accumulation: int = 1):
+        self.optimizer, self.names, self.paras = optimizer, names, paras
+        self.grad_clip, self.r_accu = grad_clip, 1 / n_gradient_accumulation
+        self.device_type = paras[0].device.type
+        dtype = {0: None, 1: torch.float16}.get(mixed_precision, torch.bfloat16)
+        self.amp_ctx = torch.autocast(self.device_type, dtype=dtype) if dtype else nullcontext()
+        self.scaler = None
+        if mixed_precision == 1:
+            self.scaler = torch.amp.GradScaler(self.device_type, init_scale=2. ** 11, growth_interval=1000)
+
+    def backward_clip_step(self, stepping: bool, loss: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
+        """Backward, and on the last micro-step clip and step.
+
+        Returns:
+            (gradient norm before clipping, log2 of the loss scale); None where there is none: norm on micro-steps that do
+            not step, scale unless float16.
+        """
+        loss = loss * self.r_accu
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        scale = math.log2(max(self.scaler.get_scale(), 1e-30)) if self.scaler else None
+        if not stepping:
+            return None, scale
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.paras, self.grad_clip if self.grad_clip > 0 else math.inf)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update(MAX_SCALE if self.scaler.get_scale() > MAX_SCALE else None)
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, scale
+
+    def state_dict(self) -> dict:
+        state = dict(optimizer=self.optimizer.state_dict())
+        return state | dict(scaler=self.scaler.state_dict()) if self.scaler else state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state['optimizer'])
+        if self.scaler and 'scaler' in state:
+            self.scaler.load_state_dict(state['scaler'])

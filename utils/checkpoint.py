@@ -1,0 +1,102 @@
+"""Checkpoints: written atomically, kept in pairs, read without executing anything."""
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its place when the block ends well, and vanishes when it does not."""
+    target = Path(target)
+    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    try:
+        yield temporary
+        with temporary.open('rb') as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str, is_best: bool = False) -> None:
+    """Write `<prefix>-last.pth`; the file it replaces stays as `<prefix>-prev.pth`, and `is_best` copies it to `-best`.
+
+    Raises:
+        OSError: the disk is full or not writable; every older file is intact.
+    """
+    folder = Path(folder)
+    last, previous, best = (folder / f'{prefix}-{name}.pth' for name in ('last', 'prev', 'best'))
+    try:
+        with atomic_path(last) as temporary:
+            torch.save(state, temporary)
+            if last.exists():  # both names exist until the new file takes `last`
+                with atomic_path(previous) as link:
+                    os.link(last, link)
+        if is_best:
+            with atomic_path(best) as temporary:
+                shutil.copyfile(last, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
+        raise OSError(f'could not save a checkpoint in {folder} ({error}): free some space and run the same command '
+                      'again; the previous checkpoint is intact') from error
+
+
+def load_file(path: str | os.PathLike) -> dict[str, Any]:
+    """A checkpoint of torch or safetensors on the CPU.
+
+    Raises:
+        ValueError: the file is truncated, corrupt or holds other objects than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'expected a checkpoint file, found nothing at {path}: check the path')
+    if path.suffix == '.safetensors':
+        from safetensors.torch import load_file as load_safetensors
+        return load_safetensors(path)
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
+        raise ValueError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): the file is truncated or no '
+                         'checkpoint') from error
+
+
+def model_state(checkpoint: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:
+    """The flat weights of a checkpoint of ours, of upstream's trainer, or of a released file.
+
+    Args:
+        kind: 'model' for a generator, 'tokenizer' for its image coder.
+    """
+    trainer = checkpoint.get('trainer', {})
+    keys = ('var_wo_ddp',) if kind == 'model' else ('vae_local', 'vae_wo_ddp')
+    for key in keys:
+        if key in trainer:
+            return trainer[key]
+    return checkpoint.get('model', checkpoint)
+
+
+def newest_checkpoint(folder: str | os.PathLike, pattern: str) -> tuple[Path | None, dict[str, Any]]:
+    """The newest readable checkpoint of a folder; unreadable ones are named in the log and skipped.
+
+    Returns:
+        (path, checkpoint), or (None, {}) where the folder holds none.
+    Raises:
+        ValueError: there are checkpoints, and none can be read: starting anew would hide the loss.
+    """
+    files = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in files:
+        try:
+            return path, load_file(path)
+        except ValueError as error:
+            logger.warning('%s; falling back to the next older checkpoint', error)
+    if files:
+        raise ValueError(f'none of the {len(files)} checkpoints in {folder} can be read: restore one, or move them away '
+                         'to start anew')
+    return None, {}
