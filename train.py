@@ -1,7 +1,8 @@
-"""Train any model of this project: `torchrun --nproc_per_node=8 train.py --depth=16 --data_path=/path/to/imagenet`.
+"""Train any model of this project: `torchrun --nproc_per_node=8 train.py --depth=16
+--data_path=/path/to/imagenet`.
 
-Runs without torchrun, too. To resume, run the same command again: the newest checkpoint in the output folder continues
-exactly where it was saved. `--dry_run` prints every derived value and exits.
+Runs without torchrun, too. To resume, run the same command again: the newest checkpoint in the output folder
+continues exactly where it was saved. `--dry_run` prints every derived value and exits.
 """
 import datetime
 import json
@@ -92,7 +93,8 @@ def build_trainer(recipe: Recipe, model: Trainable) -> Trainer:
 
 def build_loaders(recipe: Recipe, train_set: Dataset, val_set: Dataset, seed: int,
                   start: tuple[int, int]) -> tuple[Iterator, DataLoader, int]:
-    """(endless iterator over training batches from `start` = (epoch, step), validation loader, steps per epoch).
+    """(endless iterator over training batches from `start` = (epoch, step), validation loader, steps per
+    epoch).
 
     A training batch holds the images of all micro-steps of one optimizer step on this rank.
     """
@@ -173,7 +175,9 @@ class Run:
         logger.info('resumed from %s at epoch %d, step %d', path, *self.start)
 
     def train(self) -> None:
-        """All epochs that are left; evaluation and a checkpoint every `eval_every` epochs and after the last."""
+        """All epochs that are left; evaluation and a checkpoint every `eval_every` epochs and after the
+        last.
+        """
         recipe, epochs = self.recipe, self.recipe.epochs
         if dist.is_master() and self.start == (0, 0):
             append_json_line(self.folder / 'log.txt', dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]),
@@ -238,8 +242,8 @@ class Run:
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, step: int) -> StepInfo:
         """One optimizer step over its micro-steps.
 
-        Random numbers follow from (seed, step) and the position of an image in the global batch, so that they are the
-        same after a restart and for any number of ranks and micro-steps.
+        Random numbers follow from (seed, step) and the position of an image in the global batch, so that they
+        are the same after a restart and for any number of ranks and micro-steps.
         """
         num_micro, rank, world_size = self.recipe.accumulate, dist.get_rank(), dist.get_world_size()
         micro = len(label_B) // num_micro

@@ -2,6 +2,7 @@
 
 It knows a model through the methods of `models.base.Trainable` alone.
 """
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -43,8 +44,10 @@ class Trainer:
         self.loss_module = LossModule(model)
         if dist.initialized():
             device = next(model.parameters()).device
+            renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.14
+            no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}  # they are equal anyway
             self.loss_module = DistributedDataParallel(
-                self.loss_module, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False)
+                self.loss_module, device_ids=[device.index] if device.type == 'cuda' else None, **no_buffers)
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:
@@ -94,7 +97,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------ state
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
-        """Published keys for a generator (`var_wo_ddp`, `vae_local`, `var_opt`), their counterparts for a tokenizer."""
+        """Published keys for a generator (`var_wo_ddp`, `vae_local`, `var_opt`), their counterparts for a
+        tokenizer.
+        """
         state = dict(config=self.model.config_state(progress), training_state=self.model.training_state())
         if isinstance(self.model, ARModel):
             return state | dict(var_wo_ddp=self.model.state_dict(), vae_local=self.model.tokenizer.state_dict(),

@@ -10,7 +10,7 @@ from models.tokenizers.vqvae import VQVAE
 from models.var import VAR, VARHF
 
 __all__ = ['FAMILIES', 'VAR', 'VARHF', 'VQVAE', 'ARModel', 'Family', 'Tokenizer', 'Trainable',
-           'VectorQuantizer2', 'build_tokenizer', 'build_vae_var', 'load_weights']
+           'VectorQuantizer2', 'build_generator', 'build_tokenizer', 'build_vae_var', 'load_weights']
 
 
 class Family(NamedTuple):
@@ -41,6 +41,35 @@ def build_tokenizer(cls: type[Tokenizer], state: dict[str, torch.Tensor], source
         tokenizer = cls(**shape_kwargs, **kwargs)
     load_weights(tokenizer, state, source)
     return tokenizer.eval().requires_grad_(False)
+
+
+def build_generator(name: str, state: dict[str, torch.Tensor], tokenizer_state: dict[str, torch.Tensor], source: str,
+                    device: torch.device | str) -> ARModel:
+    """A trained generator with its tokenizer, in eval mode; the weights' shapes decide the architecture.
+
+    Args:
+        name: a key of `FAMILIES`.
+        state, tokenizer_state: flat weights of both.
+        source: where the weights come from, for error messages.
+    Raises:
+        ValueError: the weights are not of this family, or generator and tokenizer do not belong together.
+    """
+    cls, tokenizer_class = FAMILIES[name]
+    try:
+        kwargs = cls.kwargs_from_state_dict(state)
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(f'{source} holds no {cls.__name__} weights: pass the checkpoint of a generator') from None
+    codes = {attribute: kwargs.pop(attribute) for attribute in ('vocab_size', 'channels')}
+    tokenizer = build_tokenizer(tokenizer_class, tokenizer_state, f'the tokenizer of {source}', device,
+                                **cls.tokenizer_kwargs(kwargs))
+    for attribute, value in codes.items():
+        if getattr(tokenizer, attribute) != value:
+            raise ValueError(f'{source} needs a tokenizer with {attribute}={value}, got {getattr(tokenizer, attribute)}: '
+                             'pass the tokenizer it was trained with')
+    with torch.device(device):
+        model = cls(tokenizer, **kwargs)
+    load_weights(model, state, source)
+    return model.eval()
 
 
 def build_vae_var(device: torch.device | str, patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),

@@ -1,6 +1,7 @@
 """Attention behind one call: `attend`, the chooser of its kernel, and the key/value cache of sampling.
 
-Letters: B batch, L sequence, H heads, d head dim. q, k, v and every result are (B, L, H, d), whatever the kernel.
+Letters: B batch, L sequence, H heads, d head dim. q, k, v and every result are (B, L, H, d), whatever the
+kernel.
 """
 import functools
 import importlib

@@ -10,7 +10,9 @@ from torch import nn
 
 
 class Stopwatch:
-    """Seconds spent inside `with stopwatch:`; on CUDA between events, so that timing never waits for the device."""
+    """Seconds spent inside `with stopwatch:`; on CUDA between events, so that timing never waits for the
+    device.
+    """
 
     def __init__(self):
         self.total, self.pending = 0., []
@@ -60,7 +62,9 @@ class Trainable(nn.Module):
         raise NotImplementedError
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Scalars worth logging, means over the batch; called on logging steps and for every validation batch."""
+        """Scalars worth logging, means over the batch; called on logging steps and for every validation
+        batch.
+        """
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
@@ -130,7 +134,9 @@ class Tokenizer(Trainable):
 
     @torch.no_grad()
     def encode(self, images_B3HW: torch.Tensor, *args) -> Any:
-        """Codes of images in [-1, 1], in float32 whatever autocast says, since it runs inside training losses."""
+        """Codes of images in [-1, 1], in float32 whatever autocast says, since it runs inside training
+        losses.
+        """
         with self.clock, torch.autocast(images_B3HW.device.type, enabled=False):
             return self._encode(images_B3HW.float(), *args)
 
@@ -152,8 +158,14 @@ class ARModel(Trainable):
         super().__init__()
         object.__setattr__(self, 'tokenizer', tokenizer)
 
+    @staticmethod
+    def tokenizer_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Constructor arguments of the tokenizer that follow from those of this model."""
+        return {}
+
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.parameters()).device
 
     def init_weights(self, *args, **kwargs) -> None:

@@ -1,4 +1,5 @@
-"""Transformer parts of VAR and FlexVAR: attention, feed-forward, AdaLN block and head, and their initialisation.
+"""Transformer parts of VAR and FlexVAR: attention, feed-forward, AdaLN block and head, and their
+initialisation.
 
 Letters: B batch, L sequence, C width, D condition width, H heads, d head dim.
 Source: arXiv 2404.02905, Sec. 4 and App. A.
@@ -16,7 +17,9 @@ MAX_LOG_SCALE = math.log(100)  # of the learnt attention scale
 
 
 class FFN(nn.Module):
-    """Linear, GELU (tanh form), Linear. `fused_if_available` is accepted for compatibility; there is one path."""
+    """Linear, GELU (tanh form), Linear. `fused_if_available` is accepted for compatibility; there is one
+    path.
+    """
 
     def __init__(self, in_features: int, hidden_features: int, drop: float = 0., fused_if_available: bool = True):
         super().__init__()
@@ -89,7 +92,8 @@ class AdaLNSelfAttn(nn.Module):
     """Attention and feed-forward, each normalised, modulated by the condition and gated.
 
     Args:
-        shared_aln: the condition arrives as (B, 1, 6, C) from `SharedAdaLin` and the block only adds an offset.
+        shared_aln: the condition arrives as (B, 1, 6, C) from `SharedAdaLin` and the block only adds an
+            offset.
     """
 
     def __init__(self, embed_dim: int, cond_dim: int, shared_aln: bool, num_heads: int, mlp_ratio: float = 4.,

@@ -1,4 +1,5 @@
-"""Sampling filters, guidance, label dropout and drop path; everything random takes its generator or says which it uses.
+"""Sampling filters, guidance, label dropout and drop path; everything random takes its generator or says
+which it uses.
 
 Letters: B batch, l tokens of one scale, V vocabulary.
 """
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 class ImageNoise:
     """Exponential(1) noise that is a function of (seed, image index, draw, element) and of nothing else.
 
-    Every image owns a SplitMix64 stream per draw (Steele et al., OOPSLA 2014), evaluated at all its counters at once,
-    so image i gets the same noise in any batch, on any rank and device. Pass it wherever a generator is taken.
+    Every image owns a SplitMix64 stream per draw (Steele et al., OOPSLA 2014), evaluated at all its counters
+    at once, so image i gets the same noise in any batch, on any rank and device. Pass it wherever a generator
+    is taken.
 
     Args:
         seed: of the whole sampling job.
@@ -58,8 +60,8 @@ _rows = (0, None)  # (first row of this batch in the global batch, rows of the g
 def global_rows(start: int, total: int) -> Iterator[None]:
     """Inside, the batch is rows [start, start + B) of a global batch of `total` images.
 
-    Per-image draws of training are then made for the whole global batch and cut, so that equal seeds on every rank
-    give every image the same draws for any number of ranks and accumulation steps.
+    Per-image draws of training are then made for the whole global batch and cut, so that equal seeds on every
+    rank give every image the same draws for any number of ranks and accumulation steps.
     """
     global _rows
     outer, _rows = _rows, (start, total)
@@ -70,7 +72,9 @@ def global_rows(start: int, total: int) -> Iterator[None]:
 
 
 def draw_rows(batch: int, device: torch.device, fill) -> torch.Tensor:
-    """(batch,) numbers for this process: `fill` draws one row per image of the global batch into an empty tensor."""
+    """(batch,) numbers for this process: `fill` draws one row per image of the global batch into an empty
+    tensor.
+    """
     start, total = _rows
     return fill(torch.empty(total or batch, device=device))[start:start + batch]
 
@@ -147,13 +151,17 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tenso
 
 # ---------------------------------------------------------------------------------------------- training
 def drop_labels(labels_B: torch.Tensor, null_label: int, p: float) -> torch.Tensor:
-    """Replace each label by `null_label` with probability p; draws from the global generator even if p is 0."""
+    """Replace each label by `null_label` with probability p; draws from the global generator even if p is
+    0.
+    """
     dropped_B = draw_rows(len(labels_B), labels_B.device, lambda t: t.uniform_()) < p
     return labels_B.masked_fill(dropped_B, null_label)
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch per image with probability `drop_prob` and rescales the rest; identity in eval mode."""
+    """Drops a residual branch per image with probability `drop_prob` and rescales the rest; identity in eval
+    mode.
+    """
 
     def __init__(self, drop_prob: float = 0.):
         super().__init__()

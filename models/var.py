@@ -1,7 +1,7 @@
 """VAR: a transformer that predicts the next scale of a token pyramid.
 
-Letters: B batch, K scales, L all tokens, l tokens of one scale, C width, D condition width, Z tokenizer channels,
-V vocabulary, 3HW image. Source: arXiv 2404.02905.
+Letters: B batch, K scales, L all tokens, l tokens of one scale, C width, D condition width, Z tokenizer
+channels, V vocabulary, 3HW image. Source: arXiv 2404.02905.
 """
 import math
 from collections.abc import Iterator, Sequence
@@ -32,10 +32,12 @@ from models.tokenizers.vqvae import VQVAE
 
 @dataclass(frozen=True)
 class ProgressiveSchedule:
-    """Progressive training: begin with the coarse scales and add the finer ones one by one. All counts are micro-steps.
+    """Progressive training: begin with the coarse scales and add the finer ones one by one. All counts are
+    micro-steps.
 
     Args:
-        num_scales: K. total: micro-steps of the whole training. warmup: lr warm-up, during which the stage is the first.
+        num_scales: K. total: micro-steps of the whole training. warmup: lr warm-up, during which the stage is
+            the first.
         until: share of the training after which all scales take part, in (0, 1].
         first_stage: scale index of the first stage.
         stage_warmup: micro-steps over which the newest scale's loss weight grows to 1.
@@ -85,7 +87,8 @@ class VAR(ARModel):
     Args:
         vae_local: frozen tokenizer, kept as a plain reference.
         num_classes: classes; index num_classes is the null class of classifier-free guidance.
-        depth, embed_dim, num_heads, mlp_ratio: of the transformer; published: heads = depth, width = 64 * depth.
+        depth, embed_dim, num_heads, mlp_ratio: of the transformer; published: heads = depth, width = 64 *
+            depth.
         drop_rate, attn_drop_rate, drop_path_rate: dropout; drop path grows linearly over the blocks.
         norm_eps: of every LayerNorm.
         shared_aln: one AdaLN projection for all blocks.
@@ -195,8 +198,8 @@ class VAR(ARModel):
 
         Args:
             label_B: (B,) int64 in [0, num_classes].
-            x_BLCv_wo_first_l: `idxBl_to_var_input` of the codes, (B, tokens after the first scale, Z); its length says
-                how many scales take part. None for the first scale alone.
+            x_BLCv_wo_first_l: `idxBl_to_var_input` of the codes, (B, tokens after the first scale, Z); its
+                length says how many scales take part. None for the first scale alone.
         Returns:
             (B, first_l + tokens, V) float32.
         """
@@ -226,8 +229,8 @@ class VAR(ARModel):
 
     # ------------------------------------------------------------------------------ sampling
     def as_labels(self, label_B: int | Sequence[int] | torch.Tensor | None, B: int, rng: Rng) -> torch.Tensor:
-        """(B,) int64 labels on the model's device: an int for all (negative is the null class), one per image, or None
-        for random classes.
+        """(B,) int64 labels on the model's device: an int for all (negative is the null class), one per
+        image, or None for random classes.
 
         Raises:
             ValueError: wrong number of labels, or one outside [0, num_classes].
@@ -310,7 +313,9 @@ class VAR(ARModel):
 
     def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 2.5, rng: Rng = None,
                **options: Any) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1]; guidance s equals the published cfg + 1, options go to `sample_scales`."""
+        """Images (B, 3, H, W) in [0, 1]; guidance s equals the published cfg + 1, options go to
+        `sample_scales`.
+        """
         return self._images(self.as_labels(labels, len(labels), rng), cfg=guidance - 1, rng=rng, **options)
 
     @torch.no_grad()
@@ -322,8 +327,8 @@ class VAR(ARModel):
     # ------------------------------------------------------------------------------ metrics
     @torch.no_grad()
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Cross-entropy without smoothing and top-1 accuracy in percent: mean, last scale (tail), and per scale side in
-        pixels; in training also the vocabulary in use and the progressive stage.
+        """Cross-entropy without smoothing and top-1 accuracy in percent: mean, last scale (tail), and per
+        scale side in pixels; in training also the vocabulary in use and the progressive stage.
 
         While progressive training lacks the finest scale, tail values are -1.
         """
@@ -361,7 +366,9 @@ class VAR(ARModel):
     # ------------------------------------------------------------------------------ weights
     def init_weights(self, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5, init_head: float = 0.02,
                      init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
-        """See `init_transformer`; pos_start and pos_1LC keep the constructor's values. The model has no convolution."""
+        """See `init_transformer`; pos_start and pos_1LC keep the constructor's values. The model has no
+        convolution.
+        """
         init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
 
     @staticmethod
@@ -372,6 +379,10 @@ class VAR(ARModel):
     def no_weight_decay(self) -> set[str]:
         return {'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start', 'start_pos',
                 'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'}
+
+    @staticmethod
+    def tokenizer_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(v_patch_nums=kwargs['patch_nums'])
 
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ class AmpOptimizer:
         """Backward, and on the last micro-step clip and step.
 
         Returns:
-            (gradient norm before clipping, log2 of the loss scale); None where there is none: norm on micro-steps that do
-            not step, scale unless float16.
+            (gradient norm before clipping, log2 of the loss scale); None where there is none: norm on
+            micro-steps that do not step, scale unless float16.
         """
         loss = loss * self.r_accu
         (self.scaler.scale(loss) if self.scaler else loss).backward()

@@ -1,7 +1,9 @@
-"""Recipes: every setting of a training run, from a preset or the command line, and all that follows from them.
+"""Recipes: every setting of a training run, from a preset or the command line, and all that follows from
+them.
 
-A recipe is a frozen dataclass. Field names are English; the flag published with VAR, where there is one, is given
-beside each field and parses as well (`--tblr` and `--base_lr` are the same). Only the standard library is needed here.
+A recipe is a frozen dataclass. Field names are English; the flag published with VAR, where there is one, is
+given beside each field and parses as well (`--tblr` and `--base_lr` are the same). Only the standard library
+is needed here.
 """
 import argparse
 import dataclasses
@@ -338,6 +340,63 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# ---------------------------------------------------------------------------------------------- sampling
+@dataclass(frozen=True)
+class SampleRecipe:
+    """Settings of a sampling job. Everything but batch size and speed decides the images, and is in the
+    manifest.
+    """
+
+    model: str = opt('var', 'family of the generator: var')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py, a released file, or a published name')
+    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py')
+    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the PNG files; the npz lies beside it')
+    num_images: int = opt(50_000, 'images, spread evenly over the classes')
+    classes: str = opt('', 'class ids joined by "_"; empty takes all')
+    seed: int = opt(0, 'the noise of image i is a function of (seed, i)')
+    cfg: float = opt(1.5, 'classifier-free guidance in the unit of the paper')
+    precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16')
+    tf32: bool = opt(True, 'allow TF32 products on CUDA')
+    batch_size: int = opt(64, 'images per batch; batches are cut by image index', 'bs')
+    pack: bool = opt(True, 'pack the images into an npz with a manifest')
+
+    def __post_init__(self):
+        if not self.ckpt:
+            raise ValueError('expected the weights of a generator: pass --ckpt=FILE')
+        for name in ('num_images', 'batch_size'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'--{name} must be at least 1, got {getattr(self, name)}')
+        if self.seed < 0:
+            raise ValueError(f'--seed must not be negative, got {self.seed}')
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        return tuple(map(int, self.classes.split('_'))) if self.classes else ()
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        """Arguments of the model's `sample`, beside labels and rng."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class VARSampleRecipe(SampleRecipe):
+    """Sampling from VAR."""
+
+    top_k: int = opt(0, 'draw from the k most likely codes; 0 is off')
+    top_p: float = opt(0., 'draw from the smallest set of codes with this probability; 0 is off')
+    more_smooth: bool = opt(False, 'mix code embeddings: smoother pictures, worse scores')
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        return dict(guidance=1 + self.cfg, top_k=self.top_k, top_p=self.top_p, more_smooth=self.more_smooth)
+
+
+SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {'var': VARSampleRecipe}
+
+SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
+    'fid': dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False),  # published FID protocol of VAR
+}
+
+
 # ---------------------------------------------------------------------------------------------- command line
 def flag_of(recipe: Recipe | type[Recipe], name: str) -> str:
     """The published flag of a field, or its own name."""
@@ -355,7 +414,9 @@ def _boolean(text: str) -> bool:
 
 
 def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with one flag per field of a dataclass made of `opt` fields, and a second spelling where published."""
+    """A parser with one flag per field of a dataclass made of `opt` fields, and a second spelling where
+    published.
+    """
     parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -387,22 +448,27 @@ class _OneLineParser(argparse.ArgumentParser):
         return vars(values)
 
 
-def parse_recipe(argv: list[str], prog: str = 'train.py') -> Recipe:
-    """The recipe of a command line.
-
-    `--model` chooses the class (var when absent); `--preset` starts from a published run; flags come on top. The
-    `--local-rank` flag of old launchers is dropped.
-    """
-    argv = [arg for arg in argv if not re.match(r'--local[-_]rank(=|$)', arg)]
+def _parse(argv: list[str], prog: str, recipes: dict[str, type], presets: dict[str, dict], what: str) -> Any:
+    """The recipe of a command line: `--model` chooses the class, `--preset` its values, flags come on top."""
     first = _OneLineParser(prog=prog, add_help=False, allow_abbrev=False)
-    first.add_argument('--model', default='var', choices=list(RECIPES))
-    first.add_argument('--preset', default=None, choices=list(PRESETS))
+    first.add_argument('--model', default=next(iter(recipes)), choices=list(recipes))
+    first.add_argument('--preset', default=None, choices=list(presets))
     chosen, rest = first.parse_known_args(argv)
-    cls = RECIPES[chosen.model]
-    parser = make_parser(cls, prog, f'Train {chosen.model}. Choose another model with --model={"|".join(RECIPES)}, a '
-                                    f'published run with --preset={"|".join(PRESETS)}.')
+    cls = recipes[chosen.model]
+    parser = make_parser(cls, prog, f'{what} Models: --model={"|".join(recipes)}; presets: --preset={"|".join(presets)}.')
     values = parser.parse(rest)
     try:
-        return cls(**{**PRESETS.get(chosen.preset, {}), **values, 'model': chosen.model})
+        return cls(**{**presets.get(chosen.preset, {}), **values, 'model': chosen.model})
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+
+
+def parse_recipe(argv: list[str], prog: str = 'train.py') -> Recipe:
+    """The training recipe of a command line; the `--local-rank` flag of old launchers is dropped."""
+    argv = [arg for arg in argv if not re.match(r'--local[-_]rank(=|$)', arg)]
+    return _parse(argv, prog, RECIPES, PRESETS, 'Train a model.')
+
+
+def parse_sample_recipe(argv: list[str], prog: str = 'sample.py') -> SampleRecipe:
+    """The sampling recipe of a command line."""
+    return _parse(argv, prog, SAMPLE_RECIPES, SAMPLE_PRESETS, 'Sample images from a trained generator.')

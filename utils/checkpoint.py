@@ -15,7 +15,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary path beside `target` that takes its place when the block ends well, and vanishes when it
+    does not.
+    """
     target = Path(target)
     temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     try:
@@ -28,7 +30,8 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str, is_best: bool = False) -> None:
-    """Write `<prefix>-last.pth`; the file it replaces stays as `<prefix>-prev.pth`, and `is_best` copies it to `-best`.
+    """Write `<prefix>-last.pth`; the file it replaces stays as `<prefix>-prev.pth`, and `is_best` copies it
+    to `-best`.
 
     Raises:
         OSError: the disk is full or not writable; every older file is intact.

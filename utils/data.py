@@ -1,4 +1,5 @@
-"""Image folders and the embedded digits behind one interface; augmentation is a function of (seed, epoch, image).
+"""Image folders and the embedded digits behind one interface; augmentation is a function of (seed, epoch,
+image).
 
 Pixels are float32 in [-1, 1], (3, H, W).
 """
@@ -69,7 +70,8 @@ class Digits(Dataset):
 def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.125) -> tuple[Compose, Compose]:
     """(train, validation) transforms from PIL image to [-1, 1].
 
-    The shorter side becomes round(mid_reso * final_reso) by Lanczos, then a random or centre crop; the flip is first.
+    The shorter side becomes round(mid_reso * final_reso) by Lanczos, then a random or centre crop; the flip
+    is first.
     """
     resize = Resize(round(mid_reso * final_reso), interpolation=InterpolationMode.LANCZOS)
     finish = [ToTensor(), normalize_01_into_pm1]
@@ -82,8 +84,8 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False,
     """(number of classes, training set, validation set).
 
     Args:
-        data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits'. Classes are the folder
-            names in sorted order and must be the same in both.
+        data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits'. Classes are the
+            folder names in sorted order and must be the same in both.
         final_reso: side of the square crops in pixels.
     Raises:
         ValueError: a folder is missing or empty, or the classes differ.

@@ -18,7 +18,9 @@ EVERY = 500  # steps between TensorBoard points
 
 
 def setup_logging(output_dir: str | None, is_master: bool) -> None:
-    """Console for the master's messages and everybody's warnings; the master also appends to `output_dir`/stdout.txt."""
+    """Console for the master's messages and everybody's warnings; the master also appends to
+    `output_dir`/stdout.txt.
+    """
     root = logging.getLogger()
     root.handlers.clear()
     root.setLevel(logging.DEBUG)
@@ -98,7 +100,8 @@ class MetricLogger:
                   tokenizer_seconds: Callable[[], float] = lambda: 0.) -> Iterator[tuple[int, Any]]:
         """Yield (iteration, item) and write a progress line at `print_freq` evenly spaced iterations.
 
-        The line ends with images/s and the shares of time spent waiting for data, in the tokenizer and in the model.
+        The line ends with images/s and the shares of time spent waiting for data, in the tokenizer and in the
+        model.
         """
         self.log_iters = set(np.linspace(0, max_iters - 1, print_freq, dtype=int).tolist()) | {start_it}
         width, epoch_begin = len(str(max_iters)), time.time()

@@ -10,8 +10,8 @@ def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, en
     """Share of the peak learning rate at a step.
 
     Args:
-        schedule: cos; lin, lin0 (flat for 15 or 5 %, then linear); lin00 (linear at once); lin<T> (gently falling until
-            share T, then steeper); exp.
+        schedule: cos; lin, lin0 (flat for 15 or 5 %, then linear); lin00 (linear at once); lin<T> (gently
+            falling until share T, then steeper); exp.
         step, warmup, total: in micro-steps. start, end: ratio at the first and last step.
     Raises:
         NotImplementedError: unknown schedule.
@@ -45,7 +45,8 @@ def lr_wd_annealing(sche_type: str, optimizer: torch.optim.Optimizer, peak_lr: f
     """Set learning rate and weight decay of every group for micro-step `cur_it`.
 
     Returns:
-        (lowest lr, highest lr, lowest wd, highest wd); the lowest wd is over decayed groups, -1 if there are none.
+        (lowest lr, highest lr, lowest wd, highest wd); the lowest wd is over decayed groups, -1 if there are
+        none.
     """
     lr = peak_lr * lr_ratio(sche_type.strip(), cur_it, round(wp_it), max_it, wp0, wpe)
     decay = wd_end + (wd - wd_end) * (0.5 + 0.5 * math.cos(math.pi * cur_it / max(max_it - 1, 1)))
@@ -58,10 +59,12 @@ def lr_wd_annealing(sche_type: str, optimizer: torch.optim.Optimizer, peak_lr: f
 
 
 def filter_params(model: nn.Module, nowd_keys: Iterable[str] = ()) -> tuple[list[str], list[nn.Parameter], list[dict]]:
-    """Trainable parameters in two groups: without weight decay (vectors, biases, names holding a key) and with it.
+    """Trainable parameters in two groups: without weight decay (vectors, biases, names holding a key) and
+    with it.
 
     Returns:
-        (names, parameters, groups); groups are in order of first appearance and hold params, wd_sc (0 or 1) and lr_sc.
+        (names, parameters, groups); groups are in order of first appearance and hold params, wd_sc (0 or 1)
+        and lr_sc.
     """
     groups: dict[float, dict] = {}
     names, params = [], []

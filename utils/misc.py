@@ -29,7 +29,8 @@ def auto_resume(args: Any, pattern: str = 'ar-ckpt*.pth') -> tuple[list[str], in
     """The newest readable checkpoint in `args.local_out_dir_path`, upstream's call.
 
     Returns:
-        (lines for the log, epoch, iteration, state of the trainer, settings); zeros and empty where there is none.
+        (lines for the log, epoch, iteration, state of the trainer, settings); zeros and empty where there is
+        none.
     """
     path, checkpoint = newest_checkpoint(args.local_out_dir_path, pattern)
     if path is None:
@@ -40,7 +41,8 @@ def auto_resume(args: Any, pattern: str = 'ar-ckpt*.pth') -> tuple[list[str], in
 
 
 def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) -> str:
-    """Pack the PNG files directly in a folder as uint8 (N, H, W, 3) under `arr_0`, in the order of their names.
+    """Pack the PNG files directly in a folder as uint8 (N, H, W, 3) under `arr_0`, in the order of their
+    names.
 
     Images are streamed, so memory holds one at a time.
 

@@ -1,8 +1,8 @@
 """Codebook learned by moving averages, with restart of dead codes: the two measures that stop collapse.
 
 Letters: V vocabulary, Z code channels, N queries of a scale, K scales.
-Source: EMA codebook of arXiv 1711.00937 App. A.1; restart candidates are drawn equally from every scale, since in a
-pyramid 1 token of 680 is the 1x1 one and a uniform pool would serve the finest scale only.
+Source: EMA codebook of arXiv 1711.00937 App. A.1; restart candidates are drawn equally from every scale,
+since in a pyramid 1 token of 680 is the 1x1 one and a uniform pool would serve the finest scale only.
 """
 import math
 
@@ -89,8 +89,8 @@ class CodebookEMA:
     def _balanced_candidates(self, count: int) -> torch.Tensor:
         """(<= count, Z) queries of the global batch, equally many from every scale, the same on every rank.
 
-        All ranks draw the same positions from the global generator, each adds the rows it owns, and a sum collects
-        them; so the choice does not depend on the number of ranks.
+        All ranks draw the same positions from the global generator, each adds the rows it owns, and a sum
+        collects them; so the choice does not depend on the number of ranks.
         """
         share, extra = divmod(count, len(self._queries))
         chosen, rank = [], dist.get_rank()

@@ -1,6 +1,8 @@
-"""Convolutional encoder and decoder of the VAR tokenizer, down by 2 ** (levels - 1), with attention at the deepest level.
+"""Convolutional encoder and decoder of the VAR tokenizer, down by 2 ** (levels - 1), with attention at the
+deepest level.
 
-Letters: B batch, C channels, Z code channels, h w feature map. Source: arXiv 2404.02905 (network of arXiv 2112.10752).
+Letters: B batch, C channels, Z code channels, h w feature map. Source: arXiv 2404.02905 (network of arXiv
+2112.10752).
 """
 from collections.abc import Sequence
 
@@ -41,7 +43,9 @@ class Upsample2x(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised 3x3 convolutions and a shortcut, which is a 1x1 convolution only where the width changes."""
+    """Two normalised 3x3 convolutions and a shortcut, which is a 1x1 convolution only where the width
+    changes.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float):
         super().__init__()
@@ -75,7 +79,9 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention at the deepest one, and the change of resolution."""
+    """Residual blocks of one resolution, each followed by attention at the deepest one, and the change of
+    resolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, dropout: float, with_attn: bool):
         super().__init__()

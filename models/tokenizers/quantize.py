@@ -30,10 +30,11 @@ def float32_matmul() -> Iterator[None]:
 
 
 def phi_index(num_phis: int, k: int, num_scales: int) -> int:
-    """Which of `num_phis` shared convolutions serves scale k of `num_scales`: the nearest of evenly spaced ticks.
+    """Which of `num_phis` shared convolutions serves scale k of `num_scales`: the nearest of evenly spaced
+    ticks.
 
-    Scales 2 and 7 of 10 lie exactly between two ticks; float64 rounding of this very expression decides them, and
-    published weights depend on it. A single scale uses phi 0.
+    Scales 2 and 7 of 10 lie exactly between two ticks; float64 rounding of this very expression decides them,
+    and published weights depend on it. A single scale uses phi 0.
     """
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
     ticks = np.linspace(margin, 1 - margin, num_phis)
@@ -94,7 +95,8 @@ class VectorQuantizer2(nn.Module):
         v_patch_nums: sides of the code maps, coarse to fine.
         quant_resi: ratio r of phi.
         share_quant_resi: 0 one phi per scale, 1 a single one, n >= 2 that many, spread over the scales.
-        codebook: 'grad' trains it by gradient as published, 'ema' by moving averages (tokenizers are trained so here).
+        codebook: 'grad' trains it by gradient as published, 'ema' by moving averages (tokenizers are trained
+            so here).
     """
 
     def __init__(self, vocab_size: int, Cvae: int, using_znorm: bool, beta: float = 0.25,
@@ -190,7 +192,8 @@ class VectorQuantizer2(nn.Module):
     def usages(self, num_positions: int) -> list[float]:
         """Percent of codes per scale hit at least 0.08 times as often as an even use of one full map would.
 
-        The published figure: coarse scales cannot reach 100 (side p tops out at p^2 / (0.08 h w) of the codebook).
+        The published figure: coarse scales cannot reach 100 (side p tops out at p^2 / (0.08 h w) of the
+        codebook).
 
         Args:
             num_positions: B * h * w of one step on one rank.
@@ -202,7 +205,9 @@ class VectorQuantizer2(nn.Module):
     @torch.no_grad()
     def f_to_idxBl_or_fhat(self, f_BChw: torch.Tensor, to_fhat: bool,
                            v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
-        """Per scale, coarse to fine: codes (B, ph * pw) int64, or the cumulative f_hat (B, Z, h, w) if `to_fhat`."""
+        """Per scale, coarse to fine: codes (B, ph * pw) int64, or the cumulative f_hat (B, Z, h, w) if
+        `to_fhat`.
+        """
         f_hat, out = torch.zeros_like(f_BChw), []
         for scale in self.residual_scales(f_BChw, v_patch_nums):
             f_hat = f_hat + scale.h_BZhw
@@ -234,7 +239,8 @@ class VectorQuantizer2(nn.Module):
         Args:
             gt_ms_idx_Bl: codes of the leading n scales, each (B, pn ** 2); n < K in progressive training.
         Returns:
-            (B, tokens of scales 1..n-1, Z) float32: f_hat so far, resized to the scale it predicts; None if n is 1.
+            (B, tokens of scales 1..n-1, Z) float32: f_hat so far, resized to the scale it predicts; None if n
+            is 1.
         Source: arXiv 2404.02905, Algorithm 2.
         """
         pns, num_scales = self.v_patch_nums, len(self.v_patch_nums)

@@ -21,7 +21,8 @@ class VQVAE(Tokenizer):
     """Encoder, quantizer with K code maps, decoder.
 
     Args:
-        vocab_size: V. z_channels: Z. ch: width of the first level (a multiple of 32; published weights use 160).
+        vocab_size: V. z_channels: Z. ch: width of the first level (a multiple of 32; published weights use
+            160).
         dropout: inside residual blocks. beta: weight of the commitment term.
         using_znorm, quant_resi, share_quant_resi, default_qresi_counts: see `VectorQuantizer2`.
         quant_conv_ks: kernel of the convolutions before and after the quantizer.
@@ -91,13 +92,17 @@ class VQVAE(Tokenizer):
 
     def img_to_idxBl(self, inp_img_no_grad: torch.Tensor,
                      v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
-        """Codes of an image in [-1, 1]: K tensors (B, ph * pw) int64, coarse to fine, row-major. Same as `encode`."""
+        """Codes of an image in [-1, 1]: K tensors (B, ph * pw) int64, coarse to fine, row-major. Same as
+        `encode`.
+        """
         return self.encode(inp_img_no_grad, v_patch_nums)
 
     @torch.no_grad()
     def idxBl_to_img(self, ms_idx_Bl: list[torch.Tensor], same_shape: bool,
                      last_one: bool = False) -> list[torch.Tensor] | torch.Tensor:
-        """Images in [-1, 1] after each scale (or after the last); `same_shape` False gives image k at scale k's size."""
+        """Images in [-1, 1] after each scale (or after the last); `same_shape` False gives image k at scale
+        k's size.
+        """
         sides = [round(idx_Bl.shape[1] ** 0.5) for idx_Bl in ms_idx_Bl]
         ms_h_BZhw = [self.quantize.embed(idx_Bl, (pn, pn)) for idx_Bl, pn in zip(ms_idx_Bl, sides, strict=True)]
         return self.embed_to_img(ms_h_BZhw, all_to_max_scale=same_shape, last_one=last_one)
@@ -159,7 +164,9 @@ class VQVAE(Tokenizer):
 
     # ------------------------------------------------------------------------------ weights
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As torch's, but usage counters of another number of scales are left out (the caller's dict stays as it is)."""
+        """As torch's, but usage counters of another number of scales are left out (the caller's dict stays as
+        it is).
+        """
         key = 'quantize.ema_vocab_hit_SV'
         mine = self.quantize.ema_vocab_hit_SV
         if key in state_dict and len(state_dict[key]) != len(mine):

@@ -1,0 +1,23 @@
+# make demo: train a tokenizer and a VAR on this machine, draw digits, score them    make test: the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint
+demo:
+	began=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/ready && PYTHON=$(CURDIR)/$(BIN)/python BEGAN=$$began bash recipes/demo.sh
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@

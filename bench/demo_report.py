@@ -1,0 +1,141 @@
+"""Score what `make demo` made and draw it: report.json, samples.png, reconstructions.png, curves.png.
+
+    python bench/demo_report.py --dir=local_output/demo
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from scipy.spatial.distance import pdist
+from sklearn.svm import SVC
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models import VQVAE, build_tokenizer
+from utils.checkpoint import atomic_path, load_file, model_state
+from utils.data import build_dataset
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+BARS = dict(class_accuracy=0.95, diversity=0.7, tokenizer_psnr=22., svm_real_accuracy=0.96)  # lowest acceptable values
+
+
+def stack(dataset) -> tuple[torch.Tensor, np.ndarray]:
+    """All images (N, 3, H, W) in [-1, 1] and labels (N,) of a data set."""
+    images, labels = zip(*dataset, strict=True)
+    return torch.stack(images), np.array(labels)
+
+
+def grey(images: torch.Tensor) -> np.ndarray:
+    """(N, H * W) in [0, 1], what the judge sees."""
+    return images.add(1).div(2).mean(1).flatten(1).numpy()
+
+
+def within_class_distance(pixels: np.ndarray, labels: np.ndarray) -> float:
+    """Mean Euclidean distance between two images of the same class."""
+    return float(np.mean([pdist(pixels[labels == label]).mean() for label in np.unique(labels)]))
+
+
+def codebook_usage(idx_kBl: list[torch.Tensor], vocab_size: int) -> dict[str, dict[str, float]]:
+    """Per scale: distinct codes over reachable ones, and perplexity, of a set of images."""
+    usage = {}
+    for idx_Bl in idx_kBl:
+        count = torch.bincount(idx_Bl.flatten(), minlength=vocab_size).double()
+        share = count[count > 0] / count.sum()
+        side = round(idx_Bl.shape[1] ** 0.5)
+        usage[f'{side}x{side}'] = dict(distinct_over_reachable=len(share) / min(vocab_size, idx_Bl.numel()),
+                                       perplexity=float((-share * share.log()).sum().exp()))
+    return usage
+
+
+def draw_rows(path: Path, rows: list[torch.Tensor], names: list[str], title: str) -> None:
+    """A grid: one row of images (n, 3, H, W) in [-1, 1] per name, at four times their size."""
+    height, width = rows[0].shape[-2:]
+    strips = [torch.cat(list(row), dim=-1) for row in rows]
+    picture = torch.cat(strips, dim=-2).add(1).div(2).clamp(0, 1).permute(1, 2, 0).numpy()
+    figure, axes = plt.subplots(figsize=(0.45 * len(rows[0]) + 1.4, 0.45 * len(rows) + 0.6), dpi=150)
+    axes.imshow(picture, interpolation='nearest')
+    axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.set_title(title)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format='png')
+    plt.close(figure)
+
+
+def draw_curves(path: Path, folder: Path) -> None:
+    """Training curves of both models from their log.txt."""
+    panels = [('vqvae', 'psnr', 'tokenizer: PSNR [dB]'), ('var', 'L_mean', 'VAR: cross-entropy'),
+              ('var', 'acc_mean', 'VAR: token accuracy [%]')]
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), dpi=120)
+    for axis, (model, key, title) in zip(axes, panels, strict=True):
+        epochs = [json.loads(line) for line in (folder / model / 'log.txt').read_text().splitlines()]
+        epochs = [values for values in epochs if key in values]
+        steps = [values['it'] for values in epochs]
+        axis.plot(steps, [values[key] for values in epochs], label='training')
+        axis.plot(steps, [values[f'v{key}'] for values in epochs], 'o', label='held out (last known)', markersize=3)
+        axis.set_title(title)
+        axis.set_xlabel('optimizer step')
+        axis.grid(alpha=0.3)
+        axis.legend()
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--dir', type=Path, default=Path('local_output/demo'))
+    parser.add_argument('--began', type=float, default=None, help='Unix time at which the demo began')
+    args = parser.parse_args()
+
+    _, train_set, val_set = build_dataset('digits', 32, mid_reso=1.)
+    (train_images, train_labels), (val_images, val_labels) = stack(train_set), stack(val_set)
+    samples_u8 = np.load(args.dir / 'samples.npz')['arr_0']
+    samples = torch.from_numpy(samples_u8).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    wanted = np.arange(len(samples)) % 10  # sample.py spreads the classes this way
+
+    # 1. do the samples show the digits they were asked for, as variously as real ones?
+    judge = SVC(gamma='scale', C=10).fit(grey(train_images), train_labels)
+    predicted = judge.predict(grey(samples))
+    diversity = within_class_distance(grey(samples), wanted) / within_class_distance(grey(val_images), val_labels)
+
+    # 2. what does the tokenizer keep of digits it never saw?
+    path = args.dir / 'vqvae' / 'vae-ckpt-last.pth'
+    vae = build_tokenizer(VQVAE, model_state(load_file(path), 'tokenizer'), str(path), 'cpu', v_patch_nums=(1, 2, 3, 4))
+    idx_kBl = vae.encode(val_images)
+    steps = vae.idxBl_to_img(idx_kBl, same_shape=True)
+    error_N = (steps[-1] - val_images).div(2).square().flatten(1).mean(1)
+
+    report = dict(class_accuracy=float((predicted == wanted).mean()), diversity=diversity,
+                  tokenizer_psnr=float(-10 * error_N.log10().mean()),
+                  svm_real_accuracy=float(judge.score(grey(val_images), val_labels)),
+                  num_samples=len(samples), codebook_usage=codebook_usage(idx_kBl, vae.vocab_size),
+                  accuracy_per_class=[float((predicted == wanted)[wanted == digit].mean()) for digit in range(10)],
+                  seconds=round(time.time() - args.began) if args.began else None)
+    with atomic_path(args.dir / 'report.json') as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + '\n')
+
+    draw_rows(args.dir / 'samples.png', [samples[wanted == digit][:16] for digit in range(10)],
+              [str(digit) for digit in range(10)], 'digits drawn on request, one class per row')
+    first = torch.tensor([int(np.flatnonzero(val_labels == digit)[0]) for digit in range(10)])
+    draw_rows(args.dir / 'reconstructions.png', [val_images[first], *(step[first] for step in steps)],
+              ['real', *(f'scale {pn}x{pn}' for pn in vae.quantize.v_patch_nums)], 'held-out digits, coarse to fine')
+    draw_curves(args.dir / 'curves.png', args.dir)
+
+    print(json.dumps({name: report[name] for name in (*BARS, 'seconds')}, indent=2))
+    missed = [f'{name} {report[name]:.3f} < {bar}' for name, bar in BARS.items() if report[name] < bar]
+    sys.exit(f'demo: {", ".join(missed)}' if missed else 0)
+
+
+if __name__ == '__main__':
+    main()
