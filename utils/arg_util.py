@@ -159,7 +159,7 @@ class Recipe:
     def run_name(self, world_size: int) -> str:
         """Name of the TensorBoard folder."""
         name = (f'tb-{self._model_tag()}__b{self.micro_batch(world_size)}ep{self.epochs}'
-                f'{self.optimizer.lower().strip()[:4]}lr{self.base_lr:g}wd{self.weight_decay:g}')
+                f'{self.optimizer[:4]}lr{self.base_lr:g}wd{self.weight_decay:g}')
         return re.sub(r'[^\w\-+,.]', '_', name)
 
     def _model_tag(self) -> str:
@@ -185,7 +185,7 @@ class Recipe:
         """Every derived value under its published name."""
         return dict(batch_size=self.local_batch(world_size), glb_batch_size=self.micro_batch(world_size),
                     bs=self.micro_batch(world_size), tlr=self.peak_lr(world_size), twde=self.final_weight_decay,
-                    wp=self.warmup_epochs, sche=self.lr_schedule, opt=self.optimizer.lower().strip(),
+                    wp=self.warmup_epochs, sche=self.lr_schedule,
                     workers=self.num_workers(world_size), data_load_reso=self.image_size,
                     tb_dir_name=self.run_name(world_size), world_size=world_size)
 

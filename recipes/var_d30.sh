@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# VAR-d30, ImageNet 256. Usage: recipes/var_d30.sh /path/to/imagenet [more flags]; 8 GPUs per node, see README for several nodes.
+set -euo pipefail
+torchrun ${TORCHRUN:---standalone --nproc_per_node=8} train.py \
+  --data_path="$1" --depth=30 --bs=1024 --ep=350 --tblr=8e-5 --fp16=1 --alng=1e-5 --wpe=0.01 --twde=0.08 "${@:2}"

@@ -1,0 +1,239 @@
+"""Sampling filters, guidance, label dropout, drop path and their draws per image."""
+import golden
+import pytest
+import torch
+from golden import assert_within
+
+from models.helpers import (
+    DropPath,
+    drop_labels,
+    exponential_like,
+    filter_top_k_top_p,
+    filter_top_k_top_p_,
+    global_rows,
+    guide,
+    gumbel_softmax_with_rng,
+    sample_with_top_k_top_p_,
+)
+
+FILTERS = golden.load_json('topk_topp')['cases']
+
+
+@pytest.fixture(scope='module')
+def vectors():
+    return golden.load_tensors('topk_topp')
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------ filters
+@pytest.mark.parametrize('case', FILTERS, ids=[case['key'] for case in FILTERS])
+def test_filter(vectors, case):
+    logits = vectors[case['input']].clone()
+    copied = filter_top_k_top_p(logits, case['top_k'], case['top_p'])
+    assert torch.equal(logits, vectors[case['input']]), 'the twin without underscore keeps its argument'
+    returned = filter_top_k_top_p_(logits, case['top_k'], case['top_p'])
+    assert returned is logits and torch.equal(copied, logits)
+    kept = logits.isfinite()
+    assert kept.sum(-1).tolist() == case['kept_counts']
+    assert torch.equal(logits[kept], vectors[case['input']][kept])
+    if not case['order_dependent_ties']:
+        assert torch.equal(kept, vectors[f'{case["key"]}.keep'])
+
+
+@pytest.mark.parametrize('case', FILTERS, ids=[case['key'] for case in FILTERS])
+def test_draw(vectors, case):
+    golden.needs_rng()
+    logits = vectors[case['input']].clone()
+    idx = sample_with_top_k_top_p_(logits, case['top_k'], case['top_p'], rng=seeded(13))
+    assert idx.dtype == torch.int64 and idx.shape == (*logits.shape[:2], 1)
+    assert logits.gather(2, idx).isfinite().all(), 'logits are filtered in place and the draw is a kept one'
+    if not case['order_dependent_ties']:
+        assert torch.equal(idx, vectors[f'{case["key"]}.idx_seed13'])
+
+
+@pytest.mark.parametrize('n', [4, -3])
+def test_several_draws(vectors, n):
+    golden.needs_rng()
+    idx = sample_with_top_k_top_p_(vectors['base.in'].clone(), 8, 0.9, rng=seeded(21), num_samples=n)
+    assert torch.equal(idx, vectors[f'multi.n{n}'])
+    if n < 0:
+        assert all(len(set(row.tolist())) == -n for row in idx.flatten(0, 1)), 'without replacement'
+
+
+@pytest.mark.parametrize(('top_k', 'top_p', 'kept'), [
+    (0, 0., [0, 1, 2, 3]), (1, 0., [3]), (2, 0., [2, 3]), (4, 0., [0, 1, 2, 3]),
+    (0, 0.39, [3]), (0, 0.41, [2, 3]), (0, 0.71, [1, 2, 3]), (0, 0.91, [0, 1, 2, 3]), (0, 1e-6, [3]),
+    (0, 1., [0, 1, 2, 3]), (0, 1.5, [0, 1, 2, 3]), (0, -1., [0, 1, 2, 3]),
+    (2, 0.55, [3]), (2, 0.6, [2, 3]), (3, 0.75, [2, 3]),  # top-p counts what top-k left
+])
+def test_filter_of_known_probabilities(top_k, top_p, kept):
+    logits = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]]).log()
+    finite = filter_top_k_top_p(logits, top_k, top_p).isfinite()
+    assert finite[0, 0].nonzero().flatten().tolist() == kept
+
+
+def test_ties_with_the_last_kept_stay():
+    logits = torch.tensor([[[1., 3., 2., 2., 0.]]])
+    assert filter_top_k_top_p(logits, top_k=2)[0, 0].isfinite().tolist() == [False, True, True, True, False]
+
+
+def test_top_1_is_argmax():
+    logits = torch.randn(3, 7, 50)
+    for top_k, top_p in ((1, 0.), (0, 1e-9)):
+        idx = sample_with_top_k_top_p_(logits.clone(), top_k, top_p, rng=seeded(0))
+        assert torch.equal(idx[..., 0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize('top_k', [25, 1000, -1])
+def test_top_k_out_of_range(top_k):
+    logits = torch.zeros(1, 2, 24)
+    with pytest.raises(ValueError, match=rf'top_k must lie in 0\.\.24, .* got {top_k}: .* 0 to') as error:
+        sample_with_top_k_top_p_(logits, top_k)
+    assert '\n' not in str(error.value) and not logits.any(), 'the argument is untouched'
+
+
+# ------------------------------------------------------------ gumbel softmax
+@pytest.mark.parametrize('tau', [1.0, 0.27, 0.01])
+@pytest.mark.parametrize('hard', [0, 1])
+def test_gumbel_softmax(vectors, tau, hard):
+    golden.needs_rng()
+    actual = gumbel_softmax_with_rng(vectors['base.in'], tau=tau, hard=bool(hard), rng=seeded(31))
+    assert_within(actual, vectors[f'gumbel.tau{tau}.hard{hard}'], 1e-3 if tau == 0.01 else 1e-5)
+
+
+def test_gumbel_softmax_of_filtered_logits(vectors):
+    golden.needs_rng()
+    stored = vectors['gumbel.masked_in']
+    logits = stored.masked_fill(stored < -1e29, -torch.inf)
+    actual = gumbel_softmax_with_rng(logits, tau=0.1, rng=seeded(32))
+    assert_within(actual, vectors['gumbel.masked.tau0.1'], 1e-5)
+    assert (actual[logits.isinf()] == 0).all() and logits.isinf().any()
+
+
+def test_gumbel_softmax_with_the_global_generator(vectors):
+    golden.needs_rng()
+    torch.manual_seed(33)
+    actual = gumbel_softmax_with_rng(vectors['base.in'], tau=0.5)
+    assert_within(actual, vectors['gumbel.global33.tau0.5'], 1e-5)
+
+
+def test_hard_gumbel_softmax_is_straight_through():
+    logits = torch.randn(2, 3, 8, requires_grad=True)
+    probe = torch.randn(2, 3, 8)
+    hard = gumbel_softmax_with_rng(logits, tau=0.7, hard=True, rng=seeded(1))
+    assert torch.equal(hard.detach().round(), hard.detach()) or (hard - hard.round()).abs().max() < 1e-6
+    assert torch.equal(hard.round().sum(-1), torch.ones(2, 3))
+    (hard_grad,) = torch.autograd.grad((hard * probe).sum(), logits)
+    soft = gumbel_softmax_with_rng(logits, tau=0.7, rng=seeded(1))
+    (soft_grad,) = torch.autograd.grad((soft * probe).sum(), logits)
+    assert_within(hard_grad, soft_grad, 1e-6)
+
+
+def test_gumbel_softmax_along_another_axis():
+    logits = torch.randn(2, 3, 8)
+    assert_within(gumbel_softmax_with_rng(logits, dim=1, rng=seeded(1)).sum(1), torch.ones(2, 8), 1e-6)
+
+
+def test_exponential_noise_is_that_of_the_generator():
+    t = torch.empty(2, 3, 4)
+    assert torch.equal(exponential_like(t, seeded(4)), torch.empty(2, 3, 4).exponential_(generator=seeded(4)))
+    assert torch.equal(exponential_like(t.transpose(0, 2), seeded(4)).flatten(),
+                       exponential_like(t, seeded(4)).flatten()), 'memory layout does not matter'
+
+
+# ------------------------------------------------------------ guidance
+def test_guidance():
+    cond, uncond = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    assert torch.equal(guide(cond, uncond, 1.), cond)
+    assert torch.equal(guide(cond, uncond, 0.), uncond)
+    assert_within(guide(cond, uncond, 2.5), uncond + 2.5 * (cond - uncond), 1e-5)
+    assert_within(guide(cond, cond, 7.), cond, 1e-5)
+
+
+# ------------------------------------------------------------ label dropout and drop path
+@pytest.mark.parametrize('p', [0., 0.1, 0.5, 1.])
+def test_drop_labels(p):
+    labels = torch.randint(0, 10, (20_000,))
+    given = labels.clone()
+    dropped = drop_labels(labels, 10, p)
+    assert torch.equal(labels, given) and dropped.dtype == labels.dtype
+    assert ((dropped == labels) | (dropped == 10)).all()
+    share = (dropped == 10).float().mean().item()
+    assert share == p if p in (0., 1.) else abs(share - p) < 4 * (p * (1 - p) / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize('p', [0., 0.3])
+def test_drop_labels_draws_one_number_per_label(p):
+    torch.manual_seed(8)
+    dropped = drop_labels(torch.zeros(6, dtype=torch.int64), 9, p)
+    after = torch.rand(1)
+    torch.manual_seed(8)
+    assert torch.equal(dropped == 9, torch.rand(6) < p)
+    assert torch.equal(after, torch.rand(1))
+
+
+@pytest.mark.parametrize('drop_prob', [0.1, 0.5, 0.9])
+def test_drop_path(drop_prob):
+    layer, x = DropPath(drop_prob).train(), torch.ones(20_000, 2, 3)
+    out = layer(x)
+    rows = out.flatten(1)
+    assert (rows == rows[:, :1]).all(), 'an image is dropped as a whole'
+    assert rows[:, 0].unique().tolist() == [0., pytest.approx(1 / (1 - drop_prob))]
+    kept = (rows[:, 0] > 0).float().mean().item()
+    assert abs(kept - (1 - drop_prob)) < 4 * (drop_prob * (1 - drop_prob) / 20_000) ** 0.5
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_drop_path_of_zero_is_the_identity_and_draws_nothing():
+    x = torch.randn(4, 2, 3)
+    torch.manual_seed(5)
+    assert DropPath(0.).train()(x) is x
+    assert DropPath(0.5).eval()(x) is x
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_drop_path_keeps_the_type():
+    assert DropPath(0.5).train()(torch.ones(4, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('parts', [(4, 4), (1, 3, 4), (2, 2, 2, 2)])
+def test_draws_of_several_ranks_are_those_of_one(parts):
+    """Equal seeds on every rank: the parts of the global batch equal the batch of one process."""
+    labels, x = torch.arange(8), torch.randn(8, 3, 2)
+    layer = DropPath(0.4).train()
+
+    def draws(begin, end):
+        torch.manual_seed(17)
+        with global_rows(begin, 8):
+            return drop_labels(labels[begin:end], 99, 0.5), layer(x[begin:end]), layer(x[begin:end])
+
+    torch.manual_seed(17)
+    single = drop_labels(labels, 99, 0.5), layer(x), layer(x)
+    ranks, begin = [], 0
+    for part in parts:
+        ranks.append(draws(begin, begin + part))
+        begin += part
+    for whole, pieces in zip(single, zip(*ranks, strict=True), strict=True):
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_global_rows_end_with_their_context():
+    def draw():
+        torch.manual_seed(2)
+        return drop_labels(torch.zeros(4, dtype=torch.int64), 1, 0.5)
+    outside = draw()
+    with global_rows(4, 8):
+        shifted = draw()
+        with global_rows(0, 4):
+            assert torch.equal(draw(), outside)
+        assert torch.equal(draw(), shifted)
+    with pytest.raises(RuntimeError, match='stop'), global_rows(4, 8):
+        raise RuntimeError('stop')
+    assert torch.equal(draw(), outside)
+    torch.manual_seed(2)
+    assert torch.equal(shifted, (torch.rand(8)[4:] < 0.5).long())

@@ -1,0 +1,587 @@
+"""VQVAE, its multi-scale quantizer and the moving-average codebook."""
+import copy
+
+import golden
+import numpy as np
+import pytest
+import torch
+from golden import assert_norms, assert_stats, assert_within
+from torch import nn
+from torch.nn import functional as F
+
+import dist
+from models import VQVAE, VectorQuantizer2, build_tokenizer, build_vae_var, load_weights
+from models.tokenizers import codebook as codebook_module
+from models.tokenizers.codebook import CHECK_EVERY, GAMMA, CodebookEMA
+from models.tokenizers.quantize import phi_index
+
+PATCH_NUMS = (1, 2, 3, 4)
+SMALL = dict(vocab_size=24, z_channels=8, ch=32, v_patch_nums=(1, 2, 4))
+
+
+@pytest.fixture(scope='module')
+def vqvae():
+    return golden.build_vqvae()
+
+
+@pytest.fixture(scope='module')
+def vectors():
+    return golden.load_tensors('vqvae')
+
+
+@pytest.fixture(scope='module')
+def images(vectors):
+    return golden.images(vectors['images_u8'])
+
+
+def idx_of(vectors, name='idx'):
+    return [vectors[f'{name}.{k}'] for k in range(len(PATCH_NUMS))]
+
+
+# ------------------------------------------------------------ inference against the reference
+def test_state_dict_is_the_published_one(vqvae):
+    rules, state = golden.load_json('vqvae')['state'], vqvae.state_dict()
+    assert list(state) == list(rules)
+    assert {key: list(t.shape) for key, t in state.items()} == {key: rules[key]['shape'] for key in rules}
+    assert {str(t.dtype) for t in state.values()} == {'torch.float32'}
+
+
+def test_published_size():
+    with torch.device('meta'):
+        vqvae = VQVAE(ch=160)
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in vqvae.named_children()}
+    assert sizes == dict(encoder=44_107_872, decoder=64_653_923, quantize=168_064, quant_conv=9_248,
+                         post_quant_conv=9_248)
+    assert sum(sizes.values()) == 108_948_355
+    assert len(vqvae.state_dict()) == 324
+    assert vqvae.quantize.ema_vocab_hit_SV.shape == (10, 4096)
+
+
+def test_features(vqvae, vectors, images):
+    assert_within(vqvae.encoder(images), vectors['encoder_out'], 1e-4)
+    assert_within(vqvae.features(images), vectors['feat'], 1e-4)
+
+
+def test_every_convolution_output(vqvae, vectors, images):
+    probes, seen = golden.load_json('vqvae')['conv_output_probes'], {}
+    handles = [module.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out.clone()}))
+               for name, module in vqvae.named_modules()
+               if isinstance(module, nn.Conv2d) and not name.startswith('quantize')]
+    vqvae.quant_conv(vqvae.encoder(images))
+    vqvae.fhat_to_img(vectors['feat'])
+    for handle in handles:
+        handle.remove()
+    assert set(seen) == set(probes)
+    for name, (expected,) in probes.items():
+        assert_stats(seen[name], expected)
+
+
+def test_codes(vqvae, vectors, images):
+    for actual, expected in zip(vqvae.img_to_idxBl(images), idx_of(vectors), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize('as_pairs', [True, False])
+def test_codes_of_another_pyramid(vqvae, vectors, images, as_pairs):
+    sizes = [tuple(hw) for hw in golden.load_json('vqvae')['custom_patch_hw']]
+    sizes = sizes if as_pairs else [h if h == w else (h, w) for h, w in sizes]
+    idx_kBl = vqvae.img_to_idxBl(images, v_patch_nums=sizes)
+    for actual, expected in zip(idx_kBl, idx_of(vectors, 'custom_idx'), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_pyramid_of_pairs_in_the_constructor(vectors, images):
+    sizes = [tuple(hw) for hw in golden.load_json('vqvae')['custom_patch_hw']]
+    vqvae = golden.build_vqvae(v_patch_nums=sizes)
+    for actual, expected in zip(vqvae.encode(images), idx_of(vectors, 'custom_idx'), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_last_scale_must_be_the_feature_map(vqvae, images):
+    with pytest.raises(AssertionError, match=r'size of the feature map \(4, 4\), got \(3, 3\)'):
+        vqvae.img_to_idxBl(images, v_patch_nums=(1, 2, 3))
+
+
+def test_cumulative_features(vqvae, vectors):
+    f_hats = vqvae.quantize.f_to_idxBl_or_fhat(vectors['feat'], to_fhat=True)
+    for k, f_hat in enumerate(f_hats):
+        assert_within(f_hat, vectors[f'fhat.{k}'], 1e-4)
+
+
+def test_sum_over_scales_of_the_codes_is_f_hat(vqvae, vectors):
+    quantize = vqvae.quantize
+    maps = [quantize.embed(idx, (pn, pn)) for idx, pn in zip(idx_of(vectors), PATCH_NUMS, strict=True)]
+    f_hats = quantize.embed_to_fhat(maps, all_to_max_scale=True)
+    encoded = quantize.f_to_idxBl_or_fhat(vectors['feat'], to_fhat=True)
+    for f_hat, expected in zip(f_hats, encoded, strict=True):
+        assert torch.equal(f_hat, expected)
+    assert torch.equal(quantize.embed_to_fhat(maps, all_to_max_scale=True, last_one=True), f_hats[-1])
+
+
+def test_native_size_features(vqvae, vectors):
+    quantize = vqvae.quantize
+    maps = [quantize.embed(idx, (pn, pn)) for idx, pn in zip(idx_of(vectors), PATCH_NUMS, strict=True)]
+    for k, f_hat in enumerate(quantize.embed_to_fhat(maps, all_to_max_scale=False)):
+        assert_within(f_hat, vectors[f'embed_to_fhat.native.{k}'], 1e-4)
+
+
+def test_images_of_codes(vqvae, vectors):
+    info, idx_kBl = golden.load_json('vqvae'), idx_of(vectors)
+    full = vqvae.idxBl_to_img(idx_kBl, same_shape=True)
+    for image, expected in zip(full, info['tok_img_same_shape_stats'], strict=True):
+        assert_stats(image, expected)
+    native = vqvae.idxBl_to_img(idx_kBl, same_shape=False)
+    for image, expected in zip(native, info['tok_img_native_stats'], strict=True):
+        assert_stats(image, expected)
+    for k in range(2):
+        assert_within(native[k], vectors[f'tok_img.native.{k}'], 2e-4)
+    assert torch.equal(vqvae.decode(idx_kBl), full[-1])
+
+
+def test_reconstructions(vqvae, vectors, images):
+    recs = vqvae.img_to_reconstructed_img(images)
+    for rec, expected in zip(recs, golden.load_json('vqvae')['reconstruct_stats_per_scale'], strict=True):
+        assert_stats(rec, expected)
+    assert_within(recs[-1], vectors['rec.last'], 2e-4)
+    assert torch.equal(vqvae.img_to_reconstructed_img(images, last_one=True), recs[-1])
+
+
+def test_decoder_alone(vqvae, vectors):
+    assert_within(vqvae.fhat_to_img(vectors['feat']), vectors['img_from_feat'], 2e-4)
+
+
+def test_teacher_forcing_input_and_its_prefixes(vqvae, vectors):
+    idx_kBl = idx_of(vectors)
+    assert_within(vqvae.quantize.idxBl_to_var_input(idx_kBl), vectors['var_input'], 1e-4)
+    for stage, info in golden.load_json('vqvae')['prog'].items():
+        prefix = vqvae.quantize.idxBl_to_var_input(idx_kBl[:int(stage) + 1])
+        if info['var_input_len'] is None:
+            assert prefix is None
+        else:
+            assert prefix.shape[1] == info['var_input_len']
+            assert_within(prefix, vectors['var_input'][:, :info['var_input_len']], 1e-4)
+
+
+def test_step_by_step_input(vqvae, vectors):
+    quantize, f_hat = vqvae.quantize, torch.zeros_like(vectors['feat'])
+    for k, idx in enumerate(idx_of(vectors)):
+        h = quantize.embed(idx, (PATCH_NUMS[k], PATCH_NUMS[k]))
+        returned, following = quantize.get_next_autoregressive_input(k, len(PATCH_NUMS), f_hat, h)
+        assert returned is f_hat, 'f_hat is updated in place'
+        assert_within(following, vectors[f'ar_next.{k}'], 1e-4)
+        assert_within(f_hat, vectors[f'fhat.{k}'], 1e-4)
+
+
+def test_encode_ignores_autocast(vqvae, images):
+    expected = vqvae.encode(images)
+    with torch.autocast('cpu', torch.bfloat16):
+        for actual, idx in zip(vqvae.encode(images), expected, strict=True):
+            assert torch.equal(actual, idx)
+
+
+# ------------------------------------------------------------ quantizer variants
+@pytest.mark.parametrize('name', list(golden.load_json('quantizer_variants')['variants']))
+def test_quantizer_variant(name):
+    info, vectors = golden.load_json('quantizer_variants'), golden.load_tensors('quantizer_variants')
+    variant, pns = info['variants'][name], info['config']['v_patch_nums']
+    quantize = VectorQuantizer2(**info['config'], **variant['kwargs'])
+    assert list(quantize.state_dict()) == list(variant['state'])
+    quantize.load_state_dict(golden.build_state(variant['state'], quantize))
+    quantize.eval()
+
+    idx_kBl = quantize.f_to_idxBl_or_fhat(vectors['feat'], to_fhat=False)
+    assert torch.equal(torch.cat(idx_kBl, dim=1), vectors[f'{name}.idx'])
+    f_hats = quantize.f_to_idxBl_or_fhat(vectors['feat'], to_fhat=True)
+    assert_within(f_hats[0], vectors[f'{name}.fhat_first'], 1e-5)
+    assert_within(f_hats[-1], vectors[f'{name}.fhat_last'], 1e-5)
+    idx_kBl = golden.split_scales(vectors[f'{name}.idx'], pns)
+    assert_within(quantize.idxBl_to_var_input(idx_kBl), vectors[f'{name}.var_input'], 1e-5)
+
+    feat = vectors['feat'].clone().requires_grad_()
+    f_hat, usages, loss = quantize(feat)
+    assert usages is None
+    assert loss.item() == pytest.approx(variant['train_loss'], rel=1e-5)
+    assert_within(f_hat, vectors[f'{name}.train_fhat'], 1e-5)
+    (loss + (f_hat * vectors['probe_weight']).sum()).backward()
+    assert_within(feat.grad, vectors[f'{name}.grad_feat'], 1e-5)
+    assert_norms(golden.named_grads(quantize), variant['grad_l2'])
+
+
+PHI_TABLES = golden.load_json('quantizer_variants')['phi_index_per_scale']
+
+
+@pytest.mark.parametrize(('key', 'table'), PHI_TABLES.items(), ids=PHI_TABLES)
+def test_phi_of_each_scale(key, table):
+    num_phis, num_scales = (int(part.strip('KSN')) for part in key.split('_'))
+    assert [phi_index(num_phis, k, num_scales) for k in range(num_scales)] == table
+
+
+def test_single_scale_uses_the_first_phi():
+    assert [phi_index(n, 0, 1) for n in (1, 2, 4, 8)] == [0, 0, 0, 0]
+    quantize = VectorQuantizer2(16, 8, False, v_patch_nums=(4,))
+    assert quantize.f_to_idxBl_or_fhat(torch.randn(2, 8, 4, 4), to_fhat=False)[0].shape == (2, 16)
+
+
+@pytest.mark.parametrize('using_znorm', [False, True])
+def test_nearest_code_is_the_first_best_one(using_znorm):
+    quantize = VectorQuantizer2(50, 8, using_znorm, v_patch_nums=(1,))
+    with torch.no_grad():
+        quantize.embedding.weight[30:40] = quantize.embedding.weight[10:20]  # exact ties
+    query = torch.randn(200, 8)
+    table = quantize.embedding.weight.detach()
+    if using_znorm:
+        best = (F.normalize(query.double()) @ F.normalize(table.double()).T).argmax(1)
+    else:
+        best = torch.cdist(query.double(), table.double()).argmin(1)
+    assert torch.equal(quantize.nearest_code(query), best)
+    assert not set(best.tolist()) & set(range(30, 40)) and set(best.tolist()) & set(range(10, 20))
+
+
+@pytest.mark.parametrize('e', [0.05, -0.5])
+def test_codebook_initialisation_by_hand(e):
+    quantize = VectorQuantizer2(512, 32, False, v_patch_nums=(1,))
+    quantize.eini(e)
+    weight = quantize.embedding.weight
+    if e > 0:
+        assert weight.std().item() == pytest.approx(e, rel=0.05)
+    else:
+        assert weight.abs().max().item() <= -e / 512
+        assert weight.std().item() == pytest.approx(-e / 512 / 3 ** 0.5, rel=0.05)
+
+
+# ------------------------------------------------------------ training
+def train_steps(vqvae, vectors, num_steps=3):
+    """(row, gradients, reconstruction) of each forward of the reference's training runs."""
+    for step in range(num_steps):
+        images = golden.images(vectors[f'images_u8.{step}'])
+        rec, usages, vq_loss = vqvae(images, ret_usages=True)
+        loss = F.mse_loss(rec, images) + vq_loss
+        vqvae.zero_grad(set_to_none=True)
+        loss.backward()
+        yield dict(rec=rec, usages=usages, vq_loss=vq_loss.item(), total_loss=loss.item(),
+                   grads=golden.named_grads(vqvae))
+
+
+@pytest.fixture
+def process_group(request, tmp_path):
+    if request.param:
+        store = f'file://{tmp_path}/store'
+        torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
+    assert dist.initialized() == request.param
+    yield request.param
+    dist.finalize()
+
+
+@pytest.mark.parametrize('process_group', [False, True], indirect=True, ids=['no_group', 'world1'])
+def test_training_forward(process_group):
+    runs, vectors = golden.load_json('vqvae_train')['runs'], golden.load_tensors('vqvae_train')
+    rows = runs['process_group_world1' if process_group else 'not_initialised']
+    vqvae = golden.build_vqvae(test_mode=False)
+    for step, (actual, row) in enumerate(zip(train_steps(vqvae, vectors), rows, strict=True)):
+        assert actual['vq_loss'] == pytest.approx(row['vq_loss'], rel=1e-5)
+        assert actual['total_loss'] == pytest.approx(row['total_loss'], rel=1e-5)
+        assert_norms(actual['grads'], row['grad_l2'])
+        assert_stats(actual['rec'], row['rec_stats'])
+        # counters of finer scales differ from the reference, whose decay counted scales instead of steps
+        usage = runs['process_group_world1'][step]['usages'][0]
+        assert actual['usages'][0] == pytest.approx(usage, rel=1e-6)
+        if step == 0:
+            assert_within(actual['rec'], vectors['rec.0'], 2e-4)
+    assert_within(vqvae.quantize.ema_vocab_hit_SV[0], vectors['process_group_world1.ema.2'][0], 1e-5)
+
+    vqvae.eval()
+    hits = vqvae.quantize.ema_vocab_hit_SV.clone()
+    images = golden.images(vectors['images_u8.0'])
+    with torch.no_grad():
+        assert vqvae(images)[1] is None
+        _, usages, vq_loss = vqvae(images, ret_usages=True)
+    assert vq_loss.item() == pytest.approx(runs['process_group_world1_eval_after']['vq_loss'], rel=1e-5)
+    assert usages[0] == pytest.approx(runs['process_group_world1_eval_after']['usages'][0], rel=1e-6)
+    assert torch.equal(vqvae.quantize.ema_vocab_hit_SV, hits), 'evaluation must not count'
+
+
+def test_hit_counters_advance_once_per_step():
+    vectors, vqvae = golden.load_tensors('vqvae_train'), golden.build_vqvae(test_mode=False)
+    quantize, expected = vqvae.quantize, None
+    for step in range(3):
+        images = golden.images(vectors[f'images_u8.{step}'])
+        hits = np.zeros((len(PATCH_NUMS), quantize.vocab_size))
+        for k, idx in enumerate(vqvae.encode(images)):
+            for code in idx.flatten().tolist():
+                hits[k, code] += 1
+        expected = hits if step == 0 else 0.9 * expected + 0.1 * hits
+        with torch.no_grad():
+            _, usages, _ = vqvae(images, ret_usages=True)
+        assert quantize.record_hit == step + 1
+        np.testing.assert_allclose(quantize.ema_vocab_hit_SV.numpy(), expected, rtol=1e-5)
+        margin = 0.08 * 2 * 4 * 4 / quantize.vocab_size
+        np.testing.assert_allclose(usages, 100 * (expected >= margin).mean(1), rtol=1e-6)
+
+
+def test_hit_counters_slow_down_after_100_steps():
+    quantize = VectorQuantizer2(8, 4, False, v_patch_nums=(1,))
+    quantize.record_hit = 100
+    quantize.ema_vocab_hit_SV.fill_(1.)
+    quantize(torch.randn(3, 4, 1, 1))
+    assert quantize.ema_vocab_hit_SV.sum().item() == pytest.approx(0.99 * 8 + 0.01 * 3)
+
+
+def test_straight_through_gradient():
+    quantize = VectorQuantizer2(32, 8, False, v_patch_nums=PATCH_NUMS)
+    f = torch.randn(2, 8, 4, 4, requires_grad=True)
+    f_hat, _, loss = quantize(f)
+    assert_within(f_hat, quantize.f_to_idxBl_or_fhat(f.detach(), to_fhat=True)[-1], 1e-6)
+    probe = torch.randn_like(f)
+    f_hat.backward(probe, retain_graph=True)
+    assert torch.equal(f.grad, probe)
+    assert all(p.grad is None for p in quantize.parameters())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in quantize.parameters())
+
+
+def test_training_forward_ignores_autocast():
+    quantize, f = VectorQuantizer2(32, 8, False, v_patch_nums=(1, 2, 4)), torch.randn(2, 8, 4, 4)
+    expected = quantize(f)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = quantize(f)
+    assert actual[0].dtype == torch.float32
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+
+
+def test_training_loss_and_metrics():
+    vqvae = VQVAE(**SMALL, test_mode=False)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    loss, aux = vqvae.training_loss(images, torch.zeros(2, dtype=torch.int64))
+    with torch.no_grad():
+        rec, _, vq_loss = vqvae(images)
+    pixel = 0.2 * (rec - images).abs().mean() + (rec - images).square().mean()
+    assert loss.item() == pytest.approx((pixel + vq_loss).item(), rel=1e-5)
+    metrics = vqvae.metrics(aux)
+    squared = ((rec.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
+    assert metrics['psnr'].item() == pytest.approx((-10 * squared.log10()).mean().item(), rel=1e-5)
+    assert metrics['rec_loss'].item() == pytest.approx(pixel.item(), rel=1e-5)
+    assert [f'usage_{pn}' in metrics for pn in (1, 2, 4)] == [True] * 3
+    assert metrics['usage_last'] == metrics['usage_4']
+    assert vqvae.selection in metrics and set(vqvae.headline.values()) <= set(metrics)
+
+
+# ------------------------------------------------------------ weights
+@pytest.mark.parametrize('num_scales', [3, 6])
+def test_load_from_another_number_of_scales(num_scales):
+    source = VQVAE(**{**SMALL, 'v_patch_nums': (*range(1, num_scales), 4)})
+    target = VQVAE(**{**SMALL, 'v_patch_nums': (1, 2, 3, 4)})
+    source.quantize.ema_vocab_hit_SV.fill_(3.)
+    state = source.state_dict()
+    untouched = {key: (id(value), value.clone()) for key, value in state.items()}
+    target.load_state_dict(state)
+    assert target.quantize.ema_vocab_hit_SV.shape == (4, SMALL['vocab_size'])
+    assert not target.quantize.ema_vocab_hit_SV.any()
+    assert {key: id(value) for key, value in state.items()} == {key: i for key, (i, _) in untouched.items()}
+    assert all(torch.equal(state[key], value) for key, (_, value) in untouched.items())
+    assert torch.equal(target.encoder.conv_in.weight, source.encoder.conv_in.weight)
+
+
+def test_load_of_equal_scales_takes_the_counters():
+    source, target = VQVAE(**SMALL), VQVAE(**SMALL)
+    source.quantize.ema_vocab_hit_SV.fill_(3.)
+    target.load_state_dict(source.state_dict())
+    assert (target.quantize.ema_vocab_hit_SV == 3).all()
+
+
+CONFIGS = [
+    dict(vocab_size=4096, z_channels=32, ch=160, share_quant_resi=4, quant_conv_ks=3),
+    dict(vocab_size=96, z_channels=16, ch=32, share_quant_resi=1, quant_conv_ks=1),
+    dict(vocab_size=64, z_channels=8, ch=64, share_quant_resi=0, ch_mult=(1, 2, 4), num_res_blocks=1),
+    dict(vocab_size=64, z_channels=8, ch=32, share_quant_resi=2, ch_mult=(1, 2), num_res_blocks=3),
+    dict(vocab_size=64, z_channels=8, ch=32, share_quant_resi=0, ch_mult=(2, 2)),
+]
+
+
+@pytest.mark.parametrize('config', CONFIGS)
+def test_kwargs_from_state_dict(config):
+    with torch.device('meta'):
+        state = VQVAE(**config).state_dict()
+    kwargs = VQVAE.kwargs_from_state_dict(state)
+    expected = dict(ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, quant_conv_ks=3) | config
+    assert kwargs == expected
+    with torch.device('meta'):
+        rebuilt = VQVAE(**kwargs).state_dict()
+    assert {key: t.shape for key, t in rebuilt.items()} == {key: t.shape for key, t in state.items()}
+
+
+def test_build_tokenizer_from_weights(images):
+    source = VQVAE(**SMALL)
+    tokenizer = build_tokenizer(VQVAE, source.state_dict(), 'file.pth', 'cpu', v_patch_nums=(1, 2, 4))
+    assert not tokenizer.training and not any(p.requires_grad for p in tokenizer.parameters())
+    for a, b in zip(tokenizer.encode(images), source.encode(images), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r'file\.pth holds no VQVAE weights'):
+        build_tokenizer(VQVAE, {'a': torch.zeros(1)}, 'file.pth', 'cpu')
+
+
+@pytest.mark.parametrize(('change', 'name'), [(dict(ch=64), 'ch=64'), (dict(vocab_size=32), 'vocab_size=32'),
+                                              (dict(z_channels=4), 'z_channels=4'),
+                                              (dict(share_quant_resi=1), 'share_quant_resi=1')])
+def test_load_weights_names_the_difference(change, name):
+    with pytest.raises(ValueError, match=f'file.pth is a VQVAE with {name}') as error:
+        load_weights(VQVAE(**SMALL), VQVAE(**{**SMALL, **change}).state_dict(), 'file.pth')
+    assert '\n' not in str(error.value)
+
+
+@pytest.fixture
+def poisoned_constructors(monkeypatch):
+    """Scripts of the published code switch `reset_parameters` off; NaN stands for the memory found then."""
+    def poison(module):
+        for p in module.parameters(recurse=False):
+            p.data.fill_(float('nan'))
+    for cls in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding):
+        monkeypatch.setattr(cls, 'reset_parameters', poison)
+
+
+def test_weights_are_sane_without_reset_parameters(poisoned_constructors):
+    vqvae = VQVAE(**SMALL)
+    for name, p in vqvae.named_parameters():
+        assert p.isfinite().all(), name
+        assert p.std() > 0 or 'norm' in name, name
+    for module in vqvae.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.abs().max().item() <= module.weight[0].numel() ** -0.5
+    assert vqvae.quantize.embedding.weight.abs().max() <= 8 ** -0.5 / 36
+    rec = vqvae.img_to_reconstructed_img(torch.rand(1, 3, 64, 64), last_one=True)
+    assert rec.isfinite().all() and rec.std() > 0
+
+
+def test_built_pair_is_sane_without_reset_parameters(poisoned_constructors):
+    vae, var = build_vae_var('cpu', patch_nums=(1, 2), V=16, Cvae=8, ch=32, num_classes=3, depth=1)
+    assert not vae.training and not any(p.requires_grad for p in vae.parameters())
+    assert var.training and all(p.requires_grad for p in var.parameters())
+    assert var.autoregressive_infer_cfg(1, 0, g_seed=0).isfinite().all()
+
+
+# ------------------------------------------------------------ moving-average codebook
+def test_codebook_moves_to_the_mean_of_its_queries():
+    embedding = nn.Embedding(6, 3)
+    codebook = CodebookEMA(embedding)
+    assert not embedding.weight.requires_grad
+    count, total = np.ones(6), embedding.weight.detach().double().numpy().copy()
+    for _ in range(5):
+        codebook_step = [(torch.randn(7, 3), torch.randint(0, 4, (7,))) for _ in range(2)]
+        hits, sums = np.zeros(6), np.zeros((6, 3))
+        for query, code in codebook_step:  # micro-batches of one optimizer step
+            codebook.observe([query[:3], query[3:]], [code[:3], code[3:]])
+            for q, c in zip(query.double().numpy(), code.tolist(), strict=True):
+                hits[c] += 1
+                sums[c] += q
+        codebook.update(progress=0.)
+        count = GAMMA * count + (1 - GAMMA) * hits
+        total = GAMMA * total + (1 - GAMMA) * sums
+        np.testing.assert_allclose(embedding.weight.numpy(), total / count[:, None], atol=1e-5)
+    assert codebook.num_restarts == 0
+
+
+def test_update_without_observation_changes_nothing():
+    codebook = CodebookEMA(nn.Embedding(6, 3))
+    before = codebook.embedding.weight.clone()
+    codebook.update(progress=0.)
+    assert codebook.step == 0 and torch.equal(codebook.embedding.weight, before)
+
+
+VOCAB, PLANTED, SCALES = 256, 100, 3
+
+
+def observe_alive(codebook):
+    """Queries of one batch that hits every code but the planted ones; those of scale k begin with k."""
+    alive = torch.arange(PLANTED, VOCAB)
+    parts = alive.repeat(3)[torch.randperm(3 * len(alive))].tensor_split(SCALES)
+    queries = [torch.randn(len(part), 8) for part in parts]
+    for k, query in enumerate(queries):
+        query[:, 0] = k
+    codebook.observe(queries, list(parts))
+    return queries
+
+
+def test_dead_codes_restart_from_offered_candidates_of_every_scale():
+    codebook = CodebookEMA(nn.Embedding(VOCAB, 8))
+    with torch.no_grad():
+        codebook.embedding.weight[:PLANTED] = 1e3
+    patience = max(30, -(-56 * VOCAB // (3 * (VOCAB - PLANTED))))
+    per_look = int(0.1 * VOCAB)
+    first_look = -(-patience // CHECK_EVERY) * CHECK_EVERY
+    looks = -(-PLANTED // per_look)
+    replaced = torch.zeros(PLANTED, dtype=torch.bool)
+    for step in range(1, first_look + CHECK_EVERY * (looks - 1) + 1):
+        before = codebook.embedding.weight[:PLANTED].clone()
+        restarts = codebook.num_restarts
+        queries = observe_alive(codebook)
+        codebook.update(progress=0.)
+        changed = ~torch.isclose(codebook.embedding.weight[:PLANTED], before).all(1)
+        if step < first_look or step % CHECK_EVERY:
+            assert not changed.any() and codebook.num_restarts == restarts
+            continue
+        assert 0 < changed.sum() <= per_look and codebook.num_restarts == restarts + changed.sum()
+        offered, rows = torch.cat(queries), codebook.embedding.weight[:PLANTED][changed]
+        assert (rows[:, None] == offered).all(2).any(1).all(), 'a restarted code is a query of this batch'
+        if changed.sum() == per_look:
+            shares = rows[:, 0].round().long().bincount(minlength=SCALES)
+            assert shares.max() - shares.min() <= 1
+        assert not (changed & replaced).any() or replaced.all(), 'the longest unused codes come first'
+        replaced |= changed
+    assert replaced.all()
+    assert (codebook.embedding.weight.abs() < 100).all()
+
+
+def test_no_restart_at_the_end_of_training():
+    codebook = CodebookEMA(nn.Embedding(VOCAB, 8))
+    for _ in range(80):
+        observe_alive(codebook)
+        codebook.update(progress=codebook_module.STOP_AT)
+    assert codebook.num_restarts == 0 and codebook.age_V[:PLANTED].min() == 80
+
+
+def test_restart_with_fewer_queries_than_its_share():
+    codebook = CodebookEMA(nn.Embedding(40, 4))  # 4 codes per look, the first scale offers 1 query
+    for _ in range(40 * 28):
+        codebook.observe([torch.randn(1, 4), torch.randn(1, 4)], [torch.tensor([39]), torch.tensor([39])])
+        codebook.update(progress=0.)
+    assert codebook.num_restarts == 2
+    assert codebook.embedding.weight.isfinite().all()
+
+
+def test_codebook_state_round_trip():
+    first, second = (CodebookEMA(nn.Embedding(VOCAB, 8)) for _ in range(2))
+    for _ in range(45):
+        observe_alive(first)
+        first.update(progress=0.)
+    second.embedding.load_state_dict(copy.deepcopy(first.embedding.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for codebook in (first, second):
+        torch.manual_seed(1)
+        for _ in range(20):
+            observe_alive(codebook)
+            codebook.update(progress=0.)
+    assert first.num_restarts == second.num_restarts > 0
+    assert torch.equal(first.embedding.weight, second.embedding.weight)
+
+
+def test_vqvae_with_moving_codebook_trains_all_but_the_codes(images):
+    vqvae = VQVAE(**{**SMALL, 'v_patch_nums': PATCH_NUMS}, test_mode=False, codebook='ema')
+    loss, _ = vqvae.training_loss(images, torch.zeros(2, dtype=torch.int64))
+    loss.backward()
+    without_grad = {name for name, p in vqvae.named_parameters() if p.grad is None}
+    assert without_grad == {'quantize.embedding.weight'}
+    before = vqvae.quantize.embedding.weight.clone()
+    hit = torch.cat(vqvae.encode(images), dim=1).unique()
+    vqvae.after_step(progress=0.)
+    changed = ~torch.isclose(vqvae.quantize.embedding.weight, before, rtol=1e-4, atol=1e-6).all(1)
+    assert torch.equal(changed.nonzero().flatten(), hit)
+
+
+def test_training_state_round_trip(images):
+    vqvae = VQVAE(**SMALL, test_mode=False, codebook='ema')
+    vqvae.training_loss(images, torch.zeros(2, dtype=torch.int64))
+    vqvae.after_step(progress=0.)
+    other = VQVAE(**SMALL, test_mode=False, codebook='ema')
+    other.load_training_state(vqvae.training_state())
+    assert other.quantize.record_hit == 1
+    assert torch.equal(other.quantize.codebook.count_V, vqvae.quantize.codebook.count_V)
+    assert other.quantize.codebook.step == 1

@@ -1,0 +1,55 @@
+"""What this machine can run: `python -m utils.doctor` prints versions, devices, precisions and attention kernels.
+
+An entry point: unlike the rest of utils it knows the models, whose chooser it asks.
+"""
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from models.attention import choose_backend
+
+PACKAGES = ('torch', 'torchvision', 'numpy', 'pillow', 'scipy', 'tensorboard', 'huggingface_hub', 'safetensors',
+            'scikit-learn', 'flash-attn', 'xformers')
+NUM_TOKENS = 680  # VAR at 256 px
+
+
+def version(package: str) -> str:
+    """Installed version of a package, or 'not installed'."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return 'not installed'
+
+
+def kernels(device: str, dtype: torch.dtype) -> str:
+    """Which kernel attention runs in training (block-causal bias) and in sampling (none)."""
+    train = choose_backend('auto', device, dtype, has_bias=True, num_keys=NUM_TOKENS)
+    sample = choose_backend('auto', device, dtype, has_bias=False, num_keys=NUM_TOKENS)
+    return f'train: {train}, sample: {sample}'
+
+
+def report() -> list[str]:
+    """The lines this command prints."""
+    has_cuda = torch.cuda.is_available()
+    device = 'cuda' if has_cuda else 'cpu'
+    lines = [f'python          {platform.python_version()} on {platform.platform()}',
+             *(f'{name:15} {version(name)}' for name in PACKAGES),
+             f'{"cpu":15} {os.cpu_count()} cores, {torch.get_num_threads()} threads']
+    if has_cuda:
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            lines.append(f'{f"cuda:{i}":15} {properties.name}, {properties.total_memory / 2 ** 30:.0f} GiB')
+        lines.append(f'{"cuda, cudnn":15} {torch.version.cuda}, {torch.backends.cudnn.version()}')
+        lines.append(f'{"bf16 on cuda":15} {torch.cuda.is_bf16_supported()}')
+    else:
+        lines.append(f'{"cuda":15} not available')
+    lines.append(f'{"collectives":15} {"nccl" if has_cuda and torch.distributed.is_nccl_available() else "gloo"}')
+    lines += [f'attention {str(dtype).removeprefix("torch."):9} {kernels(device, dtype)}'
+              for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    return lines
+
+
+if __name__ == '__main__':
+    print('\n'.join(report()))  # noqa: T201
