@@ -35,15 +35,16 @@ def load_generator(recipe: SampleRecipe, device: torch.device) -> tuple[ARModel,
     """The model of a recipe, and the SHA-256 of every file it came from."""
     paths = [fetch(name) for name in (recipe.ckpt, recipe.vae_ckpt) if name]
     checkpoint, tokenizer_file = load_file(paths[0]), load_file(paths[-1])
-    model = build_generator(recipe.model, model_state(checkpoint, 'model'), model_state(tokenizer_file, 'tokenizer'),
-                            str(paths[0]), device)
+    model = build_generator(recipe.model, model_state(checkpoint, 'model'),
+                            model_state(tokenizer_file, 'tokenizer'), str(paths[0]), device)
     return model, {path.name: sha256_of(path) for path in paths}
 
 
 def describe(recipe: SampleRecipe, hashes: dict[str, str], class_ids: list[int]) -> dict[str, Any]:
     """What decides the images, as the manifest keeps it."""
     settings = {name: value for name, value in vars(recipe).items() if name not in FREE_SETTINGS}
-    return dict(settings=settings, sha256=hashes, label_of_image_i='class_ids[i % len(class_ids)]', class_ids=class_ids)
+    return dict(settings=settings, sha256=hashes, label_of_image_i='class_ids[i % len(class_ids)]',
+                class_ids=class_ids)
 
 
 def claim_folder(folder: Path, description: dict[str, Any]) -> None:
@@ -56,8 +57,8 @@ def claim_folder(folder: Path, description: dict[str, Any]) -> None:
     note = folder / 'settings.json'
     text = json.dumps(description, indent=2)
     if note.exists() and note.read_text() != text:
-        raise ValueError(f'{folder} was begun with other settings or weights (see {note}): pass another --output, or '
-                         'remove the folder')
+        raise ValueError(f'{folder} was begun with other settings or weights (see {note}): '
+                         'pass another --output, or remove the folder')
     with atomic_path(note) as temporary:
         temporary.write_text(text)
 

@@ -1,5 +1,4 @@
-"""Train any model of this project: `torchrun --nproc_per_node=8 train.py --depth=16
---data_path=/path/to/imagenet`.
+"""Train any model of this project: `torchrun --nproc_per_node=8 train.py --depth=16 --data_path=FOLDER`.
 
 Runs without torchrun, too. To resume, run the same command again: the newest checkpoint in the output folder
 continues exactly where it was saved. `--dry_run` prints every derived value and exits.
@@ -29,7 +28,14 @@ from utils.checkpoint import load_file, model_state, newest_checkpoint, save_che
 from utils.data import KeyedAugmentation, build_dataset
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
 from utils.hub import fetch
-from utils.log import MetricLogger, SmoothedValue, TensorboardLogger, append_json_line, one_line_errors, setup_logging
+from utils.log import (
+    MetricLogger,
+    SmoothedValue,
+    TensorboardLogger,
+    append_json_line,
+    one_line_errors,
+    setup_logging,
+)
 from utils.lr_control import filter_params, lr_wd_annealing
 from utils.misc import mix_seed, seed_everything
 
@@ -39,7 +45,8 @@ NO_SCORE = 999.  # "best so far" before the first evaluation, as published
 
 
 # ---------------------------------------------------------------------------------------------- building
-def build_model(recipe: Recipe, num_classes: int, steps_per_epoch: int, device: torch.device | str) -> Trainable:
+def build_model(recipe: Recipe, num_classes: int, steps_per_epoch: int,
+                device: torch.device | str) -> Trainable:
     """The model of a recipe with its frozen tokenizer, freshly initialised.
 
     Args:
@@ -86,15 +93,15 @@ def build_trainer(recipe: Recipe, model: Trainable) -> Trainer:
     if recipe.compile_tokenizer and isinstance(model, ARModel):
         model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
     names, params, groups = filter_params(model, model.no_weight_decay())
-    optimizer = torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.beta1, recipe.beta2), weight_decay=0.,
-                                  fused=recipe.fused)
-    return Trainer(model, AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip, recipe.accumulate))
+    optimizer = torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.beta1, recipe.beta2),
+                                  weight_decay=0., fused=recipe.fused)
+    return Trainer(model, AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip,
+                                       recipe.accumulate))
 
 
 def build_loaders(recipe: Recipe, train_set: Dataset, val_set: Dataset, seed: int,
                   start: tuple[int, int]) -> tuple[Iterator, DataLoader, int]:
-    """(endless iterator over training batches from `start` = (epoch, step), validation loader, steps per
-    epoch).
+    """(endless training batches from `start` = (epoch, step), validation loader, steps per epoch).
 
     A training batch holds the images of all micro-steps of one optimizer step on this rank.
     """
@@ -103,8 +110,8 @@ def build_loaders(recipe: Recipe, train_set: Dataset, val_set: Dataset, seed: in
     options = dict(num_workers=recipe.num_workers(world_size), pin_memory=torch.cuda.is_available())
     sampler = DistInfiniteBatchSampler(
         world_size, rank, len(train_set), local_batch * world_size * recipe.accumulate,
-        same_seed_for_all_ranks=recipe.same_seed_for_all_ranks, fill_last=True, start_ep=start[0], start_it=start[1],
-        by_batch=True, with_epoch=True)
+        same_seed_for_all_ranks=recipe.same_seed_for_all_ranks, fill_last=True, start_ep=start[0],
+        start_it=start[1], by_batch=True, with_epoch=True)
     train_loader = DataLoader(KeyedAugmentation(train_set, seed), batch_sampler=sampler, **options)
     val_loader = DataLoader(val_set, batch_size=round(1.5 * local_batch), sampler=EvalDistributedSampler(
         val_set, world_size, rank), **options)
@@ -142,10 +149,11 @@ class Run:
         num_classes, train_set, val_set = build_dataset(recipe.data_path, recipe.image_size, recipe.hflip,
                                                         recipe.mid_reso)
         if recipe.num_classes not in (0, num_classes):
-            raise ValueError(f'--num_classes={recipe.num_classes}, but {recipe.data_path} holds {num_classes} classes: '
-                             'correct one of them')
+            raise ValueError(f'--num_classes={recipe.num_classes}, but {recipe.data_path} holds '
+                             f'{num_classes} classes: correct one of them')
         self.classes = list(train_set.classes)
-        self.batches, self.val_loader, steps_per_epoch = build_loaders(recipe, train_set, val_set, seed, self.start)
+        self.batches, self.val_loader, steps_per_epoch = build_loaders(recipe, train_set, val_set, seed,
+                                                                       self.start)
         self.state = RunState(seed, steps_per_epoch)
         self.total_steps, self.peak_lr = recipe.epochs * steps_per_epoch, recipe.peak_lr(world_size)
 
@@ -157,10 +165,11 @@ class Run:
 
         # 4. logs
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.tb = TensorboardLogger(str(self.folder / recipe.run_name(world_size)) if dist.is_master() else None,
-                                    filename_suffix=time.strftime('__%m%d_%H%M'))
+        tb_dir = str(self.folder / recipe.run_name(world_size)) if dist.is_master() else None
+        self.tb = TensorboardLogger(tb_dir, filename_suffix=time.strftime('__%m%d_%H%M'))
         self.last_save = time.time()
-        logger.info('%s: %.2fM parameters, %s x %d, %d + %d images of %d classes, %d steps per epoch, seed %d',
+        logger.info('%s: %.2fM parameters, %s x %d, %d + %d images of %d classes, '
+                    '%d steps per epoch, seed %d',
                     recipe.model, count_parameters(self.model) / 1e6, self.device, world_size, len(train_set),
                     len(val_set), num_classes, steps_per_epoch, seed)
 
@@ -169,15 +178,14 @@ class Run:
         steps_per_epoch, mid_epoch = self.state.steps_per_epoch, self.start[1] > 0
         self.state = RunState(**{**vars(self.state), **checkpoint.get('run', {})})
         if mid_epoch and self.state.steps_per_epoch != steps_per_epoch:
-            raise ValueError(f'{path} stopped within an epoch of {self.state.steps_per_epoch} steps, this run has '
-                             f'{steps_per_epoch}: keep --bs and the data as they were until the epoch is complete')
+            raise ValueError(f'{path} stopped within an epoch of {self.state.steps_per_epoch} steps, '
+                             f'this run has {steps_per_epoch}: '
+                             'keep --bs and the data as they were until the epoch is complete')
         self.state.steps_per_epoch = steps_per_epoch
         logger.info('resumed from %s at epoch %d, step %d', path, *self.start)
 
     def train(self) -> None:
-        """All epochs that are left; evaluation and a checkpoint every `eval_every` epochs and after the
-        last.
-        """
+        """All remaining epochs; evaluation and a checkpoint every `eval_every` epochs and after the last."""
         recipe, epochs = self.recipe, self.recipe.epochs
         if dist.is_master() and self.start == (0, 0):
             append_json_line(self.folder / 'log.txt', dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]),
@@ -206,7 +214,8 @@ class Run:
 
         batches = meters.log_every(
             first_step, steps, self.batches, print_freq=30 if steps > 8000 else 5,
-            header=f'[Ep]: [{epoch:4d}/{recipe.epochs}]', tokenizer_seconds=clock.take if clock else lambda: 0.,
+            header=f'[Ep]: [{epoch:4d}/{recipe.epochs}]',
+            tokenizer_seconds=clock.take if clock else lambda: 0.,
             images_per_iter=recipe.micro_batch(dist.get_world_size()) * recipe.accumulate)
         for it, (images_B3HW, label_B) in batches:
             step = epoch * steps + it
@@ -221,10 +230,15 @@ class Run:
             if it in meters.log_iters or tb.due():
                 values = trainer.metrics(info.aux)
                 if not all(map(math.isfinite, values.values())):
-                    raise ValueError(f'the loss is not finite at epoch {epoch}, step {it}: lower --tblr or train with '
-                                     '--fp16=0; the same command continues from the last checkpoint')
-                meters.update(tnm=info.grad_norm, **{name: values[key] for name, key in self.model.headline.items()})
+                    raise ValueError(f'the loss is not finite at epoch {epoch}, step {it}: '
+                                     'lower --tblr or train with --fp16=0; '
+                                     'the same command continues from the last checkpoint')
+                meters.update(tnm=info.grad_norm,
+                              **{name: values[key] for name, key in self.model.headline.items()})
                 schedule = {name: values.pop(name) for name in list(values) if name.startswith('prog_')}
+                if step == 0:  # the starting level, visible left of the curve
+                    for before in (-10000, -1000):
+                        tb.update('AR_iter_loss', step=before, z_voc_usage=values.get('z_voc_usage'))
                 tb.update('AR_iter_loss', **values)
                 tb.update('AR_iter_schedule', **schedule)
                 tb.update('AR_opt_lr/lr_min', sche_tlr=min_lr)
@@ -232,7 +246,8 @@ class Run:
                 tb.update('AR_opt_wd/wd_max', sche_twd=max_wd)
                 tb.update('AR_opt_wd/wd_min', sche_twd=min_wd)
                 tb.update('AR_opt_grad/fp16', scale_log2=info.scale_log2)
-                tb.update('AR_opt_grad/grad', grad_norm=info.grad_norm, grad_clip=recipe.clip if recipe.clip > 0 else None)
+                tb.update('AR_opt_grad/grad', grad_norm=info.grad_norm,
+                          grad_clip=recipe.clip if recipe.clip > 0 else None)
             steps_due = save_steps and (step + 1) % save_steps == 0
             minutes_due = save_minutes and time.time() - self.last_save >= 60 * save_minutes
             if (steps_due or minutes_due) and it + 1 < steps:
@@ -252,7 +267,8 @@ class Run:
             seed_everything(mix_seed(self.state.seed, step))
             with global_rows(rank * len(label_B) + rows.start, world_size * len(label_B)):
                 info = self.trainer.train_step(
-                    images_B3HW[rows].to(self.device, non_blocking=True), label_B[rows].to(self.device, non_blocking=True),
+                    images_B3HW[rows].to(self.device, non_blocking=True),
+                    label_B[rows].to(self.device, non_blocking=True),
                     progress=step / self.total_steps, stepping=j + 1 == num_micro)
         return info
 
@@ -291,9 +307,9 @@ class Run:
         self.tb.update('AR_z_burnout', step=epoch + 1, rest_hours=remaining / 3600)
         self.tb.flush()
         append_json_line(self.folder / 'log.txt', dict(
-            it=(epoch + 1) * self.state.steps_per_epoch, ep=f'{epoch + 1}/{self.recipe.epochs}', lr=stats['tlr'],
-            wd=self.trainer.optimizer.optimizer.param_groups[-1]['weight_decay'], grad_norm=stats['tnm'], **train, **val,
-            remain_time=remain, finish_time=finish))
+            it=(epoch + 1) * self.state.steps_per_epoch, ep=f'{epoch + 1}/{self.recipe.epochs}',
+            lr=stats['tlr'], wd=self.trainer.optimizer.optimizer.param_groups[-1]['weight_decay'],
+            grad_norm=stats['tnm'], **train, **val, remain_time=remain, finish_time=finish))
 
 
 def choose_seed(recipe: Recipe, saved: int | None) -> int:
@@ -303,8 +319,8 @@ def choose_seed(recipe: Recipe, saved: int | None) -> int:
         ValueError: recipe and checkpoint disagree.
     """
     if saved is not None and recipe.seed not in (None, saved):
-        raise ValueError(f'the checkpoint was begun with seed {saved}, got --seed={recipe.seed}: pass --seed={saved}, or '
-                         'start in another output folder')
+        raise ValueError(f'the checkpoint was begun with seed {saved}, got --seed={recipe.seed}: '
+                         f'pass --seed={saved}, or start in another output folder')
     fresh = torch.tensor([int.from_bytes(os.urandom(4), 'little')], device=dist.get_device())
     dist.broadcast(fresh, src_rank=0)
     return saved if saved is not None else recipe.seed if recipe.seed is not None else fresh.item()

@@ -44,8 +44,9 @@ class Trainer:
         self.loss_module = LossModule(model)
         if dist.initialized():
             device = next(model.parameters()).device
-            renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters  # torch >= 2.14
-            no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}  # they are equal anyway
+            # buffers are equal anyway; torch >= 2.14 has another name for the flag that exchanges them
+            renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+            no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
             self.loss_module = DistributedDataParallel(
                 self.loss_module, device_ids=[device.index] if device.type == 'cuda' else None, **no_buffers)
 
@@ -97,12 +98,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------ state
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
-        """Published keys for a generator (`var_wo_ddp`, `vae_local`, `var_opt`), their counterparts for a
-        tokenizer.
-        """
+        """Published keys (`var_wo_ddp`, `vae_local`, `var_opt`), or their counterparts for a tokenizer."""
         state = dict(config=self.model.config_state(progress), training_state=self.model.training_state())
         if isinstance(self.model, ARModel):
-            return state | dict(var_wo_ddp=self.model.state_dict(), vae_local=self.model.tokenizer.state_dict(),
+            return state | dict(var_wo_ddp=self.model.state_dict(),
+                                vae_local=self.model.tokenizer.state_dict(),
                                 var_opt=self.optimizer.state_dict())
         return state | dict(vae_wo_ddp=self.model.state_dict(), vae_opt=self.optimizer.state_dict())
 
@@ -115,14 +115,16 @@ class Trainer:
         is_generator = isinstance(self.model, ARModel)
         weights, optimizer = ('var_wo_ddp', 'var_opt') if is_generator else ('vae_wo_ddp', 'vae_opt')
         if weights not in state:
-            raise ValueError(f'{source} holds no {type(self.model).__name__} to resume: use another output folder')
+            raise ValueError(f'{source} holds no {type(self.model).__name__} to resume: '
+                             'use another output folder')
         load_weights(self.model, state[weights], source)
         if is_generator:
             saved = state.get('vae_local', {})
             for name, parameter in self.model.tokenizer.named_parameters():
                 if name in saved and not torch.equal(parameter.cpu(), saved[name].cpu()):
-                    raise ValueError(f'{source} was trained on the codes of another tokenizer ({name} differs): pass the '
-                                     'same --vae_ckpt, or start in another output folder')
+                    raise ValueError(f'{source} was trained on the codes of another tokenizer '
+                                     f'({name} differs): '
+                                     'pass the same --vae_ckpt, or start in another output folder')
         self.optimizer.load_state_dict(state[optimizer])
         if 'training_state' in state:  # absent in published checkpoints
             self.model.load_training_state(state['training_state'])

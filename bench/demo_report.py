@@ -22,7 +22,8 @@ from utils.data import build_dataset
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-BARS = dict(class_accuracy=0.95, diversity=0.7, tokenizer_psnr=22., svm_real_accuracy=0.96)  # lowest acceptable values
+# lowest acceptable values
+BARS = dict(class_accuracy=0.95, diversity=0.7, tokenizer_psnr=22., svm_real_accuracy=0.96)
 
 
 def stack(dataset) -> tuple[torch.Tensor, np.ndarray]:
@@ -55,7 +56,7 @@ def codebook_usage(idx_kBl: list[torch.Tensor], vocab_size: int) -> dict[str, di
 
 def draw_rows(path: Path, rows: list[torch.Tensor], names: list[str], title: str) -> None:
     """A grid: one row of images (n, 3, H, W) in [-1, 1] per name, at four times their size."""
-    height, width = rows[0].shape[-2:]
+    height = rows[0].shape[-2]
     strips = [torch.cat(list(row), dim=-1) for row in rows]
     picture = torch.cat(strips, dim=-2).add(1).div(2).clamp(0, 1).permute(1, 2, 0).numpy()
     figure, axes = plt.subplots(figsize=(0.45 * len(rows[0]) + 1.4, 0.45 * len(rows) + 0.6), dpi=150)
@@ -84,7 +85,8 @@ def draw_curves(path: Path, folder: Path) -> None:
         epochs = [values for values in epochs if key in values]
         steps = [values['it'] for values in epochs]
         axis.plot(steps, [values[key] for values in epochs], label='training')
-        axis.plot(steps, [values[f'v{key}'] for values in epochs], 'o', label='held out (last known)', markersize=3)
+        axis.plot(steps, [values[f'v{key}'] for values in epochs], 'o', label='held out (last known)',
+                  markersize=3)
         axis.set_title(title)
         axis.set_xlabel('optimizer step')
         axis.grid(alpha=0.3)
@@ -107,11 +109,13 @@ def main() -> None:
     # 1. do the samples show the digits they were asked for, as variously as real ones?
     judge = SVC(gamma='scale', C=10).fit(grey(train_images), train_labels)
     predicted = judge.predict(grey(samples))
-    diversity = within_class_distance(grey(samples), wanted) / within_class_distance(grey(val_images), val_labels)
+    diversity = (within_class_distance(grey(samples), wanted)
+                 / within_class_distance(grey(val_images), val_labels))
 
     # 2. what does the tokenizer keep of digits it never saw?
     path = args.dir / 'vqvae' / 'vae-ckpt-last.pth'
-    vae = build_tokenizer(VQVAE, model_state(load_file(path), 'tokenizer'), str(path), 'cpu', v_patch_nums=(1, 2, 3, 4))
+    vae = build_tokenizer(VQVAE, model_state(load_file(path), 'tokenizer'), str(path), 'cpu',
+                          v_patch_nums=(1, 2, 3, 4))
     idx_kBl = vae.encode(val_images)
     steps = vae.idxBl_to_img(idx_kBl, same_shape=True)
     error_N = (steps[-1] - val_images).div(2).square().flatten(1).mean(1)
@@ -120,7 +124,8 @@ def main() -> None:
                   tokenizer_psnr=float(-10 * error_N.log10().mean()),
                   svm_real_accuracy=float(judge.score(grey(val_images), val_labels)),
                   num_samples=len(samples), codebook_usage=codebook_usage(idx_kBl, vae.vocab_size),
-                  accuracy_per_class=[float((predicted == wanted)[wanted == digit].mean()) for digit in range(10)],
+                  accuracy_per_class=[float((predicted == wanted)[wanted == digit].mean())
+                                      for digit in range(10)],
                   seconds=round(time.time() - args.began) if args.began else None)
     with atomic_path(args.dir / 'report.json') as temporary:
         temporary.write_text(json.dumps(report, indent=2) + '\n')
@@ -129,7 +134,8 @@ def main() -> None:
               [str(digit) for digit in range(10)], 'digits drawn on request, one class per row')
     first = torch.tensor([int(np.flatnonzero(val_labels == digit)[0]) for digit in range(10)])
     draw_rows(args.dir / 'reconstructions.png', [val_images[first], *(step[first] for step in steps)],
-              ['real', *(f'scale {pn}x{pn}' for pn in vae.quantize.v_patch_nums)], 'held-out digits, coarse to fine')
+              ['real', *(f'scale {pn}x{pn}' for pn in vae.quantize.v_patch_nums)],
+              'held-out digits, coarse to fine')
     draw_curves(args.dir / 'curves.png', args.dir)
 
     print(json.dumps({name: report[name] for name in (*BARS, 'seconds')}, indent=2))

@@ -1,7 +1,6 @@
 """Attention behind one call: `attend`, the chooser of its kernel, and the key/value cache of sampling.
 
-Letters: B batch, L sequence, H heads, d head dim. q, k, v and every result are (B, L, H, d), whatever the
-kernel.
+Letters: B batch, L sequence, H heads, d head dim. q, k, v and every result are (B, L, H, d) in any kernel.
 """
 import functools
 import importlib
@@ -42,8 +41,8 @@ def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtyp
     on_cuda = torch.device(device).type == 'cuda'
     suits = {
         'flash': lambda: on_cuda and dtype in HALF and not has_bias and optional_module('flash_attn'),
-        'xformers': lambda: (on_cuda and dtype in (*HALF, torch.float32) and (not has_bias or num_keys % 8 == 0)
-                             and optional_module('xformers.ops')),
+        'xformers': lambda: (on_cuda and dtype in (*HALF, torch.float32)
+                             and (not has_bias or num_keys % 8 == 0) and optional_module('xformers.ops')),
         'sdpa': lambda: True,
     }
     if requested == 'auto':
@@ -51,7 +50,8 @@ def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtyp
     if requested not in suits:
         raise ValueError(f'attention backend must be auto or one of {list(suits)}, got {requested!r}')
     if not suits[requested]():
-        raise ValueError(f'attention backend {requested!r} cannot run here ({device}, {dtype}, bias={has_bias}): '
+        raise ValueError(f'attention backend {requested!r} cannot run here '
+                         f'({device}, {dtype}, bias={has_bias}): '
                          "pass 'auto', or install the package and use CUDA in half precision")
     return requested
 
@@ -83,7 +83,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Ten
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout_p, scale=scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # BLHd -> BHLd
     bias = bias if bias is None else bias.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, is_causal=causal, dropout_p=dropout_p)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, is_causal=causal,
+                                         dropout_p=dropout_p)
     return out.transpose(1, 2)
 
 

@@ -10,9 +10,7 @@ from torch import nn
 
 
 class Stopwatch:
-    """Seconds spent inside `with stopwatch:`; on CUDA between events, so that timing never waits for the
-    device.
-    """
+    """Seconds spent inside `with stopwatch:`; on CUDA between events, so timing never waits for the GPU."""
 
     def __init__(self):
         self.total, self.pending = 0., []
@@ -62,9 +60,7 @@ class Trainable(nn.Module):
         raise NotImplementedError
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Scalars worth logging, means over the batch; called on logging steps and for every validation
-        batch.
-        """
+        """Scalars to log, means over the batch; called on logging steps and for every validation batch."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
@@ -100,8 +96,8 @@ def load_weights(model: Trainable, state: dict[str, torch.Tensor], source: str) 
     try:
         theirs = model.kwargs_from_state_dict(state)
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f'{source} holds no {type(model).__name__} weights ({error!r} while reading its keys): '
-                         'pass a checkpoint of that model') from None
+        raise ValueError(f'{source} holds no {type(model).__name__} weights '
+                         f'({error!r} while reading its keys): pass a checkpoint of that model') from None
     ours = model.kwargs_from_state_dict(model.state_dict())
     differing = [name for name in ours if ours[name] != theirs[name]]
     if differing:
@@ -111,7 +107,8 @@ def load_weights(model: Trainable, state: dict[str, torch.Tensor], source: str) 
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f'{source} does not fit {type(model).__name__}: {" ".join(str(error).split())[:400]}') from None
+        raise ValueError(f'{source} does not fit {type(model).__name__}: '
+                         f'{" ".join(str(error).split())[:400]}') from None
 
 
 class Tokenizer(Trainable):
@@ -134,9 +131,7 @@ class Tokenizer(Trainable):
 
     @torch.no_grad()
     def encode(self, images_B3HW: torch.Tensor, *args) -> Any:
-        """Codes of images in [-1, 1], in float32 whatever autocast says, since it runs inside training
-        losses.
-        """
+        """Codes of images in [-1, 1], in float32 whatever autocast says, since training losses call it."""
         with self.clock, torch.autocast(images_B3HW.device.type, enabled=False):
             return self._encode(images_B3HW.float(), *args)
 

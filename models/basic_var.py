@@ -1,5 +1,4 @@
-"""Transformer parts of VAR and FlexVAR: attention, feed-forward, AdaLN block and head, and their
-initialisation.
+"""Transformer parts of VAR and FlexVAR: attention, feed-forward, AdaLN block and head, initialisation.
 
 Letters: B batch, L sequence, C width, D condition width, H heads, d head dim.
 Source: arXiv 2404.02905, Sec. 4 and App. A.
@@ -17,11 +16,10 @@ MAX_LOG_SCALE = math.log(100)  # of the learnt attention scale
 
 
 class FFN(nn.Module):
-    """Linear, GELU (tanh form), Linear. `fused_if_available` is accepted for compatibility; there is one
-    path.
-    """
+    """Linear, GELU (tanh form), Linear. `fused_if_available` is for compatibility only: there is one path."""
 
-    def __init__(self, in_features: int, hidden_features: int, drop: float = 0., fused_if_available: bool = True):
+    def __init__(self, in_features: int, hidden_features: int, drop: float = 0.,
+                 fused_if_available: bool = True):
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, in_features)
@@ -40,7 +38,7 @@ class SelfAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0.,
                  attn_l2_norm: bool = False, flash_if_available: bool = True):
         super().__init__()
-        assert embed_dim % num_heads == 0, f'embed_dim {embed_dim} must be a multiple of num_heads {num_heads}'
+        assert embed_dim % num_heads == 0, f'{embed_dim=} must be a multiple of {num_heads=}'
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
         self.attn_l2_norm, self.attn_drop = attn_l2_norm, attn_drop
         self.backend = 'auto' if flash_if_available else 'sdpa'
@@ -70,8 +68,8 @@ class SelfAttention(nn.Module):
             q, k = (F.normalize(q, dim=-1) * scale_H1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
         if self.cache is not None:
             k, v = self.cache.append(k, v)
-        out = attend(q, k, v, bias=attn_bias, scale=self.scale, dropout_p=self.attn_drop if self.training else 0.,
-                     backend=self.backend)
+        out = attend(q, k, v, bias=attn_bias, scale=self.scale,
+                     dropout_p=self.attn_drop if self.training else 0., backend=self.backend)
         return self.proj_drop(self.proj(out.reshape(B, L, C)))
 
     def extra_repr(self) -> str:
@@ -92,8 +90,7 @@ class AdaLNSelfAttn(nn.Module):
     """Attention and feed-forward, each normalised, modulated by the condition and gated.
 
     Args:
-        shared_aln: the condition arrives as (B, 1, 6, C) from `SharedAdaLin` and the block only adds an
-            offset.
+        shared_aln: the condition comes as (B, 1, 6, C) from `SharedAdaLin` and the block only adds an offset.
     """
 
     def __init__(self, embed_dim: int, cond_dim: int, shared_aln: bool, num_heads: int, mlp_ratio: float = 4.,
@@ -112,8 +109,8 @@ class AdaLNSelfAttn(nn.Module):
 
     def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         """x (B, L, C); cond_BD (B, D), or (B, 1, 6, C) with `shared_aln`; attn_bias additive or None."""
-        modulation = self.ada_gss + cond_BD if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        mod_B16C = self.ada_gss + cond_BD if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
         attn = self.attn(self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1), attn_bias=attn_bias)
         x = x + self.drop_path(attn.mul_(gamma1))
         ffn = self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2))

@@ -1,5 +1,4 @@
-"""Sampling filters, guidance, label dropout and drop path; everything random takes its generator or says
-which it uses.
+"""Sampling filters, guidance, label dropout, drop path; all that is random takes or names its generator.
 
 Letters: B batch, l tokens of one scale, V vocabulary.
 """
@@ -53,7 +52,7 @@ def exponential_like(t: torch.Tensor, rng: Rng) -> torch.Tensor:
     return torch.empty_like(t, memory_format=torch.legacy_contiguous_format).exponential_(generator=rng)
 
 
-_rows = (0, None)  # (first row of this batch in the global batch, rows of the global batch or None for "the same")
+_rows = (0, None)  # (first row of this batch, rows) of the global batch; rows None: as many as here
 
 
 @contextmanager
@@ -72,9 +71,7 @@ def global_rows(start: int, total: int) -> Iterator[None]:
 
 
 def draw_rows(batch: int, device: torch.device, fill) -> torch.Tensor:
-    """(batch,) numbers for this process: `fill` draws one row per image of the global batch into an empty
-    tensor.
-    """
+    """(batch,) numbers of this rank; `fill` draws one per image of the global batch into an empty tensor."""
     start, total = _rows
     return fill(torch.empty(total or batch, device=device))[start:start + batch]
 
@@ -121,10 +118,12 @@ def sample_with_top_k_top_p_(logits_BlV: torch.Tensor, top_k: int = 0, top_p: fl
     probs_BlV = filter_top_k_top_p_(logits_BlV, top_k, top_p).softmax(-1)
     if isinstance(rng, ImageNoise):
         if num_samples != 1:
-            raise ValueError(f'noise keyed by the image index draws one code per token, got num_samples={num_samples}')
+            raise ValueError('noise keyed by the image index draws one code per token, '
+                             f'got num_samples={num_samples}')
         return probs_BlV.div_(rng.exponential_like(probs_BlV)).argmax(-1, keepdim=True)
     B, l, V = probs_BlV.shape
-    idx = torch.multinomial(probs_BlV.view(-1, V), abs(num_samples), replacement=num_samples >= 0, generator=rng)
+    idx = torch.multinomial(probs_BlV.view(-1, V), abs(num_samples), replacement=num_samples >= 0,
+                            generator=rng)
     return idx.view(B, l, abs(num_samples))
 
 
@@ -151,17 +150,13 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tenso
 
 # ---------------------------------------------------------------------------------------------- training
 def drop_labels(labels_B: torch.Tensor, null_label: int, p: float) -> torch.Tensor:
-    """Replace each label by `null_label` with probability p; draws from the global generator even if p is
-    0.
-    """
+    """Replace each label by `null_label` with probability p; even p = 0 draws from the global generator."""
     dropped_B = draw_rows(len(labels_B), labels_B.device, lambda t: t.uniform_()) < p
     return labels_B.masked_fill(dropped_B, null_label)
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch per image with probability `drop_prob` and rescales the rest; identity in eval
-    mode.
-    """
+    """Drops a residual branch per image with probability `drop_prob`, rescales the rest; off in eval mode."""
 
     def __init__(self, drop_prob: float = 0.):
         super().__init__()

@@ -42,7 +42,8 @@ class ScaleLayout:
         """
         ends = [end for _, end in self.spans]
         if num_tokens not in ends:
-            raise ValueError(f'a sequence must end with a whole scale, at one of {ends} tokens, got {num_tokens}: '
+            raise ValueError(f'a sequence must end with a whole scale, at one of {ends} tokens, '
+                             f'got {num_tokens}: '
                              f'pass the codes of whole scales of patch_nums {self.patch_nums}')
         return ends.index(num_tokens) + 1
 

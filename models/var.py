@@ -19,25 +19,18 @@ import dist
 from models.attention import kv_caching
 from models.base import ARModel, Tokenizer
 from models.basic_var import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin, init_transformer
-from models.helpers import (
-    Rng,
-    drop_labels,
-    gumbel_softmax_with_rng,
-    guide,
-    sample_with_top_k_top_p_,
-)
+from models.helpers import Rng, drop_labels, guide, gumbel_softmax_with_rng, sample_with_top_k_top_p_
 from models.scales import ScaleLayout
 from models.tokenizers.vqvae import VQVAE
 
 
 @dataclass(frozen=True)
 class ProgressiveSchedule:
-    """Progressive training: begin with the coarse scales and add the finer ones one by one. All counts are
-    micro-steps.
+    """Progressive training: coarse scales first, finer ones added one by one. All counts are micro-steps.
 
     Args:
-        num_scales: K. total: micro-steps of the whole training. warmup: lr warm-up, during which the stage is
-            the first.
+        num_scales: K. total: micro-steps of the whole training.
+        warmup: lr warm-up, during which the stage is the first.
         until: share of the training after which all scales take part, in (0, 1].
         first_stage: scale index of the first stage.
         stage_warmup: micro-steps over which the newest scale's loss weight grows to 1.
@@ -78,7 +71,7 @@ class ScaleStep(NamedTuple):
     k: int
     logits_BlV: torch.Tensor  # guided, before filtering
     idx_Bl: torch.Tensor      # drawn codes, int64
-    f_hat: torch.Tensor       # (B, Z, P, P) sum of all scales so far, P = patch_nums[-1]; updated in place by the next
+    f_hat: torch.Tensor       # sum so far, (B, Z, P, P), P = patch_nums[-1]; the next adds to it in place
 
 
 class VAR(ARModel):
@@ -87,8 +80,7 @@ class VAR(ARModel):
     Args:
         vae_local: frozen tokenizer, kept as a plain reference.
         num_classes: classes; index num_classes is the null class of classifier-free guidance.
-        depth, embed_dim, num_heads, mlp_ratio: of the transformer; published: heads = depth, width = 64 *
-            depth.
+        depth, embed_dim, num_heads, mlp_ratio: of the transformer; published: depth heads, width 64 * depth.
         drop_rate, attn_drop_rate, drop_path_rate: dropout; drop path grows linearly over the blocks.
         norm_eps: of every LayerNorm.
         shared_aln: one AdaLN projection for all blocks.
@@ -104,18 +96,18 @@ class VAR(ARModel):
     selection = 'L_tail'
 
     def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
-                 num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0., attn_drop_rate: float = 0.,
-                 drop_path_rate: float = 0., norm_eps: float = 1e-6, shared_aln: bool = False,
-                 cond_drop_rate: float = 0.1, attn_l2_norm: bool = False,
-                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), flash_if_available: bool = True,
-                 fused_if_available: bool = True, label_smooth: float = 0.,
+                 num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0.,
+                 attn_drop_rate: float = 0., drop_path_rate: float = 0., norm_eps: float = 1e-6,
+                 shared_aln: bool = False, cond_drop_rate: float = 0.1, attn_l2_norm: bool = False,
+                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+                 flash_if_available: bool = True, fused_if_available: bool = True, label_smooth: float = 0.,
                  progressive: dict[str, float] | None = None):
         super().__init__(vae_local)
         # 0. hyper-parameters
         self.Cvae, self.V = vae_local.channels, vae_local.vocab_size
         self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
-        self.num_classes, self.cond_drop_rate, self.drop_path_rate = num_classes, cond_drop_rate, drop_path_rate
-        self.label_smooth = label_smooth
+        self.num_classes, self.cond_drop_rate = num_classes, cond_drop_rate
+        self.drop_path_rate, self.label_smooth = drop_path_rate, label_smooth
         self.patch_nums = tuple(patch_nums)
         self.progressive = ProgressiveSchedule(len(self.patch_nums), **progressive) if progressive else None
         self.layout = ScaleLayout(self.patch_nums)
@@ -179,7 +171,9 @@ class VAR(ARModel):
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
         """Cross-entropy of all tokens given the coarser scales, each token weighted 1 / L."""
-        stage, newest_weight = self.progressive.at(progress) if self.progressive else (len(self.patch_nums) - 1, 1.)
+        stage, newest_weight = len(self.patch_nums) - 1, 1.
+        if self.progressive:
+            stage, newest_weight = self.progressive.at(progress)
         idx_kBl = self.tokenizer.encode(images_B3HW)[:stage + 1]
         target_BL = torch.cat(idx_kBl, dim=1)
         with torch.autocast(images_B3HW.device.type, enabled=False):
@@ -190,7 +184,8 @@ class VAR(ARModel):
         weight_L[self.layout.spans[stage][0]:] *= newest_weight
         loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=self.label_smooth,
                                   reduction='none')
-        aux = dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, stage=stage, newest_weight=newest_weight)
+        aux = dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, stage=stage,
+                   newest_weight=newest_weight)
         return (loss_BL * weight_L).sum(1).mean(), aux
 
     def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None) -> torch.Tensor:
@@ -229,9 +224,10 @@ class VAR(ARModel):
 
     # ------------------------------------------------------------------------------ sampling
     def as_labels(self, label_B: int | Sequence[int] | torch.Tensor | None, B: int, rng: Rng) -> torch.Tensor:
-        """(B,) int64 labels on the model's device: an int for all (negative is the null class), one per
-        image, or None for random classes.
+        """(B,) int64 labels on the model's device.
 
+        Args:
+            label_B: an int for all (negative is the null class), one per image, or None for random classes.
         Raises:
             ValueError: wrong number of labels, or one outside [0, num_classes].
         """
@@ -244,8 +240,9 @@ class VAR(ARModel):
             label_B = [self.num_classes if label_B < 0 else label_B] * B
         labels = torch.as_tensor(label_B, dtype=torch.int64, device=self.device)
         if labels.shape != (B,) or labels.min() < 0 or labels.max() > self.num_classes:
-            raise ValueError(f'expected {B} labels in 0..{self.num_classes} ({self.num_classes} is the null class), got '
-                             f'{labels.tolist()}: pass one class per image')
+            raise ValueError(f'expected {B} labels in 0..{self.num_classes} '
+                             f'({self.num_classes} is the null class), got {labels.tolist()}: '
+                             'pass one class per image')
         return labels
 
     @torch.no_grad()
@@ -264,7 +261,8 @@ class VAR(ARModel):
         cond_BD = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)]))
         modulation = self.shared_ada_lin(cond_BD)
         position_1LC = self.lvl_embed(self.lvl_1L) + self.pos_1LC
-        next_BlC = cond_BD[:, None].expand(2 * B, self.first_l, -1) + self.pos_start + position_1LC[:, :self.first_l]
+        next_BlC = (cond_BD[:, None].expand(2 * B, self.first_l, -1) + self.pos_start
+                    + position_1LC[:, :self.first_l])
         f_hat = cond_BD.new_zeros(B, self.Cvae, self.patch_nums[-1], self.patch_nums[-1])
         self.eval()
         try:
@@ -286,20 +284,21 @@ class VAR(ARModel):
                     else:
                         h_BlZ = quantize.embedding(idx_Bl)
                     h_BZpp = h_BlZ.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
-                    f_hat, next_BZpp = quantize.get_next_autoregressive_input(k, len(self.patch_nums), f_hat, h_BZpp)
+                    f_hat, next_BZpp = quantize.get_next_autoregressive_input(
+                        k, len(self.patch_nums), f_hat, h_BZpp)
                     yield ScaleStep(k, logits_BlV, idx_Bl, f_hat)
 
                     if k < len(self.patch_nums) - 1:
                         begin, end = self.layout.spans[k + 1]
-                        next_BlC = self.word_embed(next_BZpp.flatten(2).transpose(1, 2)) + position_1LC[:, begin:end]
-                        next_BlC = next_BlC.repeat(2, 1, 1)
+                        next_BlC = self.word_embed(next_BZpp.flatten(2).transpose(1, 2))
+                        next_BlC = (next_BlC + position_1LC[:, begin:end]).repeat(2, 1, 1)
         finally:
             self.train(was_training)
 
     @torch.no_grad()
     def autoregressive_infer_cfg(self, B: int, label_B: int | Sequence[int] | torch.Tensor | None,
-                                 g_seed: int | None = None, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
-                                 more_smooth: bool = False) -> torch.Tensor:
+                                 g_seed: int | None = None, cfg: float = 1.5, top_k: int = 0,
+                                 top_p: float = 0., more_smooth: bool = False) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1], the published call.
 
         Args:
@@ -313,9 +312,7 @@ class VAR(ARModel):
 
     def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 2.5, rng: Rng = None,
                **options: Any) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1]; guidance s equals the published cfg + 1, options go to
-        `sample_scales`.
-        """
+        """Images (B, 3, H, W) in [0, 1]; guidance is the published cfg + 1; options: see `sample_scales`."""
         return self._images(self.as_labels(labels, len(labels), rng), cfg=guidance - 1, rng=rng, **options)
 
     @torch.no_grad()
@@ -327,10 +324,10 @@ class VAR(ARModel):
     # ------------------------------------------------------------------------------ metrics
     @torch.no_grad()
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Cross-entropy without smoothing and top-1 accuracy in percent: mean, last scale (tail), and per
-        scale side in pixels; in training also the vocabulary in use and the progressive stage.
+        """Cross-entropy without smoothing and top-1 accuracy in percent.
 
-        While progressive training lacks the finest scale, tail values are -1.
+        Each as mean, of the last scale (tail), and per scale side in pixels; in training also the vocabulary
+        in use and the progressive stage. Tails are -1 while progressive training lacks the finest scale.
         """
         logits_BLV, target_BL, stage = aux['logits_BLV'], aux['target_BL'], aux['stage']
         loss_L = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction='none').mean(0)
@@ -347,28 +344,27 @@ class VAR(ARModel):
             hit_V = torch.bincount(predicted_BL.flatten(), minlength=self.V).float()
             dist.allreduce(hit_V)
             out['z_voc_usage'] = (hit_V / hit_V.sum() > 0.001 / self.V).float().mean() * 100
-            for name, value in (('prog_si', stage if self.progressive else -1), ('prog_wp', aux['newest_weight']),
-                                ('prog_a_reso', side)):
+            for name, value in (('prog_si', stage if self.progressive else -1),
+                                ('prog_wp', aux['newest_weight']), ('prog_a_reso', side)):
                 out[name] = torch.full_like(loss_L[0], value)
         return out
 
     def config_state(self, progress: float) -> dict[str, Any]:
         """The published `trainer.config`; resume needs none of it, since the stage follows from the step."""
         resos = [pn * self.tokenizer.stride for pn in self.patch_nums]
-        config = dict(patch_nums=list(self.patch_nums), resos=resos, label_smooth=self.label_smooth, prog_it=0,
-                      last_prog_si=-1, first_prog=True)
+        config = dict(patch_nums=list(self.patch_nums), resos=resos, label_smooth=self.label_smooth,
+                      prog_it=0, last_prog_si=-1, first_prog=True)
         if self.progressive:
             schedule, (stage, _) = self.progressive, self.progressive.at(progress)
             begin = schedule.stage_begins[stage]
-            config.update(prog_it=round(progress * schedule.total) - begin, last_prog_si=stage, first_prog=begin == 0)
+            config.update(prog_it=round(progress * schedule.total) - begin, last_prog_si=stage,
+                          first_prog=begin == 0)
         return config
 
     # ------------------------------------------------------------------------------ weights
     def init_weights(self, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5, init_head: float = 0.02,
                      init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
-        """See `init_transformer`; pos_start and pos_1LC keep the constructor's values. The model has no
-        convolution.
-        """
+        """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
         init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
 
     @staticmethod
@@ -377,8 +373,8 @@ class VAR(ARModel):
         return dict(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path_rate=0.1 * depth / 24)
 
     def no_weight_decay(self) -> set[str]:
-        return {'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start', 'start_pos',
-                'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'}
+        return {'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start',
+                'start_pos', 'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'}
 
     @staticmethod
     def tokenizer_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -408,12 +404,12 @@ class VARHF(VAR, PyTorchModelHubMixin):
         vae_kwargs: arguments of the VQVAE it builds; the tokenizer's weights are loaded separately.
     """
 
-    def __init__(self, vae_kwargs: dict[str, Any], num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
-                 num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0., attn_drop_rate: float = 0.,
-                 drop_path_rate: float = 0., norm_eps: float = 1e-6, shared_aln: bool = False,
-                 cond_drop_rate: float = 0.1, attn_l2_norm: bool = False,
-                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), flash_if_available: bool = True,
-                 fused_if_available: bool = True):
+    def __init__(self, vae_kwargs: dict[str, Any], num_classes: int = 1000, depth: int = 16,
+                 embed_dim: int = 1024, num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0.,
+                 attn_drop_rate: float = 0., drop_path_rate: float = 0., norm_eps: float = 1e-6,
+                 shared_aln: bool = False, cond_drop_rate: float = 0.1, attn_l2_norm: bool = False,
+                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+                 flash_if_available: bool = True, fused_if_available: bool = True):
         super().__init__(VQVAE(**vae_kwargs), num_classes, depth, embed_dim, num_heads, mlp_ratio, drop_rate,
-                         attn_drop_rate, drop_path_rate, norm_eps, shared_aln, cond_drop_rate, attn_l2_norm, patch_nums,
-                         flash_if_available, fused_if_available)
+                         attn_drop_rate, drop_path_rate, norm_eps, shared_aln, cond_drop_rate, attn_l2_norm,
+                         patch_nums, flash_if_available, fused_if_available)

@@ -29,7 +29,8 @@ class AmpOptimizer:
         if mixed_precision == 1:
             self.scaler = torch.amp.GradScaler(self.device_type, init_scale=2. ** 11, growth_interval=1000)
 
-    def backward_clip_step(self, stepping: bool, loss: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
+    def backward_clip_step(self, stepping: bool,
+                           loss: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
         """Backward, and on the last micro-step clip and step.
 
         Returns:

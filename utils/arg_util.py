@@ -1,5 +1,4 @@
-"""Recipes: every setting of a training run, from a preset or the command line, and all that follows from
-them.
+"""Recipes: every setting of a training run, by preset or command line, and all that follows from them.
 
 A recipe is a frozen dataclass. Field names are English; the flag published with VAR, where there is one, is
 given beside each field and parses as well (`--tblr` and `--base_lr` are the same). Only the standard library
@@ -54,10 +53,10 @@ class Recipe:
     # run
     exp_name: str = opt('text', 'name written to the log header')
     output_dir: str = opt(str(REPO / 'local_output'), 'logs and checkpoints', 'local_out_dir_path')
-    seed: int | None = opt(None, 'None draws one and stores it in the checkpoint; given, cudnn is deterministic too')
+    seed: int | None = opt(None, 'None draws one, kept in the checkpoint; given, cudnn is deterministic too')
     same_seed_for_all_ranks: int = opt(0, 'offset of the data order seed')
     save_every: str = opt('', 'checkpoint also every N optimizer steps ("500") or minutes ("20m")')
-    eval_every: int = opt(10, 'epochs between evaluations, each with a checkpoint; the last epoch always has one')
+    eval_every: int = opt(10, 'epochs between evaluations, each with a checkpoint; the last epoch has both')
     dry_run: bool = opt(False, 'print every derived value as JSON and exit')
     allow_round: bool = opt(False, 'accept a batch size that the ranks cannot share evenly, and round it')
     # optimisation
@@ -80,7 +79,8 @@ class Recipe:
     # numerics
     precision: int = opt(0, '0 float32, 1 float16 with loss scaling, 2 bfloat16', 'fp16')
     tf32: bool = opt(True, 'allow TF32 products on CUDA')
-    compile_tokenizer: int = opt(0, 'torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 default', 'vfast')
+    compile_tokenizer: int = opt(0, 'torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 default',
+                                 'vfast')
     compile_model: int = opt(0, 'as vfast, for the model', 'tfast')
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
@@ -91,11 +91,13 @@ class Recipe:
                 raise ValueError(message)
 
         for name in ('batch_size', 'accumulate', 'epochs', 'eval_every'):
-            need(getattr(self, name) >= 1, f'--{flag_of(self, name)} must be at least 1, got {getattr(self, name)}')
+            need(getattr(self, name) >= 1,
+                 f'--{flag_of(self, name)} must be at least 1, got {getattr(self, name)}')
         need(self.precision in (0, 1, 2), f'--fp16 must be 0, 1 or 2, got {self.precision}')
         need(re.fullmatch(r'cos|lin|lin00|lin\d*\.?\d+|exp', self.schedule.strip()) is not None,
              f'--sche must be cos, lin, lin0, lin00, lin<number> or exp, got {self.schedule!r}')
-        need(self.optimizer.lower().strip() in ('adam', 'adamw'), f'--opt must be adam or adamw, got {self.optimizer!r}')
+        need(self.optimizer.lower().strip() in ('adam', 'adamw'),
+             f'--opt must be adam or adamw, got {self.optimizer!r}')
         need(re.fullmatch(r'|[1-9]\d*m?', self.save_every) is not None,
              f'--save_every must be a number of steps ("500") or minutes ("20m"), got {self.save_every!r}')
 
@@ -123,8 +125,8 @@ class Recipe:
         share = self.accumulate * world_size
         if self.local_batch(world_size) < 1 or (self.batch_size % share and not self.allow_round):
             fitting = max(share, self.batch_size // share * share)
-            raise ValueError(f'--bs={self.batch_size} cannot be shared by {world_size} ranks x --ac={self.accumulate}: '
-                             f'pass --bs={fitting}, or --allow_round=1 to round it')
+            raise ValueError(f'--bs={self.batch_size} cannot be shared by {world_size} ranks x '
+                             f'--ac={self.accumulate}: pass --bs={fitting}, or --allow_round=1 to round it')
 
     def peak_lr(self, world_size: int) -> float:
         return self.accumulate * self.base_lr * self.micro_batch(world_size) / 256
@@ -184,8 +186,8 @@ class Recipe:
     def derived(self, world_size: int) -> dict[str, Any]:
         """Every derived value under its published name."""
         return dict(batch_size=self.local_batch(world_size), glb_batch_size=self.micro_batch(world_size),
-                    bs=self.micro_batch(world_size), tlr=self.peak_lr(world_size), twde=self.final_weight_decay,
-                    wp=self.warmup_epochs, sche=self.lr_schedule,
+                    bs=self.micro_batch(world_size), tlr=self.peak_lr(world_size),
+                    twde=self.final_weight_decay, wp=self.warmup_epochs, sche=self.lr_schedule,
                     workers=self.num_workers(world_size), data_load_reso=self.image_size,
                     tb_dir_name=self.run_name(world_size), world_size=world_size)
 
@@ -194,7 +196,8 @@ class Recipe:
 class PyramidRecipe(Recipe):
     """A run over a pyramid of code maps."""
 
-    pn: str = opt(PATCH_NUMS['256'], 'sides of the code maps, joined by _ or -; 256, 512, 1024 are the published lists')
+    pn: str = opt(PATCH_NUMS['256'],
+                  'sides of the code maps, joined by _ or -; 256, 512, 1024 are the published lists')
     patch_size: int = opt(16, 'pixels per side of the finest code, the stride of the tokenizer')
 
     def __post_init__(self):
@@ -215,8 +218,8 @@ class PyramidRecipe(Recipe):
         return max(self.resolutions)
 
     def derived(self, world_size: int) -> dict[str, Any]:
-        return super().derived(world_size) | dict(pn=PATCH_NUMS.get(self.pn, self.pn), patch_nums=self.patch_nums,
-                                                  resos=self.resolutions)
+        return super().derived(world_size) | dict(pn=PATCH_NUMS.get(self.pn, self.pn),
+                                                  patch_nums=self.patch_nums, resos=self.resolutions)
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,7 @@ class VARRecipe(PyramidRecipe):
     label_smooth: float = opt(0., 'label smoothing', 'ls')
     progressive_until: float = opt(0., 'progressive training until this share of the run; 0 is off', 'pg')
     progressive_first: int = opt(4, 'first progressive stage (scale index)', 'pg0')
-    progressive_warmup: float = opt(0., 'epochs of warm-up per progressive stage; 0 means epochs / 300', 'pgwp')
+    progressive_warmup: float = opt(0., 'warm-up epochs per progressive stage; 0 means epochs / 300', 'pgwp')
 
     def __post_init__(self):
         super().__post_init__()
@@ -260,17 +263,17 @@ class VARRecipe(PyramidRecipe):
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
         drop_path = self.drop_path if self.drop_path >= 0 else 0.1 * self.depth / 24
-        progressive = dict(total=total_steps, warmup=self.warmup_epochs * steps_per_epoch, until=self.progressive_until,
-                           first_stage=self.progressive_first,
+        progressive = dict(total=total_steps, warmup=self.warmup_epochs * steps_per_epoch,
+                           until=self.progressive_until, first_stage=self.progressive_first,
                            stage_warmup=self.progressive_warmup_epochs * steps_per_epoch)
-        return dict(depth=self.depth, embed_dim=64 * self.depth, num_heads=self.depth, drop_path_rate=drop_path,
-                    shared_aln=self.shared_aln, attn_l2_norm=self.attn_l2_norm, patch_nums=self.patch_nums,
-                    flash_if_available=self.flash, label_smooth=self.label_smooth,
+        return dict(depth=self.depth, embed_dim=64 * self.depth, num_heads=self.depth,
+                    drop_path_rate=drop_path, shared_aln=self.shared_aln, attn_l2_norm=self.attn_l2_norm,
+                    patch_nums=self.patch_nums, flash_if_available=self.flash, label_smooth=self.label_smooth,
                     progressive=progressive if self.progressive_until > 0 else None)
 
     def init_kwargs(self) -> dict[str, Any]:
-        return dict(init_adaln=self.init_adaln, init_adaln_gamma=self.init_adaln_gamma, init_head=self.init_head,
-                    init_std=self.init_std)
+        return dict(init_adaln=self.init_adaln, init_adaln_gamma=self.init_adaln_gamma,
+                    init_head=self.init_head, init_std=self.init_std)
 
     def tokenizer_kwargs(self) -> dict[str, Any]:
         return dict(v_patch_nums=self.patch_nums)
@@ -292,7 +295,7 @@ class VQVAERecipe(PyramidRecipe):
     num_res_blocks: int = opt(2, 'residual blocks per encoder level')
     dropout: float = opt(0.05, 'dropout inside residual blocks')
     beta: float = opt(0.25, 'weight of the commitment term')
-    codebook: str = opt('ema', 'ema: moving averages and restart of dead codes; grad: by gradient, as published')
+    codebook: str = opt('ema', 'ema: moving averages, restart of dead codes; grad: by gradient, as published')
     base_lr: float = opt(1e-4, 'learning rate per 256 images', 'tblr')
     weight_decay: float = opt(0.005, 'weight decay at the start', 'twd')
     clip: float = opt(10., 'clip of the gradient norm; <= 0 is off', 'tclip')
@@ -307,8 +310,8 @@ class VQVAERecipe(PyramidRecipe):
         super().__post_init__()
         stride = 2 ** (len(ints(self.ch_mult)) - 1)
         if stride != self.patch_size:
-            raise ValueError(f'--ch_mult={self.ch_mult} has {len(ints(self.ch_mult))} levels and so stride {stride}, but '
-                             f'--patch_size={self.patch_size}: pass --patch_size={stride}')
+            raise ValueError(f'--ch_mult={self.ch_mult} has {len(ints(self.ch_mult))} levels and so stride '
+                             f'{stride}, but --patch_size={self.patch_size}: pass --patch_size={stride}')
         if self.ch % 32:
             raise ValueError(f'--ch must be a multiple of 32 (GroupNorm), got {self.ch}')
         if self.codebook not in ('ema', 'grad'):
@@ -320,9 +323,9 @@ class VQVAERecipe(PyramidRecipe):
         return f'vqvae-ch{self.ch}v{self.vocab_size}z{self.z_channels}__pn{PATCH_NUMS.get(self.pn, self.pn)}'
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        return dict(vocab_size=self.vocab_size, z_channels=self.z_channels, ch=self.ch, ch_mult=ints(self.ch_mult),
-                    num_res_blocks=self.num_res_blocks, dropout=self.dropout, beta=self.beta, codebook=self.codebook,
-                    v_patch_nums=self.patch_nums, test_mode=False)
+        return dict(vocab_size=self.vocab_size, z_channels=self.z_channels, ch=self.ch,
+                    ch_mult=ints(self.ch_mult), num_res_blocks=self.num_res_blocks, dropout=self.dropout,
+                    beta=self.beta, codebook=self.codebook, v_patch_nums=self.patch_nums, test_mode=False)
 
 
 RECIPES: dict[str, type[Recipe]] = {'var': VARRecipe, 'vqvae': VQVAERecipe}
@@ -335,22 +338,20 @@ PRESETS: dict[str, dict[str, Any]] = {
                     lr_end=0.01),
     'var_d30': dict(depth=30, batch_size=1024, epochs=350, base_lr=8e-5, precision=1, init_adaln_gamma=1e-5,
                     lr_end=0.01, weight_decay_end=0.08),
-    'var_d36_512': dict(depth=36, shared_aln=True, pn='512', batch_size=768, epochs=350, base_lr=8e-5, precision=1,
-                        init_adaln_gamma=5e-6, lr_end=0.01, weight_decay_end=0.08),
+    'var_d36_512': dict(depth=36, shared_aln=True, pn='512', batch_size=768, epochs=350, base_lr=8e-5,
+                        precision=1, init_adaln_gamma=5e-6, lr_end=0.01, weight_decay_end=0.08),
 }
 
 
 # ---------------------------------------------------------------------------------------------- sampling
 @dataclass(frozen=True)
 class SampleRecipe:
-    """Settings of a sampling job. Everything but batch size and speed decides the images, and is in the
-    manifest.
-    """
+    """Settings of a sampling job. All but batch size and speed decide the images, and are in the manifest."""
 
     model: str = opt('var', 'family of the generator: var')
     ckpt: str = opt('', 'generator weights: a checkpoint of train.py, a released file, or a published name')
     vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py')
-    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the PNG files; the npz lies beside it')
+    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the PNGs; the npz lies beside it')
     num_images: int = opt(50_000, 'images, spread evenly over the classes')
     classes: str = opt('', 'class ids joined by "_"; empty takes all')
     seed: int = opt(0, 'the noise of image i is a function of (seed, i)')
@@ -393,7 +394,8 @@ class VARSampleRecipe(SampleRecipe):
 SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {'var': VARSampleRecipe}
 
 SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
-    'fid': dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False),  # published FID protocol of VAR
+    # published FID protocol of VAR
+    'fid': dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False),
 }
 
 
@@ -414,9 +416,7 @@ def _boolean(text: str) -> bool:
 
 
 def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with one flag per field of a dataclass made of `opt` fields, and a second spelling where
-    published.
-    """
+    """A parser: one flag per field of a dataclass of `opt` fields, a second spelling where published."""
     parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -455,7 +455,8 @@ def _parse(argv: list[str], prog: str, recipes: dict[str, type], presets: dict[s
     first.add_argument('--preset', default=None, choices=list(presets))
     chosen, rest = first.parse_known_args(argv)
     cls = recipes[chosen.model]
-    parser = make_parser(cls, prog, f'{what} Models: --model={"|".join(recipes)}; presets: --preset={"|".join(presets)}.')
+    parser = make_parser(cls, prog, f'{what} Models: --model={"|".join(recipes)}; '
+                                    f'presets: --preset={"|".join(presets)}.')
     values = parser.parse(rest)
     try:
         return cls(**{**presets.get(chosen.preset, {}), **values, 'model': chosen.model})

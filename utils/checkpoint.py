@@ -15,9 +15,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its place when the block ends well, and vanishes when it
-    does not.
-    """
+    """A temporary path beside `target` that replaces it when the block ends well, and vanishes otherwise."""
     target = Path(target)
     temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     try:
@@ -29,9 +27,9 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str, is_best: bool = False) -> None:
-    """Write `<prefix>-last.pth`; the file it replaces stays as `<prefix>-prev.pth`, and `is_best` copies it
-    to `-best`.
+def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str,
+                    is_best: bool = False) -> None:
+    """Write `<prefix>-last.pth`, copied to `-best` if `is_best`; the file it replaces stays as `-prev`.
 
     Raises:
         OSError: the disk is full or not writable; every older file is intact.
@@ -48,8 +46,8 @@ def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: st
             with atomic_path(best) as temporary:
                 shutil.copyfile(last, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-        raise OSError(f'could not save a checkpoint in {folder} ({error}): free some space and run the same command '
-                      'again; the previous checkpoint is intact') from error
+        raise OSError(f'could not save a checkpoint in {folder} ({error}): free some space and run the '
+                      'same command again; the previous checkpoint is intact') from error
 
 
 def load_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -67,8 +65,8 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
-        raise ValueError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): the file is truncated or no '
-                         'checkpoint') from error
+        raise ValueError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): '
+                         'the file is truncated or no checkpoint') from error
 
 
 def model_state(checkpoint: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:
@@ -100,6 +98,6 @@ def newest_checkpoint(folder: str | os.PathLike, pattern: str) -> tuple[Path | N
         except ValueError as error:
             logger.warning('%s; falling back to the next older checkpoint', error)
     if files:
-        raise ValueError(f'none of the {len(files)} checkpoints in {folder} can be read: restore one, or move them away '
-                         'to start anew')
+        raise ValueError(f'none of the {len(files)} checkpoints in {folder} can be read: '
+                         'restore one, or move them away to start anew')
     return None, {}

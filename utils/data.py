@@ -1,5 +1,4 @@
-"""Image folders and the embedded digits behind one interface; augmentation is a function of (seed, epoch,
-image).
+"""Image folders and the embedded digits behind one interface; augmentation is keyed by (seed, epoch, image).
 
 Pixels are float32 in [-1, 1], (3, H, W).
 """
@@ -11,7 +10,15 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, RandomHorizontalFlip, Resize, ToTensor
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    RandomCrop,
+    RandomHorizontalFlip,
+    Resize,
+    ToTensor,
+)
 
 from utils.misc import mix_seed
 
@@ -34,7 +41,8 @@ def pil_loader(path: str) -> Image.Image:
         with Path(path).open('rb') as file:
             return Image.open(file).convert('RGB')
     except (OSError, SyntaxError) as error:
-        raise ValueError(f'expected an image, cannot read {path} ({error}): repair or remove the file') from None
+        raise ValueError(f'expected an image, cannot read {path} ({error}): '
+                         'repair or remove the file') from None
 
 
 class Digits(Dataset):
@@ -55,23 +63,24 @@ class Digits(Dataset):
         digits = load_digits()
         held_out = np.arange(len(digits.target)) % HELD_OUT_EVERY == 0
         chosen = ~held_out if train else held_out
-        self.images_u8, self.targets = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8), digits.target[chosen]
+        self.images_u8 = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        self.targets = digits.target[chosen]
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple:
-        image = Image.fromarray(self.images_u8[index]).resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC)
-        image = image.convert('RGB')
+        image = Image.fromarray(self.images_u8[index])
+        image = image.resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC).convert('RGB')
         return self.transform(image) if self.transform else image, int(self.targets[index])
 
 
-def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.125) -> tuple[Compose, Compose]:
+def build_transforms(final_reso: int, hflip: bool = False,
+                     mid_reso: float = 1.125) -> tuple[Compose, Compose]:
     """(train, validation) transforms from PIL image to [-1, 1].
 
-    The shorter side becomes round(mid_reso * final_reso) by Lanczos, then a random or centre crop; the flip
-    is first.
+    A flip, the shorter side to round(mid_reso * final_reso) by Lanczos, then a random or centre crop.
     """
     resize = Resize(round(mid_reso * final_reso), interpolation=InterpolationMode.LANCZOS)
     finish = [ToTensor(), normalize_01_into_pm1]
@@ -97,17 +106,18 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False,
     for split, transform in (('train', train_aug), ('val', val_aug)):
         folder = Path(data_path) / split
         if not folder.is_dir():
-            raise ValueError(f'expected class folders in {folder}, found no such folder: pass --data_path=ROOT with '
-                             'ROOT/train and ROOT/val, or --data_path=digits')
+            raise ValueError(f'expected class folders in {folder}, found no such folder: '
+                             'pass --data_path=ROOT with ROOT/train and ROOT/val, or --data_path=digits')
         try:
-            sets.append(DatasetFolder(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS, transform=transform))
+            sets.append(DatasetFolder(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS,
+                                      transform=transform))
         except FileNotFoundError as error:
             raise ValueError(f'expected images in every class folder of {folder}: {error}') from None
     train_set, val_set = sets
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))
-        raise ValueError(f'train/ and val/ of {data_path} must hold the same classes, they differ in {odd[:5]} '
-                         f'({len(odd)} in all): add or remove these folders')
+        raise ValueError(f'train/ and val/ of {data_path} must hold the same classes, '
+                         f'they differ in {odd[:5]} ({len(odd)} in all): add or remove these folders')
     return len(train_set.classes), train_set, val_set
 
 

@@ -36,15 +36,18 @@ class DistInfiniteBatchSampler(Sampler):
     """
 
     def __init__(self, world_size: int, rank: int, dataset_len: int, glb_batch_size: int,
-                 same_seed_for_all_ranks: int = 0, repeated_aug: int = 0, fill_last: bool = False, shuffle: bool = True,
-                 start_ep: int = 0, start_it: int = 0, by_batch: bool = False, with_epoch: bool = False):
+                 same_seed_for_all_ranks: int = 0, repeated_aug: int = 0, fill_last: bool = False,
+                 shuffle: bool = True, start_ep: int = 0, start_it: int = 0, by_batch: bool = False,
+                 with_epoch: bool = False):
         if glb_batch_size % world_size:
-            raise ValueError(f'a global batch of {glb_batch_size} cannot be shared by {world_size} ranks evenly')
+            raise ValueError(f'a global batch of {glb_batch_size} cannot be shared '
+                             f'by {world_size} ranks evenly')
         self.world_size, self.rank, self.dataset_len = world_size, rank, dataset_len
         self.glb_batch_size, self.batch_size = glb_batch_size, glb_batch_size // world_size
-        self.seed, self.repeated_aug, self.fill_last, self.shuffle = (same_seed_for_all_ranks, repeated_aug, fill_last,
-                                                                      shuffle)
-        self.start_ep, self.start_it, self.by_batch, self.with_epoch = start_ep, start_it, by_batch, with_epoch
+        self.seed, self.repeated_aug = same_seed_for_all_ranks, repeated_aug
+        self.fill_last, self.shuffle = fill_last, shuffle
+        self.start_ep, self.start_it = start_ep, start_it
+        self.by_batch, self.with_epoch = by_batch, with_epoch
         self.iters_per_ep = -(-dataset_len // glb_batch_size)
 
     def __len__(self) -> int:
@@ -59,7 +62,8 @@ class DistInfiniteBatchSampler(Sampler):
             indices = torch.randperm(self.dataset_len, generator=generator).numpy()
             if self.repeated_aug > 1:
                 distinct = -(-self.dataset_len // self.repeated_aug)
-                indices = indices[:distinct].repeat(self.repeated_aug)[:self.iters_per_ep * self.glb_batch_size]
+                indices = indices[:distinct].repeat(self.repeated_aug)
+                indices = indices[:self.iters_per_ep * self.glb_batch_size]
         missing = self.iters_per_ep * self.glb_batch_size - len(indices)
         return np.resize(indices, len(indices) + missing) if self.fill_last and missing > 0 else indices
 

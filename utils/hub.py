@@ -3,8 +3,8 @@ import hashlib
 from pathlib import Path
 
 PUBLISHED = {  # file name -> hub repository
-    **dict.fromkeys(['vae_ch160v4096z32.pth', 'var_d16.pth', 'var_d20.pth', 'var_d24.pth', 'var_d30.pth', 'var_d36.pth'],
-                    'FoundationVision/var'),
+    **dict.fromkeys(['vae_ch160v4096z32.pth', 'var_d16.pth', 'var_d20.pth', 'var_d24.pth', 'var_d30.pth',
+                     'var_d36.pth'], 'FoundationVision/var'),
 }
 
 
@@ -29,13 +29,16 @@ def fetch(name: str, sha256: str = '') -> Path:
     if not path.is_file():
         repo = PUBLISHED.get(name)
         if repo is None:
-            raise ValueError(f'expected a checkpoint, found no file {name}: pass a path or one of {sorted(PUBLISHED)}')
+            raise ValueError(f'expected a checkpoint, found no file {name}: '
+                             f'pass a path or one of {sorted(PUBLISHED)}')
         from huggingface_hub import hf_hub_download
         try:
             path = Path(hf_hub_download(repo, name))
         except Exception as error:  # the hub's client raises many kinds, all of them mean "not to be had now"
-            raise ValueError(f'{name} is not in the working directory and cannot be fetched from the hub repository '
-                             f'{repo} ({type(error).__name__}): download it elsewhere and pass its path') from None
+            raise ValueError(f'{name} is not in the working directory and cannot be fetched from the hub '
+                             f'repository {repo} ({type(error).__name__}): '
+                             'download it elsewhere and pass its path') from None
     if sha256 and sha256_of(path) != sha256:
-        raise ValueError(f'{path} has SHA-256 {sha256_of(path)[:16]}..., expected {sha256[:16]}...: download it again')
+        raise ValueError(f'{path} has SHA-256 {sha256_of(path)[:16]}..., expected {sha256[:16]}...: '
+                         'download it again')
     return path

@@ -18,13 +18,12 @@ EVERY = 500  # steps between TensorBoard points
 
 
 def setup_logging(output_dir: str | None, is_master: bool) -> None:
-    """Console for the master's messages and everybody's warnings; the master also appends to
-    `output_dir`/stdout.txt.
-    """
+    """The master's messages and all warnings on the console; the master's also in `output_dir`/stdout.txt."""
     root = logging.getLogger()
     root.handlers.clear()
     root.setLevel(logging.DEBUG)
-    line = logging.Formatter('[{asctime}] ({filename}, line {lineno:3d})=> {message}', '%m-%d %H:%M:%S', style='{')
+    line = logging.Formatter('[{asctime}] ({filename}, line {lineno:3d})=> {message}', '%m-%d %H:%M:%S',
+                             style='{')
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if is_master else logging.WARNING)
     handlers: list[logging.Handler] = [console]
@@ -100,8 +99,7 @@ class MetricLogger:
                   tokenizer_seconds: Callable[[], float] = lambda: 0.) -> Iterator[tuple[int, Any]]:
         """Yield (iteration, item) and write a progress line at `print_freq` evenly spaced iterations.
 
-        The line ends with images/s and the shares of time spent waiting for data, in the tokenizer and in the
-        model.
+        The line ends with images/s and the shares of time spent on waiting for data, tokenizer and model.
         """
         self.log_iters = set(np.linspace(0, max_iters - 1, print_freq, dtype=int).tolist()) | {start_it}
         width, epoch_begin = len(str(max_iters)), time.time()
@@ -143,7 +141,8 @@ class TensorboardLogger:
         """Whether step-wise scalars are written at the current step: the first one and every 500th."""
         return self.step == 0 or (self.step + 1) % EVERY == 0
 
-    def update(self, head: str = 'scalar', step: int | None = None, **values: float | torch.Tensor | None) -> None:
+    def update(self, head: str = 'scalar', step: int | None = None,
+               **values: float | torch.Tensor | None) -> None:
         """Write scalars; without `step` at the current one, and only if it is `due`."""
         if self.writer is None or (step is None and not self.due()):
             return

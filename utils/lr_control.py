@@ -39,14 +39,13 @@ def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, en
     raise NotImplementedError(f'schedule must be cos, lin, lin0, lin00, lin<number> or exp, got {schedule!r}')
 
 
-def lr_wd_annealing(sche_type: str, optimizer: torch.optim.Optimizer, peak_lr: float, wd: float, wd_end: float,
-                    cur_it: int, wp_it: float, max_it: int, wp0: float = 0.005,
+def lr_wd_annealing(sche_type: str, optimizer: torch.optim.Optimizer, peak_lr: float, wd: float,
+                    wd_end: float, cur_it: int, wp_it: float, max_it: int, wp0: float = 0.005,
                     wpe: float = 0.001) -> tuple[float, float, float, float]:
     """Set learning rate and weight decay of every group for micro-step `cur_it`.
 
     Returns:
-        (lowest lr, highest lr, lowest wd, highest wd); the lowest wd is over decayed groups, -1 if there are
-        none.
+        (lowest lr, highest lr, lowest wd, highest wd); the lowest wd is of decayed groups, -1 without any.
     """
     lr = peak_lr * lr_ratio(sche_type.strip(), cur_it, round(wp_it), max_it, wp0, wpe)
     decay = wd_end + (wd - wd_end) * (0.5 + 0.5 * math.cos(math.pi * cur_it / max(max_it - 1, 1)))
@@ -58,13 +57,12 @@ def lr_wd_annealing(sche_type: str, optimizer: torch.optim.Optimizer, peak_lr: f
     return min(lrs), max(lrs), min((d for d in decays if d > 0), default=-1.), max(decays)
 
 
-def filter_params(model: nn.Module, nowd_keys: Iterable[str] = ()) -> tuple[list[str], list[nn.Parameter], list[dict]]:
-    """Trainable parameters in two groups: without weight decay (vectors, biases, names holding a key) and
-    with it.
+def filter_params(model: nn.Module,
+                  nowd_keys: Iterable[str] = ()) -> tuple[list[str], list[nn.Parameter], list[dict]]:
+    """Trainable parameters in two groups, with weight decay and without (vectors, biases, names with a key).
 
     Returns:
-        (names, parameters, groups); groups are in order of first appearance and hold params, wd_sc (0 or 1)
-        and lr_sc.
+        (names, parameters, groups); groups, in order of first appearance, hold params, wd_sc (0 or 1), lr_sc.
     """
     groups: dict[float, dict] = {}
     names, params = [], []

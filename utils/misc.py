@@ -29,20 +29,18 @@ def auto_resume(args: Any, pattern: str = 'ar-ckpt*.pth') -> tuple[list[str], in
     """The newest readable checkpoint in `args.local_out_dir_path`, upstream's call.
 
     Returns:
-        (lines for the log, epoch, iteration, state of the trainer, settings); zeros and empty where there is
-        none.
+        (lines for the log, epoch, iteration, state of the trainer, settings); zeros and empty without one.
     """
     path, checkpoint = newest_checkpoint(args.local_out_dir_path, pattern)
     if path is None:
         return [f'no {pattern} in {args.local_out_dir_path}, starting anew'], 0, 0, {}, {}
     epoch, iteration = checkpoint['epoch'], checkpoint['iter']
-    return ([f'resuming from {path} at epoch {epoch}, iteration {iteration}'], epoch, iteration, checkpoint['trainer'],
-            checkpoint['args'])
+    return ([f'resuming from {path} at epoch {epoch}, iteration {iteration}'], epoch, iteration,
+            checkpoint['trainer'], checkpoint['args'])
 
 
 def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) -> str:
-    """Pack the PNG files directly in a folder as uint8 (N, H, W, 3) under `arr_0`, in the order of their
-    names.
+    """Pack the PNG files directly in a folder as uint8 (N, H, W, 3) under `arr_0`, in the order of names.
 
     Images are streamed, so memory holds one at a time.
 
@@ -56,8 +54,8 @@ def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) 
     folder = Path(sample_folder)
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == '.png')
     if len(files) != num_images:
-        raise ValueError(f'expected {num_images} PNG files in {folder}, got {len(files)}: sample the missing ones, or '
-                         'pass num_images')
+        raise ValueError(f'expected {num_images} PNG files in {folder}, got {len(files)}: '
+                         'sample the missing ones, or pass num_images')
     with Image.open(files[0]) as first:
         size = first.size
     target = folder.with_name(f'{folder.name}.npz')
@@ -68,7 +66,8 @@ def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) 
         for path in files:
             with Image.open(path) as image:
                 if image.mode != 'RGB' or image.size != size:
-                    raise ValueError(f'expected 8-bit RGB images of {size[0]}x{size[1]} in {folder}, got {image.mode} of '
-                                     f'{image.size[0]}x{image.size[1]} in {path.name}: sample into a fresh folder')
+                    raise ValueError(f'expected 8-bit RGB images of {size[0]}x{size[1]} in {folder}, got '
+                                     f'{image.mode} of {image.size[0]}x{image.size[1]} in {path.name}: '
+                                     'sample into a fresh folder')
                 stream.write(np.asarray(image).tobytes())
     return str(target)

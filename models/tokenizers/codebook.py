@@ -14,6 +14,8 @@ import dist
 GAMMA = 0.99           # decay of the averages per step
 CHECK_EVERY = 20       # steps between two looks for dead codes
 MAX_REPLACED = 0.1     # share of the codebook replaced per look
+MIN_PATIENCE = 30      # steps without a hit after which a code is dead, at least ...
+PATIENCE_TOKENS = 56   # ... and until this many tokens per code have been seen
 STOP_AT = 0.8          # no restart in the last fifth of training
 EPS = 1e-7             # a code with a smaller average count keeps its vector
 
@@ -73,9 +75,10 @@ class CodebookEMA:
     def _restart_dead(self, tokens_per_step: float) -> None:
         """Put queries of the current batch in the place of codes that nothing chose for a long time."""
         vocab_size = len(self.embedding.weight)
-        patience = max(30, math.ceil(56 * vocab_size / tokens_per_step))
+        patience = max(MIN_PATIENCE, math.ceil(PATIENCE_TOKENS * vocab_size / tokens_per_step))
         dead = (self.age_V >= patience).nonzero().flatten()
-        dead = dead[self.age_V[dead].argsort(descending=True, stable=True)][:max(1, int(MAX_REPLACED * vocab_size))]
+        dead = dead[self.age_V[dead].argsort(descending=True, stable=True)]
+        dead = dead[:max(1, int(MAX_REPLACED * vocab_size))]
         if len(dead) == 0:
             return
         candidates = self._balanced_candidates(len(dead))
@@ -98,7 +101,7 @@ class CodebookEMA:
             num_local = len(query_NZ)
             pick = torch.randperm(num_local * dist.get_world_size())[:share + (k < extra)] - rank * num_local
             rows = query_NZ.new_zeros(len(pick), query_NZ.shape[1])
-            mine = (0 <= pick) & (pick < num_local)
+            mine = (pick >= 0) & (pick < num_local)
             rows[mine.to(rows.device)] = query_NZ[pick[mine].to(rows.device)]
             chosen.append(rows)
         candidates = torch.cat(chosen)
@@ -110,5 +113,6 @@ class CodebookEMA:
         return {name: getattr(self, name) for name in ('count_V', 'sum_VZ', 'age_V', 'step', 'num_restarts')}
 
     def load_state_dict(self, state: dict) -> None:
+        device = self.embedding.weight.device
         for name, value in state.items():
-            setattr(self, name, value.to(self.embedding.weight.device) if isinstance(value, torch.Tensor) else value)
+            setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)

@@ -1,8 +1,8 @@
-"""Convolutional encoder and decoder of the VAR tokenizer, down by 2 ** (levels - 1), with attention at the
-deepest level.
+"""Convolutional encoder and decoder of the VAR tokenizer.
 
-Letters: B batch, C channels, Z code channels, h w feature map. Source: arXiv 2404.02905 (network of arXiv
-2112.10752).
+They go down and up by 2 ** (levels - 1), with attention at the deepest level.
+Letters: B batch, C channels, Z code channels, h w feature map.
+Source: arXiv 2404.02905 (network of arXiv 2112.10752).
 """
 from collections.abc import Sequence
 
@@ -43,9 +43,7 @@ class Upsample2x(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised 3x3 convolutions and a shortcut, which is a 1x1 convolution only where the width
-    changes.
-    """
+    """Two normalised 3x3 convolutions and a shortcut, a 1x1 convolution only where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float):
         super().__init__()
@@ -54,7 +52,8 @@ class ResnetBlock(nn.Module):
         self.norm2 = Normalize(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -73,15 +72,13 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, 3, 1, C, h * w).permute(1, 0, 4, 2, 3)  # each (B, hw, 1 head, C)
+        q, k, v = self.qkv(self.norm(x)).view(B, 3, 1, C, h * w).permute(1, 0, 4, 2, 3)  # (B, hw, 1 head, C)
         out = attend(q, k, v, backend='sdpa')
         return x + self.proj_out(out.reshape(B, h * w, C).transpose(1, 2).reshape(B, C, h, w))
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention at the deepest one, and the change of
-    resolution.
-    """
+    """Residual blocks of one resolution, attention after each at the deepest one, and the resampling."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, dropout: float, with_attn: bool):
         super().__init__()

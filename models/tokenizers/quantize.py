@@ -30,8 +30,7 @@ def float32_matmul() -> Iterator[None]:
 
 
 def phi_index(num_phis: int, k: int, num_scales: int) -> int:
-    """Which of `num_phis` shared convolutions serves scale k of `num_scales`: the nearest of evenly spaced
-    ticks.
+    """Which of `num_phis` convolutions serves scale k of `num_scales`: the nearest of evenly spaced ticks.
 
     Scales 2 and 7 of 10 lie exactly between two ticks; float64 rounding of this very expression decides them,
     and published weights depend on it. A single scale uses phi 0.
@@ -95,17 +94,21 @@ class VectorQuantizer2(nn.Module):
         v_patch_nums: sides of the code maps, coarse to fine.
         quant_resi: ratio r of phi.
         share_quant_resi: 0 one phi per scale, 1 a single one, n >= 2 that many, spread over the scales.
-        codebook: 'grad' trains it by gradient as published, 'ema' by moving averages (tokenizers are trained
-            so here).
+        codebook: 'grad' trains it by gradient as published, 'ema' by moving averages, as training here does.
     """
 
     def __init__(self, vocab_size: int, Cvae: int, using_znorm: bool, beta: float = 0.25,
-                 default_qresi_counts: int = 0, v_patch_nums: Sequence[Side] | None = None, quant_resi: float = 0.5,
-                 share_quant_resi: int = 4, codebook: str = 'grad'):
+                 default_qresi_counts: int = 0, v_patch_nums: Sequence[Side] | None = None,
+                 quant_resi: float = 0.5, share_quant_resi: int = 4, codebook: str = 'grad'):
         super().__init__()
         self.vocab_size, self.Cvae, self.using_znorm, self.beta = vocab_size, Cvae, using_znorm, beta
         self.v_patch_nums = tuple(v_patch_nums)
-        self.quant_resi = PhiBank(Cvae, quant_resi, share_quant_resi, default_qresi_counts or len(self.v_patch_nums))
+        self.quant_resi = PhiBank(Cvae, quant_resi, share_quant_resi,
+                                  default_qresi_counts or len(self.v_patch_nums))
+        used = {phi_index(len(self.quant_resi.phis), k, len(self.v_patch_nums))
+                for k in range(len(self.v_patch_nums))}
+        for i, phi in enumerate(self.quant_resi.phis):
+            phi.requires_grad_(i in used)  # short pyramids leave some out, and DDP waits for every gradient
         self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(self.v_patch_nums), vocab_size))
         self.record_hit = 0  # training steps that the averages in ema_vocab_hit_SV have seen
         self.embedding = nn.Embedding(vocab_size, Cvae)
@@ -139,11 +142,13 @@ class VectorQuantizer2(nn.Module):
             h_BZpp = F.interpolate(h_BZpp, size=tuple(size), mode='bicubic')
         return self.quant_resi(h_BZpp, k, num_scales)
 
-    def residual_scales(self, f_BZhw: torch.Tensor, v_patch_nums: Sequence[Side] | None = None) -> Iterator[ScaleCode]:
+    def residual_scales(self, f_BZhw: torch.Tensor,
+                        v_patch_nums: Sequence[Side] | None = None) -> Iterator[ScaleCode]:
         """Algorithm 1: quantise what is left of f at every scale, coarse to fine. No gradient reaches f."""
         sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in v_patch_nums or self.v_patch_nums]
         full = f_BZhw.shape[-2:]
-        assert sizes[-1] == tuple(full), f'the last scale must have the size of the feature map {tuple(full)}, got {sizes[-1]}'
+        assert sizes[-1] == tuple(full), \
+            f'the last scale must have the size of the feature map {tuple(full)}, got {sizes[-1]}'
         rest_BZhw = f_BZhw.detach()
         for k, size in enumerate(sizes):
             u_BZpp = rest_BZhw if k == len(sizes) - 1 else F.interpolate(rest_BZhw, size=size, mode='area')
@@ -169,7 +174,8 @@ class VectorQuantizer2(nn.Module):
             queries, codes = [], []
             for scale in self.residual_scales(f_BChw):
                 f_hat = f_hat + scale.h_BZhw
-                loss = loss + self.beta * F.mse_loss(f_hat.detach(), f_BChw) + F.mse_loss(f_hat, f_BChw.detach())
+                loss = (loss + self.beta * F.mse_loss(f_hat.detach(), f_BChw)
+                        + F.mse_loss(f_hat, f_BChw.detach()))
                 queries.append(scale.query_NZ)
                 codes.append(scale.idx_Bhw.flatten())
                 hits.append(torch.bincount(codes[-1], minlength=self.vocab_size))
@@ -192,8 +198,7 @@ class VectorQuantizer2(nn.Module):
     def usages(self, num_positions: int) -> list[float]:
         """Percent of codes per scale hit at least 0.08 times as often as an even use of one full map would.
 
-        The published figure: coarse scales cannot reach 100 (side p tops out at p^2 / (0.08 h w) of the
-        codebook).
+        As published, coarse scales cannot reach 100: side p tops out at p^2 / (0.08 h w) of the codebook.
 
         Args:
             num_positions: B * h * w of one step on one rank.
@@ -205,9 +210,7 @@ class VectorQuantizer2(nn.Module):
     @torch.no_grad()
     def f_to_idxBl_or_fhat(self, f_BChw: torch.Tensor, to_fhat: bool,
                            v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
-        """Per scale, coarse to fine: codes (B, ph * pw) int64, or the cumulative f_hat (B, Z, h, w) if
-        `to_fhat`.
-        """
+        """Per scale, coarse to fine: codes (B, ph * pw) int64, or f_hat so far (B, Z, h, w) if `to_fhat`."""
         f_hat, out = torch.zeros_like(f_BChw), []
         for scale in self.residual_scales(f_BChw, v_patch_nums):
             f_hat = f_hat + scale.h_BZhw
@@ -239,8 +242,7 @@ class VectorQuantizer2(nn.Module):
         Args:
             gt_ms_idx_Bl: codes of the leading n scales, each (B, pn ** 2); n < K in progressive training.
         Returns:
-            (B, tokens of scales 1..n-1, Z) float32: f_hat so far, resized to the scale it predicts; None if n
-            is 1.
+            (B, tokens of scales 1..n-1, Z) float32: f_hat so far, resized to the next scale; None if n is 1.
         Source: arXiv 2404.02905, Algorithm 2.
         """
         pns, num_scales = self.v_patch_nums, len(self.v_patch_nums)

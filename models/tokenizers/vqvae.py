@@ -21,8 +21,8 @@ class VQVAE(Tokenizer):
     """Encoder, quantizer with K code maps, decoder.
 
     Args:
-        vocab_size: V. z_channels: Z. ch: width of the first level (a multiple of 32; published weights use
-            160).
+        vocab_size: V. z_channels: Z.
+        ch: width of the first level, a multiple of 32; published weights use 160.
         dropout: inside residual blocks. beta: weight of the commitment term.
         using_znorm, quant_resi, share_quant_resi, default_qresi_counts: see `VectorQuantizer2`.
         quant_conv_ks: kernel of the convolutions before and after the quantizer.
@@ -37,8 +37,8 @@ class VQVAE(Tokenizer):
     selection = 'rec_loss'
 
     def __init__(self, vocab_size: int = 4096, z_channels: int = 32, ch: int = 128, dropout: float = 0.,
-                 beta: float = 0.25, using_znorm: bool = False, quant_conv_ks: int = 3, quant_resi: float = 0.5,
-                 share_quant_resi: int = 4, default_qresi_counts: int = 0,
+                 beta: float = 0.25, using_znorm: bool = False, quant_conv_ks: int = 3,
+                 quant_resi: float = 0.5, share_quant_resi: int = 4, default_qresi_counts: int = 0,
                  v_patch_nums: Sequence[Side] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), test_mode: bool = True,
                  ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2, codebook: str = 'grad'):
         super().__init__()
@@ -83,8 +83,10 @@ class VQVAE(Tokenizer):
         """Image in [-1, 1] of a feature map (B, Z, h, w)."""
         return self.decoder(self.post_quant_conv(f_hat)).clamp_(-1, 1)
 
-    def _encode(self, images_B3HW: torch.Tensor, v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
-        return self.quantize.f_to_idxBl_or_fhat(self.features(images_B3HW), to_fhat=False, v_patch_nums=v_patch_nums)
+    def _encode(self, images_B3HW: torch.Tensor,
+                v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
+        return self.quantize.f_to_idxBl_or_fhat(self.features(images_B3HW), to_fhat=False,
+                                                v_patch_nums=v_patch_nums)
 
     def decode(self, tokens: list[torch.Tensor]) -> torch.Tensor:
         """Image in [-1, 1] of the codes (B, l) of all scales."""
@@ -92,19 +94,16 @@ class VQVAE(Tokenizer):
 
     def img_to_idxBl(self, inp_img_no_grad: torch.Tensor,
                      v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
-        """Codes of an image in [-1, 1]: K tensors (B, ph * pw) int64, coarse to fine, row-major. Same as
-        `encode`.
-        """
+        """As `encode`: K code tensors (B, ph * pw) int64 of images in [-1, 1], coarse to fine, row-major."""
         return self.encode(inp_img_no_grad, v_patch_nums)
 
     @torch.no_grad()
     def idxBl_to_img(self, ms_idx_Bl: list[torch.Tensor], same_shape: bool,
                      last_one: bool = False) -> list[torch.Tensor] | torch.Tensor:
-        """Images in [-1, 1] after each scale (or after the last); `same_shape` False gives image k at scale
-        k's size.
-        """
+        """Images in [-1, 1] after each (or the last) scale; image k at scale k's size unless `same_shape`."""
         sides = [round(idx_Bl.shape[1] ** 0.5) for idx_Bl in ms_idx_Bl]
-        ms_h_BZhw = [self.quantize.embed(idx_Bl, (pn, pn)) for idx_Bl, pn in zip(ms_idx_Bl, sides, strict=True)]
+        ms_h_BZhw = [self.quantize.embed(idx_Bl, (pn, pn))
+                     for idx_Bl, pn in zip(ms_idx_Bl, sides, strict=True)]
         return self.embed_to_img(ms_h_BZhw, all_to_max_scale=same_shape, last_one=last_one)
 
     def embed_to_img(self, ms_h_BChw: list[torch.Tensor], all_to_max_scale: bool,
@@ -133,15 +132,16 @@ class VQVAE(Tokenizer):
         rec_B3HW, _, vq_loss = self(images_B3HW)
         rec_loss = L1_WEIGHT * F.l1_loss(rec_B3HW.float(), images_B3HW) \
             + L2_WEIGHT * F.mse_loss(rec_B3HW.float(), images_B3HW)
-        return rec_loss + vq_loss, dict(images=images_B3HW, rec=rec_B3HW.detach().float(), rec_loss=rec_loss.detach(),
-                                        vq_loss=vq_loss.detach())
+        return rec_loss + vq_loss, dict(images=images_B3HW, rec=rec_B3HW.detach().float(),
+                                        rec_loss=rec_loss.detach(), vq_loss=vq_loss.detach())
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
         """rec_loss, vq_loss, psnr in dB (clamped images, per image), and `usages` per scale side."""
         error_B = (aux['rec'].clamp(-1, 1) - aux['images']).div(2).square().flatten(1).mean(1)
         usages = self.quantize.usages(aux['images'][:, 0].numel() // self.stride ** 2)
         sides = self.quantize.v_patch_nums
-        return dict(rec_loss=aux['rec_loss'], vq_loss=aux['vq_loss'], psnr=-10 * error_B.clamp_min(1e-10).log10().mean(),
+        return dict(rec_loss=aux['rec_loss'], vq_loss=aux['vq_loss'],
+                    psnr=-10 * error_B.clamp_min(1e-10).log10().mean(),
                     usage_last=torch.tensor(usages[-1], device=error_B.device),
                     **{f'usage_{side}': torch.tensor(u, device=error_B.device)
                        for side, u in zip(sides, usages, strict=True)})
@@ -164,9 +164,7 @@ class VQVAE(Tokenizer):
 
     # ------------------------------------------------------------------------------ weights
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As torch's, but usage counters of another number of scales are left out (the caller's dict stays as
-        it is).
-        """
+        """As torch's, but without usage counters of another number of scales; `state_dict` stays as it is."""
         key = 'quantize.ema_vocab_hit_SV'
         mine = self.quantize.ema_vocab_hit_SV
         if key in state_dict and len(state_dict[key]) != len(mine):
@@ -180,8 +178,10 @@ class VQVAE(Tokenizer):
         num_levels = 1 + max(int(key.split('.')[2]) for key in state if key.startswith('encoder.down.'))
         widths = [state[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] for i in range(num_levels)]
         vocab_size, z_channels = state['quantize.embedding.weight'].shape
-        shared = [key for key in state if key.startswith('quantize.quant_resi.qresi_ls.') and key.endswith('.weight')]
-        return dict(vocab_size=vocab_size, z_channels=z_channels, ch=ch, ch_mult=tuple(w // ch for w in widths),
-                    num_res_blocks=len({key.split('.')[4] for key in state if key.startswith('encoder.down.0.block.')}),
+        shared = [key for key in state
+                  if key.startswith('quantize.quant_resi.qresi_ls.') and key.endswith('.weight')]
+        blocks = {key.split('.')[4] for key in state if key.startswith('encoder.down.0.block.')}
+        return dict(vocab_size=vocab_size, z_channels=z_channels, ch=ch,
+                    ch_mult=tuple(w // ch for w in widths), num_res_blocks=len(blocks),
                     quant_conv_ks=state['quant_conv.weight'].shape[-1],
                     share_quant_resi=len(shared) or int('quantize.quant_resi.qresi.weight' in state))

@@ -1,0 +1,65 @@
+"""Launches train.py and sample.py as users do, on a tiny image folder."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from models import VQVAE
+
+REPO = Path(__file__).resolve().parent.parent
+NUM_IMAGES, CLASSES, BATCH = 40, ('ant', 'bee', 'cow', 'doe'), 8
+STEPS_PER_EPOCH = NUM_IMAGES // BATCH
+TINY_VQVAE = dict(vocab_size=32, z_channels=8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, v_patch_nums=(1, 2, 4))
+PYRAMID = ['--pn=1_2_4', '--patch_size=4', f'--bs={BATCH}', '--workers=0', '--seed=3', '--hflip=1']
+VQVAE_FLAGS = ['--model=vqvae', *PYRAMID, '--vocab_size=32', '--z_channels=8', '--ch=32', '--ch_mult=1_1_1',
+               '--num_res_blocks=1', '--tblr=1e-2']
+VAR_FLAGS = [*PYRAMID, '--depth=1', '--alng=1e-2', '--tblr=1e-2', '--drop_path=0.2']
+
+
+def make_folder(root):
+    """40 + 8 noisy images of 20x24 in four classes, told apart by their brightness."""
+    rng = np.random.RandomState(0)
+    for split, count in (('train', NUM_IMAGES), ('val', 8)):
+        for i in range(count):
+            folder = root / split / CLASSES[i % 4]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.randint(0, 64, (24, 20, 3)) + 48 * (i % 4)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i:02d}.png')
+    return root
+
+
+def make_tokenizer(path):
+    """Random weights with a codebook wide enough that many codes are used, as a flat state dict."""
+    torch.manual_seed(0)
+    vae = VQVAE(**TINY_VQVAE)
+    torch.nn.init.normal_(vae.quantize.embedding.weight, std=0.3)
+    torch.save(vae.state_dict(), path)
+    return path
+
+
+def command(script, flags, nproc=1):
+    launcher = [] if nproc == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}']
+    return [sys.executable, *launcher, str(REPO / script), *map(str, flags)]
+
+
+def environment():
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+
+def launch(script, flags, nproc=1, check=True):
+    """Run to the end; the completed process."""
+    return subprocess.run(command(script, flags, nproc), env=environment(), text=True, capture_output=True, check=check)
+
+
+def start(script, flags, nproc=1):
+    """Start in a process group of its own, so that all of it can be killed."""
+    return subprocess.Popen(command(script, flags, nproc), env=environment(), start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def read(folder, name='ar-ckpt-last.pth'):
+    return torch.load(Path(folder) / name, weights_only=True)

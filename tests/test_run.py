@@ -1,0 +1,332 @@
+"""Whole trainings: kill and resume, ranks, accumulation, logs, tokenizer into generator, and bad input."""
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from tests.runs import (
+    BATCH,
+    CLASSES,
+    STEPS_PER_EPOCH,
+    VAR_FLAGS,
+    VQVAE_FLAGS,
+    launch,
+    make_folder,
+    make_tokenizer,
+    read,
+    start,
+)
+from utils.checkpoint import newest_checkpoint
+from utils.log import one_line_errors
+from utils.misc import auto_resume
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """(image folder, tokenizer file)."""
+    root = tmp_path_factory.mktemp('data')
+    return make_folder(root / 'images'), make_tokenizer(root / 'vae.pth')
+
+
+@pytest.fixture
+def train_here(monkeypatch, data):
+    """Run train.py in this process; returns the flags' output folder."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def run(folder, *flags, base=None):
+        base = VAR_FLAGS if base is None else base
+        argv = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', f'--output_dir={folder}', *base, *flags]
+        argv = [arg for arg in argv if not (base is VQVAE_FLAGS and arg.startswith('--vae_ckpt'))]
+        monkeypatch.setattr(sys, 'argv', ['train.py', *argv])
+        with one_line_errors('train.py'):
+            train.main()
+        return folder
+    yield run
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def same_weights(a, b, key='var_wo_ddp'):
+    return all(torch.equal(value, b['trainer'][key][name]) for name, value in a['trainer'][key].items())
+
+
+def largest_difference(a, b):
+    return max((value.float() - b['trainer']['var_wo_ddp'][name].float()).nan_to_num().abs().max().item()
+               for name, value in a['trainer']['var_wo_ddp'].items())
+
+
+# ---------------------------------------------------------------------------------------------- exactness
+EPOCHS = 24
+
+
+def run_flags(data, folder, *more):
+    return [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, f'--output_dir={folder}', f'--ep={EPOCHS}',
+            '--save_every=3', *more]
+
+
+@pytest.fixture(scope='session')
+def straight(data, tmp_path_factory):
+    """Uninterrupted runs by number of processes, made on demand."""
+    done = {}
+
+    def get(nproc):
+        if nproc not in done:
+            folder = tmp_path_factory.mktemp(f'straight{nproc}')
+            launch('train.py', run_flags(data, folder), nproc)
+            done[nproc] = read(folder)
+        return done[nproc]
+    return get
+
+
+@pytest.mark.parametrize(('nproc', 'workers'), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_killed_and_restarted_equals_straight(data, straight, tmp_path, nproc, workers):
+    flags, last = run_flags(data, tmp_path, f'--workers={workers}'), tmp_path / 'ar-ckpt-last.pth'
+    process = start('train.py', flags, nproc)
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(random.Random(f'{nproc}{workers}').uniform(0.1, 0.8))
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, 'the run ended before it was killed'
+    interrupted = read(tmp_path)
+    position = interrupted['epoch'] * STEPS_PER_EPOCH + interrupted['iter']
+    assert 0 < position < EPOCHS * STEPS_PER_EPOCH
+    launch('train.py', flags, nproc)
+    final, expected = read(tmp_path), straight(nproc)
+    assert (final['epoch'], final['iter']) == (EPOCHS, 0)
+    assert same_weights(final, expected)
+    assert final['run']['best'] == expected['run']['best']
+
+
+def test_two_processes_and_accumulation_equal_one(data, tmp_path, train_here):
+    """Label dropout, drop path, augmentation and order included: all depend on the position in the global batch."""
+    one = read(train_here(tmp_path / '1', '--ep=1'))
+    four_micro = read(train_here(tmp_path / 'ac4', '--ep=1', '--ac=4'))
+    launch('train.py', run_flags(data, tmp_path / '2', '--ep=1'), nproc=2)
+    two = read(tmp_path / '2')
+    assert one['epoch'] * one['run']['steps_per_epoch'] == 5
+    assert largest_difference(one, two) < 1e-6
+    assert largest_difference(one, four_micro) < 1e-6
+    moved = train_here(tmp_path / 'other', '--ep=1', '--same_seed_for_all_ranks=1')
+    assert largest_difference(one, read(moved)) > 1e-4  # the comparison would notice another order
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize('stop_at', [3, 7, 10])
+def test_tokenizer_resume_is_exact_across_restarts_of_codes(train_here, tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr('models.tokenizers.codebook.CHECK_EVERY', 2)
+    monkeypatch.setattr('models.tokenizers.codebook.MIN_PATIENCE', 2)
+    monkeypatch.setattr('models.tokenizers.codebook.PATIENCE_TOKENS', 1)
+    flags = ('--ep=3', '--save_every=1', '--dropout=0.1')
+    expected = read(train_here(tmp_path / 'a', *flags, base=VQVAE_FLAGS), 'vae-ckpt-last.pth')
+    assert expected['trainer']['training_state']['codebook']['num_restarts'] > 0
+    step = train.Run.train_step
+
+    def interrupted(self, images, labels, number):
+        if number == stop_at:
+            raise Interrupt
+        return step(self, images, labels, number)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(train.Run, 'train_step', interrupted)
+        train_here(tmp_path / 'b', *flags, base=VQVAE_FLAGS)
+    final = read(train_here(tmp_path / 'b', *flags, base=VQVAE_FLAGS), 'vae-ckpt-last.pth')
+    assert same_weights(final, expected, 'vae_wo_ddp')
+    theirs = expected['trainer']['training_state']['codebook']
+    for name, value in final['trainer']['training_state']['codebook'].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
+
+
+def test_tokenizer_codebook_is_equal_on_two_processes(data, tmp_path, train_here):
+    launch('train.py', [f'--data_path={data[0]}', f'--output_dir={tmp_path / "2"}', *VQVAE_FLAGS, '--ep=1', '--dropout=0'], 2)
+    one = read(train_here(tmp_path / '1', '--ep=1', '--dropout=0', base=VQVAE_FLAGS), 'vae-ckpt-last.pth')['trainer']
+    two = read(tmp_path / '2', 'vae-ckpt-last.pth')['trainer']
+    for name in ('quantize.embedding.weight', 'quantize.ema_vocab_hit_SV', 'encoder.conv_in.weight'):
+        assert (one['vae_wo_ddp'][name] - two['vae_wo_ddp'][name]).abs().max() < 1e-5, name
+
+
+# ---------------------------------------------------------------------------------------------- what a run leaves
+def test_tokenizer_drops_into_generator_training_and_logs_are_complete(train_here, tmp_path):
+    train_here(tmp_path / 'vae', '--ep=2', base=VQVAE_FLAGS)
+    folder = train_here(tmp_path / 'var', f'--vae_ckpt={tmp_path / "vae" / "vae-ckpt-best.pth"}', '--ep=3',
+                        '--eval_every=2', '--fp16=2')
+    checkpoint = read(folder, 'ar-ckpt-best.pth')
+    assert checkpoint['classes'] == sorted(CLASSES)
+    lines = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+    assert lines[0]['args']['depth'] == 1 and [line['ep'] for line in lines[1:]] == ['1/3', '2/3', '3/3']
+    assert lines[1]['vL_mean'] is None and lines[2]['vL_mean'] > 0 and lines[3]['vL_tail'] > 0
+    assert {'it', 'lr', 'wd', 'grad_norm', 'L_mean', 'L_tail', 'acc_mean', 'acc_tail', 'remain_time',
+            'finish_time'} <= lines[1].keys()
+    text = (folder / 'stdout.txt').read_text()
+    assert '[Ep]: [   0/3] [4/5]' in text and 'images/s' in text and '[*] [ep1]  (val 8)' in text
+    events = EventAccumulator(str(next(folder.glob('tb-VARd1__pn1_2_4*')))).Reload()
+    tags = set(events.Tags()['scalars'])
+    assert {'AR_iter_loss/z_voc_usage', 'AR_iter_loss/acc_4', 'AR_iter_loss/L_16', 'AR_iter_schedule/prog_si',
+            'AR_iter_schedule/prog_a_reso', 'AR_iter_schedule/prog_wp', 'AR_opt_lr/lr_min/sche_tlr',
+            'AR_opt_lr/lr_max/sche_tlr', 'AR_opt_wd/wd_max/sche_twd', 'AR_opt_wd/wd_min/sche_twd',
+            'AR_opt_grad/grad/grad_norm', 'AR_opt_grad/grad/grad_clip', 'AR_ep_loss/L_mean', 'AR_ep_loss/vacc_tail',
+            'AR_z_burnout/rest_hours'} <= tags
+    assert {event.step for event in events.Scalars('AR_iter_loss/z_voc_usage')} == {-10000, -1000, 0}
+
+
+def test_first_loss_is_that_of_a_uniform_guess(train_here, tmp_path):
+    folder = train_here(tmp_path, '--ep=1', '--tblr=1e-9')
+    loss = json.loads((folder / 'log.txt').read_text().splitlines()[1])['L_mean']
+    assert loss == pytest.approx(3.4657, rel=0.02)  # ln 32
+
+
+def test_finished_run_ends_cleanly_and_keeps_its_weights(train_here, tmp_path):
+    train_here(tmp_path, '--ep=1')
+    before = read(tmp_path)
+    train_here(tmp_path, '--ep=1')
+    assert same_weights(before, read(tmp_path))
+
+
+def test_best_score_survives_a_restart(train_here, tmp_path, monkeypatch):
+    scores = iter([3., 5., 4., 2.])
+    evaluate = train.Trainer.eval_epoch
+    monkeypatch.setattr(train.Trainer, 'eval_epoch', lambda *a: evaluate(*a) | dict(L_tail=next(scores)))
+    train_here(tmp_path, '--ep=2', '--eval_every=1')
+    assert read(tmp_path, 'ar-ckpt-best.pth')['epoch'] == 1
+    train_here(tmp_path, '--ep=3', '--eval_every=1')
+    assert read(tmp_path, 'ar-ckpt-best.pth')['epoch'] == 1
+    train_here(tmp_path, '--ep=4', '--eval_every=1')
+    assert read(tmp_path, 'ar-ckpt-best.pth')['epoch'] == 4
+
+
+def test_progressive_training_runs_every_stage(train_here, tmp_path):
+    folder = train_here(tmp_path, '--ep=4', '--pg=0.8', '--pg0=0', '--wp=0.2', '--pgwp=0.5')
+    lines = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()[1:]]
+    assert lines[0]['L_tail'] < 0 < lines[-1]['L_tail']
+    assert read(folder)['trainer']['config']['last_prog_si'] == 2
+
+
+def test_auto_resume_has_the_published_form(train_here, tmp_path):
+    class Args:
+        local_out_dir_path = str(tmp_path)
+    assert auto_resume(Args, 'ar-ckpt*.pth')[1:] == (0, 0, {}, {})
+    train_here(tmp_path, '--ep=2')
+    info, epoch, iteration, trainer_state, args_state = auto_resume(Args, 'ar-ckpt*.pth')
+    assert (epoch, iteration) == (2, 0) and 'var_wo_ddp' in trainer_state and args_state['depth'] == 1
+    assert str(tmp_path) in info[0]
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+def message(run, capsys):
+    """The one line with which a run ends."""
+    with pytest.raises(SystemExit) as stop:
+        run()
+    code = stop.value.code
+    text = code if isinstance(code, str) else capsys.readouterr().err.strip()
+    assert code not in (0, None) and len(text.splitlines()) == 1, text
+    return text
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--data_path=/nowhere'], ['/nowhere/train', '--data_path']),
+    (['--num_classes=5'], ['--num_classes=5', '4 classes']),
+    (['--num_clases=4'], ['--num_clases', '--num_classes']),
+    (['--bs=9', '--ac=2'], ['--bs=9', '--bs=8']),
+    (['--vae_ckpt=/nowhere.pth'], ['/nowhere.pth', 'vae_ch160v4096z32.pth']),
+    (['--patch_size=8'], ['stride 4', '--patch_size=4'])])
+def test_bad_settings(train_here, tmp_path, capsys, flags, words):
+    text = message(lambda: train_here(tmp_path, '--ep=1', *flags), capsys)
+    assert all(word in text for word in words), text
+    assert not list(tmp_path.glob('*.pth'))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_unreadable_image_in_the_folder(train_here, tmp_path, capsys, workers):
+    root = make_folder(tmp_path / 'images')
+    (root / 'train' / 'bee' / '01.png').write_bytes(b'broken')
+    text = message(lambda: train_here(tmp_path / 'out', '--ep=1', f'--data_path={root}', f'--workers={workers}'), capsys)
+    assert '01.png' in text and 'repair or remove' in text
+    assert 'Traceback' in (tmp_path / 'out' / 'stdout.txt').read_text()  # the details are kept
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--depth=2'], ['depth=1 (here 2)']),
+    (['--pn=1_3_4'], ['patch_nums=(1, 2, 4) (here (1, 3, 4))']),
+    (['--saln=1'], ['shared_aln=False (here True)']),
+    (['--seed=4'], ['seed 3', '--seed=4'])])
+def test_checkpoint_of_another_run(train_here, tmp_path, capsys, flags, words):
+    train_here(tmp_path, '--ep=1')
+    before = (tmp_path / 'ar-ckpt-last.pth').read_bytes()
+    text = message(lambda: train_here(tmp_path, '--ep=2', *flags), capsys)
+    assert all(word in text for word in words), text
+    assert (tmp_path / 'ar-ckpt-last.pth').read_bytes() == before
+
+
+def test_checkpoint_of_another_vocabulary(train_here, tmp_path, capsys):
+    train_here(tmp_path / 'vae', '--ep=1', '--vocab_size=64', base=VQVAE_FLAGS)
+    train_here(tmp_path / 'var', '--ep=1')
+    text = message(lambda: train_here(tmp_path / 'var', '--ep=2', f'--vae_ckpt={tmp_path}/vae/vae-ckpt-last.pth'), capsys)
+    assert 'vocab_size=32 (here 64)' in text
+
+
+def test_generator_file_as_tokenizer(train_here, tmp_path, capsys):
+    train_here(tmp_path, '--ep=1')
+    flat = tmp_path / 'flat.pth'
+    torch.save(read(tmp_path)['trainer']['var_wo_ddp'], flat)
+    text = message(lambda: train_here(tmp_path / 'b', '--ep=1', f'--vae_ckpt={flat}'), capsys)
+    assert 'holds no VQVAE' in text
+
+
+def test_truncated_checkpoint_falls_back_and_says_so(train_here, tmp_path, capsys):
+    train_here(tmp_path, '--ep=2', '--eval_every=1')
+    last = tmp_path / 'ar-ckpt-last.pth'
+    (tmp_path / 'ar-ckpt-best.pth').unlink()
+    last.write_bytes(last.read_bytes()[:-1000])
+    train_here(tmp_path, '--ep=3', '--eval_every=1')
+    text = (tmp_path / 'stdout.txt').read_text()
+    assert 'ar-ckpt-last.pth cannot be read' in text and 'falling back' in text
+    assert 'resumed from' in text and 'ar-ckpt-prev.pth at epoch 1' in text
+    assert read(tmp_path)['epoch'] == 3
+    for path in tmp_path.glob('*.pth'):
+        path.write_bytes(path.read_bytes()[:500])
+    assert 'none of the' in message(lambda: train_here(tmp_path, '--ep=3'), capsys)
+
+
+def test_full_disk_keeps_the_old_checkpoint(train_here, tmp_path, capsys):
+    train_here(tmp_path, '--ep=1')
+    before = (tmp_path / 'ar-ckpt-last.pth').read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # no file may grow beyond this
+    try:
+        text = message(lambda: train_here(tmp_path, '--ep=2'), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'could not save a checkpoint' in text and 'free some space' in text
+    assert (tmp_path / 'ar-ckpt-last.pth').read_bytes() == before
+    assert not list(tmp_path.glob('.*.tmp'))
+    train_here(tmp_path, '--ep=2')
+    assert newest_checkpoint(tmp_path, 'ar-ckpt-last.pth')[1]['epoch'] == 2
+
+
+def test_non_finite_loss_stops_with_a_line(train_here, tmp_path, capsys):
+    text = message(lambda: train_here(tmp_path, '--ep=2', '--tblr=1e12', '--tclip=0'), capsys)
+    assert 'not finite' in text and '--tblr' in text
+
+
+def test_other_batch_size_within_an_epoch(train_here, tmp_path, capsys, monkeypatch):
+    step = train.Run.train_step
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        def interrupted(self, images, labels, number):
+            if number == 3:
+                raise Interrupt
+            return step(self, images, labels, number)
+        patch.setattr(train.Run, 'train_step', interrupted)
+        train_here(tmp_path, '--ep=2', '--save_every=2')
+    text = message(lambda: train_here(tmp_path, '--ep=2', f'--bs={BATCH // 2}'), capsys)
+    assert 'epoch of 5 steps' in text and '--bs' in text
