@@ -16,8 +16,7 @@ class ImageNoise:
     """Exponential(1) noise that is a function of (seed, image index, draw, element) and of nothing else.
 
     Every image owns a SplitMix64 stream per draw (Steele et al., OOPSLA 2014), evaluated at all its counters
-    at once, so image i gets the same noise in any batch, on any rank and device. Pass it wherever a generator
-    is taken.
+    at once: image i gets the same noise in any batch, rank and device. Pass it where a generator is taken.
 
     Args:
         seed: of the whole sampling job.

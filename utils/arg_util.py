@@ -1,8 +1,8 @@
 """Recipes: every setting of a training run, by preset or command line, and all that follows from them.
 
 A recipe is a frozen dataclass. Field names are English; the flag published with VAR, where there is one, is
-given beside each field and parses as well (`--tblr` and `--base_lr` are the same). Only the standard library
-is needed here.
+given beside each field and parses as well (`--tblr` and `--base_lr` are the same).
+Only the standard library is needed here.
 """
 import argparse
 import dataclasses
@@ -118,7 +118,8 @@ class Recipe:
         return self.local_batch(world_size) * world_size
 
     def check_batch(self, world_size: int) -> None:
-        """
+        """Make sure that the batch can be shared.
+
         Raises:
             ValueError: ranks and accumulation steps cannot share the batch evenly.
         """

@@ -29,9 +29,8 @@ class DistInfiniteBatchSampler(Sampler):
         repeated_aug: r > 1 takes the first 1/r of the order, each image r times.
         fill_last: repeat images from the start of the order until the last batch is whole.
         start_ep, start_it: epoch and batch to begin with.
-        by_batch: False cuts the epoch into one contiguous run per rank, as published; True cuts every global
-            batch into one run per rank, so that a step sees the same images for any number of ranks
-            (`train.py` uses this).
+        by_batch: False cuts the epoch into one contiguous run per rank, as published; True (`train.py`) cuts
+            every global batch into one run per rank: a step sees the same images for any number of ranks.
         with_epoch: yield (epoch, index) pairs, for data sets whose augmentation depends on the epoch.
     """
 

@@ -1,4 +1,4 @@
-"""What this machine can run: `python -m utils.doctor` prints versions, devices, precisions and attention kernels.
+"""What this machine can run: `python -m utils.doctor` lists versions, devices, precisions, attention kernels.
 
 An entry point: unlike the rest of utils it knows the models, whose chooser it asks.
 """
@@ -10,8 +10,8 @@ import torch
 
 from models.attention import choose_backend
 
-PACKAGES = ('torch', 'torchvision', 'numpy', 'pillow', 'scipy', 'tensorboard', 'huggingface_hub', 'safetensors',
-            'scikit-learn', 'flash-attn', 'xformers')
+PACKAGES = ('torch', 'torchvision', 'numpy', 'pillow', 'scipy', 'tensorboard', 'huggingface_hub',
+            'safetensors', 'scikit-learn', 'flash-attn', 'xformers')
 NUM_TOKENS = 680  # VAR at 256 px
 
 
@@ -45,7 +45,8 @@ def report() -> list[str]:
         lines.append(f'{"bf16 on cuda":15} {torch.cuda.is_bf16_supported()}')
     else:
         lines.append(f'{"cuda":15} not available')
-    lines.append(f'{"collectives":15} {"nccl" if has_cuda and torch.distributed.is_nccl_available() else "gloo"}')
+    has_nccl = has_cuda and torch.distributed.is_nccl_available()
+    lines.append(f'{"collectives":15} {"nccl" if has_nccl else "gloo"}')
     lines += [f'attention {str(dtype).removeprefix("torch."):9} {kernels(device, dtype)}'
               for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     return lines

@@ -19,8 +19,7 @@ def fetch(name: str, sha256: str = '') -> Path:
     """Local path of a checkpoint.
 
     Args:
-        name: a path, or the name of a published file, which is downloaded into the hub's cache when it is not
-            in the working directory.
+        name: a path, or a published name, downloaded into the hub's cache if not in the working directory.
         sha256: expected digest; empty accepts any.
     Raises:
         ValueError: there is no such file and it cannot be downloaded, or its digest differs.
