@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy.spatial.distance import pdist
 from sklearn.svm import SVC
+from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import VQVAE, build_tokenizer
@@ -55,16 +56,17 @@ def codebook_usage(idx_kBl: list[torch.Tensor], vocab_size: int) -> dict[str, di
 
 
 def draw_rows(path: Path, rows: list[torch.Tensor], names: list[str], title: str) -> None:
-    """A grid: one row of images (n, 3, H, W) in [-1, 1] per name, at four times their size."""
-    height = rows[0].shape[-2]
-    strips = [torch.cat(list(row), dim=-1) for row in rows]
-    picture = torch.cat(strips, dim=-2).add(1).div(2).clamp(0, 1).permute(1, 2, 0).numpy()
-    figure, axes = plt.subplots(figsize=(0.45 * len(rows[0]) + 1.4, 0.45 * len(rows) + 0.6), dpi=150)
-    axes.imshow(picture, interpolation='nearest')
-    axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], names)
+    """A grid with one named row of images (n, 3, H, W) in [-1, 1] each."""
+    gap, num_columns = 2, len(rows[0])
+    tile = rows[0].shape[-1] + gap
+    picture = make_grid(torch.cat(rows).add(1).div(2).clamp(0, 1), nrow=num_columns, padding=gap, pad_value=1.)
+    figure, axes = plt.subplots(figsize=(0.45 * num_columns + 1.2, 0.45 * len(rows) + 0.5), dpi=150)
+    axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation='nearest')
+    axes.set_yticks([tile * (i + 0.5) for i in range(len(rows))], names)
     axes.set_xticks([])
     axes.tick_params(length=0)
-    axes.set_title(title)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=10)
     save_figure(figure, path)
 
 

@@ -1,0 +1,254 @@
+"""Everything that only a GPU can show, in one command of a few minutes, without downloads:
+
+    python bench/gpu_check.py --out=bench/results
+
+Reference vectors in float32, VAR-d16 training and sampling at 256 px in bf16 and fp16 with random weights, the attention
+kernels that ran, images/s, peak memory, and NCCL with one process. `--device=cpu --depth=1 --batch=2` tries the script.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dist
+from models import VAR, VQVAE, VectorQuantizer2, build_vae_var
+from models.helpers import ImageNoise, filter_top_k_top_p
+from tests import golden
+from trainer import Trainer
+from utils.amp_sc import AmpOptimizer
+from utils.doctor import report
+from utils.lr_control import filter_params, lr_wd_annealing
+
+KERNEL = re.compile(r'flash|fmha|attention|attn|cutlassF|efficient', re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------------- vectors
+class Vectors:
+    """Largest error per group of reference vectors, against its tolerance; 0 means exact."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.rows = device, {}
+        self.vae = golden.build_vqvae().to(device)
+
+    def compare(self, group: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+        actual, expected = actual.detach().cpu(), expected.cpu()
+        if actual.is_floating_point():
+            error = (actual - expected).abs().max().item()
+        else:
+            error = float((actual != expected).sum())  # number of differing indices
+        known = self.rows.get(group, dict(error=0., tolerance=tolerance, compared=0))
+        self.rows[group] = dict(error=max(known['error'], error), tolerance=tolerance, compared=known['compared'] + 1)
+
+    def relative(self, group: str, actual: float, expected: float, tolerance: float) -> None:
+        self.compare(group, torch.tensor(actual / expected), torch.tensor(1.), tolerance)
+
+    def var(self, variant: str, **overrides) -> VAR:
+        with torch.device(self.device):
+            var = VAR(self.vae, **{**golden.load_json(f'var_{variant}')['config'], **overrides})
+        var.load_state_dict(golden.var_state(variant))
+        return var.eval()
+
+    def tokenizer(self) -> None:
+        vectors = golden.load_tensors('vqvae')
+        x = golden.images(vectors['images_u8']).to(self.device)
+        self.compare('vqvae features', self.vae.features(x), vectors['feat'], 1e-4)
+        idx_kBl = self.vae.encode(x)
+        for k, idx_Bl in enumerate(idx_kBl):
+            self.compare('vqvae codes', idx_Bl, vectors[f'idx.{k}'], 0)
+        self.compare('vqvae images', self.vae.decode(idx_kBl), vectors['rec.last'], 2e-4)
+        self.compare('vqvae teacher input', self.vae.quantize.idxBl_to_var_input(idx_kBl), vectors['var_input'], 1e-4)
+        info, vectors = golden.load_json('quantizer_variants'), golden.load_tensors('quantizer_variants')
+        for name, variant in info['variants'].items():
+            quantizer = VectorQuantizer2(**info['config'] | variant['kwargs'])
+            quantizer.load_state_dict(golden.build_state(variant['state'], quantizer))
+            quantizer.to(self.device).eval()
+            feat = vectors['feat'].to(self.device)
+            codes = torch.cat(quantizer.f_to_idxBl_or_fhat(feat, to_fhat=False), dim=1)
+            self.compare('quantizer codes', codes, vectors[f'{name}.idx'], 0)
+            self.compare('quantizer f_hat', quantizer.f_to_idxBl_or_fhat(feat, to_fhat=True)[-1],
+                         vectors[f'{name}.fhat_last'], 1e-5)
+
+    def transformer(self) -> None:
+        for variant in golden.VARIANTS:
+            info, vectors = golden.load_json(f'var_{variant}'), golden.load_tensors(f'var_{variant}')
+            var = self.var(variant)
+            labels, teacher, target = (vectors[name].to(self.device) for name in ('labels', 'var_input', 'gt'))
+            logits_BLV = var(labels, teacher)
+            self.compare('var logits', logits_BLV, vectors['logits_eval'], 5e-4)
+            loss = torch.nn.functional.cross_entropy(logits_BLV.transpose(1, 2), target)
+            loss.backward()
+            stored = info['losses']['ls0.0']
+            self.relative('var loss', loss.item(), stored['loss'], 1e-5)
+            for name, parameter in var.named_parameters():
+                if stored['grad_l2'][name] > 1e-6:
+                    self.relative('var gradients', parameter.grad.norm().item(), stored['grad_l2'][name], 1e-3)
+
+    def sampling(self) -> None:
+        vectors = golden.load_tensors('sampling')
+        for case in golden.load_json('sampling')['cases']:
+            if not case['rng_independent']:
+                continue  # CPU and CUDA generators differ
+            var = self.var(case['model'])
+            labels = var.as_labels(case['label_B'], case['B'], None)
+            steps = list(var.sample_scales(labels, cfg=case['cfg'], top_k=case['top_k'], top_p=case['top_p'],
+                                           more_smooth=case['more_smooth']))
+            self.compare('sampled codes', torch.cat([step.idx_Bl for step in steps], dim=1),
+                         vectors[f'{case["key"]}.tokens'], 0)
+            self.compare('sampled f_hat', steps[-1].f_hat, vectors[f'{case["key"]}.fhat'], 5e-4)
+        vectors = golden.load_tensors('topk_topp')
+        for case in golden.load_json('topk_topp')['cases']:
+            if not case['order_dependent_ties']:
+                kept = filter_top_k_top_p(vectors[case['input']].to(self.device), case['top_k'], case['top_p'])
+                self.compare('filters', kept.isfinite(), vectors[f'{case["key"]}.keep'], 0)
+        noise = [ImageNoise(5, [3, 9]).exponential_like(torch.empty(2, 7, 96, device=d)) for d in ('cpu', self.device)]
+        self.compare('noise by image index', noise[1], noise[0], 2e-6)
+
+    def training(self) -> None:
+        vectors = golden.load_tensors('trainer')
+        batches = [(golden.images(vectors[f'batch.{i}.images_u8']).to(self.device),
+                    vectors[f'batch.{i}.labels'].to(self.device)) for i in range(3)]
+        for name, run in golden.load_json('trainer')['runs'].items():
+            if run['global_manual_seed'] is not None or run['prog']:
+                continue
+            trainer = make_trainer(self.var(run['model'], label_smooth=run['label_smooth']), 0, run['clip'], run['ac'])
+            for row in run['rows']:
+                lr_wd_annealing(run['sche'], trainer.optimizer.optimizer, run['peak_lr'], run['wd'], run['wd_end'],
+                                row['g_it'], run['wp_it'], run['max_it'], wp0=run['wp0'], wpe=run['wpe'])
+                info = trainer.train_step(*batches[row['batch']], progress=0., stepping=row['stepping'])
+                self.relative('trainer loss', info.loss.item(), row['loss'], 1e-3)
+                if row['stepping']:
+                    self.relative('trainer gradient norm', info.grad_norm.item(), row['grad_norm'], 1e-3)
+            final = trainer.model.head.weight
+            self.compare('trained head', final, vectors[f'{name}.head.weight'], 1e-2)
+
+    def run(self) -> dict[str, dict]:
+        torch.set_float32_matmul_precision('highest')
+        torch.backends.cudnn.allow_tf32 = False
+        for group in (self.tokenizer, self.transformer, self.sampling, self.training):
+            group()
+        return self.rows
+
+
+# ---------------------------------------------------------------------------------------------- speed
+def make_trainer(model: VAR, precision: int, clip: float = 2., accumulate: int = 1) -> Trainer:
+    names, params, groups = filter_params(model, model.no_weight_decay())
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0., fused=True)
+    return Trainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate))
+
+
+class Meter:
+    """Seconds per call, peak memory, and names of the attention kernels of a function."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.on_cuda = device, device.type == 'cuda'
+
+    def synchronize(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+    def measure(self, call, num_images: int, repeats: int) -> dict:
+        call()
+        call()  # warm-up
+        self.synchronize()
+        if self.on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            call()
+            self.synchronize()
+            times.append(time.perf_counter() - begin)
+        median = sorted(times)[len(times) // 2]
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30 if self.on_cuda else None
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_cuda
+        with profile(activities=activities) as trace:
+            call()
+            self.synchronize()
+        kernels = sorted({event.key[:100] for event in trace.key_averages() if KERNEL.search(event.key)})
+        return dict(images_per_second=round(num_images / median, 2), median_seconds=round(median, 4), repeats=repeats,
+                    peak_memory_gib=peak and round(peak, 2), attention_kernels=kernels)
+
+
+def speed(device: torch.device, depth: int, batch: int, repeats: int) -> dict[str, dict]:
+    """Training and sampling of VAR at 256 px; the share of the tokenizer in a training step beside it."""
+    torch.set_float32_matmul_precision('high')
+    torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(0)
+    meter, rows = Meter(device), {}
+    images_B3HW = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
+    label_B = torch.randint(0, 1000, (batch,), device=device)
+    for name, precision, dtype in (('bf16', 2, torch.bfloat16), ('fp16', 1, torch.float16)):
+        vae, var = build_vae_var(device, depth=depth)
+        trainer = make_trainer(var, precision)
+        losses = []
+
+        def train_step(trainer=trainer, losses=losses):
+            losses.append(trainer.train_step(images_B3HW, label_B, 0.5).loss)
+
+        def draw(var=var, dtype=dtype):
+            with torch.autocast(device.type, dtype=dtype):
+                image = var.sample(label_B.tolist(), guidance=2.5, top_k=900, top_p=0.96,
+                                   rng=ImageNoise(0, range(batch)))
+            assert image.isfinite().all() and image.shape == images_B3HW.shape
+
+        rows[f'train {name}'] = meter.measure(train_step, batch, repeats)
+        assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
+        rows[f'train {name}'].update(first_loss=losses[0].item(), last_loss=losses[-1].item())
+        rows[f'sample {name}'] = meter.measure(draw, batch, repeats)
+        if precision == 2:
+            rows['tokenize float32'] = meter.measure(lambda vae=vae: vae.encode(images_B3HW), batch, repeats)
+        del vae, var, trainer
+    return rows
+
+
+def one_process_group(device: torch.device) -> dict[str, str]:
+    """NCCL (gloo on CPU) with one process: collectives and a training step under DDP."""
+    os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29533')
+    dist.initialize(backend='nccl' if device.type == 'cuda' else 'gloo')
+    total = torch.ones(3, device=device)
+    dist.allreduce(total)
+    assert total.tolist() == [1., 1., 1.] and dist.allgather_object('x') == ['x']
+    vae = VQVAE(**golden.load_json('vqvae')['config'], test_mode=False, codebook='ema').to(device)
+    loss = make_trainer(vae, 0).train_step(torch.zeros(2, 3, 64, 64, device=device), None, 0.).loss
+    assert loss.isfinite()
+    backend = torch.distributed.get_backend()
+    dist.finalize()
+    return dict(backend=backend, result='ok')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', default='cuda')
+    parser.add_argument('--depth', type=int, default=16)
+    parser.add_argument('--batch', type=int, default=64)
+    parser.add_argument('--repeats', type=int, default=7)
+    parser.add_argument('--out', type=Path, default=None, help='folder of the JSON file')
+    args = parser.parse_args()
+    device, begin = torch.device(args.device), time.time()
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        sys.exit('gpu_check: no CUDA device here; --device=cpu --depth=1 --batch=2 tries the script')
+
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'
+    result = dict(device=name, command=' '.join(['python', *sys.argv]), doctor=report(), vectors=Vectors(device).run(),
+                  speed=speed(device, args.depth, args.batch, args.repeats), process_group=one_process_group(device),
+                  seconds=0)
+    result['seconds'] = round(time.time() - begin)
+    failed = [group for group, row in result['vectors'].items() if not row['error'] <= row['tolerance']]
+    result['failed'] = failed
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f'gpu_check_{re.sub(r"[^0-9A-Za-z]+", "-", name)}.json').write_text(text + '\n')
+    sys.exit(f'gpu_check: out of tolerance: {failed}' if failed else 0)
+
+
+if __name__ == '__main__':
+    main()
