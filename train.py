@@ -168,6 +168,8 @@ class Run:
         tb_dir = str(self.folder / recipe.run_name(world_size)) if dist.is_master() else None
         self.tb = TensorboardLogger(tb_dir, filename_suffix=time.strftime('__%m%d_%H%M'))
         self.last_save = time.time()
+        if recipe.tlr is not None:
+            logger.warning('--tlr is ignored: the peak is --tblr * batch / 256 = %g', self.peak_lr)
         logger.info('%s: %.2fM parameters, %s x %d, %d + %d images of %d classes, '
                     '%d steps per epoch, seed %d',
                     recipe.model, count_parameters(self.model) / 1e6, self.device, world_size, len(train_set),
@@ -185,7 +187,7 @@ class Run:
         logger.info('resumed from %s at epoch %d, step %d', path, *self.start)
 
     def train(self) -> None:
-        """All remaining epochs; evaluation and a checkpoint every `eval_every` epochs and after the last."""
+        """All remaining epochs, a checkpoint after each; evaluation every `eval_every` and after the last."""
         recipe, epochs = self.recipe, self.recipe.epochs
         if dist.is_master() and self.start == (0, 0):
             append_json_line(self.folder / 'log.txt', dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]),
@@ -197,6 +199,8 @@ class Run:
             evaluated = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == epochs
             if evaluated:
                 self.evaluate(epoch)
+            else:
+                self.save(epoch + 1, 0)
             remaining = (time.time() - begin) / (epoch + 1 - self.start[0]) * (epochs - epoch - 1)
             self.log_epoch(epoch, stats, evaluated, remaining)
         self.tb.close()
@@ -204,7 +208,7 @@ class Run:
 
     def train_epoch(self, epoch: int, first_step: int) -> dict[str, float]:
         """Epoch averages of the logged steps."""
-        recipe, trainer, tb, steps = self.recipe, self.trainer, self.tb, self.state.steps_per_epoch
+        recipe, trainer, steps = self.recipe, self.trainer, self.state.steps_per_epoch
         meters = MetricLogger()
         meters.add_meter('tlr', SmoothedValue(window_size=1, fmt='{value:.2g}'))
         for name in (*self.model.headline, 'tnm'):
@@ -213,41 +217,21 @@ class Run:
         save_steps, save_minutes = recipe.save_steps_minutes
 
         batches = meters.log_every(
-            first_step, steps, self.batches, print_freq=30 if steps > 8000 else 5,
+            first_step, steps, self.batches, num_lines=30 if steps > 8000 else 5,
             header=f'[Ep]: [{epoch:4d}/{recipe.epochs}]',
             tokenizer_seconds=clock.take if clock else lambda: 0.,
             images_per_iter=recipe.micro_batch(dist.get_world_size()) * recipe.accumulate)
         for it, (images_B3HW, label_B) in batches:
             step = epoch * steps + it
-            tb.set_step(step)
-            min_lr, max_lr, min_wd, max_wd = lr_wd_annealing(
+            self.tb.set_step(step)
+            rates = lr_wd_annealing(
                 recipe.lr_schedule, trainer.optimizer.optimizer, self.peak_lr, recipe.weight_decay,
                 recipe.final_weight_decay, step, recipe.warmup_epochs * steps, self.total_steps,
                 wp0=recipe.warmup_start, wpe=recipe.lr_end)
             info = self.train_step(images_B3HW, label_B, step)
-
-            meters.update(tlr=max_lr)
-            if it in meters.log_iters or tb.due():
-                values = trainer.metrics(info.aux)
-                if not all(map(math.isfinite, values.values())):
-                    raise ValueError(f'the loss is not finite at epoch {epoch}, step {it}: '
-                                     'lower --tblr or train with --fp16=0; '
-                                     'the same command continues from the last checkpoint')
-                meters.update(tnm=info.grad_norm,
-                              **{name: values[key] for name, key in self.model.headline.items()})
-                schedule = {name: values.pop(name) for name in list(values) if name.startswith('prog_')}
-                if step == 0:  # the starting level, visible left of the curve
-                    for before in (-10000, -1000):
-                        tb.update('AR_iter_loss', step=before, z_voc_usage=values.get('z_voc_usage'))
-                tb.update('AR_iter_loss', **values)
-                tb.update('AR_iter_schedule', **schedule)
-                tb.update('AR_opt_lr/lr_min', sche_tlr=min_lr)
-                tb.update('AR_opt_lr/lr_max', sche_tlr=max_lr)
-                tb.update('AR_opt_wd/wd_max', sche_twd=max_wd)
-                tb.update('AR_opt_wd/wd_min', sche_twd=min_wd)
-                tb.update('AR_opt_grad/fp16', scale_log2=info.scale_log2)
-                tb.update('AR_opt_grad/grad', grad_norm=info.grad_norm,
-                          grad_clip=recipe.clip if recipe.clip > 0 else None)
+            meters.update(tlr=rates[1])
+            if it in meters.log_iters or self.tb.due():
+                self.log_step(step, info, rates, meters)
             steps_due = save_steps and (step + 1) % save_steps == 0
             minutes_due = save_minutes and time.time() - self.last_save >= 60 * save_minutes
             if (steps_due or minutes_due) and it + 1 < steps:
@@ -271,6 +255,31 @@ class Run:
                     label_B[rows].to(self.device, non_blocking=True),
                     progress=step / self.total_steps, stepping=j + 1 == num_micro)
         return info
+
+    def log_step(self, step: int, info: StepInfo, rates: tuple[float, ...], meters: MetricLogger) -> None:
+        """Metrics of a step into the meters and TensorBoard; every rank must call it.
+
+        Args:
+            rates: what `lr_wd_annealing` returned.
+        """
+        values = self.trainer.metrics(info.aux)
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError(f'the loss is not finite at step {step}: lower --tblr or train with --fp16=0; '
+                             'the same command continues from the last checkpoint')
+        meters.update(tnm=info.grad_norm, **{name: values[key] for name, key in self.model.headline.items()})
+        tb, clip, (min_lr, max_lr, min_wd, max_wd) = self.tb, self.recipe.clip, rates
+        if step == 0:  # the starting level, visible left of the curve
+            for before in (-10000, -1000):
+                tb.update('AR_iter_loss', step=before, z_voc_usage=values.get('z_voc_usage'))
+        schedule = {name: values.pop(name) for name in list(values) if name.startswith('prog_')}
+        tb.update('AR_iter_schedule', **schedule)
+        tb.update('AR_iter_loss', **values)
+        tb.update('AR_opt_lr/lr_min', sche_tlr=min_lr)
+        tb.update('AR_opt_lr/lr_max', sche_tlr=max_lr)
+        tb.update('AR_opt_wd/wd_max', sche_twd=max_wd)
+        tb.update('AR_opt_wd/wd_min', sche_twd=min_wd)
+        tb.update('AR_opt_grad/fp16', scale_log2=info.scale_log2)
+        tb.update('AR_opt_grad/grad', grad_norm=info.grad_norm, grad_clip=clip if clip > 0 else None)
 
     def evaluate(self, epoch: int) -> None:
         """Validate, and keep the checkpoint as last and, if it improved, as best."""

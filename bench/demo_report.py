@@ -59,7 +59,8 @@ def draw_rows(path: Path, rows: list[torch.Tensor], names: list[str], title: str
     """A grid with one named row of images (n, 3, H, W) in [-1, 1] each."""
     gap, num_columns = 2, len(rows[0])
     tile = rows[0].shape[-1] + gap
-    picture = make_grid(torch.cat(rows).add(1).div(2).clamp(0, 1), nrow=num_columns, padding=gap, pad_value=1.)
+    pixels = torch.cat(rows).add(1).div(2).clamp(0, 1)
+    picture = make_grid(pixels, nrow=num_columns, padding=gap, pad_value=1.)
     figure, axes = plt.subplots(figsize=(0.45 * num_columns + 1.2, 0.45 * len(rows) + 0.5), dpi=150)
     axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation='nearest')
     axes.set_yticks([tile * (i + 0.5) for i in range(len(rows))], names)

@@ -2,8 +2,9 @@
 
     python bench/gpu_check.py --out=bench/results
 
-Reference vectors in float32, VAR-d16 training and sampling at 256 px in bf16 and fp16 with random weights, the attention
-kernels that ran, images/s, peak memory, and NCCL with one process. `--device=cpu --depth=1 --batch=2` tries the script.
+Reference vectors in float32, VAR-d16 training and sampling at 256 px in bf16 and fp16 with random weights,
+the attention kernels that ran, images/s, peak memory, and NCCL with one process. To try the script without a
+GPU: `--device=cpu --depth=1 --batch=2`.
 """
 import argparse
 import json
@@ -44,7 +45,8 @@ class Vectors:
         else:
             error = float((actual != expected).sum())  # number of differing indices
         known = self.rows.get(group, dict(error=0., tolerance=tolerance, compared=0))
-        self.rows[group] = dict(error=max(known['error'], error), tolerance=tolerance, compared=known['compared'] + 1)
+        known['error'], known['compared'] = max(known['error'], error), known['compared'] + 1
+        self.rows[group] = known
 
     def relative(self, group: str, actual: float, expected: float, tolerance: float) -> None:
         self.compare(group, torch.tensor(actual / expected), torch.tensor(1.), tolerance)
@@ -63,7 +65,8 @@ class Vectors:
         for k, idx_Bl in enumerate(idx_kBl):
             self.compare('vqvae codes', idx_Bl, vectors[f'idx.{k}'], 0)
         self.compare('vqvae images', self.vae.decode(idx_kBl), vectors['rec.last'], 2e-4)
-        self.compare('vqvae teacher input', self.vae.quantize.idxBl_to_var_input(idx_kBl), vectors['var_input'], 1e-4)
+        teacher_BLZ = self.vae.quantize.idxBl_to_var_input(idx_kBl)
+        self.compare('vqvae teacher input', teacher_BLZ, vectors['var_input'], 1e-4)
         info, vectors = golden.load_json('quantizer_variants'), golden.load_tensors('quantizer_variants')
         for name, variant in info['variants'].items():
             quantizer = VectorQuantizer2(**info['config'] | variant['kwargs'])
@@ -79,7 +82,7 @@ class Vectors:
         for variant in golden.VARIANTS:
             info, vectors = golden.load_json(f'var_{variant}'), golden.load_tensors(f'var_{variant}')
             var = self.var(variant)
-            labels, teacher, target = (vectors[name].to(self.device) for name in ('labels', 'var_input', 'gt'))
+            labels, teacher, target = (vectors[key].to(self.device) for key in ('labels', 'var_input', 'gt'))
             logits_BLV = var(labels, teacher)
             self.compare('var logits', logits_BLV, vectors['logits_eval'], 5e-4)
             loss = torch.nn.functional.cross_entropy(logits_BLV.transpose(1, 2), target)
@@ -87,8 +90,9 @@ class Vectors:
             stored = info['losses']['ls0.0']
             self.relative('var loss', loss.item(), stored['loss'], 1e-5)
             for name, parameter in var.named_parameters():
-                if stored['grad_l2'][name] > 1e-6:
-                    self.relative('var gradients', parameter.grad.norm().item(), stored['grad_l2'][name], 1e-3)
+                norm = stored['grad_l2'][name]
+                if norm > 1e-6:
+                    self.relative('var gradients', parameter.grad.norm().item(), norm, 1e-3)
 
     def sampling(self) -> None:
         vectors = golden.load_tensors('sampling')
@@ -105,10 +109,12 @@ class Vectors:
         vectors = golden.load_tensors('topk_topp')
         for case in golden.load_json('topk_topp')['cases']:
             if not case['order_dependent_ties']:
-                kept = filter_top_k_top_p(vectors[case['input']].to(self.device), case['top_k'], case['top_p'])
-                self.compare('filters', kept.isfinite(), vectors[f'{case["key"]}.keep'], 0)
-        noise = [ImageNoise(5, [3, 9]).exponential_like(torch.empty(2, 7, 96, device=d)) for d in ('cpu', self.device)]
-        self.compare('noise by image index', noise[1], noise[0], 2e-6)
+                logits = vectors[case['input']].to(self.device)
+                kept = filter_top_k_top_p(logits, case['top_k'], case['top_p']).isfinite()
+                self.compare('filters', kept, vectors[f'{case["key"]}.keep'], 0)
+        shape = torch.empty(2, 7, 96)
+        here, there = (ImageNoise(5, [3, 9]).exponential_like(t) for t in (shape, shape.to(self.device)))
+        self.compare('noise by image index', there, here, 2e-6)
 
     def training(self) -> None:
         vectors = golden.load_tensors('trainer')
@@ -117,16 +123,17 @@ class Vectors:
         for name, run in golden.load_json('trainer')['runs'].items():
             if run['global_manual_seed'] is not None or run['prog']:
                 continue
-            trainer = make_trainer(self.var(run['model'], label_smooth=run['label_smooth']), 0, run['clip'], run['ac'])
+            model = self.var(run['model'], label_smooth=run['label_smooth'])
+            trainer = make_trainer(model, 0, run['clip'], run['ac'])
             for row in run['rows']:
-                lr_wd_annealing(run['sche'], trainer.optimizer.optimizer, run['peak_lr'], run['wd'], run['wd_end'],
-                                row['g_it'], run['wp_it'], run['max_it'], wp0=run['wp0'], wpe=run['wpe'])
+                lr_wd_annealing(run['sche'], trainer.optimizer.optimizer, run['peak_lr'], run['wd'],
+                                run['wd_end'], row['g_it'], run['wp_it'], run['max_it'], wp0=run['wp0'],
+                                wpe=run['wpe'])
                 info = trainer.train_step(*batches[row['batch']], progress=0., stepping=row['stepping'])
                 self.relative('trainer loss', info.loss.item(), row['loss'], 1e-3)
                 if row['stepping']:
                     self.relative('trainer gradient norm', info.grad_norm.item(), row['grad_norm'], 1e-3)
-            final = trainer.model.head.weight
-            self.compare('trained head', final, vectors[f'{name}.head.weight'], 1e-2)
+            self.compare('trained head', model.head.weight, vectors[f'{name}.head.weight'], 1e-2)
 
     def run(self) -> dict[str, dict]:
         torch.set_float32_matmul_precision('highest')
@@ -172,8 +179,8 @@ class Meter:
             call()
             self.synchronize()
         kernels = sorted({event.key[:100] for event in trace.key_averages() if KERNEL.search(event.key)})
-        return dict(images_per_second=round(num_images / median, 2), median_seconds=round(median, 4), repeats=repeats,
-                    peak_memory_gib=peak and round(peak, 2), attention_kernels=kernels)
+        return dict(images_per_second=round(num_images / median, 2), median_seconds=round(median, 4),
+                    repeats=repeats, peak_memory_gib=peak and round(peak, 2), attention_kernels=kernels)
 
 
 def speed(device: torch.device, depth: int, batch: int, repeats: int) -> dict[str, dict]:
@@ -224,7 +231,8 @@ def one_process_group(device: torch.device) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('--device', default='cuda')
     parser.add_argument('--depth', type=int, default=16)
     parser.add_argument('--batch', type=int, default=64)
@@ -236,9 +244,10 @@ def main() -> None:
         sys.exit('gpu_check: no CUDA device here; --device=cpu --depth=1 --batch=2 tries the script')
 
     name = torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'
-    result = dict(device=name, command=' '.join(['python', *sys.argv]), doctor=report(), vectors=Vectors(device).run(),
-                  speed=speed(device, args.depth, args.batch, args.repeats), process_group=one_process_group(device),
-                  seconds=0)
+    result = dict(device=name, command=' '.join(['python', *sys.argv]), doctor=report())
+    result['vectors'] = Vectors(device).run()
+    result['speed'] = speed(device, args.depth, args.batch, args.repeats)
+    result['process_group'] = one_process_group(device)
     result['seconds'] = round(time.time() - begin)
     failed = [group for group, row in result['vectors'].items() if not row['error'] <= row['tolerance']]
     result['failed'] = failed

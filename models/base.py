@@ -3,6 +3,7 @@
 Letters: B batch, 3HW image.
 """
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ class Stopwatch:
     """Seconds spent inside `with stopwatch:`; on CUDA between events, so timing never waits for the GPU."""
 
     def __init__(self):
-        self.total, self.pending = 0., []
+        self.pending: deque[list] = deque(maxlen=10_000)  # the older ones are forgotten if nobody asks
 
     def __enter__(self):
         self.pending.append([self._now()])

@@ -239,7 +239,7 @@ class VAR(ARModel):
         if isinstance(label_B, int):
             label_B = [self.num_classes if label_B < 0 else label_B] * B
         labels = torch.as_tensor(label_B, dtype=torch.int64, device=self.device)
-        if labels.shape != (B,) or labels.min() < 0 or labels.max() > self.num_classes:
+        if B < 1 or labels.shape != (B,) or labels.min() < 0 or labels.max() > self.num_classes:
             raise ValueError(f'expected {B} labels in 0..{self.num_classes} '
                              f'({self.num_classes} is the null class), got {labels.tolist()}: '
                              'pass one class per image')

@@ -13,7 +13,8 @@ from models import VQVAE
 REPO = Path(__file__).resolve().parent.parent
 NUM_IMAGES, CLASSES, BATCH = 40, ('ant', 'bee', 'cow', 'doe'), 8
 STEPS_PER_EPOCH = NUM_IMAGES // BATCH
-TINY_VQVAE = dict(vocab_size=32, z_channels=8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, v_patch_nums=(1, 2, 4))
+TINY_VQVAE = dict(vocab_size=32, z_channels=8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1,
+                  v_patch_nums=(1, 2, 4))
 PYRAMID = ['--pn=1_2_4', '--patch_size=4', f'--bs={BATCH}', '--workers=0', '--seed=3', '--hflip=1']
 VQVAE_FLAGS = ['--model=vqvae', *PYRAMID, '--vocab_size=32', '--z_channels=8', '--ch=32', '--ch_mult=1_1_1',
                '--num_res_blocks=1', '--tblr=1e-2']
@@ -42,7 +43,8 @@ def make_tokenizer(path):
 
 
 def command(script, flags, nproc=1):
-    launcher = [] if nproc == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}']
+    launcher = [] if nproc == 1 else ['-m', 'torch.distributed.run', '--standalone',
+                                      f'--nproc_per_node={nproc}']
     return [sys.executable, *launcher, str(REPO / script), *map(str, flags)]
 
 
@@ -52,7 +54,8 @@ def environment():
 
 def launch(script, flags, nproc=1, check=True):
     """Run to the end; the completed process."""
-    return subprocess.run(command(script, flags, nproc), env=environment(), text=True, capture_output=True, check=check)
+    return subprocess.run(command(script, flags, nproc), env=environment(), text=True, capture_output=True,
+                          check=check)
 
 
 def start(script, flags, nproc=1):

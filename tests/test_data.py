@@ -1,4 +1,6 @@
-"""Data: order of images, transforms, keyed augmentation, the digits, folders and their errors, the npz packer."""
+"""Data: order of images, transforms, keyed augmentation, digits, folders and their errors, the npz packer."""
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,8 @@ def write_images(root, classes=('cat', 'dog'), splits=('train', 'val'), count=3,
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = np.random.RandomState(10 * c + i).randint(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+                pixels = np.random.RandomState(10 * c + i).randint(0, 255, (size[1], size[0], 3),
+                                                                   dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f'{i}.png')
     return root
 
@@ -58,11 +61,12 @@ def test_global_batches_do_not_depend_on_ranks(world_size, dataset_len):
     def global_batches(world_size):
         ranks = [DistInfiniteBatchSampler(world_size, rank, dataset_len, 8, fill_last=True, by_batch=True)
                  for rank in range(world_size)]
-        return [sum(parts, []) for parts in zip(*(take(rank, 7) for rank in ranks), strict=True)]
+        return [list(itertools.chain.from_iterable(parts))
+                for parts in zip(*(take(rank, 7) for rank in ranks), strict=True)]
     batches = global_batches(world_size)
     assert batches == global_batches(1)
     per_epoch = -(-dataset_len // 8)
-    assert set(sum(batches[:per_epoch], [])) == set(range(dataset_len))
+    assert set(itertools.chain.from_iterable(batches[:per_epoch])) == set(range(dataset_len))
     assert all(len(batch) == 8 for batch in batches)
 
 
@@ -78,7 +82,8 @@ def test_resume_at_every_batch(by_batch):
 
 
 # ---------------------------------------------------------------------------------------------- transforms
-@pytest.mark.parametrize(('key', 'reso', 'mid_reso', 'hflip'), [('r64.m1.125', 64, 1.125, False), ('r48.m1.5', 48, 1.5, True)])
+@pytest.mark.parametrize(('key', 'reso', 'mid_reso', 'hflip'), [('r64.m1.125', 64, 1.125, False),
+                                                                ('r48.m1.5', 48, 1.5, True)])
 def test_transform_vectors(key, reso, mid_reso, hflip):
     needs_rng()
     vectors = load_tensors('data')
@@ -102,7 +107,8 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, num_workers
     keys = [(epoch, index) for epoch in range(2) for index in range(len(dataset))]
     one_by_one = [KeyedAugmentation(dataset, seed=7)[key][0] for key in keys]
     state = torch.get_rng_state()
-    loader = DataLoader(KeyedAugmentation(dataset, seed=7), batch_sampler=[keys[::-1]], num_workers=num_workers)
+    loader = DataLoader(KeyedAugmentation(dataset, seed=7), batch_sampler=[keys[::-1]],
+                        num_workers=num_workers)
     (images, labels), = list(loader)
     assert torch.equal(images, torch.stack(one_by_one[::-1]))
     assert labels.tolist() == [dataset.targets[index] for _, index in keys[::-1]]
@@ -121,7 +127,8 @@ def test_digits():
     num_classes, train_set, val_set = build_dataset('digits', 32, mid_reso=1.)
     assert num_classes == 10 and len(train_set) + len(val_set) == 1797
     image, label = val_set[0]
-    assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and image.min() >= -1 and image.max() <= 1
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+    assert image.min() >= -1 and image.max() <= 1
     assert isinstance(label, int)
     train_images = {train_set.images_u8[i].tobytes() for i in range(len(train_set))}
     assert not any(val_set.images_u8[i].tobytes() in train_images for i in range(len(val_set)))
@@ -191,6 +198,6 @@ def test_npz_refuses_wrong_counts_sizes_and_types(tmp_path):
     with pytest.raises(ValueError, match=r'6x4.*7x4.*001\.png'):
         create_npz_from_sample_folder(str(folder), num_images=3)
     Image.new('L', (6, 4)).save(folder / '001.png')
-    with pytest.raises(ValueError, match='RGB.*got L'):
+    with pytest.raises(ValueError, match=r'RGB.*got L'):
         create_npz_from_sample_folder(str(folder), num_images=3)
     assert not list(tmp_path.glob('*.npz')) and not list(tmp_path.glob('.*tmp'))

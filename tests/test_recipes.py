@@ -14,16 +14,19 @@ from train import describe
 from utils.arg_util import PRESETS, RECIPES, VARRecipe, flag_of, parse_recipe, parse_sample_recipe
 
 REPO = Path(__file__).resolve().parent.parent
-RUNTIME = {'cmd', 'branch', 'commit_id', 'commit_msg', 'acc_mean', 'acc_tail', 'L_mean', 'L_tail', 'vacc_mean', 'vacc_tail',
-           'vL_mean', 'vL_tail', 'grad_norm', 'cur_lr', 'cur_wd', 'cur_it', 'cur_ep', 'remain_time', 'finish_time',
-           'tb_log_dir_path', 'log_txt_path', 'last_ckpt_path', 'device', 'local_debug', 'dbg_nan',
-           'batch_size', 'glb_batch_size', 'patch_nums', 'resos', 'data_load_reso'}  # state or derived, no settings
+# state or derived, no settings
+RUNTIME = {'cmd', 'branch', 'commit_id', 'commit_msg', 'acc_mean', 'acc_tail', 'L_mean', 'L_tail',
+           'vacc_mean', 'vacc_tail', 'vL_mean', 'vL_tail', 'grad_norm', 'cur_lr', 'cur_wd', 'cur_it',
+           'cur_ep', 'remain_time', 'finish_time', 'tb_log_dir_path', 'log_txt_path', 'last_ckpt_path',
+           'device', 'local_debug', 'dbg_nan', 'batch_size', 'glb_batch_size', 'patch_nums', 'resos',
+           'data_load_reso'}
 
 
 def shell_flags(path):
     """The flags of the train.py command in a recipe script."""
     command = path.read_text().replace('\\\n', ' ').split('train.py')[1]
-    return [flag for flag in shlex.split(command) if flag.startswith('--') and not flag.startswith('--data_path')]
+    return [flag for flag in shlex.split(command)
+            if flag.startswith('--') and not flag.startswith('--data_path')]
 
 
 def settings(recipe):
@@ -42,15 +45,20 @@ def test_every_published_flag_parses_with_its_default():
         parse_recipe([f'--{flag}={value}'])
 
 
-@pytest.mark.parametrize('case', load_json('args')['derived'], ids=lambda c: f'{" ".join(c["argv"])} x{c["world_size"]}')
+@pytest.mark.parametrize('case', load_json('args')['derived'],
+                         ids=lambda c: f'{" ".join(c["argv"])} x{c["world_size"]}')
 def test_derived_values(case):
     recipe = parse_recipe(case['argv'])
     ours = settings(recipe) | recipe.derived(case['world_size'])
     for name, expected in case.items():
-        if name in ('argv', 'world_size', 'log_name', 'ckpt_name', 'pn') or (name == 'workers' and not expected):
+        if name in ('argv', 'world_size', 'log_name', 'ckpt_name', 'pn'):
+            continue
+        if name == 'workers' and not expected:
             continue
         value = list(ours[name]) if isinstance(ours[name], tuple) else ours[name]
-        assert value == (pytest.approx(expected, rel=1e-12) if isinstance(expected, float) else expected), name
+        if isinstance(expected, float):
+            expected = pytest.approx(expected, rel=1e-12)
+        assert value == expected, name
 
 
 def test_both_spellings_and_boolean_forms():
@@ -74,8 +82,8 @@ def test_recipe_script_names_match_depth():
 
 
 @pytest.mark.parametrize(('name', 'parameters'), [
-    ('var_d16', 310_283_520), ('var_d20', 600_917_136), ('var_d24', 1_033_399_360), ('var_d30', 2_010_020_356),
-    ('var_d36_512', 2_353_893_904)])
+    ('var_d16', 310_283_520), ('var_d20', 600_917_136), ('var_d24', 1_033_399_360),
+    ('var_d30', 2_010_020_356), ('var_d36_512', 2_353_893_904)])
 def test_dry_run_of_the_published_commands(name, parameters):
     recipe = parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
     printed = json.loads(json.dumps(describe(recipe, world_size=8)))
@@ -137,7 +145,8 @@ def test_bad_sampling_flags(capsys):
 
 def test_fid_preset_is_the_published_protocol():
     recipe = parse_sample_recipe(['--ckpt=x', '--preset=fid'])
-    assert (recipe.num_images, recipe.cfg, recipe.top_k, recipe.top_p, recipe.more_smooth) == (50_000, 1.5, 900, 0.96, False)
+    assert (recipe.num_images, recipe.cfg, recipe.top_k, recipe.top_p,
+            recipe.more_smooth) == (50_000, 1.5, 900, 0.96, False)
     assert recipe.sample_kwargs()['guidance'] == 2.5
 
 

@@ -70,8 +70,8 @@ EPOCHS = 24
 
 
 def run_flags(data, folder, *more):
-    return [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, f'--output_dir={folder}', f'--ep={EPOCHS}',
-            '--save_every=3', *more]
+    return [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, f'--output_dir={folder}',
+            f'--ep={EPOCHS}', '--save_every=3', *more]
 
 
 @pytest.fixture(scope='session')
@@ -108,7 +108,7 @@ def test_killed_and_restarted_equals_straight(data, straight, tmp_path, nproc, w
 
 
 def test_two_processes_and_accumulation_equal_one(data, tmp_path, train_here):
-    """Label dropout, drop path, augmentation and order included: all depend on the position in the global batch."""
+    """With label dropout, drop path, augmentation and order: all depend on the place in the global batch."""
     one = read(train_here(tmp_path / '1', '--ep=1'))
     four_micro = read(train_here(tmp_path / 'ac4', '--ep=1', '--ac=4'))
     launch('train.py', run_flags(data, tmp_path / '2', '--ep=1'), nproc=2)
@@ -149,14 +149,16 @@ def test_tokenizer_resume_is_exact_across_restarts_of_codes(train_here, tmp_path
 
 
 def test_tokenizer_codebook_is_equal_on_two_processes(data, tmp_path, train_here):
-    launch('train.py', [f'--data_path={data[0]}', f'--output_dir={tmp_path / "2"}', *VQVAE_FLAGS, '--ep=1', '--dropout=0'], 2)
-    one = read(train_here(tmp_path / '1', '--ep=1', '--dropout=0', base=VQVAE_FLAGS), 'vae-ckpt-last.pth')['trainer']
+    launch('train.py', [f'--data_path={data[0]}', f'--output_dir={tmp_path / "2"}', *VQVAE_FLAGS, '--ep=1',
+                        '--dropout=0'], 2)
+    one = read(train_here(tmp_path / '1', '--ep=1', '--dropout=0', base=VQVAE_FLAGS),
+               'vae-ckpt-last.pth')['trainer']
     two = read(tmp_path / '2', 'vae-ckpt-last.pth')['trainer']
     for name in ('quantize.embedding.weight', 'quantize.ema_vocab_hit_SV', 'encoder.conv_in.weight'):
         assert (one['vae_wo_ddp'][name] - two['vae_wo_ddp'][name]).abs().max() < 1e-5, name
 
 
-# ---------------------------------------------------------------------------------------------- what a run leaves
+# ---------------------------------------------------------------------------------------------- results
 def test_tokenizer_drops_into_generator_training_and_logs_are_complete(train_here, tmp_path):
     train_here(tmp_path / 'vae', '--ep=2', base=VQVAE_FLAGS)
     folder = train_here(tmp_path / 'var', f'--vae_ckpt={tmp_path / "vae" / "vae-ckpt-best.pth"}', '--ep=3',
@@ -175,8 +177,8 @@ def test_tokenizer_drops_into_generator_training_and_logs_are_complete(train_her
     assert {'AR_iter_loss/z_voc_usage', 'AR_iter_loss/acc_4', 'AR_iter_loss/L_16', 'AR_iter_schedule/prog_si',
             'AR_iter_schedule/prog_a_reso', 'AR_iter_schedule/prog_wp', 'AR_opt_lr/lr_min/sche_tlr',
             'AR_opt_lr/lr_max/sche_tlr', 'AR_opt_wd/wd_max/sche_twd', 'AR_opt_wd/wd_min/sche_twd',
-            'AR_opt_grad/grad/grad_norm', 'AR_opt_grad/grad/grad_clip', 'AR_ep_loss/L_mean', 'AR_ep_loss/vacc_tail',
-            'AR_z_burnout/rest_hours'} <= tags
+            'AR_opt_grad/grad/grad_norm', 'AR_opt_grad/grad/grad_clip', 'AR_ep_loss/L_mean',
+            'AR_ep_loss/vacc_tail', 'AR_z_burnout/rest_hours'} <= tags
     assert {event.step for event in events.Scalars('AR_iter_loss/z_voc_usage')} == {-10000, -1000, 0}
 
 
@@ -250,7 +252,8 @@ def test_bad_settings(train_here, tmp_path, capsys, flags, words):
 def test_unreadable_image_in_the_folder(train_here, tmp_path, capsys, workers):
     root = make_folder(tmp_path / 'images')
     (root / 'train' / 'bee' / '01.png').write_bytes(b'broken')
-    text = message(lambda: train_here(tmp_path / 'out', '--ep=1', f'--data_path={root}', f'--workers={workers}'), capsys)
+    text = message(lambda: train_here(tmp_path / 'out', '--ep=1', f'--data_path={root}',
+                                      f'--workers={workers}'), capsys)
     assert '01.png' in text and 'repair or remove' in text
     assert 'Traceback' in (tmp_path / 'out' / 'stdout.txt').read_text()  # the details are kept
 
@@ -271,7 +274,8 @@ def test_checkpoint_of_another_run(train_here, tmp_path, capsys, flags, words):
 def test_checkpoint_of_another_vocabulary(train_here, tmp_path, capsys):
     train_here(tmp_path / 'vae', '--ep=1', '--vocab_size=64', base=VQVAE_FLAGS)
     train_here(tmp_path / 'var', '--ep=1')
-    text = message(lambda: train_here(tmp_path / 'var', '--ep=2', f'--vae_ckpt={tmp_path}/vae/vae-ckpt-last.pth'), capsys)
+    text = message(lambda: train_here(tmp_path / 'var', '--ep=2',
+                                      f'--vae_ckpt={tmp_path}/vae/vae-ckpt-last.pth'), capsys)
     assert 'vocab_size=32 (here 64)' in text
 
 

@@ -11,9 +11,11 @@ from utils.log import MetricLogger, SmoothedValue
 from utils.lr_control import filter_params, lr_ratio, lr_wd_annealing
 
 
-@pytest.mark.parametrize('table', load_json('schedules')['tables'], ids=lambda t: f'{t["sche"]}-{t["wp_it"]}-{t["max_it"]}')
+@pytest.mark.parametrize('table', load_json('schedules')['tables'],
+                         ids=lambda t: f'{t["sche"]}-{t["wp_it"]}-{t["max_it"]}')
 def test_schedule_tables(table):
-    groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr_sc=lr, wd_sc=wd) for lr, wd in ((1, 0), (1, 1), (.25, .5))]
+    groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr_sc=lr, wd_sc=wd)
+              for lr, wd in ((1, 0), (1, 1), (.25, .5))]
     optimizer = torch.optim.AdamW(groups)
     args = [table[name] for name in ('peak_lr', 'wd', 'wd_end')]
     for cur_it, *expected in table['rows']:
@@ -87,7 +89,8 @@ def test_float16_scaler_rules():
     assert amp.state_dict().keys() == {'optimizer', 'scaler'}
 
 
-@pytest.mark.parametrize(('precision', 'dtype'), [(0, torch.float32), (1, torch.float16), (2, torch.bfloat16)])
+@pytest.mark.parametrize(('precision', 'dtype'), [(0, torch.float32), (1, torch.float16),
+                                                  (2, torch.bfloat16)])
 def test_autocast_follows_the_recipe(precision, dtype):
     _, amp = tiny(precision)
     with amp.amp_ctx:

@@ -38,8 +38,9 @@ def make_trainer(model, clip=2., accumulate=1, precision=0, lr=1e-3):
 def run_trainer(run):
     schedule = run['prog'] and dict(total=run['max_it'], warmup=run['wp_it'], until=run['prog']['pg'],
                                     first_stage=run['prog']['pg0'], stage_warmup=run['prog']['prog_wp_it'])
-    model = build_var(run['model'], drop_path_rate=run['drop_path_rate'], cond_drop_rate=run['cond_drop_rate'],
-                      label_smooth=run['label_smooth'], progressive=schedule)
+    model = build_var(run['model'], drop_path_rate=run['drop_path_rate'],
+                      cond_drop_rate=run['cond_drop_rate'], label_smooth=run['label_smooth'],
+                      progressive=schedule)
     return make_trainer(model, run['clip'], run['ac'])
 
 
@@ -49,9 +50,10 @@ def trajectory(run, trainer):
     if run['global_manual_seed'] is not None:
         torch.manual_seed(run['global_manual_seed'])
     for row in run['rows']:
-        lr_wd_annealing(run['sche'], trainer.optimizer.optimizer, run['peak_lr'], run['wd'], run['wd_end'], row['g_it'],
-                        run['wp_it'], run['max_it'], wp0=run['wp0'], wpe=run['wpe'])
-        yield row, trainer.train_step(*data[row['batch']], progress=row['g_it'] / run['max_it'], stepping=row['stepping'])
+        lr_wd_annealing(run['sche'], trainer.optimizer.optimizer, run['peak_lr'], run['wd'], run['wd_end'],
+                        row['g_it'], run['wp_it'], run['max_it'], wp0=run['wp0'], wpe=run['wpe'])
+        yield row, trainer.train_step(*data[row['batch']], progress=row['g_it'] / run['max_it'],
+                                      stepping=row['stepping'])
 
 
 @pytest.mark.parametrize('name', sorted(RUNS))
@@ -88,12 +90,14 @@ def test_tensorboard_values_of_the_first_step(name):
         for key in entry.keys() - {'head', 'step'}:
             assert values[key] == pytest.approx(entry[key], rel=1e-3), key
             compared += 1
-    assert compared == 3 + 8 + 3  # vocabulary use thrice, loss and accuracy of four scales, the progressive state
+    # vocabulary use thrice, loss and accuracy of four scales, the progressive state
+    assert compared == 3 + 8 + 3
 
 
 def test_published_evaluation():
     stored, trainer = load_json('trainer'), make_trainer(build_var('sep_l2', cond_drop_rate=0.5))
-    for key, prepare in (('eval_ep_sep_l2_initial_weights', lambda t: t), ('eval_ep_after_plain', after_plain)):
+    for key, prepare in (('eval_ep_sep_l2_initial_weights', lambda t: t),
+                         ('eval_ep_after_plain', after_plain)):
         trainer = prepare(trainer)
         values = trainer.eval_epoch(batches())
         for name in ('L_mean', 'L_tail', 'acc_mean', 'acc_tail'):
@@ -113,7 +117,8 @@ def test_evaluation_repeats_to_the_last_bit_and_weighs_images():
     first = trainer.eval_epoch(batches())
     assert trainer.eval_epoch(batches()) == first
     (x, y), *rest = batches()
-    uneven = [(x[:1], y[:1]), (torch.cat([x[1:], *(b[0] for b in rest)]), torch.cat([y[1:], *(b[1] for b in rest)]))]
+    uneven = [(x[:1], y[:1]), (torch.cat([x[1:], *(b[0] for b in rest)]),
+                               torch.cat([y[1:], *(b[1] for b in rest)]))]
     assert trainer.eval_epoch(uneven)['L_mean'] == pytest.approx(first['L_mean'], rel=1e-5)
 
 
@@ -182,7 +187,8 @@ def test_foreign_checkpoints_are_named_in_one_line():
     with pytest.raises(ValueError, match=r'a\.pth.*depth=2 \(here 3\)') as error:
         deeper.load_state_dict(state, 'a.pth')
     assert len(str(error.value).splitlines()) == 1
-    other = {name: value + 1 if name == 'post_quant_conv.bias' else value for name, value in state['vae_local'].items()}
+    other = {name: value + 1 if name == 'post_quant_conv.bias' else value
+             for name, value in state['vae_local'].items()}
     with pytest.raises(ValueError, match='another tokenizer'):
         trainer.load_state_dict(state | dict(vae_local=other))
     with pytest.raises(ValueError, match='holds no VAR'):
@@ -201,7 +207,7 @@ def test_published_checkpoints_without_our_extras_load():
 
 
 def test_losses_are_one_line_away_from_the_formula():
-    """Every token weighs 1 / L and the batch is averaged: with equal tokens the loss is the mean cross-entropy."""
+    """Every token weighs 1 / L, the batch is averaged: with equal tokens this is the mean cross-entropy."""
     trainer = make_trainer(build_var('sep_l2'))
     x, y = batches()[0]
     loss, aux = trainer.model.training_loss(x, y)

@@ -56,7 +56,7 @@ class Recipe:
     seed: int | None = opt(None, 'None draws one, kept in the checkpoint; given, cudnn is deterministic too')
     same_seed_for_all_ranks: int = opt(0, 'offset of the data order seed')
     save_every: str = opt('', 'checkpoint also every N optimizer steps ("500") or minutes ("20m")')
-    eval_every: int = opt(10, 'epochs between evaluations, each with a checkpoint; the last epoch has both')
+    eval_every: int = opt(10, 'epochs between evaluations; the last epoch always has one')
     dry_run: bool = opt(False, 'print every derived value as JSON and exit')
     allow_round: bool = opt(False, 'accept a batch size that the ranks cannot share evenly, and round it')
     # optimisation

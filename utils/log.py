@@ -94,16 +94,17 @@ class MetricLogger:
             if value is not None:
                 self.meters.setdefault(name, SmoothedValue()).update(float(value))
 
-    def log_every(self, start_it: int, max_iters: int, itrt: Iterable, print_freq: int, header: str = '',
+    def log_every(self, start_it: int, max_iters: int, itrt: Iterable, num_lines: int, header: str = '',
                   images_per_iter: int = 0,
                   tokenizer_seconds: Callable[[], float] = lambda: 0.) -> Iterator[tuple[int, Any]]:
-        """Yield (iteration, item) and write a progress line at `print_freq` evenly spaced iterations.
+        """Yield (iteration, item) and write a progress line at `num_lines` evenly spaced iterations.
 
         The line ends with images/s and the shares of time spent on waiting for data, tokenizer and model.
         """
-        self.log_iters = set(np.linspace(0, max_iters - 1, print_freq, dtype=int).tolist()) | {start_it}
+        self.log_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist()) | {start_it}
         width, epoch_begin = len(str(max_iters)), time.time()
         iterator, window = iter(itrt), dict(seconds=0., data=0., iters=0)
+        tokenizer_seconds()  # forget what an evaluation spent
         for it in range(start_it, max_iters):
             begin = time.time()
             item = next(iterator)

@@ -1,0 +1,89 @@
+"""Import direction, silence, and freedom from side effects."""
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+ENTRIES = {'train', 'sample', 'utils.doctor'}  # doctor is an entry point that lives in utils
+OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'torch.utils.tensorboard'}
+ORDER = ['scales', 'attention', 'base', 'helpers', 'basic_var', 'tokenizers', 'var', '']  # inside models
+
+
+def modules():
+    files = [*REPO.glob('*.py'), *REPO.glob('models/**/*.py'), *REPO.glob('utils/*.py')]
+    for path in files:
+        name = '.'.join(path.relative_to(REPO).with_suffix('').parts).removesuffix('.__init__')
+        yield name, ast.parse(path.read_text())
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def layer(name):
+    """0 dist, 1 utils and models, 2 trainer, 3 entry points; None for other packages."""
+    if name in ENTRIES:
+        return 3
+    return dict(dist=0, utils=1, models=1, trainer=2).get(name.split('.')[0])
+
+
+def test_import_direction():
+    seen = 0
+    for name, tree in modules():
+        for target in imported(tree):
+            if layer(target) is None:
+                continue
+            seen += 1
+            assert layer(target) <= layer(name), f'{name} imports {target}'
+            if layer(name) == layer(target) == 1:
+                assert name.split('.')[0] == target.split('.')[0], f'{name} imports {target}'
+    assert seen > 40
+
+
+def test_order_inside_models():
+    for name, tree in modules():
+        if name.startswith('models.'):
+            here = ORDER.index(name.split('.')[1])
+            for target in imported(tree):
+                if target.startswith('models.'):
+                    there = ORDER.index(target.split('.')[1])
+                    inside_folder = there == here and 'tokenizers' in name
+                    assert there < here or inside_folder, f'{name} imports {target}'
+
+
+def test_no_print_and_no_late_import():
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'print':
+                assert name in ENTRIES, f'print in {name}'
+            if isinstance(node, ast.FunctionDef):
+                late = set(imported(node))
+                assert late <= OPTIONAL, f'{name}.{node.name} imports {late - OPTIONAL}'
+
+
+@pytest.mark.parametrize('module', ['models', 'trainer', 'utils.data', 'dist'])
+def test_import_is_silent_and_changes_nothing(module):
+    code = f'''
+import logging, random, torch
+from torch import nn
+classes = [nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Conv2d, nn.ConvTranspose2d]
+def state():
+    patched = [vars(c).get('reset_parameters') for c in classes]
+    return patched, torch.get_rng_state().tolist(), random.getstate()
+before, printer = state(), print
+import {module}
+assert before == state() and print is printer and not logging.root.handlers
+assert not torch.cuda.is_initialized()
+assert torch.get_default_device() == torch.device('cpu') and torch.is_grad_enabled()
+'''
+    run = subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=REPO, text=True,
+                         capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, '', '')
