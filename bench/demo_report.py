@@ -86,10 +86,11 @@ def draw_curves(path: Path, folder: Path) -> None:
     for axis, (model, key, title) in zip(axes, panels, strict=True):
         epochs = [json.loads(line) for line in (folder / model / 'log.txt').read_text().splitlines()]
         epochs = [values for values in epochs if key in values]
-        steps = [values['it'] for values in epochs]
-        axis.plot(steps, [values[key] for values in epochs], label='training')
-        axis.plot(steps, [values[f'v{key}'] for values in epochs], 'o', label='held out (last known)',
-                  markersize=3)
+        axis.plot([values['it'] for values in epochs], [values[key] for values in epochs], label='training')
+        # lines repeat the last known validation; its first mention is the step it was made at
+        evaluated = {values[f'v{key}']: values['it'] for values in reversed(epochs)}
+        evaluated.pop(None, None)
+        axis.plot(evaluated.values(), evaluated.keys(), 'o-', label='held out', markersize=4)
         axis.set_title(title)
         axis.set_xlabel('optimizer step')
         axis.grid(alpha=0.3)

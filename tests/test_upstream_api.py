@@ -112,8 +112,8 @@ assert 0 <= recon_B3HW.min() and recon_B3HW.max() <= 1 and recon_B3HW.std() > 0
 image = torch.rand(2, 3, 48, 48) * 2 - 1
 tokens = vae.img_to_idxBl(image, var.patch_nums)
 assert [t.shape for t in tokens] == [(2, 1), (2, 4), (2, 9)]
-assert torch.equal(vae.idxBl_to_img(tokens, same_shape=True, last_one=True),
-                   vae.img_to_reconstructed_img(image, last_one=True))
+torch.testing.assert_close(vae.idxBl_to_img(tokens, same_shape=True, last_one=True),
+                           vae.img_to_reconstructed_img(image, last_one=True), atol=2e-4, rtol=0)
 '''
 
 
