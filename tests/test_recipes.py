@@ -70,13 +70,13 @@ def test_both_spellings_and_boolean_forms():
     assert parse_recipe(['--local-rank=3', '--local_rank=1']) == parse_recipe([])
 
 
-@pytest.mark.parametrize('name', sorted(PRESETS))
+@pytest.mark.parametrize('name', sorted(PRESETS['var']))
 def test_recipe_script_equals_preset(name):
     assert parse_recipe([f'--preset={name}']) == parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
 
 
 def test_recipe_script_names_match_depth():
-    for name, values in PRESETS.items():
+    for name, values in PRESETS['var'].items():
         assert int(re.match(r'var_d(\d+)', name)[1]) == values['depth']
         assert (REPO / 'recipes' / f'{name}.sh').is_file()
 
@@ -128,6 +128,8 @@ def fails(argv, capsys, parse=parse_recipe):
     (['--pg=0.5', '--pg0=10'], ['--pg0', '0..9']),
     (['--save_every=soon'], ['--save_every', 'soon']),
     (['--model=gan'], ['gan', 'vqvae']),
+    (['--preset=var_d99'], ['var_d99', 'var_d16']),
+    (['--model=vqvae', '--preset=var_d16'], ['var_d16', 'vqvae']),
     (['--model=vqvae', '--ch=40'], ['--ch', '32', '40']),
     (['--model=vqvae', '--ch_mult=1_2'], ['stride 2', '--patch_size=2']),
     (['--model=vqvae', '--fp16=1'], ['float16', '--fp16=2']),

@@ -318,6 +318,17 @@ def test_full_disk_keeps_the_old_checkpoint(train_here, tmp_path, capsys):
     assert newest_checkpoint(tmp_path, 'ar-ckpt-last.pth')[1]['epoch'] == 2
 
 
+def test_file_systems_without_hard_links_and_leftovers_of_a_kill(train_here, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError('no hard links here')
+    monkeypatch.setattr('os.link', no_links)
+    (tmp_path / '.ar-ckpt-last.pth.tmp').write_bytes(b'half a checkpoint')
+    (tmp_path / '.ar-ckpt-prev.pth.tmp').write_bytes(b'half a checkpoint')
+    train_here(tmp_path, '--ep=2')
+    assert (read(tmp_path, 'ar-ckpt-prev.pth')['epoch'], read(tmp_path)['epoch']) == (1, 2)
+    assert not list(tmp_path.glob('.*.tmp'))
+
+
 def test_non_finite_loss_stops_with_a_line(train_here, tmp_path, capsys):
     text = message(lambda: train_here(tmp_path, '--ep=2', '--tblr=1e12', '--tclip=0'), capsys)
     assert 'not finite' in text and '--tblr' in text

@@ -215,3 +215,20 @@ def test_losses_are_one_line_away_from_the_formula():
     by_hand = -(aux['logits_BLV'].log_softmax(-1) * target).sum(-1).mean()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
     assert re.match(r'L_mean|acc_mean', next(iter(trainer.model.metrics(aux))))
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager():
+    """`model.compile()` in place: same losses within rounding, same keys in the checkpoint."""
+    data, losses = batches(), {}
+    for compiled in (False, True):
+        model = build_var('sep_l2', drop_path_rate=0.3, cond_drop_rate=0.3)
+        if compiled:
+            model.compile()
+        trainer = make_trainer(model)
+        losses[compiled] = []
+        for i in range(4):
+            torch.manual_seed(i)
+            losses[compiled].append(trainer.train_step(*data[i % 3], progress=0.1).loss.item())
+        assert list(trainer.state_dict()['var_wo_ddp']) == list(var_state('sep_l2'))
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)

@@ -331,8 +331,8 @@ class VQVAERecipe(PyramidRecipe):
 
 RECIPES: dict[str, type[Recipe]] = {'var': VARRecipe, 'vqvae': VQVAERecipe}
 
-# Published runs (spec: README of VAR). `recipes/*.sh` holds the same as commands.
-PRESETS: dict[str, dict[str, Any]] = {
+# Published runs by model (README of VAR); `recipes/*.sh` holds the same as commands.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {'vqvae': {}, 'var': {
     'var_d16': dict(depth=16, batch_size=768, epochs=200, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
     'var_d20': dict(depth=20, batch_size=768, epochs=250, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
     'var_d24': dict(depth=24, batch_size=768, epochs=350, base_lr=8e-5, precision=1, init_adaln_gamma=1e-4,
@@ -341,7 +341,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                     lr_end=0.01, weight_decay_end=0.08),
     'var_d36_512': dict(depth=36, shared_aln=True, pn='512', batch_size=768, epochs=350, base_lr=8e-5,
                         precision=1, init_adaln_gamma=5e-6, lr_end=0.01, weight_decay_end=0.08),
-}
+}}
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -394,10 +394,9 @@ class VARSampleRecipe(SampleRecipe):
 
 SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {'var': VARSampleRecipe}
 
-SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
-    # published FID protocol of VAR
-    'fid': dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False),
-}
+SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
+    'fid': dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False),  # README of VAR
+}}
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -449,19 +448,22 @@ class _OneLineParser(argparse.ArgumentParser):
         return vars(values)
 
 
-def _parse(argv: list[str], prog: str, recipes: dict[str, type], presets: dict[str, dict], what: str) -> Any:
+def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: dict, what: str) -> Any:
     """The recipe of a command line: `--model` chooses the class, `--preset` its values, flags come on top."""
     first = _OneLineParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument('--model', default=next(iter(recipes)), choices=list(recipes))
-    first.add_argument('--preset', default=None, choices=list(presets))
+    first.add_argument('--preset', default='')
     chosen, rest = first.parse_known_args(argv)
-    cls = recipes[chosen.model]
-    parser = make_parser(cls, prog, f'{what} Models: --model={"|".join(recipes)}; '
-                                    f'presets: --preset={"|".join(presets)}.')
+    cls, presets = recipes[chosen.model], {'': {}} | all_presets[chosen.model]
+    names = ', '.join(filter(None, presets)) or 'none'
+    parser = make_parser(cls, prog, f'{what} --model is one of: {", ".join(recipes)}; '
+                                    f'--preset of {chosen.model} is one of: {names}.')
     values = parser.parse(rest)
+    if chosen.preset not in presets:
+        parser.error(f'unknown --preset={chosen.preset} of --model={chosen.model}: it has {names}')
     try:
-        return cls(**{**presets.get(chosen.preset, {}), **values, 'model': chosen.model})
-    except (ValueError, TypeError) as error:
+        return cls(**{**presets[chosen.preset], **values, 'model': chosen.model})
+    except ValueError as error:
         parser.error(str(error))
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `target` that replaces it when the block ends well, and vanishes otherwise."""
     target = Path(target)
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    temporary = target.with_name(f'.{target.name}.tmp')  # a killed run's leftover is overwritten by the next
     try:
         yield temporary
         with temporary.open('rb') as written:
@@ -40,8 +40,12 @@ def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: st
         with atomic_path(last) as temporary:
             torch.save(state, temporary)
             if last.exists():  # both names exist until the new file takes `last`
-                with atomic_path(previous) as link:
-                    os.link(last, link)
+                with atomic_path(previous) as second_name:
+                    second_name.unlink(missing_ok=True)
+                    try:
+                        os.link(last, second_name)
+                    except OSError:  # a file system without hard links
+                        shutil.copyfile(last, second_name)
         if is_best:
             with atomic_path(best) as temporary:
                 shutil.copyfile(last, temporary)
