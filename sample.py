@@ -24,7 +24,7 @@ from utils.arg_util import SampleRecipe, parse_sample_recipe
 from utils.checkpoint import atomic_path, load_file, model_state
 from utils.hub import fetch, sha256_of
 from utils.log import one_line_errors, setup_logging
-from utils.misc import create_npz_from_sample_folder
+from utils.misc import allow_tf32, create_npz_from_sample_folder
 
 logger = logging.getLogger(__name__)
 AUTOCAST = {1: torch.float16, 2: torch.bfloat16}
@@ -72,8 +72,7 @@ def save_png(image_chw: torch.Tensor, path: Path) -> None:
 
 def sample(recipe: SampleRecipe) -> None:
     device, rank, world_size = dist.get_device(), dist.get_rank(), dist.get_world_size()
-    torch.set_float32_matmul_precision('high' if recipe.tf32 else 'highest')
-    torch.backends.cudnn.allow_tf32 = recipe.tf32
+    allow_tf32(recipe.tf32)
     model, hashes = load_generator(recipe, device)
     class_ids = list(recipe.class_ids or range(model.num_classes))
     folder = Path(recipe.output)

@@ -37,7 +37,7 @@ from utils.log import (
     setup_logging,
 )
 from utils.lr_control import filter_params, lr_wd_annealing
-from utils.misc import mix_seed, seed_everything
+from utils.misc import allow_tf32, mix_seed, seed_everything
 
 logger = logging.getLogger(__name__)
 COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
@@ -141,8 +141,7 @@ class Run:
         self.start = checkpoint.get('epoch', 0), checkpoint.get('iter', 0)
         seed = choose_seed(recipe, checkpoint.get('run', {}).get('seed'))
         torch.backends.cudnn.deterministic = recipe.seed is not None
-        torch.backends.cudnn.allow_tf32 = recipe.tf32
-        torch.set_float32_matmul_precision('high' if recipe.tf32 else 'highest')
+        allow_tf32(recipe.tf32)
         seed_everything(mix_seed(seed))
 
         # 2. data

@@ -26,6 +26,7 @@ from trainer import Trainer
 from utils.amp_sc import AmpOptimizer
 from utils.doctor import report
 from utils.lr_control import filter_params, lr_wd_annealing
+from utils.misc import allow_tf32
 
 KERNEL = re.compile(r'flash|fmha|attention|attn|cutlassF|efficient', re.IGNORECASE)
 
@@ -136,8 +137,7 @@ class Vectors:
             self.compare('trained head', model.head.weight, vectors[f'{name}.head.weight'], 1e-2)
 
     def run(self) -> dict[str, dict]:
-        torch.set_float32_matmul_precision('highest')
-        torch.backends.cudnn.allow_tf32 = False
+        allow_tf32(False)
         for group in (self.tokenizer, self.transformer, self.sampling, self.training):
             group()
         return self.rows
@@ -185,8 +185,7 @@ class Meter:
 
 def speed(device: torch.device, depth: int, batch: int, repeats: int) -> dict[str, dict]:
     """Training and sampling of VAR at 256 px; the share of the tokenizer in a training step beside it."""
-    torch.set_float32_matmul_precision('high')
-    torch.backends.cudnn.allow_tf32 = True
+    allow_tf32(True)
     torch.manual_seed(0)
     meter, rows = Meter(device), {}
     images_B3HW = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1

@@ -3,6 +3,7 @@ import logging
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,8 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
         from safetensors.torch import load_file as load_safetensors
         return load_safetensors(path)
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        # mapped, so that the ranks of a node share one copy in memory; files older than torch 1.6 cannot be
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
         raise ValueError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): '
                          'the file is truncated or no checkpoint') from error

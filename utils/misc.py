@@ -1,4 +1,4 @@
-"""Seeding, and the npz packer of sample folders."""
+"""Seeding, float32 precision, resume in upstream's form, and the npz packer of sample folders."""
 import random
 import zipfile
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils.checkpoint import atomic_path, newest_checkpoint
 
-__all__ = ['auto_resume', 'create_npz_from_sample_folder', 'mix_seed', 'seed_everything']
+__all__ = ['allow_tf32', 'auto_resume', 'create_npz_from_sample_folder', 'mix_seed', 'seed_everything']
 
 
 def mix_seed(*keys: int) -> int:
@@ -37,6 +37,12 @@ def auto_resume(args: Any, pattern: str = 'ar-ckpt*.pth') -> tuple[list[str], in
     epoch, iteration = checkpoint['epoch'], checkpoint['iter']
     return ([f'resuming from {path} at epoch {epoch}, iteration {iteration}'], epoch, iteration,
             checkpoint['trainer'], checkpoint['args'])
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let float32 products and convolutions on CUDA use TF32, or not; the CPU never does."""
+    torch.set_float32_matmul_precision('high' if allowed and torch.cuda.is_available() else 'highest')
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) -> str:
