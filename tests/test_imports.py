@@ -84,6 +84,6 @@ assert before == state() and print is printer and not logging.root.handlers
 assert not torch.cuda.is_initialized()
 assert torch.get_default_device() == torch.device('cpu') and torch.is_grad_enabled()
 '''
-    run = subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=REPO, text=True,
+    run = subprocess.run([sys.executable, '-c', code], cwd=REPO, text=True,
                          capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, '', '')

@@ -45,17 +45,23 @@ def sample_here(monkeypatch, weights):
     logging.captureWarnings(False)
 
 
+def same_images(a, b):
+    """Equal but for a rounding step here and there: kernels may sum in another order for another batch size."""
+    difference = np.abs(a.astype(int) - b.astype(int))
+    return difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
 def test_images_do_not_depend_on_batches_or_processes(sample_here, tmp_path, weights):
     eight = sample_here(tmp_path / 'a', '--bs=8')
     assert eight.shape == (20, 16, 16, 3) and eight.dtype == np.uint8
     assert len(np.unique(eight.reshape(20, -1), axis=0)) == 20  # no two images share their noise
-    assert np.array_equal(sample_here(tmp_path / 'b', '--bs=1'), eight)
+    assert same_images(sample_here(tmp_path / 'b', '--bs=1'), eight)
     flags = [f'--ckpt={weights[0]}', f'--output={tmp_path / "c"}', '--num_images=20', '--bs=3']
     launch('sample.py', flags, nproc=2)
-    assert np.array_equal(np.load(tmp_path / 'c.npz')['arr_0'], eight)
-    assert not np.array_equal(sample_here(tmp_path / 'd', '--seed=1'), eight)
+    assert same_images(np.load(tmp_path / 'c.npz')['arr_0'], eight)
+    assert not same_images(sample_here(tmp_path / 'd', '--seed=1'), eight)
     shorter = sample_here(tmp_path / 'e', '--num_images=10')
-    assert np.array_equal(shorter, eight[:10])
+    assert same_images(shorter, eight[:10])
 
 
 def test_restart_redraws_what_is_missing(sample_here, tmp_path):
