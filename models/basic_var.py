@@ -112,9 +112,9 @@ class AdaLNSelfAttn(nn.Module):
         mod_B16C = self.ada_gss + cond_BD if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
         attn = self.attn(self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1), attn_bias=attn_bias)
-        x = x + self.drop_path(attn.mul_(gamma1))
+        x = x + self.drop_path(attn * gamma1)
         ffn = self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2))
-        return x + self.drop_path(ffn.mul(gamma2))  # not in place: compiled graphs keep the pre-gate value
+        return x + self.drop_path(ffn * gamma2)
 
 
 class AdaLNBeforeHead(nn.Module):

@@ -46,7 +46,7 @@ def sample_here(monkeypatch, weights):
 
 
 def same_images(a, b):
-    """Equal but for a rounding step here and there: kernels may sum in another order for another batch size."""
+    """Equal but for a rounding step here and there: kernels may sum in another order in another batch."""
     difference = np.abs(a.astype(int) - b.astype(int))
     return difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
