@@ -161,6 +161,12 @@ def test_indivisible_batch():
         VARRecipe(batch_size=1, allow_round=True).check_batch(8)
 
 
+def test_save_every_is_steps_or_minutes():
+    assert parse_recipe([]).save_steps_minutes == (0, 0.)
+    assert parse_recipe(['--save_every=500']).save_steps_minutes == (500, 0.)
+    assert parse_recipe(['--save_every=20m']).save_steps_minutes == (0, 20.)
+
+
 def test_workers_are_automatic(monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     recipe = VARRecipe()

@@ -207,6 +207,18 @@ def test_best_score_survives_a_restart(train_here, tmp_path, monkeypatch):
     assert read(tmp_path, 'ar-ckpt-best.pth')['epoch'] == 4
 
 
+@pytest.mark.parametrize(('save_every', 'expected'), [('', [5, 10]), ('3', [3, 5, 6, 9, 10]),
+                                                      ('1m', [*range(1, 11)])])
+def test_checkpoints_by_step_and_by_minute(train_here, tmp_path, monkeypatch, save_every, expected):
+    positions = []
+    monkeypatch.setattr(train, 'save_checkpoint', lambda state, *_: positions.append(
+        state['epoch'] * STEPS_PER_EPOCH + state['iter']))
+    clock = iter(range(0, 10 ** 6, 60))  # every look at the clock is a minute later
+    monkeypatch.setattr(train.time, 'time', lambda: next(clock))
+    train_here(tmp_path, '--ep=2', f'--save_every={save_every}')
+    assert positions == expected
+
+
 def test_progressive_training_runs_every_stage(train_here, tmp_path):
     folder = train_here(tmp_path, '--ep=4', '--pg=0.8', '--pg0=0', '--wp=0.2', '--pgwp=0.5')
     lines = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()[1:]]
