@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from models.helpers import global_rows
 from trainer import StepInfo, Trainer
 from utils.amp_sc import AmpOptimizer
 from utils.arg_util import Recipe, flag_of, parse_recipe
-from utils.checkpoint import load_file, model_state, newest_checkpoint, save_checkpoint
+from utils.checkpoint import load_file, lock_folder, model_state, newest_checkpoint, save_checkpoint
 from utils.data import KeyedAugmentation, build_dataset
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
 from utils.hub import fetch
@@ -41,6 +42,8 @@ from utils.misc import allow_tf32, mix_seed, seed_everything
 
 logger = logging.getLogger(__name__)
 COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
+# may change between two starts of one training
+FREE_SETTINGS = ('seed', 'output_dir', 'exp_name', 'workers', 'save_every', 'eval_every', 'vae_ckpt')
 NO_SCORE = 999.  # "best so far" before the first evaluation, as published
 
 
@@ -163,7 +166,6 @@ class Run:
             self._resume(path, checkpoint)
 
         # 4. logs
-        self.folder.mkdir(parents=True, exist_ok=True)
         tb_dir = str(self.folder / recipe.run_name(world_size)) if dist.is_master() else None
         self.tb = TensorboardLogger(tb_dir, filename_suffix=time.strftime('__%m%d_%H%M'))
         self.last_save = time.time()
@@ -184,6 +186,15 @@ class Run:
                              'keep --bs and the data as they were until the epoch is complete')
         self.state.steps_per_epoch = steps_per_epoch
         logger.info('resumed from %s at epoch %d, step %d', path, *self.start)
+        changed = [f'{flag_of(self.recipe, name)} {checkpoint["args"][name]} -> {value}'
+                   for name, value in vars(self.recipe).items()
+                   if name not in FREE_SETTINGS and checkpoint.get('args', {}).get(name, value) != value]
+        if changed:
+            logger.warning('settings differ from those of the checkpoint, so this is another training: %s',
+                           ', '.join(changed))
+        if self.start[0] >= self.recipe.epochs:
+            logger.warning('nothing left to train: the checkpoint holds %d epochs, --ep=%d', self.start[0],
+                           self.recipe.epochs)
 
     def train(self) -> None:
         """All remaining epochs, a checkpoint after each; evaluation every `eval_every` and after the last."""
@@ -203,7 +214,7 @@ class Run:
             remaining = (time.time() - begin) / (epoch + 1 - self.start[0]) * (epochs - epoch - 1)
             self.log_epoch(epoch, stats, evaluated, remaining)
         self.tb.close()
-        logger.info('done: %d epochs, checkpoints in %s', epochs, self.folder)
+        logger.info('done, checkpoints are in %s', self.folder)
 
     def train_epoch(self, epoch: int, first_step: int) -> dict[str, float]:
         """Epoch averages of the logged steps."""
@@ -263,8 +274,8 @@ class Run:
         """
         values = self.trainer.metrics(info.aux)
         if not all(map(math.isfinite, values.values())):
-            raise ValueError(f'the loss is not finite at step {step}: lower --tblr or train with --fp16=0; '
-                             'the same command continues from the last checkpoint')
+            raise ValueError(f'the loss is not finite at step {step}: lower --tblr or train with --fp16=0, '
+                             'and continue from the last checkpoint, if there is one')
         meters.update(tnm=info.grad_norm, **{name: values[key] for name, key in self.model.headline.items()})
         tb, clip, (min_lr, max_lr, min_wd, max_wd) = self.tb, self.recipe.clip, rates
         if step == 0:  # the starting level, visible left of the curve
@@ -354,8 +365,9 @@ def main() -> None:
             print(json.dumps(describe(recipe, world_size), indent=2))  # noqa: T201
         return
     dist.initialize()
-    setup_logging(recipe.output_dir, dist.is_master())
-    Run(recipe).train()
+    with lock_folder(recipe.output_dir) if dist.is_master() else nullcontext():
+        setup_logging(recipe.output_dir, dist.is_master())
+        Run(recipe).train()
     dist.finalize()
 
 

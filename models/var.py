@@ -239,10 +239,12 @@ class VAR(ARModel):
         if isinstance(label_B, int):
             label_B = [self.num_classes if label_B < 0 else label_B] * B
         labels = torch.as_tensor(label_B, dtype=torch.int64, device=self.device)
-        if B < 1 or labels.shape != (B,) or labels.min() < 0 or labels.max() > self.num_classes:
-            raise ValueError(f'expected {B} labels in 0..{self.num_classes} '
-                             f'({self.num_classes} is the null class), got {labels.tolist()}: '
-                             'pass one class per image')
+        if B < 1 or labels.shape != (B,):
+            raise ValueError(f'expected one label for each of {B} images, got {tuple(labels.shape)}')
+        wrong = labels[(labels < 0) | (labels > self.num_classes)]
+        if len(wrong):
+            raise ValueError(f'expected labels in 0..{self.num_classes} ({self.num_classes} is the null '
+                             f'class), got {wrong[0].item()}: pass class ids of this model')
         return labels
 
     @torch.no_grad()

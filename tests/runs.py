@@ -1,5 +1,7 @@
 """Launches train.py and sample.py as users do, on a tiny image folder."""
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +60,25 @@ def launch(script, flags, nproc=1, check=True):
                           check=check)
 
 
+def kill_tree(pid):
+    """SIGKILL a process and all below it; torchrun's workers have sessions of their own."""
+    parents = {}
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
+    tree = [pid]
+    for member in tree:  # grows while it is walked
+        tree += [child for child, parent in parents.items() if parent == member]
+    for member in tree:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    return tree
+
+
 def start(script, flags, nproc=1):
-    """Start in a process group of its own, so that all of it can be killed."""
-    return subprocess.Popen(command(script, flags, nproc), env=environment(), start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start without waiting; end it with `kill_tree`."""
+    return subprocess.Popen(command(script, flags, nproc), env=environment(), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
 
 
 def read(folder, name='ar-ckpt-last.pth'):

@@ -171,6 +171,13 @@ def test_unreadable_image_is_named(tmp_path, content):
         pil_loader(str(path))
 
 
+def test_sixteen_bit_grey_keeps_its_levels(tmp_path):
+    levels = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / 'grey.png')
+    pixels = np.asarray(pil_loader(str(tmp_path / 'grey.png')))
+    assert pixels.shape == (16, 16, 3) and np.array_equal(pixels[:, :, 0], levels // 257)
+
+
 # ---------------------------------------------------------------------------------------------- packing
 def write_samples(folder, count, size=(6, 4), mode='RGB'):
     folder.mkdir(exist_ok=True)
@@ -199,5 +206,8 @@ def test_npz_refuses_wrong_counts_sizes_and_types(tmp_path):
         create_npz_from_sample_folder(str(folder), num_images=3)
     Image.new('L', (6, 4)).save(folder / '001.png')
     with pytest.raises(ValueError, match=r'RGB.*got L'):
+        create_npz_from_sample_folder(str(folder), num_images=3)
+    (folder / '001.png').write_bytes(b'x')
+    with pytest.raises(ValueError, match=r'001\.png.*remove the file'):
         create_npz_from_sample_folder(str(folder), num_images=3)
     assert not list(tmp_path.glob('*.npz')) and not list(tmp_path.glob('.*tmp'))

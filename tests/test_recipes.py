@@ -120,6 +120,13 @@ def fails(argv, capsys, parse=parse_recipe):
     (['--fp16=3'], ['--fp16', '3']),
     (['--sche=step'], ['--sche', 'step']),
     (['--opt=sgd'], ['--opt', 'sgd']),
+    (['--pn=3_2_1'], ['--pn', 'coarse to fine']),
+    (['--depth=0'], ['--depth', 'at least 1']),
+    (['--vfast=9'], ['--vfast', '[0, 3]']),
+    (['--tblr=-1'], ['--tblr']),
+    (['--workers=-5'], ['--workers']),
+    (['--mid_reso=0.5'], ['--mid_reso']),
+    (['--model=vqvae', '--vocab_size=0'], ['--vocab_size']),
     (['--saln=maybe'], ['maybe']),
     (['--depth=deep'], ['--depth', 'deep']),
     (['--bs=0'], ['--bs']),
@@ -142,6 +149,9 @@ def test_bad_flags_are_one_clear_line(argv, words, capsys):
 def test_bad_sampling_flags(capsys):
     assert '--ckpt' in fails([], capsys, parse_sample_recipe)
     assert '--seed' in fails(['--ckpt=x', '--seed=-1'], capsys, parse_sample_recipe)
+    assert '--classes' in fails(['--ckpt=x', '--classes=x'], capsys, parse_sample_recipe)
+    assert '--cfg' in fails(['--ckpt=x', '--cfg=nan'], capsys, parse_sample_recipe)
+    assert '--top_p' in fails(['--ckpt=x', '--top_p=1.5'], capsys, parse_sample_recipe)
     assert '--top_k' in fails(['--ckpt=x', '--topk=1'], capsys, parse_sample_recipe)
 
 

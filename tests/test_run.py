@@ -1,7 +1,6 @@
 """Whole trainings: kill and resume, ranks, accumulation, logs, tokenizer into generator, and bad input."""
 import json
 import logging
-import os
 import random
 import resource
 import signal
@@ -19,6 +18,7 @@ from tests.runs import (
     STEPS_PER_EPOCH,
     VAR_FLAGS,
     VQVAE_FLAGS,
+    kill_tree,
     launch,
     make_folder,
     make_tokenizer,
@@ -95,8 +95,9 @@ def test_killed_and_restarted_equals_straight(data, straight, tmp_path, nproc, w
     while not last.exists() and process.poll() is None:
         time.sleep(0.02)
     time.sleep(random.Random(f'{nproc}{workers}').uniform(0.1, 0.8))
-    os.killpg(process.pid, signal.SIGKILL)
+    killed = kill_tree(process.pid)
     assert process.wait() == -signal.SIGKILL, 'the run ended before it was killed'
+    assert len(killed) >= nproc + (nproc > 1)  # the launcher and every worker
     interrupted = read(tmp_path)
     position = interrupted['epoch'] * STEPS_PER_EPOCH + interrupted['iter']
     assert 0 < position < EPOCHS * STEPS_PER_EPOCH
@@ -195,6 +196,26 @@ def test_finished_run_ends_cleanly_and_keeps_its_weights(train_here, tmp_path):
     assert same_weights(before, read(tmp_path))
 
 
+def test_folder_in_use_is_refused(data, train_here, tmp_path, capsys):
+    process = start('train.py', run_flags(data, tmp_path))
+    while not (tmp_path / 'stdout.txt').exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    text = message(lambda: train_here(tmp_path, '--ep=1'), capsys)
+    kill_tree(process.pid)
+    process.wait()
+    assert 'in use by another run' in text
+    train_here(tmp_path / 'other', '--ep=1')
+
+
+def test_changed_settings_are_named_on_resume(train_here, tmp_path):
+    train_here(tmp_path, '--ep=2')
+    train_here(tmp_path, '--ep=1', '--tblr=2e-2', '--save_every=7')
+    text = (tmp_path / 'stdout.txt').read_text()
+    assert 'another training: tblr 0.01 -> 0.02, ep 2 -> 1\n' in text
+    assert 'nothing left to train: the checkpoint holds 2 epochs, --ep=1' in text
+
+
 def test_best_score_survives_a_restart(train_here, tmp_path, monkeypatch):
     scores = iter([3., 5., 4., 2.])
     evaluate = train.Trainer.eval_epoch
@@ -253,7 +274,8 @@ def message(run, capsys):
     (['--num_clases=4'], ['--num_clases', '--num_classes']),
     (['--bs=9', '--ac=2'], ['--bs=9', '--bs=8']),
     (['--vae_ckpt=/nowhere.pth'], ['/nowhere.pth', 'vae_ch160v4096z32.pth']),
-    (['--patch_size=8'], ['stride 4', '--patch_size=4'])])
+    (['--patch_size=8'], ['stride 4', '--patch_size=4']),
+    (['--output_dir=/proc/nowhere'], ['/proc/nowhere', 'another one'])])
 def test_bad_settings(train_here, tmp_path, capsys, flags, words):
     text = message(lambda: train_here(tmp_path, '--ep=1', *flags), capsys)
     assert all(word in text for word in words), text

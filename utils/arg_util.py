@@ -21,6 +21,18 @@ PATCH_NUMS = {
 }
 REPO = Path(__file__).resolve().parent.parent
 
+INF = float('inf')
+LIMITS = {  # smallest and largest sensible value of a field, of any recipe that has it
+    'batch_size': (1, INF), 'accumulate': (1, INF), 'epochs': (1, INF), 'eval_every': (1, INF),
+    'num_classes': (0, INF), 'workers': (-1, INF), 'mid_reso': (1, INF), 'seed': (0, 2 ** 63 - 1),
+    'precision': (0, 2), 'compile_model': (0, 3), 'compile_tokenizer': (0, 3), 'base_lr': (0, INF),
+    'warmup': (0, INF), 'warmup_start': (0, 1), 'lr_end': (0, 1), 'weight_decay': (0, INF),
+    'weight_decay_end': (0, INF), 'beta1': (0, 1), 'beta2': (0, 1), 'patch_size': (1, INF), 'depth': (1, INF),
+    'drop_path': (-1, 0.999), 'label_smooth': (0, 0.999), 'progressive_until': (0, 1), 'vocab_size': (2, INF),
+    'z_channels': (1, INF), 'num_res_blocks': (1, INF), 'dropout': (0, 0.999), 'beta': (0, INF),
+    'num_images': (1, INF), 'cfg': (-1000, 1000), 'top_k': (0, INF), 'top_p': (0, 1),
+}
+
 
 def opt(default: Any, text: str, flag: str = '') -> Any:
     """A field with its help text and, where it differs from the field's name, the published flag."""
@@ -37,6 +49,19 @@ def ints(text: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f'expected positive integers joined by "_", such as 1_2_3, got {text!r}')
     return tuple(map(int, parts))
+
+
+def check_limits(recipe: 'Recipe | SampleRecipe') -> None:
+    """Check every number of a recipe against `LIMITS`.
+
+    Raises:
+        ValueError: one lies outside.
+    """
+    for name, (low, high) in LIMITS.items():
+        value = getattr(recipe, name, None)
+        if value is not None and not low <= value <= high:
+            bounds = f'at least {low:g}' if high == INF else f'in [{low:g}, {high:g}]'
+            raise ValueError(f'--{flag_of(recipe, name)} must be {bounds}, got {value:g}')
 
 
 @dataclass(frozen=True)
@@ -86,20 +111,15 @@ class Recipe:
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
 
     def __post_init__(self):
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                raise ValueError(message)
-
-        for name in ('batch_size', 'accumulate', 'epochs', 'eval_every'):
-            need(getattr(self, name) >= 1,
-                 f'--{flag_of(self, name)} must be at least 1, got {getattr(self, name)}')
-        need(self.precision in (0, 1, 2), f'--fp16 must be 0, 1 or 2, got {self.precision}')
-        need(re.fullmatch(r'cos|lin|lin00|lin\d*\.?\d+|exp', self.schedule.strip()) is not None,
-             f'--sche must be cos, lin, lin0, lin00, lin<number> or exp, got {self.schedule!r}')
-        need(self.optimizer.lower().strip() in ('adam', 'adamw'),
-             f'--opt must be adam or adamw, got {self.optimizer!r}')
-        need(re.fullmatch(r'|[1-9]\d*m?', self.save_every) is not None,
-             f'--save_every must be a number of steps ("500") or minutes ("20m"), got {self.save_every!r}')
+        check_limits(self)
+        if not re.fullmatch(r'cos|lin|lin00|lin\d*\.?\d+|exp', self.schedule.strip()):
+            raise ValueError('--sche must be cos, lin, lin0, lin00, lin<number> or exp, '
+                             f'got {self.schedule!r}')
+        if self.optimizer.lower().strip() not in ('adam', 'adamw'):
+            raise ValueError(f'--opt must be adam or adamw, got {self.optimizer!r}')
+        if not re.fullmatch(r'|[1-9]\d*m?', self.save_every):
+            raise ValueError('--save_every must be a number of steps ("500") or minutes ("20m"), '
+                             f'got {self.save_every!r}')
 
     # ------------------------------------------------------------------------------ what follows
     local_out_dir_path = property(lambda self: self.output_dir)
@@ -203,7 +223,8 @@ class PyramidRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        ints(PATCH_NUMS.get(self.pn, self.pn))
+        if list(self.patch_nums) != sorted(self.patch_nums):
+            raise ValueError(f'--pn must go from coarse to fine, got {self.pn}')
 
     @property
     def patch_nums(self) -> tuple[int, ...]:
@@ -245,8 +266,6 @@ class VARRecipe(PyramidRecipe):
     def __post_init__(self):
         super().__post_init__()
         last = len(self.patch_nums) - 1
-        if not 0 <= self.progressive_until <= 1:
-            raise ValueError(f'--pg must lie in [0, 1], got {self.progressive_until:g}')
         if self.progressive_until and not 0 <= self.progressive_first <= last:
             raise ValueError(f'--pg0 must be a scale index in 0..{last}, got {self.progressive_first}')
 
@@ -280,7 +299,10 @@ class VARRecipe(PyramidRecipe):
         return dict(v_patch_nums=self.patch_nums)
 
     def derived(self, world_size: int) -> dict[str, Any]:
-        return super().derived(world_size) | dict(pgwp=self.progressive_warmup_epochs)
+        kwargs, std = self.model_kwargs(1, 1), (1 / (3 * 64 * self.depth)) ** 0.5
+        return super().derived(world_size) | dict(
+            pgwp=self.progressive_warmup_epochs, drop_path_rate=kwargs['drop_path_rate'],
+            init_std=self.init_std if self.init_std >= 0 else std)
 
 
 @dataclass(frozen=True)
@@ -365,11 +387,9 @@ class SampleRecipe:
     def __post_init__(self):
         if not self.ckpt:
             raise ValueError('expected the weights of a generator: pass --ckpt=FILE')
-        for name in ('num_images', 'batch_size'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'--{name} must be at least 1, got {getattr(self, name)}')
-        if self.seed < 0:
-            raise ValueError(f'--seed must not be negative, got {self.seed}')
+        check_limits(self)
+        if not re.fullmatch(r'|\d+(_\d+)*', self.classes):
+            raise ValueError(f'--classes must be class ids joined by "_", such as 0_7, got {self.classes!r}')
 
     @property
     def class_ids(self) -> tuple[int, ...]:

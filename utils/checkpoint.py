@@ -1,4 +1,5 @@
 """Checkpoints: written atomically, kept in pairs, read without executing anything."""
+import fcntl
 import logging
 import os
 import pickle
@@ -7,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -26,6 +27,26 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock_folder(folder: str | os.PathLike) -> IO:
+    """Claim an output folder for this process, until the returned file is closed or the process ends.
+
+    Raises:
+        ValueError: another process on this file system holds it, or it cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = (Path(folder) / '.lock').open('w')
+    except OSError as error:
+        raise ValueError(f'cannot write to the output folder {folder} ({error.strerror}): '
+                         'pass another one, or change its permissions') from None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'{folder} is in use by another run: wait for it, stop all its processes, '
+                         'or pass another output folder') from None
+    return lock
 
 
 def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str,
@@ -49,7 +70,7 @@ def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: st
                         shutil.copyfile(last, second_name)
         if is_best:
             with atomic_path(best) as temporary:
-                shutil.copyfile(last, temporary)
+                shutil.copy2(last, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
         raise OSError(f'could not save a checkpoint in {folder} ({error}): free some space and run the '
                       'same command again; the previous checkpoint is intact') from error
@@ -71,8 +92,7 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
         # mapped, so that the ranks of a node share one copy in memory; files older than torch 1.6 cannot be
         return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
-        raise ValueError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): '
-                         'the file is truncated or no checkpoint') from error
+        raise ValueError(f'{path} cannot be read: the file is truncated or no checkpoint') from error
 
 
 def model_state(checkpoint: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:
@@ -97,7 +117,8 @@ def newest_checkpoint(folder: str | os.PathLike, pattern: str) -> tuple[Path | N
     Raises:
         ValueError: there are checkpoints, and none can be read: starting anew would hide the loss.
     """
-    files = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    files = sorted(Path(folder).glob(pattern), reverse=True,
+                   key=lambda path: (path.stat().st_mtime_ns, path.stem.endswith('-last')))  # best is a copy
     for path in files:
         try:
             return path, load_file(path)

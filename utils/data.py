@@ -39,7 +39,10 @@ def pil_loader(path: str) -> Image.Image:
     """
     try:
         with Path(path).open('rb') as file:
-            return Image.open(file).convert('RGB')
+            image = Image.open(file)
+            if image.mode.startswith('I'):  # 16-bit grey, which `convert` would clip
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            return image.convert('RGB')
     except (OSError, SyntaxError) as error:
         raise ValueError(f'expected an image, cannot read {path} ({error}): '
                          'repair or remove the file') from None
@@ -112,7 +115,8 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False,
             sets.append(DatasetFolder(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS,
                                       transform=transform))
         except FileNotFoundError as error:
-            raise ValueError(f'expected images in every class folder of {folder}: {error}') from None
+            raise ValueError(f'expected images in every class folder of {folder}: {error}; '
+                             'add images to it or remove the folder') from None
     train_set, val_set = sets
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))

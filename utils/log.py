@@ -2,6 +2,7 @@
 import datetime
 import json
 import logging
+import os
 import sys
 import time
 from collections import deque
@@ -176,10 +177,16 @@ def append_json_line(path: Path, values: dict[str, Any]) -> None:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Report what a user can mend in one line and exit with 1; the traceback goes to stdout.txt."""
+    """Report what a user can mend in one line and exit with 1; the traceback goes to stdout.txt.
+
+    Under torchrun the first rank speaks first, and the launcher then ends the others before they repeat it.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(f'{program}: interrupted; the same command continues from the last checkpoint')
     except (ValueError, OSError) as error:
         logger.debug('', exc_info=True)
         message = str(error).strip().splitlines()[-1]  # a loader process prepends its own traceback
+        time.sleep(2 if int(os.environ.get('RANK', 0)) > 0 else 0)
         sys.exit(f'{program}: {message.removeprefix("ValueError: ")}')

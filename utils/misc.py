@@ -45,6 +45,15 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def _open_png(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f'cannot read {path} ({error}): remove the file and sample again') from None
+
+
 def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) -> str:
     """Pack the PNG files directly in a folder as uint8 (N, H, W, 3) under `arr_0`, in the order of names.
 
@@ -61,8 +70,8 @@ def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) 
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == '.png')
     if len(files) != num_images:
         raise ValueError(f'expected {num_images} PNG files in {folder}, got {len(files)}: '
-                         'sample the missing ones, or pass num_images')
-    with Image.open(files[0]) as first:
+                         f'sample the missing ones or remove the surplus, or pass num_images={len(files)}')
+    with _open_png(files[0]) as first:
         size = first.size
     target = folder.with_name(f'{folder.name}.npz')
     with atomic_path(target) as temporary, zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive, \
@@ -70,7 +79,7 @@ def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) 
         header = dict(descr='|u1', fortran_order=False, shape=(num_images, size[1], size[0], 3))
         np.lib.format.write_array_header_1_0(stream, header)
         for path in files:
-            with Image.open(path) as image:
+            with _open_png(path) as image:
                 if image.mode != 'RGB' or image.size != size:
                     raise ValueError(f'expected 8-bit RGB images of {size[0]}x{size[1]} in {folder}, got '
                                      f'{image.mode} of {image.size[0]}x{image.size[1]} in {path.name}: '
