@@ -240,7 +240,8 @@ class VAR(ARModel):
             label_B = [self.num_classes if label_B < 0 else label_B] * B
         labels = torch.as_tensor(label_B, dtype=torch.int64, device=self.device)
         if B < 1 or labels.shape != (B,):
-            raise ValueError(f'expected one label for each of {B} images, got {tuple(labels.shape)}')
+            raise ValueError(f'expected one label for each of {B} images, got {tuple(labels.shape)}: '
+                             'pass a list or tensor of that length')
         wrong = labels[(labels < 0) | (labels > self.num_classes)]
         if len(wrong):
             raise ValueError(f'expected labels in 0..{self.num_classes} ({self.num_classes} is the null '

@@ -40,7 +40,7 @@ def test_every_published_flag_parses_with_its_default():
         if flag in RUNTIME or flag in ('workers', 'local_out_dir_path'):  # workers: automatic here
             continue
         value = {'float': '0.25', 'bool': '1'}.get(entry['type'], '1')
-        value = dict(sche='cos', opt='adam', pn='256').get(flag, value)
+        value = dict(sche='cos', opt='adam', pn='256', mid_reso='1.25').get(flag, value)
         assert ours[flag] == default, flag
         parse_recipe([f'--{flag}={value}'])
 

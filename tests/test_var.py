@@ -271,12 +271,12 @@ def test_random_labels_come_from_all_classes_but_the_null_one(var):
 
 
 @pytest.mark.parametrize(('kwargs', 'message'), [
-    (dict(label_B=6), r'expected 2 labels in 0..5 \(5 is the null class\), got \[6, 6\]'),
-    (dict(label_B=[0, 9]), r'got \[0, 9\]'),
-    (dict(label_B=[0, -1]), r'got \[0, -1\]'),
-    (dict(label_B=[1, 2, 3]), r'expected 2 labels .* got \[1, 2, 3\]'),
-    (dict(label_B=torch.tensor([1])), r'expected 2 labels .* got \[1\]'),
-    (dict(label_B=torch.tensor([[1], [2]])), r'expected 2 labels'),
+    (dict(label_B=6), r'expected labels in 0..5 \(5 is the null class\), got 6'),
+    (dict(label_B=[0, 9]), r'in 0..5 .* got 9'),
+    (dict(label_B=[0, -1]), r'in 0..5 .* got -1'),
+    (dict(label_B=[1, 2, 3]), r'one label for each of 2 images, got \(3,\)'),
+    (dict(label_B=torch.tensor([1])), r'one label for each of 2 images, got \(1,\)'),
+    (dict(label_B=torch.tensor([[1], [2]])), r'one label for each of 2 images, got \(2, 1\)'),
     (dict(label_B=0, top_k=97), r'top_k must lie in 0..96, the size of the vocabulary, got 97'),
     (dict(label_B=0, top_k=-1), r'top_k must lie in 0..96'),
 ])
