@@ -138,6 +138,8 @@ def test_digits():
 def test_folder_classes_are_sorted(tmp_path):
     num_classes, train_set, val_set = build_dataset(str(write_images(tmp_path, ('zebra', 'ant', 'cow'))), 16)
     assert num_classes == 3 and train_set.classes == val_set.classes == ['ant', 'cow', 'zebra']
+    (tmp_path / 'train' / '.ipynb_checkpoints').mkdir()
+    assert build_dataset(str(tmp_path), 16)[0] == 3
     image, label = train_set[0]
     assert image.shape == (3, 16, 16) and label == 0
 
@@ -147,6 +149,9 @@ def test_missing_folder_is_named(tmp_path):
         build_dataset(str(tmp_path / 'nowhere'), 16)
     write_images(tmp_path, splits=('train',))
     with pytest.raises(ValueError, match='val'):
+        build_dataset(str(tmp_path), 16)
+    (tmp_path / 'val').mkdir()
+    with pytest.raises(ValueError, match='holds no class folder'):
         build_dataset(str(tmp_path), 16)
 
 

@@ -112,7 +112,7 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False,
             raise ValueError(f'expected class folders in {folder}, found no such folder: '
                              'pass --data_path=ROOT with ROOT/train and ROOT/val, or --data_path=digits')
         try:
-            sets.append(DatasetFolder(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS,
+            sets.append(ClassFolders(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS,
                                       transform=transform))
         except FileNotFoundError as error:
             raise ValueError(f'expected images in every class folder of {folder}: {error}; '
@@ -123,6 +123,17 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False,
         raise ValueError(f'train/ and val/ of {data_path} must hold the same classes, '
                          f'they differ in {odd[:5]} ({len(odd)} in all): add or remove these folders')
     return len(train_set.classes), train_set, val_set
+
+
+class ClassFolders(DatasetFolder):
+    """One folder of images per class; hidden folders, which notebooks leave behind, are no classes."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        classes = sorted(path.name for path in Path(directory).iterdir()
+                         if path.is_dir() and not path.name.startswith('.'))
+        if not classes:
+            raise FileNotFoundError(f'{directory} holds no class folder')
+        return classes, {name: i for i, name in enumerate(classes)}
 
 
 class KeyedAugmentation(Dataset):
