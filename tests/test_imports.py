@@ -9,7 +9,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 ENTRIES = {'train', 'sample', 'utils.doctor'}  # doctor is an entry point that lives in utils
-OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'torch.utils.tensorboard'}
+OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'huggingface_hub.utils',
+            'torch.utils.tensorboard'}
 ORDER = ['scales', 'attention', 'base', 'helpers', 'basic_var', 'tokenizers', 'var', '']  # inside models
 
 
