@@ -219,16 +219,15 @@ def test_losses_are_one_line_away_from_the_formula():
 
 @pytest.mark.slow
 def test_compiled_training_equals_eager():
-    """`model.compile()` in place: same losses within rounding, same keys in the checkpoint."""
+    """In place, same losses and same keys; without dropout, whose random stream a compiler may change."""
     data, losses = batches(), {}
     for compiled in (False, True):
-        model = build_var('sep_l2', drop_path_rate=0.3, cond_drop_rate=0.3)
+        model = build_var('sep_l2')
         if compiled:
             model.compile()
         trainer = make_trainer(model)
         losses[compiled] = []
         for i in range(4):
-            torch.manual_seed(i)
             losses[compiled].append(trainer.train_step(*data[i % 3], progress=0.1).loss.item())
         assert list(trainer.state_dict()['var_wo_ddp']) == list(var_state('sep_l2'))
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
