@@ -31,17 +31,18 @@ AUTOCAST = {1: torch.float16, 2: torch.bfloat16}
 FREE_SETTINGS = ('num_images', 'batch_size', 'output', 'pack')  # they do not decide the images
 
 
-def load_generator(recipe: SampleRecipe, device: torch.device) -> tuple[ARModel, dict[str, str]]:
-    """The model of a recipe, and the SHA-256 of every file it came from."""
+def load_generator(recipe: SampleRecipe, device: torch.device) -> tuple[ARModel, list[Path]]:
+    """The model of a recipe, and the files it came from."""
     paths = [fetch(name) for name in (recipe.ckpt, recipe.vae_ckpt) if name]
-    checkpoint, tokenizer_file = load_file(paths[0]), load_file(paths[-1])
-    model = build_generator(recipe.model, model_state(checkpoint, 'model'),
-                            model_state(tokenizer_file, 'tokenizer'), str(paths[0]), device)
-    return model, {path.name: sha256_of(path) for path in paths}
+    files = [load_file(path) for path in paths]
+    model = build_generator(recipe.model, model_state(files[0], 'model'),
+                            model_state(files[-1], 'tokenizer'), str(paths[0]), device)
+    return model, paths
 
 
-def describe(recipe: SampleRecipe, hashes: dict[str, str], class_ids: list[int]) -> dict[str, Any]:
-    """What decides the images, as the manifest keeps it."""
+def describe(recipe: SampleRecipe, paths: list[Path], class_ids: list[int]) -> dict[str, Any]:
+    """What decides the images, as the manifest keeps it: reads the weights' files for their SHA-256."""
+    hashes = {path.name: sha256_of(path) for path in paths}
     settings = {name: value for name, value in vars(recipe).items() if name not in FREE_SETTINGS}
     return dict(settings=settings, sha256=hashes, label_of_image_i='class_ids[i % len(class_ids)]',
                 class_ids=class_ids)
@@ -73,11 +74,11 @@ def save_png(image_chw: torch.Tensor, path: Path) -> None:
 def sample(recipe: SampleRecipe) -> None:
     device, rank, world_size = dist.get_device(), dist.get_rank(), dist.get_world_size()
     allow_tf32(recipe.tf32)
-    model, hashes = load_generator(recipe, device)
+    model, paths = load_generator(recipe, device)
     class_ids = list(recipe.class_ids or range(model.num_classes))
     folder = Path(recipe.output)
-    description = describe(recipe, hashes, class_ids)
     if dist.is_master():
+        description = describe(recipe, paths, class_ids)
         claim_folder(folder, description)
     dist.barrier()
 
@@ -85,15 +86,15 @@ def sample(recipe: SampleRecipe) -> None:
     batches = range(0, recipe.num_images, recipe.batch_size)
     for number, first in enumerate(batches):
         index_B = range(first, min(first + recipe.batch_size, recipe.num_images))
-        paths = [folder / f'{i:06d}.png' for i in index_B]
-        if number % world_size != rank or all(path.exists() for path in paths):
+        pngs = [folder / f'{i:06d}.png' for i in index_B]
+        if number % world_size != rank or all(path.exists() for path in pngs):
             continue
         labels = [class_ids[i % len(class_ids)] for i in index_B]
         with torch.autocast(device.type, dtype=AUTOCAST.get(recipe.precision), enabled=recipe.precision > 0):
             images_B3HW = model.sample(labels, rng=ImageNoise(recipe.seed, index_B), **recipe.sample_kwargs())
-        for image_chw, path in zip(images_B3HW.cpu(), paths, strict=True):
+        for image_chw, path in zip(images_B3HW.cpu(), pngs, strict=True):
             save_png(image_chw, path)
-        num_drawn += len(paths)
+        num_drawn += len(pngs)
         logger.info('batch %d of %d, %.1f images/s on this rank', number + 1, len(batches),
                     num_drawn / (time.time() - begin))
     dist.barrier()

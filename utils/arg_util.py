@@ -227,8 +227,13 @@ class PyramidRecipe(Recipe):
             raise ValueError(f'--pn must go from coarse to fine, got {self.pn}')
 
     @property
+    def pn_list(self) -> str:
+        """`pn` with the published names written out."""
+        return PATCH_NUMS.get(self.pn, self.pn)
+
+    @property
     def patch_nums(self) -> tuple[int, ...]:
-        return ints(PATCH_NUMS.get(self.pn, self.pn))
+        return ints(self.pn_list)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -240,7 +245,7 @@ class PyramidRecipe(Recipe):
         return max(self.resolutions)
 
     def derived(self, world_size: int) -> dict[str, Any]:
-        return super().derived(world_size) | dict(pn=PATCH_NUMS.get(self.pn, self.pn),
+        return super().derived(world_size) | dict(pn=self.pn_list,
                                                   patch_nums=self.patch_nums, resos=self.resolutions)
 
 
@@ -279,7 +284,7 @@ class VARRecipe(PyramidRecipe):
         return self.progressive_warmup or self.epochs / 300
 
     def _model_tag(self) -> str:
-        return f'VARd{self.depth}__pn{PATCH_NUMS.get(self.pn, self.pn)}'
+        return f'VARd{self.depth}__pn{self.pn_list}'
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
         drop_path = self.drop_path if self.drop_path >= 0 else 0.1 * self.depth / 24
@@ -343,7 +348,7 @@ class VQVAERecipe(PyramidRecipe):
             raise ValueError('a tokenizer cannot be trained in float16: pass --fp16=2 for bfloat16')
 
     def _model_tag(self) -> str:
-        return f'vqvae-ch{self.ch}v{self.vocab_size}z{self.z_channels}__pn{PATCH_NUMS.get(self.pn, self.pn)}'
+        return f'vqvae-ch{self.ch}v{self.vocab_size}z{self.z_channels}__pn{self.pn_list}'
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
         return dict(vocab_size=self.vocab_size, z_channels=self.z_channels, ch=self.ch,
