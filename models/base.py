@@ -4,7 +4,8 @@ Letters: B batch, 3HW image.
 """
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,29 +44,28 @@ class Stopwatch:
         return seconds
 
 
+def at_least_float32(t: torch.Tensor) -> torch.Tensor:
+    """Half precision becomes float32, float32 and float64 stay."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 class Trainable(nn.Module):
-    """What `Trainer` and `train.py` know of a model, generator or tokenizer alike."""
+    """What the trainers and `train.py` know of a model, generator or tokenizer alike."""
 
-    headline: dict[str, str] = {}  # name in the progress line -> key of `metrics`
-    selection: str = ''            # key of `metrics` whose lowest validation value marks the best checkpoint
+    headline: dict[str, str] = {}  # name in the progress line -> key of the metrics
+    selection: str = ''            # key of the metrics whose lowest value marks the best checkpoint
 
-    def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
-                      progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The scalar to minimise, and whatever `metrics` needs.
+    def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
+        """Called on every rank after each optimizer step, for what no optimizer moves.
 
-        Args:
-            images_B3HW: pixels in [-1, 1].
-            label_B: class ids, int64.
-            progress: fraction of the optimizer steps already done, in [0, 1]; curricula follow it.
+        Returns:
+            rows that were overwritten, by parameter: the optimizer forgets what it knew of them.
         """
-        raise NotImplementedError
+        return {}
 
-    def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Scalars to log, means over the batch; called on logging steps and for every validation batch."""
-        raise NotImplementedError
-
-    def after_step(self, progress: float) -> None:
-        """Called on every rank after each optimizer step, for parameters no optimizer moves."""
+    def compiled_parts(self) -> list[nn.Module]:
+        """Modules that `torch.compile` is applied to."""
+        return [self]
 
     def config_state(self, progress: float) -> dict[str, Any]:
         """What `trainer.config` of a checkpoint records beside the weights."""
@@ -88,17 +88,26 @@ class Trainable(nn.Module):
         raise NotImplementedError
 
 
+def read_kwargs(cls: type[Trainable], state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
+    """`cls.kwargs_from_state_dict(state)`.
+
+    Raises:
+        ValueError: the weights are of another model.
+    """
+    try:
+        return cls.kwargs_from_state_dict(state)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f'{source} holds no {cls.__name__} weights ({error!r} while reading its keys): '
+                         'pass a checkpoint of that model') from None
+
+
 def load_weights(model: Trainable, state: dict[str, torch.Tensor], source: str) -> None:
     """Strict load whose error says in one line which constructor argument differs.
 
     Raises:
         ValueError: the weights belong to another architecture or are incomplete.
     """
-    try:
-        theirs = model.kwargs_from_state_dict(state)
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f'{source} holds no {type(model).__name__} weights '
-                         f'({error!r} while reading its keys): pass a checkpoint of that model') from None
+    theirs = read_kwargs(type(model), state, source)
     ours = model.kwargs_from_state_dict(model.state_dict())
     differing = [name for name in ours if ours[name] != theirs[name]]
     if differing:
@@ -112,6 +121,22 @@ def load_weights(model: Trainable, state: dict[str, torch.Tensor], source: str) 
                          f'{" ".join(str(error).split())[:400]}') from None
 
 
+class Reconstruction(NamedTuple):
+    """What a tokenizer hands to its training losses.
+
+    Attributes:
+        views: (target, reconstruction) pairs of float32 images (B, 3, h, w), not clamped, the last one at
+            full size; a single pair unless the tokenizer decodes several sizes.
+        latent_loss: scalar, the quantizer's loss or the weighted KL divergence.
+        parts: detached scalars worth logging.
+        codes: codes (B, l) int64 by the name of their scale, such as '16x16'; empty for continuous codes.
+    """
+    views: list[tuple[torch.Tensor, torch.Tensor]]
+    latent_loss: torch.Tensor
+    parts: dict[str, torch.Tensor]
+    codes: dict[str, torch.Tensor]
+
+
 class Tokenizer(Trainable):
     """An image coder. Codes are whatever its generator predicts; see each subclass.
 
@@ -120,11 +145,18 @@ class Tokenizer(Trainable):
         channels: width Z of a code's embedding.
         vocab_size: number of codes, None for continuous ones.
         clock: time spent in `encode`.
+        needs_calibration: whether `calibrate` does anything.
+        has_idle_parameters: whether early steps leave trained parameters without a gradient.
+        not_averaged: parameters that an average of the weights copies: restarts move codes by leaps.
     """
 
     stride: int
     channels: int
     vocab_size: int | None
+    selection = 'rec_score'
+    needs_calibration = False
+    has_idle_parameters = False
+    not_averaged = frozenset({'quantize.embedding.weight'})
 
     def __init__(self):
         super().__init__()
@@ -132,9 +164,14 @@ class Tokenizer(Trainable):
 
     @torch.no_grad()
     def encode(self, images_B3HW: torch.Tensor, *args) -> Any:
-        """Codes of images in [-1, 1], in float32 whatever autocast says, since training losses call it."""
+        """Codes of images in [-1, 1], in float32 whatever autocast says, since training losses call it.
+
+        Raises:
+            ValueError: a side is no multiple of the stride.
+        """
+        self.check_size(images_B3HW)
         with self.clock, torch.autocast(images_B3HW.device.type, enabled=False):
-            return self._encode(images_B3HW.float(), *args)
+            return self._encode(at_least_float32(images_B3HW), *args)
 
     def _encode(self, images_B3HW: torch.Tensor, *args) -> Any:
         raise NotImplementedError
@@ -142,6 +179,57 @@ class Tokenizer(Trainable):
     def decode(self, tokens: Any) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] of what `encode` returns."""
         raise NotImplementedError
+
+    def reconstruct(self, images_B3HW: torch.Tensor, progress: float = 1.) -> Reconstruction:
+        """Encode and decode with gradients, for the training losses; random parts only in training mode.
+
+        Args:
+            progress: share of the training done, in [0, 1].
+        """
+        raise NotImplementedError
+
+    def progressive(self, images_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Reconstructions in [-1, 1] by the name of the last scale they use, coarse to fine, for pictures."""
+        raise NotImplementedError
+
+    def code_metrics(self) -> dict[str, float]:
+        """How the codes are used in training, equal on all ranks: usage, perplexity, restarts, alarms."""
+        return {}
+
+    def code_counts(self) -> dict[str, torch.Tensor]:
+        """How often each code (V,) was used lately, by scale, equal on all ranks."""
+        return {}
+
+    def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
+        """Measure on training images (local batches) what a generator must know; every rank calls it."""
+
+    def warm_start(self, state: dict[str, torch.Tensor], source: str) -> None:
+        """Begin training from the weights of an earlier one; see `load_weights`."""
+        load_weights(self, state, source)
+
+    def freeze_codes(self) -> None:
+        """Train what follows the codes alone, so that every image keeps its codes."""
+        self.requires_grad_(False)
+        self.post_quant_conv.requires_grad_(True)
+        self.decoder.requires_grad_(True)
+
+    def exported(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Content of a released file with the weights `state`, in the published layout."""
+        return dict(model=state, config=self.config_state(1.))
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.encoder, self.decoder]
+
+    def check_size(self, images_B3HW: torch.Tensor) -> None:
+        """Make sure that the images divide into codes.
+
+        Raises:
+            ValueError: a side is no multiple of the stride.
+        """
+        height, width = images_B3HW.shape[-2:]
+        if height % self.stride or width % self.stride or not height * width:
+            raise ValueError(f'expected images whose sides are multiples of the stride {self.stride}, '
+                             f'got {height}x{width}: resize or crop them')
 
 
 class ARModel(Trainable):
@@ -153,6 +241,21 @@ class ARModel(Trainable):
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         object.__setattr__(self, 'tokenizer', tokenizer)
+
+    def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
+                      progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The scalar to minimise, and whatever `metrics` needs.
+
+        Args:
+            images_B3HW: pixels in [-1, 1].
+            label_B: class ids, int64.
+            progress: fraction of the optimizer steps already done, in [0, 1]; curricula follow it.
+        """
+        raise NotImplementedError
+
+    def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Scalars to log, means over the batch; called on logging steps and for every validation batch."""
+        raise NotImplementedError
 
     @staticmethod
     def tokenizer_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

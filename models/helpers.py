@@ -2,7 +2,7 @@
 
 Letters: B batch, l tokens of one scale, V vocabulary.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -69,10 +69,11 @@ def global_rows(start: int, total: int) -> Iterator[None]:
         _rows = outer
 
 
-def draw_rows(batch: int, device: torch.device, fill) -> torch.Tensor:
-    """(batch,) numbers of this rank; `fill` draws one per image of the global batch into an empty tensor."""
+def draw_rows(batch: int, device: torch.device, fill: Callable[[torch.Tensor], torch.Tensor],
+              shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """(batch, *shape) numbers of this rank; `fill` draws them for the global batch into an empty tensor."""
     start, total = _rows
-    return fill(torch.empty(total or batch, device=device))[start:start + batch]
+    return fill(torch.empty(total or batch, *shape, device=device))[start:start + batch]
 
 
 # ---------------------------------------------------------------------------------------------- sampling
