@@ -283,9 +283,9 @@ class VAR(ARModel):
                     if more_smooth:
                         tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
                         mix_BlV = gumbel_softmax_with_rng(kept_BlV.mul(1 + ratio), tau=tau, rng=rng)
-                        h_BlZ = mix_BlV @ quantize.embedding.weight
+                        h_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
                     else:
-                        h_BlZ = quantize.embedding(idx_Bl)
+                        h_BlZ = quantize.lookup(idx_Bl, k)
                     h_BZpp = h_BlZ.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
                     f_hat, next_BZpp = quantize.get_next_autoregressive_input(
                         k, len(self.patch_nums), f_hat, h_BZpp)

@@ -1,22 +1,21 @@
-"""VQVAE, its multi-scale quantizer and the moving-average codebook."""
-import copy
+"""VQVAE and its multi-scale quantizer; what trains the codebook is in test_codebook.py."""
+from collections import defaultdict
 
-import golden
 import numpy as np
 import pytest
 import torch
-from golden import assert_norms, assert_stats, assert_within
 from torch import nn
 from torch.nn import functional as F
 
 import dist
 from models import VQVAE, VectorQuantizer2, build_tokenizer, build_vae_var, load_weights
-from models.tokenizers import codebook as codebook_module
-from models.tokenizers.codebook import CHECK_EVERY, GAMMA, CodebookEMA
 from models.tokenizers.quantize import phi_index
+from tests import golden
+from tests.golden import assert_norms, assert_stats, assert_within
 
 PATCH_NUMS = (1, 2, 3, 4)
 SMALL = dict(vocab_size=24, z_channels=8, ch=32, v_patch_nums=(1, 2, 4))
+TINY = dict(vocab_size=24, z_channels=8, net='tiny', v_patch_nums=(1, 2, 4))
 
 
 @pytest.fixture(scope='module')
@@ -36,6 +35,14 @@ def images(vectors):
 
 def idx_of(vectors, name='idx'):
     return [vectors[f'{name}.{k}'] for k in range(len(PATCH_NUMS))]
+
+
+def all_equal(actual, expected):
+    return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def rms(t):
+    return t.square().mean().sqrt().item()
 
 
 # ------------------------------------------------------------ inference against the reference
@@ -326,6 +333,40 @@ def test_hit_counters_slow_down_after_100_steps():
     assert quantize.ema_vocab_hit_SV.sum().item() == pytest.approx(0.99 * 8 + 0.01 * 3)
 
 
+@pytest.mark.parametrize('patch_nums', [PATCH_NUMS, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)])
+def test_all_paths_of_the_quantizer_agree(patch_nums):
+    quantize, last = VectorQuantizer2(64, 8, False, v_patch_nums=patch_nums).eval(), patch_nums[-1]
+    f = torch.randn(4, 8, last, last)
+    with torch.no_grad():
+        out = quantize.quantised(f)
+        steps = list(quantize.residual_scales(f))
+    idx_kBl = quantize.f_to_idxBl_or_fhat(f, to_fhat=False)
+    f_hats = quantize.f_to_idxBl_or_fhat(f, to_fhat=True)
+    names = [f'{pn}x{pn}' for pn in patch_nums]
+    assert list(out.codes) == names
+    assert all_equal(out.codes.values(), idx_kBl)
+    assert_within(out.f_hat_BZhw, f_hats[-1], 1e-6)
+    maps = [quantize.embed(idx, (pn, pn)) for idx, pn in zip(idx_kBl, patch_nums, strict=True)]
+    assert torch.equal(quantize.embed_to_fhat(maps, last_one=True), f_hats[-1])
+    assert_within(sum(step.h_BZhw for step in steps), f_hats[-1], 1e-6)
+    assert_within(steps[-1].rest_BZhw - steps[-1].h_BZhw, f - f_hats[-1], 1e-5)
+
+    # the figures of the log, and the loss, from the same maps
+    rest = [f, *(f - f_hat for f_hat in f_hats)]
+    for name, expected in zip((*names, 'end'), rest, strict=True):
+        assert out.parts[f'residual_{name}'].item() == pytest.approx(rms(expected), rel=1e-5)
+    error = sum(rms(t) ** 2 for t in rest[1:]) / len(names)
+    assert out.parts['code_loss'].item() == pytest.approx(error, rel=1e-5)
+    assert out.parts['commitment'].item() == pytest.approx(0.25 * error, rel=1e-5)
+    assert out.loss.item() == pytest.approx(1.25 * error, rel=1e-5)
+    assert out.parts['latent_mean'].item() == pytest.approx(f.mean().item(), abs=1e-7)
+    assert out.parts['latent_std'].item() == pytest.approx(f.std().item(), rel=1e-6)
+
+
+def test_phi_of_the_published_pyramid():
+    assert [phi_index(4, k, 10) for k in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+
+
 def test_straight_through_gradient():
     quantize = VectorQuantizer2(32, 8, False, v_patch_nums=PATCH_NUMS)
     f = torch.randn(2, 8, 4, 4, requires_grad=True)
@@ -339,30 +380,78 @@ def test_straight_through_gradient():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in quantize.parameters())
 
 
+def test_loss_gradient_by_finite_differences():
+    """In float64, without a code changing: commitment moves f, the other term moves codes and phi."""
+    quantize = VectorQuantizer2(16, 4, False, v_patch_nums=(1, 2, 4)).double()
+    f = torch.randn(2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    codes = quantize.quantised(f).codes
+    quantize.quantised(f).loss.backward()
+    phi = quantize.quant_resi.phis[3].weight
+    for term, parameter in (('commitment', f), ('code_loss', quantize.embedding.weight), ('code_loss', phi)):
+        direction, values = torch.randn_like(parameter), []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                parameter += step * direction
+                out = quantize.quantised(f)
+                parameter -= step * direction
+            assert all_equal(out.codes.values(), codes.values())
+            values.append(out.parts[term].item())
+        slope = (parameter.grad * direction).sum().item()
+        assert abs(slope) > 1e-3
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-6)
+
+
+def test_reconstruct_and_its_progressive_pictures(vqvae, images):
+    rec = vqvae.reconstruct(images)
+    (target, image), = rec.views
+    assert target is images
+    pictures = vqvae.progressive(images)
+    assert list(pictures) == list(rec.codes) == ['1x1', '2x2', '3x3', '4x4']
+    assert_within(image.clamp(-1, 1), pictures['4x4'], 1e-5)
+    assert all_equal(rec.codes.values(), vqvae.encode(images))
+    forward, usages, loss = vqvae(images)
+    assert usages is None and torch.equal(forward, image) and torch.equal(loss, rec.latent_loss)
+
+
+# ------------------------------------------------------------ precision
 def test_training_forward_ignores_autocast():
     quantize, f = VectorQuantizer2(32, 8, False, v_patch_nums=(1, 2, 4)), torch.randn(2, 8, 4, 4)
-    expected = quantize(f)
+    expected = quantize.quantised(f)
     with torch.autocast('cpu', torch.bfloat16):
-        actual = quantize(f)
-    assert actual[0].dtype == torch.float32
-    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+        actual = quantize.quantised(f)
+    assert actual.f_hat_BZhw.dtype == torch.float32
+    assert torch.equal(actual.f_hat_BZhw, expected.f_hat_BZhw) and torch.equal(actual.loss, expected.loss)
+    assert all_equal(actual.codes.values(), expected.codes.values())
 
 
-def test_training_loss_and_metrics():
-    vqvae = VQVAE(**SMALL, test_mode=False)
-    images = torch.rand(2, 3, 64, 64) * 2 - 1
-    loss, aux = vqvae.training_loss(images, torch.zeros(2, dtype=torch.int64))
-    with torch.no_grad():
-        rec, _, vq_loss = vqvae(images)
-    pixel = 0.2 * (rec - images).abs().mean() + (rec - images).square().mean()
-    assert loss.item() == pytest.approx((pixel + vq_loss).item(), rel=1e-5)
-    metrics = vqvae.metrics(aux)
-    squared = ((rec.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
-    assert metrics['psnr'].item() == pytest.approx((-10 * squared.log10()).mean().item(), rel=1e-5)
-    assert metrics['rec_loss'].item() == pytest.approx(pixel.item(), rel=1e-5)
-    assert [f'usage_{pn}' in metrics for pn in (1, 2, 4)] == [True] * 3
-    assert metrics['usage_last'] == metrics['usage_4']
-    assert vqvae.selection in metrics and set(vqvae.headline.values()) <= set(metrics)
+def test_only_the_towers_run_in_half_precision(monkeypatch):
+    vqvae = VQVAE(**TINY, test_mode=False, upkeep=dict(scale_drop=0.5, entropy=0.1, rotation=True))
+    full, half, seen, nearest = torch.float32, torch.bfloat16, defaultdict(set), vqvae.quantize.nearest_code
+    for part, child in vqvae.named_children():
+        for module in child.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda module, args, out, part=part: seen[part].add(out.dtype))
+
+    def noted(query_NZ, k):
+        seen['query'].add(query_NZ.dtype)
+        return nearest(query_NZ, k)
+    monkeypatch.setattr(vqvae.quantize, 'nearest_code', noted)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.autocast('cpu', half):
+        rec = vqvae.reconstruct(images)
+    assert seen == dict(encoder={half}, quant_conv={full}, query={full}, quantize={full},
+                        post_quant_conv={full}, decoder={half})
+    assert {t.dtype for t in (*rec.views[0], rec.latent_loss, *rec.parts.values())} == {full}
+
+
+def test_float64_stays_float64():
+    vqvae = VQVAE(**TINY, test_mode=False, upkeep=dict(scale_drop=0.5)).double()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    rec = vqvae.reconstruct(images)
+    vqvae.after_step(0.)
+    dtypes = {t.dtype for t in (*rec.views[0], rec.latent_loss, *rec.parts.values())}
+    assert dtypes | {vqvae.quantize.embedding.weight.dtype} == {torch.float64}
+    assert {idx.dtype for idx in vqvae.encode(images)} == {torch.int64}
 
 
 # ------------------------------------------------------------ weights
@@ -394,6 +483,9 @@ CONFIGS = [
     dict(vocab_size=64, z_channels=8, ch=64, share_quant_resi=0, ch_mult=(1, 2, 4), num_res_blocks=1),
     dict(vocab_size=64, z_channels=8, ch=32, share_quant_resi=2, ch_mult=(1, 2), num_res_blocks=3),
     dict(vocab_size=64, z_channels=8, ch=32, share_quant_resi=0, ch_mult=(2, 2)),
+    dict(vocab_size=64, z_channels=8, ch=32, share_quant_resi=4, unshared=True),
+    dict(vocab_size=64, z_channels=8, ch=24, ch_mult=(1, 2, 2), num_res_blocks=1, share_quant_resi=4,
+         net='tiny'),
 ]
 
 
@@ -402,8 +494,8 @@ def test_kwargs_from_state_dict(config):
     with torch.device('meta'):
         state = VQVAE(**config).state_dict()
     kwargs = VQVAE.kwargs_from_state_dict(state)
-    expected = dict(ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, quant_conv_ks=3) | config
-    assert kwargs == expected
+    assert kwargs == dict(ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, quant_conv_ks=3, net='published',
+                          unshared=False) | config
     with torch.device('meta'):
         rebuilt = VQVAE(**kwargs).state_dict()
     assert {key: t.shape for key, t in rebuilt.items()} == {key: t.shape for key, t in state.items()}
@@ -428,6 +520,34 @@ def test_load_weights_names_the_difference(change, name):
     assert '\n' not in str(error.value)
 
 
+def test_export_in_the_published_layout(images):
+    with torch.device('meta'):
+        published = VQVAE(ch=160)
+    exported = published.exported(published.state_dict())
+    assert len(exported) == 324 and list(exported) == list(published.state_dict())
+
+    trained = VQVAE(**SMALL, test_mode=False, upkeep=dict(defer_steps=5))
+    trained.reconstruct(images)
+    trained.after_step(0.)
+    exported = trained.exported(trained.state_dict())
+    with torch.device('meta'):
+        assert list(exported) == list(VQVAE(ch=32).state_dict()), 'weights hold nothing of the training'
+    target = VQVAE(**SMALL)
+    target.load_state_dict(exported, strict=True)
+    assert all_equal(target.encode(images), trained.eval().encode(images))
+
+
+@pytest.mark.parametrize('option', [dict(using_znorm=True), dict(unshared=True)])
+def test_export_of_what_no_published_file_holds(option, images):
+    trained = VQVAE(**TINY, **option)
+    exported = trained.exported(trained.state_dict())
+    assert exported.keys() == {'model', 'config'}
+    assert exported['config'] == dict(v_patch_nums=[1, 2, 4], using_znorm='using_znorm' in option)
+    target = build_tokenizer(VQVAE, exported['model'], 'file.pth', 'cpu', **exported['config'])
+    images = F.interpolate(images, (32, 32))
+    assert all_equal(target.encode(images), trained.encode(images))
+
+
 @pytest.fixture
 def poisoned_constructors(monkeypatch):
     """Scripts of the published code switch `reset_parameters` off; NaN stands for the memory found then."""
@@ -440,12 +560,15 @@ def poisoned_constructors(monkeypatch):
 
 def test_weights_are_sane_without_reset_parameters(poisoned_constructors):
     vqvae = VQVAE(**SMALL)
+    around_codes = vqvae.quant_conv, vqvae.post_quant_conv
     for name, p in vqvae.named_parameters():
         assert p.isfinite().all(), name
-        assert p.std() > 0 or 'norm' in name, name
+        assert p.std() > 0 or 'norm' in name or name.endswith('quant_conv.bias'), name
     for module in vqvae.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and module not in around_codes:
             assert module.weight.abs().max().item() <= module.weight[0].numel() ** -0.5
+    x = torch.randn(1, 8, 4, 4)
+    assert all(torch.equal(conv(x), x) for conv in around_codes), 'training starts from identities there'
     assert vqvae.quantize.embedding.weight.abs().max() <= 8 ** -0.5 / 36
     rec = vqvae.img_to_reconstructed_img(torch.rand(1, 3, 64, 64), last_one=True)
     assert rec.isfinite().all() and rec.std() > 0
@@ -456,132 +579,3 @@ def test_built_pair_is_sane_without_reset_parameters(poisoned_constructors):
     assert not vae.training and not any(p.requires_grad for p in vae.parameters())
     assert var.training and all(p.requires_grad for p in var.parameters())
     assert var.autoregressive_infer_cfg(1, 0, g_seed=0).isfinite().all()
-
-
-# ------------------------------------------------------------ moving-average codebook
-def test_codebook_moves_to_the_mean_of_its_queries():
-    embedding = nn.Embedding(6, 3)
-    codebook = CodebookEMA(embedding)
-    assert not embedding.weight.requires_grad
-    count, total = np.ones(6), embedding.weight.detach().double().numpy().copy()
-    for _ in range(5):
-        codebook_step = [(torch.randn(7, 3), torch.randint(0, 4, (7,))) for _ in range(2)]
-        hits, sums = np.zeros(6), np.zeros((6, 3))
-        for query, code in codebook_step:  # micro-batches of one optimizer step
-            codebook.observe([query[:3], query[3:]], [code[:3], code[3:]])
-            for q, c in zip(query.double().numpy(), code.tolist(), strict=True):
-                hits[c] += 1
-                sums[c] += q
-        codebook.update(progress=0.)
-        count = GAMMA * count + (1 - GAMMA) * hits
-        total = GAMMA * total + (1 - GAMMA) * sums
-        np.testing.assert_allclose(embedding.weight.numpy(), total / count[:, None], atol=1e-5)
-    assert codebook.num_restarts == 0
-
-
-def test_update_without_observation_changes_nothing():
-    codebook = CodebookEMA(nn.Embedding(6, 3))
-    before = codebook.embedding.weight.clone()
-    codebook.update(progress=0.)
-    assert codebook.step == 0 and torch.equal(codebook.embedding.weight, before)
-
-
-VOCAB, PLANTED, SCALES = 256, 100, 3
-
-
-def observe_alive(codebook):
-    """Queries of one batch that hits every code but the planted ones; those of scale k begin with k."""
-    alive = torch.arange(PLANTED, VOCAB)
-    parts = alive.repeat(3)[torch.randperm(3 * len(alive))].tensor_split(SCALES)
-    queries = [torch.randn(len(part), 8) for part in parts]
-    for k, query in enumerate(queries):
-        query[:, 0] = k
-    codebook.observe(queries, list(parts))
-    return queries
-
-
-def test_dead_codes_restart_from_offered_candidates_of_every_scale():
-    codebook = CodebookEMA(nn.Embedding(VOCAB, 8))
-    with torch.no_grad():
-        codebook.embedding.weight[:PLANTED] = 1e3
-    patience = max(30, -(-56 * VOCAB // (3 * (VOCAB - PLANTED))))
-    per_look = int(0.1 * VOCAB)
-    first_look = -(-patience // CHECK_EVERY) * CHECK_EVERY
-    looks = -(-PLANTED // per_look)
-    replaced = torch.zeros(PLANTED, dtype=torch.bool)
-    for step in range(1, first_look + CHECK_EVERY * (looks - 1) + 1):
-        before = codebook.embedding.weight[:PLANTED].clone()
-        restarts = codebook.num_restarts
-        queries = observe_alive(codebook)
-        codebook.update(progress=0.)
-        changed = ~torch.isclose(codebook.embedding.weight[:PLANTED], before).all(1)
-        if step < first_look or step % CHECK_EVERY:
-            assert not changed.any() and codebook.num_restarts == restarts
-            continue
-        assert 0 < changed.sum() <= per_look and codebook.num_restarts == restarts + changed.sum()
-        offered, rows = torch.cat(queries), codebook.embedding.weight[:PLANTED][changed]
-        assert (rows[:, None] == offered).all(2).any(1).all(), 'a restarted code is a query of this batch'
-        if changed.sum() == per_look:
-            shares = rows[:, 0].round().long().bincount(minlength=SCALES)
-            assert shares.max() - shares.min() <= 1
-        assert not (changed & replaced).any() or replaced.all(), 'the longest unused codes come first'
-        replaced |= changed
-    assert replaced.all()
-    assert (codebook.embedding.weight.abs() < 100).all()
-
-
-def test_no_restart_at_the_end_of_training():
-    codebook = CodebookEMA(nn.Embedding(VOCAB, 8))
-    for _ in range(80):
-        observe_alive(codebook)
-        codebook.update(progress=codebook_module.STOP_AT)
-    assert codebook.num_restarts == 0 and codebook.age_V[:PLANTED].min() == 80
-
-
-def test_restart_with_fewer_queries_than_its_share():
-    codebook = CodebookEMA(nn.Embedding(40, 4))  # 4 codes per look, the first scale offers 1 query
-    for _ in range(40 * 28):
-        codebook.observe([torch.randn(1, 4), torch.randn(1, 4)], [torch.tensor([39]), torch.tensor([39])])
-        codebook.update(progress=0.)
-    assert codebook.num_restarts == 2
-    assert codebook.embedding.weight.isfinite().all()
-
-
-def test_codebook_state_round_trip():
-    first, second = (CodebookEMA(nn.Embedding(VOCAB, 8)) for _ in range(2))
-    for _ in range(45):
-        observe_alive(first)
-        first.update(progress=0.)
-    second.embedding.load_state_dict(copy.deepcopy(first.embedding.state_dict()))
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for codebook in (first, second):
-        torch.manual_seed(1)
-        for _ in range(20):
-            observe_alive(codebook)
-            codebook.update(progress=0.)
-    assert first.num_restarts == second.num_restarts > 0
-    assert torch.equal(first.embedding.weight, second.embedding.weight)
-
-
-def test_vqvae_with_moving_codebook_trains_all_but_the_codes(images):
-    vqvae = VQVAE(**{**SMALL, 'v_patch_nums': PATCH_NUMS}, test_mode=False, codebook='ema')
-    loss, _ = vqvae.training_loss(images, torch.zeros(2, dtype=torch.int64))
-    loss.backward()
-    without_grad = {name for name, p in vqvae.named_parameters() if p.grad is None}
-    assert without_grad == {'quantize.embedding.weight'}
-    before = vqvae.quantize.embedding.weight.clone()
-    hit = torch.cat(vqvae.encode(images), dim=1).unique()
-    vqvae.after_step(progress=0.)
-    changed = ~torch.isclose(vqvae.quantize.embedding.weight, before, rtol=1e-4, atol=1e-6).all(1)
-    assert torch.equal(changed.nonzero().flatten(), hit)
-
-
-def test_training_state_round_trip(images):
-    vqvae = VQVAE(**SMALL, test_mode=False, codebook='ema')
-    vqvae.training_loss(images, torch.zeros(2, dtype=torch.int64))
-    vqvae.after_step(progress=0.)
-    other = VQVAE(**SMALL, test_mode=False, codebook='ema')
-    other.load_training_state(vqvae.training_state())
-    assert other.quantize.record_hit == 1
-    assert torch.equal(other.quantize.codebook.count_V, vqvae.quantize.codebook.count_V)
-    assert other.quantize.codebook.step == 1

@@ -4,7 +4,7 @@ Letters: B batch, K scales, Z code channels, V vocabulary, N all queries of a sc
 Source: arXiv 2404.02905, Algorithms 1 and 2; upstream's class VectorQuantizer2.
 """
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,20 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import dist
-from models.tokenizers.codebook import CodebookEMA
+from models.base import at_least_float32
+from models.helpers import draw_rows
+from models.tokenizers.codebook import CodebookUpkeep, float32_matmul, kmeans, nearest, squared_distances
 
 Side = int | tuple[int, int]
-
-
-@contextmanager
-def float32_matmul() -> Iterator[None]:
-    """Full float32 products inside: near-equal distances must not be decided by TF32's 10 bits."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def phi_index(num_phis: int, k: int, num_scales: int) -> int:
@@ -74,12 +65,61 @@ class PhiBank(nn.Module):
         return self.phis[phi_index(len(self.phis), k, num_scales)](h)
 
 
+def weighted_mse(a: torch.Tensor, b: torch.Tensor, weight_B: torch.Tensor | None) -> torch.Tensor:
+    """Mean squared error, every image weighted; None weighs all the same."""
+    if weight_B is None:
+        return F.mse_loss(a, b)
+    return ((a - b).square().flatten(1).mean(1) * weight_B).mean()
+
+
+def rotated(f_BZhw: torch.Tensor, q_BZhw: torch.Tensor) -> torch.Tensor:
+    """q with the gradient of f rotated and rescaled onto it, per position (arXiv 2410.06424, Sec. 4.2)."""
+    u, v = F.normalize(f_BZhw.detach(), dim=1), F.normalize(q_BZhw, dim=1)
+    w = F.normalize(u + v, dim=1)
+    scale = q_BZhw.norm(dim=1, keepdim=True) / f_BZhw.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
+    along_w, along_u = ((f_BZhw * t).sum(1, keepdim=True) for t in (w, u))
+    return scale * (f_BZhw - 2 * along_w * w + 2 * along_u * v)
+
+
 class ScaleCode(NamedTuple):
     """One step of the residual loop."""
     k: int
-    query_NZ: torch.Tensor  # what was quantised, N = B * ph * pw in (image, row, column) order
-    idx_Bhw: torch.Tensor   # its codes, int64
-    h_BZhw: torch.Tensor    # their contribution to f_hat, at full size
+    query_NZ: torch.Tensor   # what was quantised, N = B * ph * pw in (image, row, column) order
+    idx_Bhw: torch.Tensor    # its codes, int64
+    h_BZhw: torch.Tensor     # their contribution to f_hat, at full size
+    rest_BZhw: torch.Tensor  # what was left before
+
+
+class Quantised(NamedTuple):
+    """Outcome of quantising with gradients."""
+    f_hat_BZhw: torch.Tensor           # straight-through: its gradient goes to f, not to codes or phi
+    loss: torch.Tensor
+    parts: dict[str, torch.Tensor]     # detached scalars worth logging
+    codes: dict[str, torch.Tensor]     # (B, l) int64 by scale; empty before the codebook has started
+
+
+@dataclass(frozen=True)
+class QuantizerTraining:
+    """How codes and decoder are kept from collapse; nothing of it is part of the weights.
+
+    Attributes:
+        ema, restart: see `CodebookUpkeep`.
+        defer_steps: steps without quantisation at the start; k-means then places the codes.
+        scale_drop: share of the images that keep a random number of leading scales only.
+        entropy: weight of mean entropy - entropy of the mean, of soft assignments at temperature 0.1.
+        rotation: rotate and rescale the gradient (arXiv 2410.06424) where it is copied else.
+    """
+    ema: bool = True
+    restart: bool = True
+    defer_steps: int = 0
+    scale_drop: float = 0.
+    entropy: float = 0.
+    rotation: bool = False
+
+
+ENTROPY_TEMPERATURE = 0.1
+KMEANS_IMAGES = 4096   # images whose features place the codes, at least, where the deferral is long enough
+MIN_KEPT_SHARE = 0.3   # of the scales, under scale dropout
 
 
 class VectorQuantizer2(nn.Module):
@@ -94,25 +134,34 @@ class VectorQuantizer2(nn.Module):
         v_patch_nums: sides of the code maps, coarse to fine.
         quant_resi: ratio r of phi.
         share_quant_resi: 0 one phi per scale, 1 a single one, n >= 2 that many, spread over the scales.
-        codebook: 'grad' trains it by gradient as published, 'ema' by moving averages, as training here does.
+        unshared: V codes for every scale alone; such weights fit no published model.
+        measures: what keeps training from collapse; None is the published training, by gradient alone.
     """
 
     def __init__(self, vocab_size: int, Cvae: int, using_znorm: bool, beta: float = 0.25,
                  default_qresi_counts: int = 0, v_patch_nums: Sequence[Side] | None = None,
-                 quant_resi: float = 0.5, share_quant_resi: int = 4, codebook: str = 'grad'):
+                 quant_resi: float = 0.5, share_quant_resi: int = 4, unshared: bool = False,
+                 measures: QuantizerTraining | None = None):
         super().__init__()
         self.vocab_size, self.Cvae, self.using_znorm, self.beta = vocab_size, Cvae, using_znorm, beta
         self.v_patch_nums = tuple(v_patch_nums)
+        num_scales = len(self.v_patch_nums)
         self.quant_resi = PhiBank(Cvae, quant_resi, share_quant_resi,
-                                  default_qresi_counts or len(self.v_patch_nums))
-        used = {phi_index(len(self.quant_resi.phis), k, len(self.v_patch_nums))
-                for k in range(len(self.v_patch_nums))}
+                                  default_qresi_counts or num_scales)
+        used = {phi_index(len(self.quant_resi.phis), k, num_scales) for k in range(num_scales)}
         for i, phi in enumerate(self.quant_resi.phis):
             phi.requires_grad_(i in used)  # short pyramids leave some out, and DDP waits for every gradient
-        self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(self.v_patch_nums), vocab_size))
+        self.register_buffer('ema_vocab_hit_SV', torch.zeros(num_scales, vocab_size))
         self.record_hit = 0  # training steps that the averages in ema_vocab_hit_SV have seen
-        self.embedding = nn.Embedding(vocab_size, Cvae)
-        self.codebook = CodebookEMA(self.embedding) if codebook == 'ema' else None
+        self.num_positions = 0  # B * h * w of the last step on this rank
+        self.unshared = unshared
+        self.embedding = nn.Embedding(vocab_size * (num_scales if unshared else 1), Cvae)
+        self.measures = measures or QuantizerTraining(ema=False, restart=False)
+        self.upkeeps = [CodebookUpkeep(self.embedding, measures.ema, measures.restart, self.rows(k))
+                        for k in range(num_scales if unshared else 1)] if measures else []
+        self.steps_waited = 0   # of measures.defer_steps
+        self.gathered: list[torch.Tensor] = []   # features of the global batch, for k-means
+        self._features: list[torch.Tensor] = []  # the same of this rank and step
 
     def eini(self, eini: float) -> None:
         """Initialise the codebook: e > 0 truncated normal of std e, e < 0 uniform in +-|e| / V."""
@@ -122,19 +171,26 @@ class VectorQuantizer2(nn.Module):
             self.embedding.weight.data.uniform_(-abs(eini) / self.vocab_size, abs(eini) / self.vocab_size)
 
     # ------------------------------------------------------------------------------ the algorithm, once
-    @torch.no_grad()
-    def nearest_code(self, query_NZ: torch.Tensor) -> torch.Tensor:
-        """(N,) int64 index of the closest code; the first one on ties."""
-        table_VZ = self.embedding.weight
-        with float32_matmul():
-            if self.using_znorm:
-                return (F.normalize(query_NZ, dim=-1) @ F.normalize(table_VZ, dim=-1).T).argmax(1)
-            distance_NV = query_NZ.square().sum(1, keepdim=True) + table_VZ.square().sum(1)
-            return distance_NV.addmm_(query_NZ, table_VZ.T, alpha=-2, beta=1).argmin(1)
+    def rows(self, k: int) -> slice:
+        """The codes of scale k in the embedding."""
+        return slice(k * self.vocab_size, (k + 1) * self.vocab_size) if self.unshared else slice(None)
 
-    def embed(self, idx_Bl: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Codes as an embedding map (B, Z, *size)."""
-        return self.embedding(idx_Bl).transpose(1, 2).reshape(len(idx_Bl), self.Cvae, *size)
+    @torch.no_grad()
+    def nearest_code(self, query_NZ: torch.Tensor, k: int = 0) -> torch.Tensor:
+        """(N,) int64 index of the closest code of scale k; the first one on ties."""
+        table_VZ = self.embedding.weight[self.rows(k)]
+        if not self.using_znorm:
+            return squared_distances(query_NZ, table_VZ).argmin(1)
+        with float32_matmul():
+            return (F.normalize(query_NZ, dim=-1) @ F.normalize(table_VZ, dim=-1).T).argmax(1)
+
+    def lookup(self, idx_Bl: torch.Tensor, k: int) -> torch.Tensor:
+        """Embeddings (B, l, Z) of codes of scale k."""
+        return self.embedding(idx_Bl + k * self.vocab_size if self.unshared else idx_Bl)
+
+    def embed(self, idx_Bl: torch.Tensor, size: tuple[int, int], k: int = 0) -> torch.Tensor:
+        """Codes of scale k as an embedding map (B, Z, *size)."""
+        return self.lookup(idx_Bl, k).transpose(1, 2).reshape(len(idx_Bl), self.Cvae, *size)
 
     def contribution(self, h_BZpp: torch.Tensor, k: int, num_scales: int, size: torch.Size) -> torch.Tensor:
         """What the embedding map of scale k adds to f_hat of `size`: phi_k(bicubic(h))."""
@@ -153,57 +209,176 @@ class VectorQuantizer2(nn.Module):
         for k, size in enumerate(sizes):
             u_BZpp = rest_BZhw if k == len(sizes) - 1 else F.interpolate(rest_BZhw, size=size, mode='area')
             query_NZ = u_BZpp.permute(0, 2, 3, 1).reshape(-1, self.Cvae)
-            idx_Bl = self.nearest_code(query_NZ).view(len(f_BZhw), -1)
-            h_BZhw = self.contribution(self.embed(idx_Bl, size), k, len(sizes), full)
-            yield ScaleCode(k, query_NZ, idx_Bl.view(-1, *size), h_BZhw)
+            idx_Bl = self.nearest_code(query_NZ, k).view(len(f_BZhw), -1)
+            h_BZhw = self.contribution(self.embed(idx_Bl, size, k), k, len(sizes), full)
+            yield ScaleCode(k, query_NZ, idx_Bl.view(-1, *size), h_BZhw, rest_BZhw)
             rest_BZhw = rest_BZhw - h_BZhw.detach()
 
     # ------------------------------------------------------------------------------ training
+    @property
+    def waiting(self) -> bool:
+        """Whether quantisation is still deferred."""
+        return self.steps_waited < self.measures.defer_steps
+
     def forward(self, f_BChw: torch.Tensor, ret_usages: bool = False,
                 ) -> tuple[torch.Tensor, list[float] | None, torch.Tensor]:
-        """Quantise with gradients, in float32 whatever autocast says.
+        """The published form of `quantised`: (f_hat, usage in percent per scale or None, loss)."""
+        out = self.quantised(f_BChw)
+        return out.f_hat_BZhw, self.usages() if ret_usages else None, out.loss
 
-        Returns:
-            f_hat (B, Z, h, w), straight-through: its gradient goes to f unchanged and not to codes or phi;
-            usage in percent per scale (see `usages`) or None;
-            loss, the mean over scales of mse(f_hat_k, f) for codes and phi plus beta times the same for f.
+    def quantised(self, f_BZhw: torch.Tensor) -> Quantised:
+        """Quantise with gradients, in float32 (or float64) whatever autocast says.
+
+        The loss is the mean over scales of mse(f_hat_k, f) for codes and phi plus beta times the same for f.
         """
-        with torch.autocast(f_BChw.device.type, enabled=False):
-            f_BChw = f_BChw.float()
-            f_hat, loss, hits = torch.zeros_like(f_BChw), 0., []
-            queries, codes = [], []
-            for scale in self.residual_scales(f_BChw):
-                f_hat = f_hat + scale.h_BZhw
-                loss = (loss + self.beta * F.mse_loss(f_hat.detach(), f_BChw)
-                        + F.mse_loss(f_hat, f_BChw.detach()))
-                queries.append(scale.query_NZ)
-                codes.append(scale.idx_Bhw.flatten())
-                hits.append(torch.bincount(codes[-1], minlength=self.vocab_size))
-            if self.training:
-                self._record(torch.stack(hits))
-                if self.codebook is not None:
-                    self.codebook.observe(queries, codes)
-            usages = self.usages(f_BChw[:, 0].numel()) if ret_usages else None
-            return (f_hat - f_BChw).detach() + f_BChw, usages, loss / len(self.v_patch_nums)
+        with torch.autocast(f_BZhw.device.type, enabled=False):
+            f_BZhw = at_least_float32(f_BZhw)
+            self.num_positions = f_BZhw[:, 0].numel()
+            latent = dict(latent_mean=f_BZhw.detach().mean(), latent_std=f_BZhw.detach().std())
+            if self.waiting and self.training:
+                self._features.append(f_BZhw.detach())
+                return Quantised(f_BZhw, f_BZhw.new_zeros(()), latent, {})
+            out = self._quantised(f_BZhw)
+            return out._replace(parts=latent | out.parts)
+
+    def _quantised(self, f_BZhw: torch.Tensor) -> Quantised:
+        measures, num_scales = self.measures, len(self.v_patch_nums)
+        f_hat, code_loss, commitment, entropy = torch.zeros_like(f_BZhw), 0., 0., 0.
+        codes, queries, parts = {}, {}, {}
+        dropping = self.training and measures.scale_drop > 0
+        weight_BK = self._kept_scales(f_BZhw) if dropping else None
+        for scale in self.residual_scales(f_BZhw):
+            name = 'x'.join(map(str, scale.idx_Bhw.shape[1:]))
+            codes[name], queries[name] = scale.idx_Bhw.flatten(1), scale.query_NZ
+            parts[f'residual_{name}'] = scale.rest_BZhw.square().mean().sqrt()
+            if measures.entropy and self.training:
+                entropy = entropy + self._entropy(f_BZhw - f_BZhw.detach() + scale.rest_BZhw, scale)
+            weight_B = weight_BK[:, scale.k] if dropping else None
+            kept = (weight_B > 0).view(-1, 1, 1, 1) if dropping else True
+            f_hat = f_hat + scale.h_BZhw * kept
+            code_loss = code_loss + weighted_mse(f_hat, f_BZhw.detach(), weight_B)
+            commitment = commitment + weighted_mse(f_hat.detach(), f_BZhw, weight_B)
+        code_loss, commitment = code_loss / num_scales, self.beta * commitment / num_scales
+        parts |= dict(residual_end=(scale.rest_BZhw - scale.h_BZhw).detach().square().mean().sqrt(),
+                      code_loss=code_loss.detach(), commitment=commitment.detach())
+        loss = code_loss + commitment
+        if measures.entropy and self.training:
+            parts['entropy_loss'] = entropy.detach() / num_scales
+            loss = loss + measures.entropy * entropy / num_scales
+        if self.training and not self.upkeeps:
+            hit_KV = torch.stack([torch.bincount(idx_Bl.flatten(), minlength=self.vocab_size)
+                                  for idx_Bl in codes.values()]).float()
+            dist.allreduce(hit_KV)
+            self._record(hit_KV)
+        if self.training:
+            for upkeep, names in self._looked_after(codes):
+                upkeep.observe({name: codes[name] for name in names},
+                               {name: queries[name] for name in names})
+        passed = rotated(f_BZhw, f_hat.detach()) if measures.rotation else (f_hat - f_BZhw).detach() + f_BZhw
+        return Quantised(passed, loss, parts, codes)
+
+    def _kept_scales(self, f_BZhw: torch.Tensor) -> torch.Tensor:
+        """Weights (B, K) of the loss terms under scale dropout: 0 where a scale is dropped, mean 1 per scale.
+
+        A dropped image keeps scales 1..n, n uniform in [max(1, 0.3 K), K]. Mean over the global batch.
+        """
+        num_scales = len(self.v_patch_nums)
+        fewest = max(1, round(MIN_KEPT_SHARE * num_scales))
+
+        def draw(u_B: torch.Tensor) -> torch.Tensor:
+            num_kept_B = torch.randint(fewest, num_scales + 1, u_B.shape, device=u_B.device)
+            num_kept_B[u_B.uniform_() >= self.measures.scale_drop] = num_scales
+            kept_BK = torch.arange(num_scales, device=u_B.device) < num_kept_B[:, None]
+            return kept_BK * (len(u_B) / kept_BK.sum(0).clamp_min(1))
+
+        return draw_rows(len(f_BZhw), f_BZhw.device, draw)
+
+    def _entropy(self, rest_BZhw: torch.Tensor, scale: ScaleCode) -> torch.Tensor:
+        """Mean entropy of the soft assignments of a scale minus the entropy of their mean."""
+        u_BZpp = F.interpolate(rest_BZhw, size=scale.idx_Bhw.shape[1:], mode='area')
+        query_NZ = u_BZpp.permute(0, 2, 3, 1).flatten(0, 2)
+        table_VZ = self.embedding.weight[self.rows(scale.k)]
+        log_p_NV = F.log_softmax(-squared_distances(query_NZ, table_VZ) / ENTROPY_TEMPERATURE, dim=1)
+        mean_V = log_p_NV.exp().mean(0)
+        return (mean_V * (mean_V + 1e-9).log()).sum() - (log_p_NV.exp() * log_p_NV).sum(1).mean()
+
+    def _looked_after(self, codes: dict[str, torch.Tensor]) -> list[tuple[CodebookUpkeep, list[str]]]:
+        """Every upkeep with the names of its scales: one for all, or one each where unshared."""
+        names = list(codes)
+        return list(zip(self.upkeeps, [[name] for name in names] if self.unshared else [names], strict=False))
+
+    def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
+        """Move and restart codes, or come closer to the start of quantisation; see `Trainable.after_step`."""
+        if not self.waiting:
+            replaced = [rows for upkeep in self.upkeeps for rows in upkeep.update(progress).values()]
+            if self.upkeeps and self.upkeeps[0].hit_KV is not None:
+                self._record(torch.cat([upkeep.hit_KV for upkeep in self.upkeeps]))
+            return {self.embedding.weight: torch.cat(replaced)} if replaced else {}
+        batch_BZhw = torch.cat(self._features)
+        self._features.clear()
+        self.steps_waited += 1
+        images_per_step = len(batch_BZhw) * dist.get_world_size()
+        wanted = max(4 * len(self.embedding.weight) // len(self.v_patch_nums), KMEANS_IMAGES)
+        steps = min(-(-wanted // images_per_step), -(-self.measures.defer_steps // 2))
+        if self.steps_waited > self.measures.defer_steps - steps:
+            self.gathered.append(dist.allgather(batch_BZhw))
+        if self.waiting:
+            return {}
+        self.place_codes(torch.cat(self.gathered))
+        self.gathered.clear()
+        return {self.embedding.weight: torch.arange(len(self.embedding.weight))}
+
+    @torch.no_grad()
+    def place_codes(self, f_BZhw: torch.Tensor) -> None:
+        """Set the codebook by k-means, scale by scale on what the scales before leave of f.
+
+        A shared codebook gives every scale V / K codes of its own, and the last one the remainder. The first
+        rank decides.
+
+        Args:
+            f_BZhw: features of the same images on every rank.
+        """
+        num_scales, full, rest_BZhw = len(self.v_patch_nums), f_BZhw.shape[-2:], f_BZhw
+        table_VZ, share = self.embedding.weight.data, self.vocab_size // num_scales
+        for k, side in enumerate(self.v_patch_nums if dist.is_master() else ()):
+            size = (side, side) if isinstance(side, int) else side
+            u_BZpp = rest_BZhw if k == num_scales - 1 else F.interpolate(rest_BZhw, size=size, mode='area')
+            query_NZ = u_BZpp.permute(0, 2, 3, 1).reshape(-1, self.Cvae)
+            first, last = (0, self.vocab_size) if self.unshared else (k * share, (k + 1) * share)
+            codes_VZ = table_VZ[self.rows(k)][first:self.vocab_size if k == num_scales - 1 else last]
+            codes_VZ.copy_(kmeans(query_NZ, len(codes_VZ)))
+            chosen_NZ = codes_VZ[nearest(query_NZ, codes_VZ)]
+            h_BZpp = chosen_NZ.view(len(f_BZhw), *size, self.Cvae).permute(0, 3, 1, 2)
+            rest_BZhw = rest_BZhw - self.contribution(h_BZpp, k, num_scales, full)
+        dist.broadcast(table_VZ, src_rank=0)
+        for upkeep in self.upkeeps:
+            upkeep.begin()
+
+    def training_state(self) -> dict:
+        """What a checkpoint keeps beside the weights."""
+        return dict(record_hit=self.record_hit, steps_waited=self.steps_waited,
+                    gathered=list(self.gathered), upkeeps=[upkeep.state_dict() for upkeep in self.upkeeps])
+
+    def load_training_state(self, state: dict) -> None:
+        """Inverse of `training_state`."""
+        self.record_hit, self.steps_waited = state['record_hit'], state['steps_waited']
+        self.gathered = [f.to(self.embedding.weight.device) for f in state['gathered']]
+        for upkeep, saved in zip(self.upkeeps, state['upkeeps'], strict=True):
+            upkeep.load_state_dict(saved)
 
     @torch.no_grad()
     def _record(self, hit_KV: torch.Tensor) -> None:
         """Fold one step's hits of all ranks into the running averages; the first step is taken as it is."""
-        hit_KV = hit_KV.float()
-        dist.allreduce(hit_KV)
         decay = 0. if self.record_hit == 0 else 0.9 if self.record_hit < 100 else 0.99
         self.ema_vocab_hit_SV.mul_(decay).add_(hit_KV, alpha=1 - decay)
         self.record_hit += 1
 
-    def usages(self, num_positions: int) -> list[float]:
+    def usages(self) -> list[float]:
         """Percent of codes per scale hit at least 0.08 times as often as an even use of one full map would.
 
         As published, coarse scales cannot reach 100: side p tops out at p^2 / (0.08 h w) of the codebook.
-
-        Args:
-            num_positions: B * h * w of one step on one rank.
         """
-        margin = dist.get_world_size() * num_positions / self.vocab_size * 0.08
+        margin = dist.get_world_size() * self.num_positions / self.vocab_size * 0.08
         return (self.ema_vocab_hit_SV >= margin).float().mean(1).mul(100).tolist()
 
     # ------------------------------------------------------------------------------ codes <-> features
@@ -250,7 +425,7 @@ class VectorQuantizer2(nn.Module):
         for k, idx_Bl in enumerate(gt_ms_idx_Bl[:num_scales - 1]):
             if k + 1 == len(gt_ms_idx_Bl):
                 break
-            h = self.embed(idx_Bl, (pns[k], pns[k]))
+            h = self.embed(idx_Bl, (pns[k], pns[k]), k)
             f_hat = f_hat + self.contribution(h, k, num_scales, torch.Size((pns[-1], pns[-1])))
             next_input = F.interpolate(f_hat, size=(pns[k + 1], pns[k + 1]), mode='area')
             inputs.append(next_input.flatten(2).transpose(1, 2))

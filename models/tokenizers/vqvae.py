@@ -1,20 +1,17 @@
 """VQVAE: the multi-scale residual image tokenizer of VAR.
 
 Letters: B batch, K scales, l tokens of one scale, Z code channels, V vocabulary, h w feature map, 3HW image.
-Source: arXiv 2404.02905, Sec. 3.2; training after spec "tokenizer A": EMA codebook and dead-code restart.
+Source: arXiv 2404.02905, Sec. 3.2; what keeps its training from collapse is in quantize.py and codebook.py.
 """
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from models.base import Tokenizer
-from models.tokenizers.conv import Decoder, Encoder
-from models.tokenizers.quantize import Side, VectorQuantizer2
-
-L1_WEIGHT, L2_WEIGHT = 0.2, 1.0  # of the pixel loss; the quantizer loss has weight 1
+from models.base import Reconstruction, Tokenizer, at_least_float32
+from models.tokenizers.conv import build_towers, in_float32, init_convolutions, read_towers, start_as_identity
+from models.tokenizers.quantize import QuantizerTraining, Side, VectorQuantizer2
 
 
 class VQVAE(Tokenizer):
@@ -30,58 +27,65 @@ class VQVAE(Tokenizer):
         test_mode: eval mode with every parameter frozen, as a generator uses it.
         ch_mult: width multiples per level; the stride is 2 ** (levels - 1).
         num_res_blocks: residual blocks per encoder level; the decoder has one more.
-        codebook: 'grad' as published, or 'ema' (see `CodebookEMA`).
+        net: 'published' or 'tiny', see `build_towers`.
+        unshared: see `VectorQuantizer2`.
+        upkeep: fields of `QuantizerTraining`; None trains as published, by gradient alone.
     """
 
-    headline = {'rec': 'rec_loss', 'vq': 'vq_loss', 'psnr': 'psnr', 'use': 'usage_last'}
-    selection = 'rec_loss'
+    headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'use': 'usage'}
 
     def __init__(self, vocab_size: int = 4096, z_channels: int = 32, ch: int = 128, dropout: float = 0.,
                  beta: float = 0.25, using_znorm: bool = False, quant_conv_ks: int = 3,
                  quant_resi: float = 0.5, share_quant_resi: int = 4, default_qresi_counts: int = 0,
                  v_patch_nums: Sequence[Side] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), test_mode: bool = True,
-                 ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2, codebook: str = 'grad'):
+                 ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2, net: str = 'published',
+                 unshared: bool = False, upkeep: dict[str, Any] | None = None):
         super().__init__()
         self.V = self.vocab_size = vocab_size
         self.Cvae = self.channels = z_channels
-        self.downsample = self.stride = 2 ** (len(ch_mult) - 1)
         self.test_mode = test_mode
-        net = dict(ch=ch, ch_mult=tuple(ch_mult), num_res_blocks=num_res_blocks, dropout=dropout,
-                   z_channels=z_channels)
-        self.encoder, self.decoder = Encoder(**net), Decoder(**net)
+        self.encoder, self.decoder = build_towers(
+            net, ch=ch, ch_mult=tuple(ch_mult), num_res_blocks=num_res_blocks, dropout=dropout,
+            z_channels=z_channels)
+        self.downsample = self.stride = self.encoder.stride
         self.quantize = VectorQuantizer2(vocab_size, z_channels, using_znorm, beta, default_qresi_counts,
-                                         v_patch_nums, quant_resi, share_quant_resi, codebook)
+                                         v_patch_nums, quant_resi, share_quant_resi, unshared,
+                                         None if upkeep is None else QuantizerTraining(**upkeep))
         self.quant_conv = nn.Conv2d(z_channels, z_channels, quant_conv_ks, padding=quant_conv_ks // 2)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, quant_conv_ks, padding=quant_conv_ks // 2)
         self.init_weights()
         if test_mode:
             self.eval().requires_grad_(False)
 
-    def init_weights(self) -> None:
+    def init_weights(self, codebook_init: str = 'uniform') -> None:
         """Sane values even where a caller switched off the layers' own `reset_parameters`.
 
-        The codebook starts small and uniform: torch's N(0, 1) default would leave nearly all codes dead.
+        Args:
+            codebook_init: 'uniform' in +-1 / (36 sqrt(Z)); 'inv_v', uniform in +-1 / V; 'normal', N(0, 1),
+                torch's default, which leaves nearly all codes dead.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=5 ** 0.5)  # as torch's own default
-                bound = module.weight[0].numel() ** -0.5
-                nn.init.uniform_(module.bias, -bound, bound)
-            elif isinstance(module, nn.GroupNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-        bound = self.channels ** -0.5 / 36
-        nn.init.uniform_(self.quantize.embedding.weight, -bound, bound)
+        init_convolutions(self)
+        start_as_identity(self.quant_conv, self.post_quant_conv)
+        weight = self.quantize.embedding.weight
+        if codebook_init == 'normal':
+            nn.init.normal_(weight)
+        else:
+            bound = 1 / self.vocab_size if codebook_init == 'inv_v' else self.channels ** -0.5 / 36
+            nn.init.uniform_(weight, -bound, bound)
 
     # ------------------------------------------------------------------------------ inference
     def features(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """(B, Z, h, w), what the quantizer sees."""
-        return self.quant_conv(self.encoder(images_B3HW))
+        """(B, Z, h, w), what the quantizer sees, never in half precision."""
+        return in_float32(self.quant_conv, self.encoder(images_B3HW))
+
+    def pixels(self, f_hat_BZhw: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) of a feature map, not clamped."""
+        return at_least_float32(self.decoder(in_float32(self.post_quant_conv, f_hat_BZhw)))
 
     @torch.no_grad()
     def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Image in [-1, 1] of a feature map (B, Z, h, w)."""
-        return self.decoder(self.post_quant_conv(f_hat)).clamp_(-1, 1)
+        return self.pixels(f_hat).clamp_(-1, 1)
 
     def _encode(self, images_B3HW: torch.Tensor,
                 v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
@@ -102,8 +106,8 @@ class VQVAE(Tokenizer):
                      last_one: bool = False) -> list[torch.Tensor] | torch.Tensor:
         """Images in [-1, 1] after each (or the last) scale; image k at scale k's size unless `same_shape`."""
         sides = [round(idx_Bl.shape[1] ** 0.5) for idx_Bl in ms_idx_Bl]
-        ms_h_BZhw = [self.quantize.embed(idx_Bl, (pn, pn))
-                     for idx_Bl, pn in zip(ms_idx_Bl, sides, strict=True)]
+        ms_h_BZhw = [self.quantize.embed(idx_Bl, (pn, pn), k)
+                     for k, (idx_Bl, pn) in enumerate(zip(ms_idx_Bl, sides, strict=True))]
         return self.embed_to_img(ms_h_BZhw, all_to_max_scale=same_shape, last_one=last_one)
 
     def embed_to_img(self, ms_h_BChw: list[torch.Tensor], all_to_max_scale: bool,
@@ -119,48 +123,66 @@ class VQVAE(Tokenizer):
         f_hats = self.quantize.f_to_idxBl_or_fhat(self.features(x), to_fhat=True, v_patch_nums=v_patch_nums)
         return self.fhat_to_img(f_hats[-1]) if last_one else [self.fhat_to_img(f) for f in f_hats]
 
+    def progressive(self, images_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+        sizes = [(side, side) if isinstance(side, int) else side for side in self.quantize.v_patch_nums]
+        images = self.img_to_reconstructed_img(images_B3HW)
+        return {f'{height}x{width}': image for (height, width), image in zip(sizes, images, strict=True)}
+
     # ------------------------------------------------------------------------------ training
     def forward(self, inp: torch.Tensor, ret_usages: bool = False,
                 ) -> tuple[torch.Tensor, list[float] | None, torch.Tensor]:
         """(reconstruction, not clamped; usage in percent per scale or None; quantizer loss)."""
         f_hat, usages, vq_loss = self.quantize(self.features(inp), ret_usages=ret_usages)
-        return self.decoder(self.post_quant_conv(f_hat)), usages, vq_loss
+        return self.pixels(f_hat), usages, vq_loss
 
-    def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
-                      progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Pixel loss plus quantizer loss; labels are not used."""
-        rec_B3HW, _, vq_loss = self(images_B3HW)
-        rec_loss = L1_WEIGHT * F.l1_loss(rec_B3HW.float(), images_B3HW) \
-            + L2_WEIGHT * F.mse_loss(rec_B3HW.float(), images_B3HW)
-        return rec_loss + vq_loss, dict(images=images_B3HW, rec=rec_B3HW.detach().float(),
-                                        rec_loss=rec_loss.detach(), vq_loss=vq_loss.detach())
+    def reconstruct(self, images_B3HW: torch.Tensor, progress: float = 1.) -> Reconstruction:
+        out = self.quantize.quantised(self.features(images_B3HW))
+        return Reconstruction([(images_B3HW, self.pixels(out.f_hat_BZhw))], out.loss, out.parts, out.codes)
 
-    def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """rec_loss, vq_loss, psnr in dB (clamped images, per image), and `usages` per scale side."""
-        error_B = (aux['rec'].clamp(-1, 1) - aux['images']).div(2).square().flatten(1).mean(1)
-        usages = self.quantize.usages(aux['images'][:, 0].numel() // self.stride ** 2)
-        sides = self.quantize.v_patch_nums
-        return dict(rec_loss=aux['rec_loss'], vq_loss=aux['vq_loss'],
-                    psnr=-10 * error_B.clamp_min(1e-10).log10().mean(),
-                    usage_last=torch.tensor(usages[-1], device=error_B.device),
-                    **{f'usage_{side}': torch.tensor(u, device=error_B.device)
-                       for side, u in zip(sides, usages, strict=True)})
+    @property
+    def has_idle_parameters(self) -> bool:
+        """Phi convolutions and codes, until quantisation starts."""
+        return self.quantize.waiting
 
-    def after_step(self, progress: float) -> None:
-        if self.quantize.codebook is not None:
-            self.quantize.codebook.update(progress)
+    def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
+        return self.quantize.after_step(progress)
+
+    def code_metrics(self) -> dict[str, float]:
+        """Those of every upkeep; restarts are added up, and one alarm is enough.
+
+        Several codebooks have no figures over all scales together.
+        """
+        metrics: dict[str, float] = {}
+        for upkeep in self.quantize.upkeeps:
+            own = upkeep.metrics()
+            for name, join in (('restarts', sum), ('alarm_collapse', max)):
+                own[name] = join((own[name], metrics.get(name, 0.)))
+            metrics |= own
+        if self.quantize.unshared:
+            metrics = {name: value for name, value in metrics.items()
+                       if name not in ('usage', 'perplexity', 'distinct', 'dead')}
+        return metrics | {f'usage_legacy_{name}': percent for name, percent in
+                          zip(self.code_counts(), self.quantize.usages(), strict=False)}
+
+    def code_counts(self) -> dict[str, torch.Tensor]:
+        return {name: count for upkeep in self.quantize.upkeeps for name, count in upkeep.counts().items()}
+
+    def no_weight_decay(self) -> set[str]:
+        return {'quantize.embedding'}
 
     def config_state(self, progress: float) -> dict[str, Any]:
-        return dict(v_patch_nums=list(self.quantize.v_patch_nums))
+        return dict(v_patch_nums=list(self.quantize.v_patch_nums), using_znorm=self.quantize.using_znorm)
+
+    def exported(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The flat published layout, as far as it tells everything."""
+        as_published = not self.quantize.using_znorm and not self.quantize.unshared
+        return dict(state) if as_published else super().exported(state)
 
     def training_state(self) -> dict[str, Any]:
-        codebook = self.quantize.codebook
-        return dict(record_hit=self.quantize.record_hit, codebook=codebook.state_dict() if codebook else None)
+        return self.quantize.training_state()
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        self.quantize.record_hit = state['record_hit']
-        if self.quantize.codebook is not None:
-            self.quantize.codebook.load_state_dict(state['codebook'])
+        self.quantize.load_training_state(state)
 
     # ------------------------------------------------------------------------------ weights
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
@@ -174,14 +196,11 @@ class VQVAE(Tokenizer):
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Everything but the pyramid, which is no part of the weights."""
-        ch = state['encoder.conv_in.weight'].shape[0]
-        num_levels = 1 + max(int(key.split('.')[2]) for key in state if key.startswith('encoder.down.'))
-        widths = [state[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] for i in range(num_levels)]
-        vocab_size, z_channels = state['quantize.embedding.weight'].shape
+        num_codes, z_channels = state['quantize.embedding.weight'].shape
+        vocab_size = state['quantize.ema_vocab_hit_SV'].shape[1]
         shared = [key for key in state
                   if key.startswith('quantize.quant_resi.qresi_ls.') and key.endswith('.weight')]
-        blocks = {key.split('.')[4] for key in state if key.startswith('encoder.down.0.block.')}
-        return dict(vocab_size=vocab_size, z_channels=z_channels, ch=ch,
-                    ch_mult=tuple(w // ch for w in widths), num_res_blocks=len(blocks),
-                    quant_conv_ks=state['quant_conv.weight'].shape[-1],
-                    share_quant_resi=len(shared) or int('quantize.quant_resi.qresi.weight' in state))
+        return read_towers(state) | dict(
+            vocab_size=vocab_size, z_channels=z_channels, unshared=num_codes != vocab_size,
+            quant_conv_ks=state['quant_conv.weight'].shape[-1],
+            share_quant_resi=len(shared) or int('quantize.quant_resi.qresi.weight' in state))
