@@ -1,0 +1,304 @@
+"""KL-16: the published outputs, and what training here adds."""
+import functools
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+import dist
+from models import load_weights
+from models.helpers import global_rows
+from models.tokenizers.kl_vae import AutoencoderKL, Posterior
+from tests.golden import assert_within
+
+DATA = Path(__file__).parent / 'data' / 'flowar'
+SMALL = dict(embed_dim=4, net='tiny')
+
+
+def filled(shapes, seed):
+    """See tests/data/flowar/README.md."""
+    state = {}
+    for name, shape in shapes.items():
+        rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2 ** 32)
+        v = 2 * rng.random_sample(tuple(shape)) - 1
+        if name.endswith('.bias'):
+            v *= 0.2
+        elif len(shape) == 1:
+            v = 1 + 0.2 * v
+        else:
+            v *= 0.75 * np.sqrt(3 / np.prod(shape[1:]))
+        state[name] = torch.from_numpy(v.astype(np.float32))
+    return state
+
+
+@functools.cache
+def published(name):
+    """(description, vectors, model in eval mode)."""
+    info = json.loads((DATA / f'{name}.json').read_text())
+    config = info['config']
+    with torch.device('meta'):
+        model = AutoencoderKL(config['embed_dim'], config['ch_mult'], ch=config['ch'],
+                              num_res_blocks=config['num_res_blocks'], test_mode=True)
+    state = filled({key: t.shape for key, t in model.state_dict().items()}, info['weight_seed'])
+    model.load_state_dict(state, assign=True)
+    return info, load_file(DATA / f'{name}.safetensors'), model
+
+
+def images_of(side, batch=2):
+    return torch.rand(batch, 3, side, side) * 2 - 1
+
+
+# ------------------------------------------------------------ against the reference
+def test_published_keys():
+    info = json.loads((DATA / 'state_dict_keys.json').read_text())['kl16_vae']
+    with torch.device('meta'):
+        model = AutoencoderKL()
+    state = model.state_dict()
+    assert {key: list(t.shape) for key, t in state.items()} == info['keys']
+    assert list(state) == list(info['keys'])
+    assert len(state) == 312
+    assert sum(p.numel() for p in model.parameters()) == info['parameters_total'] == 66_456_019
+    assert (model.stride, model.channels, model.vocab_size) == (16, 16, None)
+
+
+@pytest.mark.parametrize('name', ['vae_tiny', 'vae_kl16_full'])
+def test_outputs(name):
+    info, vectors, model = published(name)
+    atol = info['tolerance']['atol']
+    for key, row in (info['state_dict'] or {}).items():
+        assert model.state_dict()[key].sum().item() == pytest.approx(row['sum'], rel=1e-4, abs=1e-4), key
+    posterior = model.posterior(vectors['image'])
+    mean, logvar = vectors['moments'].chunk(2, dim=1)
+    assert_within(posterior.mean, mean, atol)
+    assert_within(posterior.logvar, logvar.clamp(-30, 20), atol)
+    latent = model.scaling_factor * posterior.sample(vectors['posterior_noise'])
+    assert_within(latent, vectors['latent_scaled'], atol)
+    assert_within(model.pixels(latent / model.scaling_factor), vectors['decoded'], atol)
+    assert_within(model.decode(vectors['latent_scaled']), vectors['decoded'].clamp(-1, 1), atol)
+    assert_within(model.encode_mode(vectors['image']), 0.2325 * mean, atol)
+    if 'moments_flip' in vectors:
+        flipped = model.posterior(vectors['image'].flip(-1))
+        assert_within(flipped.mean, vectors['moments_flip'].chunk(2, dim=1)[0], atol)
+
+
+# ------------------------------------------------------------ posterior
+def test_divergence_is_that_of_torch():
+    mean, logvar = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0., 1.))
+    posterior = Posterior(mean, logvar)
+    assert_within(posterior.elementwise_kl(), expected, 1e-5)
+    torch.testing.assert_close(posterior.kl(), expected.sum((1, 2, 3)), rtol=1e-5, atol=0)
+
+
+def test_variance_is_clamped():
+    mean = torch.zeros(1, 1, 1, 3)
+    posterior = Posterior(mean, torch.tensor([-100., 0., 100.]).view(1, 1, 1, 3))
+    assert posterior.std.flatten().tolist() == pytest.approx([np.exp(-15), 1, np.exp(10)])
+    assert posterior.kl().isfinite().all()
+
+
+def test_samples_follow_the_posterior():
+    posterior = Posterior(torch.full((1, 1, 100, 100), 3.), torch.full((1, 1, 100, 100), 2 * np.log(0.5)))
+    sample = posterior.sample()
+    assert sample.mean().item() == pytest.approx(3, abs=0.02)
+    assert sample.std().item() == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(posterior.mode(), posterior.mean)
+    noise = torch.randn(1, 1, 100, 100)
+    assert_within(posterior.sample(noise), 3 + 0.5 * noise, 1e-6)
+
+
+def test_noise_of_an_image_follows_its_place_in_the_global_batch():
+    model, images = AutoencoderKL(**SMALL).eval(), images_of(32, batch=4)
+    torch.manual_seed(5)
+    whole = model.encode(images)
+    for start in (0, 2):
+        torch.manual_seed(5)
+        with global_rows(start, 4):
+            assert_within(model.encode(images[start:start + 2]), whole[start:start + 2], 1e-5)
+
+
+# ------------------------------------------------------------ use
+def test_round_trip_of_oblong_images():
+    model, images = AutoencoderKL(**SMALL).eval(), torch.rand(2, 3, 24, 40)
+    latent = model.encode(images)
+    assert latent.shape == (2, 4, 3, 5) and latent.dtype == torch.float32 and not latent.requires_grad
+    rec = model.decode(latent)
+    assert rec.shape == images.shape and rec.abs().max() <= 1
+    mode = model.encode_mode(images)
+    assert torch.equal(mode, model.encode_mode(images)) and not torch.equal(mode, latent)
+    assert torch.equal(model.progressive(images)['3x5'], model.decode(mode))
+
+
+@pytest.mark.parametrize('size', [(32, 36), (4, 32)])
+def test_images_must_divide_into_latents(size):
+    model = AutoencoderKL(**SMALL)
+    for method in (model.encode, model.encode_mode, model.reconstruct):
+        with pytest.raises(ValueError, match=f'multiples of the stride 8, got {size[0]}x{size[1]}'):
+            method(torch.zeros(1, 3, *size))
+
+
+# ------------------------------------------------------------ training
+def test_reconstruct():
+    model, images = AutoencoderKL(**SMALL), images_of(32)
+    torch.manual_seed(1)
+    out = model.reconstruct(images)
+    torch.manual_seed(1)
+    posterior = model.posterior(images)
+    (target, rec), = out.views
+    assert target is images and out.codes == {}
+    assert_within(rec, model.pixels(posterior.sample()), 1e-6)
+    expected = 1e-6 / (3 * 32 * 32) * posterior.kl().mean()
+    assert out.latent_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert out.parts['kl'].item() == pytest.approx(posterior.kl().mean().item(), rel=1e-5)
+    assert out.parts['posterior_std'].item() == pytest.approx(posterior.std.mean().item(), rel=1e-5)
+    kl_Z = [out.parts[f'kl_channel_{c}'].item() for c in range(4)]
+    assert sum(kl_Z) * 16 == pytest.approx(out.parts['kl'].item(), rel=1e-5)  # 4x4 positions
+    assert not any(t.requires_grad for t in out.parts.values())
+    ((rec - target).abs().mean() + 1e6 * out.latent_loss).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    (_, rec), = model.reconstruct(images).views
+    assert torch.equal(rec, model.reconstruct(images).views[0][1]), 'no noise in eval mode'
+    assert_within(rec, model.pixels(model.posterior(images).mode()), 1e-6)
+
+
+def test_dead_channels_raise_the_alarm():
+    model, images = AutoencoderKL(**SMALL), images_of(32)
+    assert model.reconstruct(images).parts['alarm_collapse'] == 0
+    with torch.no_grad():
+        model.quant_conv.weight[[2, 6]] = 0
+        model.quant_conv.bias[[2, 6]] = 0  # mean 0, variance 1
+    out = model.reconstruct(images)
+    assert out.parts['kl_channel_2'].abs() < 1e-6 < 0.01 < out.parts['kl_channel_1']
+    assert out.parts['alarm_collapse'] == 1
+    assert model.reconstruct(images, progress=0.05).parts['alarm_collapse'] == 0
+
+
+def test_half_precision_stays_in_the_towers():
+    model, images = AutoencoderKL(**SMALL).eval(), images_of(32)
+    dtypes = {}
+    for name in ('encoder', 'quant_conv', 'post_quant_conv', 'decoder'):
+        getattr(model, name).register_forward_hook(
+            lambda module, args, out, name=name: dtypes.update({name: (args[0].dtype, out.dtype)}))
+    expected = model.encode_mode(images)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(model.encode_mode(images), expected), 'latents of a generator are those without'
+        out = model.reconstruct(images)
+    assert dtypes['encoder'][1] == dtypes['decoder'][1] == torch.bfloat16
+    assert dtypes['quant_conv'] == dtypes['post_quant_conv'] == (torch.float32, torch.float32)
+    assert out.views[0][1].dtype == out.latent_loss.dtype == out.parts['kl'].dtype == torch.float32
+
+
+def test_plain_autoencoder():
+    model, images = AutoencoderKL(**SMALL, use_variational=False), images_of(32)
+    assert model.quant_conv.weight.shape == (4, 4, 1, 1)
+    out = model.reconstruct(images)
+    assert out.latent_loss == 0 and out.parts['kl'] == 0 and out.parts['alarm_collapse'] == 0
+    assert torch.equal(model.encode(images), model.encode_mode(images))
+    assert AutoencoderKL.kwargs_from_state_dict(model.state_dict())['use_variational'] is False
+
+
+# ------------------------------------------------------------ calibration
+def test_calibration_is_the_spread_of_samples():
+    model, images = AutoencoderKL(**SMALL), images_of(32, batch=256)
+    model.calibrate([images])
+    assert model.needs_calibration
+    with torch.no_grad():
+        z = model.posterior(images).sample()
+    assert model.scaling_factor == pytest.approx(1 / z.std().item(), rel=0.01)
+    assert model.latent_std == pytest.approx(z.std((0, 2, 3)).tolist(), rel=0.05)
+    assert model.latent_mean == pytest.approx(z.mean((0, 2, 3)).tolist(), abs=0.05)
+    assert model.encode(images).std().item() == pytest.approx(1, rel=0.01)
+
+    whole = model.config_state(1.)
+    model.calibrate(images.split([100, 6, 150]))
+    for name, value in model.config_state(1.).items():
+        assert value == pytest.approx(whole[name], rel=1e-6, abs=1e-6), name
+    with pytest.raises(ValueError, match='needs at least one image'):
+        model.calibrate([])
+
+
+def test_calibration_counts_every_rank(monkeypatch):
+    model, images = AutoencoderKL(**SMALL), images_of(32, batch=6)
+    model.calibrate([images])
+    whole, first_rank = model.config_state(1.), []
+    monkeypatch.setattr(dist, 'allreduce', lambda t: first_rank.append(t.clone()))
+    model.calibrate([images[:2], images[2:4]])
+    monkeypatch.setattr(dist, 'allreduce', lambda t: t.add_(first_rank[0]))
+    model.calibrate([images[4:]])
+    for name, value in model.config_state(1.).items():
+        assert value == pytest.approx(whole[name], rel=1e-6, abs=1e-6), name
+
+
+# ------------------------------------------------------------ weights
+@pytest.mark.parametrize('config', [
+    dict(), SMALL, dict(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, embed_dim=8, decoder_attn=True),
+    dict(use_variational=False, kl_weight=1e-4, scaling_factor=0.5),
+])
+def test_weights_and_config_rebuild_the_model(config):
+    with torch.device('meta'):
+        model = AutoencoderKL(**config)
+        kwargs = AutoencoderKL.kwargs_from_state_dict(model.state_dict())
+        rebuilt = AutoencoderKL(**kwargs, **model.config_state(1.))
+    assert {key: t.shape for key, t in rebuilt.state_dict().items()} \
+        == {key: t.shape for key, t in model.state_dict().items()}
+    assert rebuilt.config_state(1.) == model.config_state(1.)
+    assert all(kwargs[name] == config[name] for name in config if name in kwargs)
+
+
+def test_published_file(tmp_path):
+    source, path = AutoencoderKL(**SMALL), tmp_path / 'kl16.ckpt'
+    state = source.state_dict() | {'loss.logvar': torch.zeros(())}
+    torch.save(dict(model=state), path)
+    model = AutoencoderKL(**SMALL, ckpt_path=str(path), test_mode=True)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    for key, t in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], t)
+    assert 'loss.logvar' in state
+    load_weights(model, state, str(path))
+    with pytest.raises(ValueError, match=r'is a AutoencoderKL with embed_dim=4 \(here 8\)'):
+        AutoencoderKL(embed_dim=8, net='tiny', ckpt_path=str(path))
+
+
+def test_exported_file_carries_the_calibration():
+    model, images = AutoencoderKL(**SMALL).eval(), images_of(32)
+    model.calibrate([images])
+    file = model.exported(model.state_dict())
+    rebuilt = AutoencoderKL(**AutoencoderKL.kwargs_from_state_dict(file['model']), **file['config']).eval()
+    load_weights(rebuilt, file['model'], 'file.pt')
+    assert (rebuilt.scaling_factor, rebuilt.latent_mean, rebuilt.latent_std) \
+        == (model.scaling_factor, model.latent_mean, model.latent_std)
+    assert torch.equal(rebuilt.encode_mode(images), model.encode_mode(images))
+
+
+def test_weights_are_sane_without_reset_parameters(monkeypatch):
+    def poison(module):
+        for p in module.parameters(recurse=False):
+            p.data.fill_(float('nan'))
+    for cls in (nn.Conv2d, nn.GroupNorm):
+        monkeypatch.setattr(cls, 'reset_parameters', poison)
+    for name, p in AutoencoderKL(ch=32).named_parameters():
+        is_zero = name.endswith('quant_conv.bias')
+        assert p.isfinite().all() and (p.std() > 0 or 'norm' in name or is_zero), name
+
+
+def test_noise_does_not_hide_the_mean_at_the_start():
+    model, images = AutoencoderKL(**SMALL), images_of(32)
+    with torch.no_grad():
+        moments, posterior = model.encoder(images), model.posterior(images)
+    assert torch.equal(posterior.mean, moments[:, :4])
+    assert_within(model.pixels(posterior.mean), model.decoder(posterior.mean), 1e-6)
+    assert posterior.std.mean() < 0.5 * posterior.mean.std()
+
+
+def test_calibration_survives_a_restart():
+    model, other = AutoencoderKL(**SMALL), AutoencoderKL(**SMALL)
+    model.calibrate([images_of(32)])
+    other.load_training_state(model.training_state())
+    assert other.config_state(1.) == model.config_state(1.) and other.latent_std is not None
