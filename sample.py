@@ -21,7 +21,7 @@ import dist
 from models import ARModel, build_generator
 from models.helpers import ImageNoise
 from utils.arg_util import SampleRecipe, parse_sample_recipe
-from utils.checkpoint import atomic_path, load_file, model_state
+from utils.checkpoint import atomic_path, load_file, model_weights, tokenizer_weights
 from utils.hub import fetch, sha256_of
 from utils.log import one_line_errors, setup_logging
 from utils.misc import allow_tf32, create_npz_from_sample_folder
@@ -35,8 +35,9 @@ def load_generator(recipe: SampleRecipe, device: torch.device) -> tuple[ARModel,
     """The model of a recipe, and the files it came from."""
     paths = [fetch(name) for name in (recipe.ckpt, recipe.vae_ckpt) if name]
     files = [load_file(path) for path in paths]
-    model = build_generator(recipe.model, model_state(files[0], 'model'),
-                            model_state(files[-1], 'tokenizer'), str(paths[0]), device)
+    tokenizer_state, config = tokenizer_weights(files[-1])
+    model = build_generator(recipe.model, model_weights(files[0]), tokenizer_state, str(paths[0]), device,
+                            config)
     return model, paths
 
 

@@ -3,6 +3,7 @@
 Runs without torchrun, too. To resume, run the same command again: the newest checkpoint in the output folder
 continues exactly where it was saved. `--dry_run` prints every derived value and exits.
 """
+import dataclasses
 import datetime
 import json
 import logging
@@ -17,15 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
 from models import FAMILIES, ARModel, Tokenizer, Trainable, build_tokenizer
 from models.helpers import global_rows
-from trainer import StepInfo, Trainer
-from utils.amp_sc import AmpOptimizer
+from trainer import StepInfo, build_trainer
 from utils.arg_util import Recipe, flag_of, parse_recipe
-from utils.checkpoint import load_file, lock_folder, model_state, newest_checkpoint, save_checkpoint
+from utils.checkpoint import (
+    atomic_path,
+    load_file,
+    lock_folder,
+    newest_checkpoint,
+    save_checkpoint,
+    tokenizer_weights,
+)
 from utils.data import KeyedAugmentation, build_dataset
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
 from utils.hub import fetch
@@ -37,34 +44,48 @@ from utils.log import (
     one_line_errors,
     setup_logging,
 )
-from utils.lr_control import filter_params, lr_wd_annealing
+from utils.lr_control import lr_wd_annealing
 from utils.misc import allow_tf32, mix_seed, seed_everything
+from utils.pictures import reconstruction_rows, usage_heat_map
+from utils.tokenizer_recipes import TokenizerRecipe
 
 logger = logging.getLogger(__name__)
-COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
 # may change between two starts of one training
-FREE_SETTINGS = ('seed', 'output_dir', 'exp_name', 'workers', 'save_every', 'eval_every', 'vae_ckpt')
+FREE_SETTINGS = ('seed', 'output_dir', 'exp_name', 'workers', 'save_every', 'eval_every', 'vae_ckpt',
+                 'log_every', 'picture_every', 'lpips_vgg', 'lpips_lin', 'lpips_path', 'allow_download',
+                 'dino_path', 'init_from')
 NO_SCORE = 999.  # "best so far" before the first evaluation, as published
+NUM_PICTURES = 8            # validation images drawn in TensorBoard
+CALIBRATION_IMAGES = 10_000  # training images that a tokenizer is calibrated on
 
 
 # ---------------------------------------------------------------------------------------------- building
-def build_model(recipe: Recipe, num_classes: int, steps_per_epoch: int,
+def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_epoch: int,
                 device: torch.device | str) -> Trainable:
-    """The model of a recipe with its frozen tokenizer, freshly initialised.
+    """The model of a recipe with its frozen tokenizer, freshly initialised or from `--init_from`.
 
     Args:
         device: 'meta' builds without memory, for counting; the tokenizer's file is then not needed.
     """
     model_class, tokenizer_class = FAMILIES[recipe.model]
-    kwargs = recipe.model_kwargs(recipe.epochs * steps_per_epoch, steps_per_epoch)
+    kwargs = recipe.model_kwargs(total_steps, steps_per_epoch)
     args = []
     if tokenizer_class is not None:
         args.append(load_tokenizer(recipe, tokenizer_class, device))
         kwargs['num_classes'] = num_classes
+    on_meta, state = torch.device(device).type == 'meta', None
+    if isinstance(recipe, TokenizerRecipe) and recipe.init_from and not on_meta:
+        path = fetch(recipe.init_from)
+        state, config = tokenizer_weights(load_file(path))
+        kwargs = config | kwargs
     with torch.device(device):
         model = model_class(*args, **kwargs)
-    if torch.device(device).type != 'meta':
+    if not on_meta:
         model.init_weights(**recipe.init_kwargs())
+    if state is not None:
+        model.warm_start(state, str(path))
+        if recipe.train_only:
+            model.freeze_codes()
     return model
 
 
@@ -81,25 +102,12 @@ def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | 
         fetch(recipe.vae_ckpt)
     dist.barrier()
     path = fetch(recipe.vae_ckpt)
-    state = model_state(load_file(path), 'tokenizer')
-    tokenizer = build_tokenizer(cls, state, str(path), device, **recipe.tokenizer_kwargs())
+    state, config = tokenizer_weights(load_file(path))
+    tokenizer = build_tokenizer(cls, state, str(path), device, **config | recipe.tokenizer_kwargs())
     if tokenizer.stride != recipe.patch_size:
         raise ValueError(f'the tokenizer of {path} has stride {tokenizer.stride}, the recipe expects '
                          f'{recipe.patch_size}: pass --patch_size={tokenizer.stride}')
     return tokenizer
-
-
-def build_trainer(recipe: Recipe, model: Trainable) -> Trainer:
-    """The model with its optimizer, compiled where asked."""
-    if recipe.compile_model:
-        model.compile(mode=COMPILE_MODES[recipe.compile_model])
-    if recipe.compile_tokenizer and isinstance(model, ARModel):
-        model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
-    names, params, groups = filter_params(model, model.no_weight_decay())
-    optimizer = torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.beta1, recipe.beta2),
-                                  weight_decay=0., fused=recipe.fused)
-    return Trainer(model, AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip,
-                                       recipe.accumulate))
 
 
 def build_loaders(recipe: Recipe, train_set: Dataset, val_set: Dataset, seed: int,
@@ -137,7 +145,7 @@ class Run:
     def __init__(self, recipe: Recipe):
         world_size = dist.get_world_size()
         recipe.check_batch(world_size)
-        self.recipe, self.device, self.folder = recipe, dist.get_device(), Path(recipe.output_dir)
+        self.device, self.folder = dist.get_device(), Path(recipe.output_dir)
 
         # 1. the checkpoint to continue, and the seed of everything random
         path, checkpoint = newest_checkpoint(self.folder, f'{recipe.CHECKPOINT_PREFIX}*.pth')
@@ -149,34 +157,48 @@ class Run:
 
         # 2. data
         num_classes, train_set, val_set = build_dataset(recipe.data_path, recipe.image_size, recipe.hflip,
-                                                        recipe.mid_reso)
+                                                        recipe.mid_reso, recipe.crop)
         if recipe.num_classes not in (0, num_classes):
             raise ValueError(f'--num_classes={recipe.num_classes}, but {recipe.data_path} holds '
                              f'{num_classes} classes: correct one of them')
-        self.classes = list(train_set.classes)
+        self.classes, self.train_set, self.val_set = list(train_set.classes), train_set, val_set
         self.batches, self.val_loader, steps_per_epoch = build_loaders(recipe, train_set, val_set, seed,
                                                                        self.start)
         self.state = RunState(seed, steps_per_epoch)
-        self.total_steps, self.peak_lr = recipe.epochs * steps_per_epoch, recipe.peak_lr(world_size)
+        if recipe.steps:
+            recipe = dataclasses.replace(recipe, epochs=-(-recipe.steps // steps_per_epoch))
+        self.recipe, self.peak_lr = recipe, recipe.peak_lr(world_size)
+        self.total_steps = recipe.steps or recipe.epochs * steps_per_epoch
 
         # 3. model, optimizer, and what the checkpoint says of them
-        self.model = build_model(recipe, num_classes, steps_per_epoch, self.device)
-        self.trainer = build_trainer(recipe, self.model)
+        self.model = build_model(recipe, num_classes, self.total_steps, steps_per_epoch, self.device)
+        self.is_tokenizer = isinstance(self.model, Tokenizer)
+        self.trainer = build_trainer(recipe, self.model, self.total_steps)
         if path:
             self._resume(path, checkpoint)
 
         # 4. logs
         tb_dir = str(self.folder / recipe.run_name(world_size)) if dist.is_master() else None
-        self.tb = TensorboardLogger(tb_dir, filename_suffix=time.strftime('__%m%d_%H%M'))
+        self.tb = TensorboardLogger(tb_dir, filename_suffix=time.strftime('__%m%d_%H%M'),
+                                    every=recipe.log_every)
         self.last_save = time.time()
         if recipe.tlr is not None:
-            logger.warning('--tlr is ignored: the peak is --tblr * batch / 256 = %g', self.peak_lr)
+            logger.warning('--tlr is ignored: the peak follows from --tblr and is %g', self.peak_lr)
         logger.info('%s: %.2fM parameters, %s x %d, %d + %d images of %d classes, '
                     '%d steps per epoch, seed %d',
                     recipe.model, count_parameters(self.model) / 1e6, self.device, world_size, len(train_set),
                     len(val_set), num_classes, steps_per_epoch, seed)
 
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps in the checkpoint that this run continues."""
+        return self.start[0] * self.state.steps_per_epoch + self.start[1]
+
     def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        trained = checkpoint.get('args', {}).get('model', self.recipe.model)
+        if trained != self.recipe.model:
+            raise ValueError(f'{path} was trained with --model={trained}, got --model={self.recipe.model}: '
+                             'correct it, or start in another output folder')
         self.trainer.load_state_dict(checkpoint['trainer'], str(path))
         steps_per_epoch, mid_epoch = self.state.steps_per_epoch, self.start[1] > 0
         self.state = RunState(**{**vars(self.state), **checkpoint.get('run', {})})
@@ -192,9 +214,9 @@ class Run:
         if changed:
             logger.warning('settings differ from those of the checkpoint, so this is another training: %s',
                            ', '.join(changed))
-        if self.start[0] >= self.recipe.epochs:
-            logger.warning('nothing left to train: the checkpoint holds %d epochs, --ep=%d', self.start[0],
-                           self.recipe.epochs)
+        if self.steps_done >= self.total_steps:
+            logger.warning('nothing left to train: the checkpoint holds %d steps of %d (%d epochs)',
+                           self.steps_done, self.total_steps, self.recipe.epochs)
 
     def train(self) -> None:
         """All remaining epochs, a checkpoint after each; evaluation every `eval_every` and after the last."""
@@ -203,22 +225,30 @@ class Run:
             append_json_line(self.folder / 'log.txt', dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]),
                                                            seed=self.state.seed, args=vars(recipe)))
         begin = time.time()
-        for epoch in range(self.start[0], epochs):
+        for epoch in range(self.start[0], epochs if self.steps_done < self.total_steps else 0):
             first_step = self.start[1] if epoch == self.start[0] else 0
             stats = self.train_epoch(epoch, first_step)
             evaluated = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == epochs
             if evaluated:
                 self.evaluate(epoch)
             else:
-                self.save(epoch + 1, 0)
+                self.save(*self.position_after(epoch))
             remaining = (time.time() - begin) / (epoch + 1 - self.start[0]) * (epochs - epoch - 1)
             self.log_epoch(epoch, stats, evaluated, remaining)
         self.tb.close()
+        if self.is_tokenizer and self.steps_done < self.total_steps:
+            self.export()
         logger.info('done, checkpoints are in %s', self.folder)
+
+    def position_after(self, epoch: int) -> tuple[int, int]:
+        """(epoch, step) at which a run continues after `epoch`, which `--steps` may cut short."""
+        steps_left = self.total_steps - epoch * self.state.steps_per_epoch
+        return (epoch + 1, 0) if steps_left >= self.state.steps_per_epoch else (epoch, steps_left)
 
     def train_epoch(self, epoch: int, first_step: int) -> dict[str, float]:
         """Epoch averages of the logged steps."""
-        recipe, trainer, steps = self.recipe, self.trainer, self.state.steps_per_epoch
+        recipe, steps = self.recipe, self.state.steps_per_epoch
+        last_step = min(steps, self.total_steps - epoch * steps)
         meters = MetricLogger()
         meters.add_meter('tlr', SmoothedValue(window_size=1, fmt='{value:.2g}'))
         for name in (*self.model.headline, 'tnm'):
@@ -227,26 +257,38 @@ class Run:
         save_steps, save_minutes = recipe.save_steps_minutes
 
         batches = meters.log_every(
-            first_step, steps, self.batches, num_lines=30 if steps > 8000 else 5,
+            first_step, last_step, self.batches, num_lines=30 if steps > 8000 else 5,
             header=f'[Ep]: [{epoch:4d}/{recipe.epochs}]',
             tokenizer_seconds=clock.take if clock else lambda: 0.,
             images_per_iter=recipe.micro_batch(dist.get_world_size()) * recipe.accumulate)
         for it, (images_B3HW, label_B) in batches:
             step = epoch * steps + it
             self.tb.set_step(step)
-            rates = lr_wd_annealing(
-                recipe.lr_schedule, trainer.optimizer.optimizer, self.peak_lr, recipe.weight_decay,
-                recipe.final_weight_decay, step, recipe.warmup_epochs * steps, self.total_steps,
-                wp0=recipe.warmup_start, wpe=recipe.lr_end)
+            rates = self.set_rates(step)
             info = self.train_step(images_B3HW, label_B, step)
             meters.update(tlr=rates[1])
             if it in meters.log_iters or self.tb.due():
                 self.log_step(step, info, rates, meters)
+            if self.is_tokenizer and (step + 1) % recipe.picture_every == 0:
+                self.log_pictures(step + 1)
             steps_due = save_steps and (step + 1) % save_steps == 0
             minutes_due = save_minutes and time.time() - self.last_save >= 60 * save_minutes
-            if (steps_due or minutes_due) and it + 1 < steps:
+            if (steps_due or minutes_due) and it + 1 < last_step:
                 self.save(epoch, it + 1)
         return {name: meter.global_avg for name, meter in meters.meters.items()}
+
+    def set_rates(self, step: int) -> tuple[float, ...]:
+        """Learning rate and weight decay of every optimizer; returns those of the model's own."""
+        recipe = self.recipe
+        settings = [(self.peak_lr, recipe.weight_decay, recipe.final_weight_decay)]
+        if self.is_tokenizer:
+            decay = recipe.disc_weight_decay
+            settings.append((recipe.disc_lr or self.peak_lr, decay, decay))
+        rates = [lr_wd_annealing(recipe.lr_schedule, optimizer, *values, step,
+                                 recipe.warmup_epochs * self.state.steps_per_epoch, self.total_steps,
+                                 wp0=recipe.warmup_start, wpe=recipe.lr_end)
+                 for optimizer, values in zip(self.trainer.optimizers, settings, strict=False)]
+        return rates[0]
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, step: int) -> StepInfo:
         """One optimizer step over its micro-steps.
@@ -276,14 +318,18 @@ class Run:
         if not all(map(math.isfinite, values.values())):
             raise ValueError(f'the loss is not finite at step {step}: lower --tblr or train with --fp16=0, '
                              'and continue from the last checkpoint, if there is one')
-        meters.update(tnm=info.grad_norm, **{name: values[key] for name, key in self.model.headline.items()})
+        meters.update(tnm=info.grad_norm,
+                      **{name: values.get(key) for name, key in self.model.headline.items()})
         tb, clip, (min_lr, max_lr, min_wd, max_wd) = self.tb, self.recipe.clip, rates
         if step == 0:  # the starting level, visible left of the curve
             for before in (-10000, -1000):
                 tb.update('AR_iter_loss', step=before, z_voc_usage=values.get('z_voc_usage'))
+        if dist.is_master():
+            append_json_line(self.folder / 'steps.jsonl', dict(
+                step=step, lr=max_lr, wd=max_wd, grad_norm=float(info.grad_norm), **values))
         schedule = {name: values.pop(name) for name in list(values) if name.startswith('prog_')}
         tb.update('AR_iter_schedule', **schedule)
-        tb.update('AR_iter_loss', **values)
+        tb.update('VAE_iter' if self.is_tokenizer else 'AR_iter_loss', **values)
         tb.update('AR_opt_lr/lr_min', sche_tlr=min_lr)
         tb.update('AR_opt_lr/lr_max', sche_tlr=max_lr)
         tb.update('AR_opt_wd/wd_max', sche_twd=max_wd)
@@ -294,13 +340,56 @@ class Run:
     def evaluate(self, epoch: int) -> None:
         """Validate, and keep the checkpoint as last and, if it improved, as best."""
         begin = time.time()
+        if self.is_tokenizer and self.model.needs_calibration and not self.recipe.train_only:
+            with self.trainer.averaged():
+                self.model.calibrate(self.calibration_images())
         self.state.validation = values = self.trainer.eval_epoch(self.val_loader)
         is_best = values[self.model.selection] < self.state.best
         self.state.best = min(self.state.best, values[self.model.selection])
-        self.save(epoch + 1, 0, is_best)
+        self.save(*self.position_after(epoch), is_best)
+        if self.is_tokenizer:
+            self.log_pictures(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
         logger.info(' [*] [ep%d]  (val %d)  %s  best %s: %.4f  Val cost: %.1fs', epoch, values['count'],
-                    '  '.join(f'{name}: {values[key]:.4f}' for name, key in self.model.headline.items()),
-                    self.model.selection, self.state.best, time.time() - begin)
+                    '  '.join(f'{name}: {values[key]:.4f}' for name, key in self.model.headline.items()
+                              if key in values), self.model.selection, self.state.best, time.time() - begin)
+
+    def calibration_images(self) -> Iterator[torch.Tensor]:
+        """This rank's share of up to `CALIBRATION_IMAGES` training images, the same at every call."""
+        count = min(len(self.train_set), CALIBRATION_IMAGES)
+        chosen = [(0, i * len(self.train_set) // count) for i in range(count)]
+        subset = Subset(KeyedAugmentation(self.train_set, self.state.seed), chosen)
+        sampler = EvalDistributedSampler(subset, dist.get_world_size(), dist.get_rank())
+        for images_B3HW, _ in DataLoader(subset, self.val_loader.batch_size, sampler=sampler,
+                                         num_workers=self.val_loader.num_workers):
+            yield images_B3HW.to(self.device)
+
+    @torch.no_grad()
+    def log_pictures(self, step: int) -> None:
+        """Reconstructions of fixed validation images, scale by scale, and the use of the codes."""
+        if not dist.is_master():
+            return
+        count = min(NUM_PICTURES, len(self.val_set))
+        images = torch.stack([self.val_set[i * len(self.val_set) // count][0] for i in range(count)])
+        with self.trainer.averaged():
+            self.model.eval()
+            named = self.model.progressive(images.to(self.device))
+            self.model.train()
+        self.tb.log_image('VAE_pictures/reconstruction',
+                          reconstruction_rows(images, {name: t.cpu() for name, t in named.items()}), step)
+        counts = self.model.code_counts()
+        if counts:
+            self.tb.log_image('VAE_pictures/code_usage', usage_heat_map(counts), step)
+            for name, count_V in counts.items():
+                self.tb.log_tensor_as_distri(f'VAE_codes/hits_{name}', count_V, step)
+
+    def export(self) -> None:
+        """The final weights as a released file, for generators and for the published code."""
+        if dist.is_master():
+            with self.trainer.averaged(), atomic_path(self.folder / 'vae-export.pth') as temporary:
+                content = self.model.exported(self.model.state_dict())
+                if 'config' in content:
+                    content['args'] = dict(model=self.recipe.model)
+                torch.save(content, temporary)
 
     def save(self, epoch: int, step: int, is_best: bool = False) -> None:
         """Checkpoint at `step` of `epoch`; the master alone writes."""
@@ -316,13 +405,15 @@ class Run:
         headline = self.model.headline.items()
         train = {key: stats[name] for name, key in headline}
         val = {f'v{key}': (self.state.validation or {}).get(key) for _, key in headline}
+        val = {name: value for name, value in val.items() if value is not None or not self.is_tokenizer}
         finish = time.strftime('%m-%d %H:%M', time.localtime(time.time() + remaining))
         remain = str(datetime.timedelta(seconds=round(remaining)))
         logger.info('     [ep%d]  (training)  %s  Remain: %s, Finish: %s', epoch,
                     '  '.join(f'{name}: {stats[name]:.4f}' for name, _ in headline), remain, finish)
         if not dist.is_master():
             return
-        self.tb.update('AR_ep_loss', step=epoch + 1, **train, **(val if evaluated else {}))
+        self.tb.update('VAE_ep' if self.is_tokenizer else 'AR_ep_loss', step=epoch + 1,
+                       **train, **(val if evaluated else {}))
         self.tb.update('AR_z_burnout', step=epoch + 1, rest_hours=remaining / 3600)
         self.tb.flush()
         append_json_line(self.folder / 'log.txt', dict(
@@ -352,7 +443,8 @@ def count_parameters(model: torch.nn.Module) -> int:
 def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """Every setting under its published name, every derived value, and the number of parameters."""
     settings = {flag_of(recipe, name): value for name, value in vars(recipe).items()}
-    model = build_model(recipe, recipe.num_classes or 1000, steps_per_epoch=1, device='meta')
+    model = build_model(recipe, recipe.num_classes or 1000, total_steps=recipe.epochs, steps_per_epoch=1,
+                        device='meta')
     return settings | recipe.derived(world_size) | dict(num_parameters=count_parameters(model))
 
 

@@ -1,11 +1,13 @@
-"""Trainer: one optimizer step of any model, evaluation, and everything a checkpoint needs.
+"""Trainers: one optimizer step, evaluation, and everything a checkpoint needs.
 
-It knows a model through the methods of `models.base.Trainable` alone.
+`Trainer` is for any generator, `TokenizerTrainer` for any tokenizer, with a second optimizer for its
+discriminator. They know a model through the methods of `models.base` alone.
 """
 import inspect
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +15,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dist
-from models import ARModel, Trainable, load_weights
+from models import (
+    ARModel,
+    CodeUsage,
+    Reconstruction,
+    Tokenizer,
+    TokenizerLoss,
+    Trainable,
+    build_loss,
+    load_weights,
+)
 from utils.amp_sc import AmpOptimizer
+from utils.arg_util import Recipe
+from utils.ema import WeightEMA
+from utils.hub import dino_state, lpips_state
+from utils.lr_control import filter_params
+from utils.tokenizer_recipes import TokenizerRecipe
+
+logger = logging.getLogger(__name__)
+STRUCTURE = ('v_patch_nums', 'using_znorm', 'codebook_l2_norm')  # of a tokenizer, which weights do not tell
+COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
 
 
 class StepInfo(NamedTuple):
@@ -26,9 +46,9 @@ class StepInfo(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """What DistributedDataParallel wraps: its forward is the training loss."""
+    """What DistributedDataParallel wraps: its forward is the training loss of a generator."""
 
-    def __init__(self, model: Trainable):
+    def __init__(self, model: ARModel):
         super().__init__()
         self.model = model
 
@@ -36,19 +56,49 @@ class LossModule(nn.Module):
         return self.model.training_loss(*args)
 
 
-class Trainer:
-    """Trains `model` with `optimizer`, on one process or under DDP."""
+class ReconstructModule(nn.Module):
+    """The same for a tokenizer: its losses need the reconstruction itself."""
 
-    def __init__(self, model: Trainable, optimizer: AmpOptimizer):
+    def __init__(self, model: Tokenizer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Reconstruction:
+        return self.model.reconstruct(*args)
+
+
+def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
+    """`module` under DDP where there is a process group.
+
+    Args:
+        some_unused: whether a step may leave parameters without a gradient.
+    """
+    if not dist.initialized():
+        return module
+    device = next(module.parameters()).device
+    # buffers are equal anyway; torch >= 2.14 has another name for the flag that exchanges them
+    renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+    no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == 'cuda' else None,
+                                   find_unused_parameters=some_unused, **no_buffers)
+
+
+def accumulating(module: nn.Module, stepping: bool) -> AbstractContextManager:
+    """Inside, ranks exchange gradients on the last micro-step only."""
+    return module.no_sync() if not stepping and isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+class Trainer:
+    """Trains a generator with `optimizer`, on one process or under DDP."""
+
+    def __init__(self, model: ARModel, optimizer: AmpOptimizer):
         self.model, self.optimizer = model, optimizer
-        self.loss_module = LossModule(model)
-        if dist.initialized():
-            device = next(model.parameters()).device
-            # buffers are equal anyway; torch >= 2.14 has another name for the flag that exchanges them
-            renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
-            no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
-            self.loss_module = DistributedDataParallel(
-                self.loss_module, device_ids=[device.index] if device.type == 'cuda' else None, **no_buffers)
+        self.loss_module = distributed(LossModule(model))
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All that the learning rate schedule acts on."""
+        return [self.optimizer.optimizer]
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:
@@ -59,21 +109,21 @@ class Trainer:
             progress: share of the optimizer steps already done, in [0, 1].
         """
         self.model.train()
-        waits = not stepping and isinstance(self.loss_module, DistributedDataParallel)
-        with self.loss_module.no_sync() if waits else nullcontext():
+        with accumulating(self.loss_module, stepping):
             with self.optimizer.amp_ctx:
                 loss, aux = self.loss_module(images_B3HW, label_B, progress)
             grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
         if stepping:
-            self.model.after_step(progress)
+            self._after_step(progress)
         return StepInfo(loss.detach(), grad_norm, scale_log2, aux)
+
+    def _after_step(self, progress: float) -> None:
+        for parameter, rows in self.model.after_step(progress).items():
+            self.optimizer.forget(parameter, rows)
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
         """`model.metrics` averaged over all ranks; every rank must call it."""
-        local = self.model.metrics(aux)
-        values = torch.stack([value.float() for value in local.values()])
-        dist.allreduce(values)
-        return dict(zip(local, (values / dist.get_world_size()).tolist(), strict=True))
+        return mean_over_ranks(self.model.metrics(aux))
 
     @torch.no_grad()
     def eval_epoch(self, loader: Iterable) -> dict[str, float]:
@@ -96,15 +146,17 @@ class Trainer:
         count = total.pop('count')
         return {name: value / count for name, value in total.items()} | dict(count=count)
 
+    def averaged(self) -> AbstractContextManager:
+        """Inside, the model has the weights that evaluation uses."""
+        return nullcontext()
+
     # ------------------------------------------------------------------------------ state
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
-        """Published keys (`var_wo_ddp`, `vae_local`, `var_opt`), or their counterparts for a tokenizer."""
-        state = dict(config=self.model.config_state(progress), training_state=self.model.training_state())
-        if isinstance(self.model, ARModel):
-            return state | dict(var_wo_ddp=self.model.state_dict(),
-                                vae_local=self.model.tokenizer.state_dict(),
-                                var_opt=self.optimizer.state_dict())
-        return state | dict(vae_wo_ddp=self.model.state_dict(), vae_opt=self.optimizer.state_dict())
+        """Published keys (`var_wo_ddp`, `vae_local`, `var_opt`) and what an exact restart needs beside."""
+        model = self.model
+        return dict(config=model.config_state(progress), training_state=model.training_state(),
+                    var_wo_ddp=model.state_dict(), vae_local=model.tokenizer.state_dict(),
+                    vae_config=model.tokenizer.config_state(progress), var_opt=self.optimizer.state_dict())
 
     def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
         """Restore everything; the argument is left as it is.
@@ -112,19 +164,217 @@ class Trainer:
         Raises:
             ValueError: other model, other architecture or other tokenizer, named in one line.
         """
-        is_generator = isinstance(self.model, ARModel)
-        weights, optimizer = ('var_wo_ddp', 'var_opt') if is_generator else ('vae_wo_ddp', 'vae_opt')
-        if weights not in state:
-            raise ValueError(f'{source} holds no {type(self.model).__name__} to resume: '
-                             'use another output folder')
-        load_weights(self.model, state[weights], source)
-        if is_generator:
-            saved = state.get('vae_local', {})
-            for name, parameter in self.model.tokenizer.named_parameters():
-                if name in saved and not torch.equal(parameter.cpu(), saved[name].cpu()):
-                    raise ValueError(f'{source} was trained on the codes of another tokenizer '
-                                     f'({name} differs): '
-                                     'pass the same --vae_ckpt, or start in another output folder')
-        self.optimizer.load_state_dict(state[optimizer])
+        load_own_weights(self.model, state, 'var_wo_ddp', source)
+        saved = state.get('vae_local', {})
+        for name, parameter in self.model.tokenizer.named_parameters():
+            if name in saved and not torch.equal(parameter.cpu(), saved[name].cpu()):
+                raise ValueError(f'{source} was trained on the codes of another tokenizer ({name} differs): '
+                                 'pass the same --vae_ckpt, or start in another output folder')
+        self.optimizer.load_state_dict(state['var_opt'])
         if 'training_state' in state:  # absent in published checkpoints
             self.model.load_training_state(state['training_state'])
+
+
+class TokenizerTrainer(Trainer):
+    """Trains a tokenizer, and its discriminator once that has begun.
+
+    Args:
+        criterion: the losses, with the discriminator if there is one.
+        disc_optimizer: of the discriminator.
+        ema_decay: of the averaged weights, which evaluation and generators use; 0 is off.
+    """
+
+    def __init__(self, model: Tokenizer, optimizer: AmpOptimizer, criterion: TokenizerLoss,
+                 disc_optimizer: AmpOptimizer | None = None, ema_decay: float = 0.):
+        self.model, self.optimizer = model, optimizer
+        self.criterion, self.disc_optimizer = criterion, disc_optimizer
+        self.module = distributed(ReconstructModule(model), model.has_idle_parameters)
+        self.disc_module = distributed(criterion.discriminator) if disc_optimizer else None
+        self.ema = WeightEMA(model, ema_decay, model.not_averaged) if ema_decay else None
+        self.gan_announced = False
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [amp.optimizer for amp in (self.optimizer, self.disc_optimizer) if amp]
+
+    def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
+                   stepping: bool = True) -> StepInfo:
+        """As `Trainer.train_step`; labels are not used. First the tokenizer moves, then the discriminator."""
+        self.model.train()
+        amp = self.optimizer.amp_ctx
+        with accumulating(self.module, stepping):
+            with amp:
+                rec = self.module(images_B3HW, progress)
+            loss, aux = self.criterion.generator(rec, progress, self.model.decoder.last_layer, amp)
+            grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
+        aux |= rec.parts
+        if self.criterion.is_active(progress):
+            if not self.gan_announced and dist.is_master():
+                logger.info('the discriminator has started: a rise of the reconstruction loss is normal now, '
+                            'and it recovers')
+            self.gan_announced = True
+            with accumulating(self.disc_module, stepping):
+                disc_loss, disc_aux = self.criterion.discriminate(rec, progress, amp, self.disc_module)
+                disc_norm, _ = self.disc_optimizer.backward_clip_step(stepping, disc_loss)
+            aux |= disc_aux | (dict(disc_grad_norm=disc_norm) if stepping else {})
+        if stepping:
+            self._after_step(progress)
+            if self.ema:
+                self.ema.update()
+        aux['views'] = [(target, image.detach()) for target, image in rec.views[-1:]]
+        return StepInfo(loss.detach(), grad_norm, scale_log2, aux)
+
+    def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
+        """Losses of the step averaged over all ranks, its PSNR in dB, and how the codes are used."""
+        scalars = {name: value for name, value in aux.items() if name != 'views'}
+        return (mean_over_ranks(scalars | dict(psnr=psnr(*aux['views'][0]).mean()))
+                | self.model.code_metrics())
+
+    @torch.no_grad()
+    def eval_epoch(self, loader: Iterable) -> dict[str, float]:
+        """Losses per image, PSNR and the use of the codes over a validation set, with the averaged weights.
+
+        `rec_score`, L1 plus the perceptual loss, is what the best checkpoint is chosen by.
+        """
+        device, sums, usage = next(self.model.parameters()).device, defaultdict(float), None
+        if self.model.vocab_size:
+            usage = CodeUsage(self.model.vocab_size)
+        with self.averaged():
+            self.model.eval()
+            for images_B3HW, _ in loader:
+                with self.optimizer.amp_ctx:
+                    rec = self.model.reconstruct(images_B3HW.to(device))
+                target, image = rec.views[-1]
+                values = self.criterion.per_image(target, image) | dict(psnr=psnr(target, image))
+                for name, value_B in values.items():
+                    sums[name] += value_B.double().sum().item()
+                sums['latent_loss'] += rec.latent_loss.item() * len(images_B3HW)
+                sums['count'] += len(images_B3HW)
+                if usage:
+                    usage.add(rec.codes)
+            self.model.train()
+        parts = dist.allgather_object(dict(sums))  # a rank without images adds nothing
+        total = {name: sum(part.get(name, 0.) for part in parts) for part in parts for name in part}
+        count = total.pop('count')
+        means = {name: value / count for name, value in total.items()}
+        if usage:
+            usage.reduce()
+            means |= usage.metrics()
+        return means | dict(rec_loss=self.criterion.rec_loss(means), rec_score=means['l1'] + means['lp'],
+                            count=count)
+
+    def averaged(self) -> AbstractContextManager:
+        return self.ema.applied() if self.ema else nullcontext()
+
+    # ------------------------------------------------------------------------------ state
+    def state_dict(self, progress: float = 1.) -> dict[str, Any]:
+        model = self.model
+        state = dict(config=model.config_state(progress), training_state=model.training_state(),
+                     vae_wo_ddp=model.state_dict(), vae_opt=self.optimizer.state_dict(),
+                     criterion=self.criterion.state_dict())
+        if self.disc_optimizer:
+            state |= dict(disc_opt=self.disc_optimizer.state_dict())
+        if self.ema:
+            state |= dict(vae_ema=self.ema.state_dict(), ema_updates=self.ema.num_updates)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
+        load_own_weights(self.model, state, 'vae_wo_ddp', source)
+        ours, theirs = self.model.config_state(1.), state['config']
+        differing = [name for name in STRUCTURE if theirs.get(name) != ours.get(name)]
+        if differing:
+            listing = ', '.join(f'{name}={theirs.get(name)} (here {ours.get(name)})' for name in differing)
+            raise ValueError(f'{source} was trained with {listing}: change the flags to match it, '
+                             'or start in another output folder')
+        own = self.state_dict()
+        if own.keys() != state.keys() or own['criterion'].keys() != state['criterion'].keys():
+            used = [name for name, used in (
+                ('--disc', 'disc_opt' in state), ('--ema', 'vae_ema' in state),
+                ('--lecam', 'lecam.m_r' in state['criterion'])) if used]
+            raise ValueError(f'{source} was trained with {", ".join(used) or "none"} of --disc, --ema and '
+                             '--lecam: keep these, or start in another output folder with --init_from')
+        self.optimizer.load_state_dict(state['vae_opt'])
+        self.model.load_training_state(state['training_state'])
+        self.criterion.load_state_dict(state['criterion'])
+        if self.disc_optimizer:
+            self.disc_optimizer.load_state_dict(state['disc_opt'])
+        if self.ema:
+            self.ema.load_state_dict(state['vae_ema'], state['ema_updates'])
+
+
+def load_own_weights(model: Trainable, state: dict[str, Any], key: str, source: str) -> None:
+    """Weights of `model` from the state of its trainer.
+
+    Raises:
+        ValueError: there are none, or they are of another architecture.
+    """
+    if key not in state:
+        raise ValueError(f'{source} holds no {type(model).__name__} to resume: use another output folder')
+    load_weights(model, state[key], source)
+
+
+def mean_over_ranks(local: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars averaged over all ranks, which must all call it with the same names."""
+    values = torch.tensor([float(value) for value in local.values()], device=dist.get_device())
+    dist.allreduce(values)
+    return dict(zip(local, (values / dist.get_world_size()).tolist(), strict=True))
+
+
+def psnr(target_B3HW: torch.Tensor, image_B3HW: torch.Tensor) -> torch.Tensor:
+    """(B,) in dB of images in [-1, 1], the second one clamped; at most 100 dB."""
+    error_B = (image_B3HW.clamp(-1, 1) - target_B3HW).div(2).square().flatten(1).mean(1)
+    return -10 * error_B.clamp_min(1e-10).log10()
+
+
+# ---------------------------------------------------------------------------------------------- from a recipe
+def build_optimizer(recipe: Recipe, model: nn.Module, no_decay: set[str]) -> AmpOptimizer:
+    """AdamW with precision, clipping and accumulation of the recipe.
+
+    Args:
+        no_decay: parameters whose name holds any of these strings get no weight decay.
+    """
+    names, params, groups = filter_params(model, no_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.beta1, recipe.beta2),
+                                  weight_decay=0., fused=recipe.fused)
+    return AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip, recipe.accumulate)
+
+
+def build_criterion(recipe: TokenizerRecipe, total_steps: int, device: torch.device) -> TokenizerLoss:
+    """The losses of a tokenizer, with their files read.
+
+    Raises:
+        ValueError: a file is missing, or is another one than it should be.
+    """
+    files = recipe.lpips_vgg, recipe.lpips_lin, recipe.lpips_path, recipe.allow_download
+    if recipe.lpips == 'vgg' and recipe.allow_download and dist.is_local_master():
+        lpips_state(*files)  # one process per node downloads, the others then find the files
+    dist.barrier()
+    lpips = lpips_state(*files) if recipe.lpips == 'vgg' else None
+    dino = dino_state(recipe.dino_path) if recipe.disc == 'dino' else None
+    gan = recipe.gan_kwargs(total_steps)
+    if recipe.disc != 'none' and gan['start'] >= 1 and dist.is_master():
+        logger.warning('the discriminator never starts: --disc_start=%g, and the run has %d steps',
+                       recipe.disc_start, total_steps)
+    with torch.device(device):
+        return build_loss(
+            l1_weight=recipe.l1_weight, l2_weight=recipe.l2_weight, perceptual=recipe.lpips,
+            perceptual_weight=recipe.lpips_weight, perceptual_min=recipe.lpips_min, lpips_files=lpips,
+            discriminator=recipe.disc, dino_files=dino, image_size=recipe.image_size, width=recipe.disc_width,
+            gan=gan)
+
+
+def build_trainer(recipe: Recipe, model: Trainable, total_steps: int) -> Trainer:
+    """The model with its optimizer, compiled where asked; a tokenizer with its losses and discriminator."""
+    if recipe.compile_model:
+        for part in model.compiled_parts():
+            part.compile(mode=COMPILE_MODES[recipe.compile_model])
+    if recipe.compile_tokenizer and isinstance(model, ARModel):
+        model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
+    optimizer = build_optimizer(recipe, model, model.no_weight_decay())
+    if isinstance(model, ARModel):
+        return Trainer(model, optimizer)
+    criterion = build_criterion(recipe, total_steps, next(model.parameters()).device)
+    disc_optimizer = None
+    if criterion.discriminator is not None:
+        disc_optimizer = build_optimizer(recipe, criterion.discriminator, set())
+    return TokenizerTrainer(model, optimizer, criterion, disc_optimizer, recipe.ema)

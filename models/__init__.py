@@ -4,13 +4,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models.base import ARModel, Tokenizer, Trainable, load_weights
+from models.base import ARModel, Reconstruction, Tokenizer, Trainable, load_weights, read_kwargs
+from models.tokenizers.discriminators import DINODiscriminator, PatchGAN, StyleGAN
+from models.tokenizers.kl_vae import AutoencoderKL
+from models.tokenizers.losses import LPIPS, GANSettings, PyramidLoss, TokenizerLoss
 from models.tokenizers.quantize import VectorQuantizer2
+from models.tokenizers.usage import CodeUsage
+from models.tokenizers.vq_model import VQ_8, VQ_16, FlexVAE, VQ_models, VQModel
 from models.tokenizers.vqvae import VQVAE
 from models.var import VAR, VARHF
 
-__all__ = ['FAMILIES', 'VAR', 'VARHF', 'VQVAE', 'ARModel', 'Family', 'Tokenizer', 'Trainable',
-           'VectorQuantizer2', 'build_generator', 'build_tokenizer', 'build_vae_var', 'load_weights']
+__all__ = ['FAMILIES', 'LPIPS', 'VAR', 'VARHF', 'VQVAE', 'VQ_8', 'VQ_16', 'ARModel', 'AutoencoderKL',
+           'CodeUsage', 'Family', 'FlexVAE', 'Reconstruction', 'Tokenizer', 'TokenizerLoss', 'Trainable',
+           'VQModel', 'VQ_models', 'VectorQuantizer2', 'build_generator', 'build_loss', 'build_tokenizer',
+           'build_vae_var', 'load_weights']
 
 State = dict[str, torch.Tensor]
 
@@ -24,6 +31,10 @@ class Family(NamedTuple):
 FAMILIES = {
     'var': Family(VAR, VQVAE),
     'vqvae': Family(VQVAE, None),
+    'vq16': Family(VQModel, None),
+    'vq8': Family(VQModel, None),
+    'flexvae': Family(FlexVAE, None),
+    'kl16': Family(AutoencoderKL, None),
 }
 
 
@@ -35,37 +46,30 @@ def build_tokenizer(cls: type[Tokenizer], state: State, source: str, device: tor
         source: where the weights come from, for error messages.
         kwargs: what weights do not tell, such as `v_patch_nums`.
     """
-    try:
-        shape_kwargs = cls.kwargs_from_state_dict(state)
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(f'{source} holds no {cls.__name__} weights: '
-                         'pass the checkpoint of a tokenizer') from None
+    shape_kwargs = read_kwargs(cls, state, source)
     with torch.device(device):
-        tokenizer = cls(**shape_kwargs, **kwargs)
+        tokenizer = cls(**shape_kwargs | kwargs)
     load_weights(tokenizer, state, source)
     return tokenizer.eval().requires_grad_(False)
 
 
 def build_generator(name: str, state: State, tokenizer_state: State, source: str,
-                    device: torch.device | str) -> ARModel:
+                    device: torch.device | str, tokenizer_config: dict[str, Any] | None = None) -> ARModel:
     """A trained generator with its tokenizer, in eval mode; the weights' shapes decide the architecture.
 
     Args:
         name: a key of `FAMILIES`.
         state, tokenizer_state: flat weights of both.
+        tokenizer_config: what the tokenizer's weights do not tell.
         source: where the weights come from, for error messages.
     Raises:
         ValueError: the weights are not of this family, or generator and tokenizer do not belong together.
     """
     cls, tokenizer_class = FAMILIES[name]
-    try:
-        kwargs = cls.kwargs_from_state_dict(state)
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(f'{source} holds no {cls.__name__} weights: '
-                         'pass the checkpoint of a generator') from None
+    kwargs = read_kwargs(cls, state, source)
     codes = {attribute: kwargs.pop(attribute) for attribute in ('vocab_size', 'channels')}
     tokenizer = build_tokenizer(tokenizer_class, tokenizer_state, f'the tokenizer of {source}', device,
-                                **cls.tokenizer_kwargs(kwargs))
+                                **(tokenizer_config or {}) | cls.tokenizer_kwargs(kwargs))
     for attribute, value in codes.items():
         if getattr(tokenizer, attribute) != value:
             raise ValueError(f'{source} needs a tokenizer with {attribute}={value}, '
@@ -74,6 +78,29 @@ def build_generator(name: str, state: State, tokenizer_state: State, source: str
         model = cls(tokenizer, **kwargs)
     load_weights(model, state, source)
     return model.eval()
+
+
+def build_loss(*, perceptual: str, lpips_files: tuple[State, str] | None, discriminator: str,
+               dino_files: tuple[State, str] | None, image_size: int, width: int, gan: dict[str, Any],
+               **weights: float) -> TokenizerLoss:
+    """The training losses of a tokenizer.
+
+    Args:
+        perceptual: 'vgg', 'pyramid' or 'none'. discriminator: 'patchgan', 'stylegan', 'dino' or 'none'.
+        lpips_files, dino_files: raw weights and where they come from; needed by 'vgg' and 'dino'.
+        image_size: pixels per side, which 'stylegan' is built for. width: of 'patchgan'.
+        gan: fields of `GANSettings`.
+        weights: of the terms, see `TokenizerLoss`.
+    """
+    judge = dict(vgg=LPIPS, pyramid=PyramidLoss).get(perceptual, lambda: None)()
+    if lpips_files:
+        judge.load_published(*lpips_files)
+    critic = dict(patchgan=lambda: PatchGAN(width), stylegan=lambda: StyleGAN(image_size),
+                  dino=DINODiscriminator).get(discriminator, lambda: None)()
+    if dino_files:
+        critic.load_trunk(*dino_files)
+    return TokenizerLoss(perceptual=judge, discriminator=critic, gan=GANSettings(**gan) if critic else None,
+                         **weights)
 
 
 def build_vae_var(device: torch.device | str, patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),

@@ -140,7 +140,15 @@ def fails(argv, capsys, parse=parse_recipe):
     (['--model=vqvae', '--ch=40'], ['--ch', '32', '40']),
     (['--model=vqvae', '--ch_mult=1_2'], ['stride 2', '--patch_size=2']),
     (['--model=vqvae', '--fp16=1'], ['float16', '--fp16=2']),
-    (['--model=vqvae', '--codebook=magic'], ['magic'])])
+    (['--model=vqvae', '--codebook=magic'], ['magic', 'ema', 'grad']),
+    (['--model=vqvae', '--lpips=alex'], ['--lpips', 'alex', 'vgg', 'none']),
+    (['--model=vq16', '--fp16=1'], ['float16', '--fp16=2']),
+    (['--model=vq16', '--image_size=100'], ['stride 16', '--image_size=96']),
+    (['--model=kl16', '--image_size=8'], ['stride 16', '--image_size=16']),
+    (['--model=vqvae', '--diffaug=0'], ['--consistency', '--diffaug=1']),
+    (['--model=vqvae', '--train_only=decoder'], ['--init_from']),
+    (['--model=flexvae', '--disc=dino'], ['--disc', 'patchgan']),
+    (['--model=vqvae', '--scale_drop=2'], ['--scale_drop', '[0, 1]'])])
 def test_bad_flags_are_one_clear_line(argv, words, capsys):
     error = fails(argv, capsys)
     assert all(word in error for word in words), error

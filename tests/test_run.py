@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+import trainer
 from tests.runs import (
     BATCH,
     CLASSES,
@@ -45,7 +46,7 @@ def train_here(monkeypatch, data):
     def run(folder, *flags, base=None):
         base = VAR_FLAGS if base is None else base
         argv = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', f'--output_dir={folder}', *base, *flags]
-        argv = [arg for arg in argv if not (base is VQVAE_FLAGS and arg.startswith('--vae_ckpt'))]
+        argv = [arg for arg in argv if '--model=vqvae' not in base or not arg.startswith('--vae_ckpt')]
         monkeypatch.setattr(sys, 'argv', ['train.py', *argv])
         with one_line_errors('train.py'):
             train.main()
@@ -66,7 +67,7 @@ def largest_difference(a, b):
 
 
 # ---------------------------------------------------------------------------------------------- exactness
-EPOCHS = 24
+EPOCHS = 12
 
 
 def run_flags(data, folder, *more):
@@ -88,7 +89,7 @@ def straight(data, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(('nproc', 'workers'), [(1, 0), (1, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize(('nproc', 'workers'), [(1, 2), (2, 0)])
 def test_killed_and_restarted_equals_straight(data, straight, tmp_path, nproc, workers):
     flags, last = run_flags(data, tmp_path, f'--workers={workers}'), tmp_path / 'ar-ckpt-last.pth'
     process = start('train.py', flags, nproc)
@@ -125,14 +126,37 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize('stop_at', [3, 7, 10])
-def test_tokenizer_resume_is_exact_across_restarts_of_codes(train_here, tmp_path, monkeypatch, stop_at):
+# images of 32x32, the smallest that the discriminator takes
+VQVAE_32 = [{'--pn=1_2_4': '--pn=1_2_8'}.get(flag, flag) for flag in VQVAE_FLAGS]
+
+GAN_FLAGS = ['--disc=patchgan', '--disc_width=8', '--disc_ramp=4', '--disc_blur=4', '--lecam=0.1',
+             '--lpips=pyramid']
+
+
+def assert_equal(actual, expected, path=''):
+    """Equal trees of tensors and plain values, bit for bit."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in expected:
+            assert_equal(actual[key], expected[key], f'{path}.{key}')
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), path
+        for i, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_equal(*pair, f'{path}.{i}')
+    else:
+        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected)) \
+            if isinstance(expected, torch.Tensor) else actual == expected, path
+
+
+@pytest.mark.parametrize('stop_at', [1, 3, 7, 10])
+def test_tokenizer_resume_is_exact(train_here, tmp_path, monkeypatch, stop_at):
+    """Across deferral, k-means (after step 3), restarts (4, 6, 8, 10) and the start of the GAN (5)."""
     monkeypatch.setattr('models.tokenizers.codebook.CHECK_EVERY', 2)
-    monkeypatch.setattr('models.tokenizers.codebook.MIN_PATIENCE', 2)
-    monkeypatch.setattr('models.tokenizers.codebook.PATIENCE_TOKENS', 1)
-    flags = ('--ep=3', '--save_every=1', '--dropout=0.1')
-    expected = read(train_here(tmp_path / 'a', *flags, base=VQVAE_FLAGS), 'vae-ckpt-last.pth')
-    assert expected['trainer']['training_state']['codebook']['num_restarts'] > 0
+    monkeypatch.setattr('models.tokenizers.codebook.MIN_PATIENCE', 1)
+    monkeypatch.setattr('models.tokenizers.codebook.PATIENCE_TOKENS', 0)
+    flags = ('--ep=3', '--save_every=1', '--dropout=0.1', '--defer=3', '--disc_start=5', *GAN_FLAGS)
+    expected = read(train_here(tmp_path / 'a', *flags, base=VQVAE_32), 'vae-ckpt-last.pth')
+    assert expected['trainer']['training_state']['upkeeps'][0]['num_restarts'] > 0
     step = train.Run.train_step
 
     def interrupted(self, images, labels, number):
@@ -141,18 +165,36 @@ def test_tokenizer_resume_is_exact_across_restarts_of_codes(train_here, tmp_path
         return step(self, images, labels, number)
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
         patch.setattr(train.Run, 'train_step', interrupted)
-        train_here(tmp_path / 'b', *flags, base=VQVAE_FLAGS)
-    final = read(train_here(tmp_path / 'b', *flags, base=VQVAE_FLAGS), 'vae-ckpt-last.pth')
-    assert same_weights(final, expected, 'vae_wo_ddp')
-    theirs = expected['trainer']['training_state']['codebook']
-    for name, value in final['trainer']['training_state']['codebook'].items():
-        assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
+        train_here(tmp_path / 'b', *flags, base=VQVAE_32)
+    final = read(train_here(tmp_path / 'b', *flags, base=VQVAE_32), 'vae-ckpt-last.pth')
+    assert final['trainer'].keys() == {'config', 'training_state', 'vae_wo_ddp', 'vae_opt', 'vae_ema',
+                                       'ema_updates', 'criterion', 'disc_opt'}
+    assert_equal(final['trainer'], expected['trainer'])
+
+
+def test_killed_tokenizer_training_equals_straight(data, tmp_path):
+    """SIGKILL at any moment of a run with deferral, k-means, restarts, GAN and averaged weights."""
+    nproc = 2
+    def flags(folder):
+        return [f'--data_path={data[0]}', f'--output_dir={folder}', *VQVAE_32, *GAN_FLAGS, '--ep=10',
+                '--defer=20', '--disc_start=30', '--save_every=3']
+    launch('train.py', flags(tmp_path / 'a'), nproc)
+    expected = read(tmp_path / 'a', 'vae-ckpt-last.pth')
+    process = start('train.py', flags(tmp_path / 'b'), nproc)
+    while not (tmp_path / 'b' / 'vae-ckpt-last.pth').exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(random.Random(nproc).uniform(0.5, 4))
+    kill_tree(process.pid)
+    assert process.wait() == -signal.SIGKILL, 'the run ended before it was killed'
+    assert read(tmp_path / 'b', 'vae-ckpt-last.pth')['epoch'] < 10
+    launch('train.py', flags(tmp_path / 'b'), nproc)
+    assert_equal(read(tmp_path / 'b', 'vae-ckpt-last.pth')['trainer'], expected['trainer'])
 
 
 def test_tokenizer_codebook_is_equal_on_two_processes(data, tmp_path, train_here):
     launch('train.py', [f'--data_path={data[0]}', f'--output_dir={tmp_path / "2"}', *VQVAE_FLAGS, '--ep=1',
-                        '--dropout=0'], 2)
-    one = read(train_here(tmp_path / '1', '--ep=1', '--dropout=0', base=VQVAE_FLAGS),
+                        '--defer=2'], 2)
+    one = read(train_here(tmp_path / '1', '--ep=1', '--defer=2', base=VQVAE_FLAGS),
                'vae-ckpt-last.pth')['trainer']
     two = read(tmp_path / '2', 'vae-ckpt-last.pth')['trainer']
     for name in ('quantize.embedding.weight', 'quantize.ema_vocab_hit_SV', 'encoder.conv_in.weight'):
@@ -213,13 +255,13 @@ def test_changed_settings_are_named_on_resume(train_here, tmp_path):
     train_here(tmp_path, '--ep=1', '--tblr=2e-2', '--save_every=7')
     text = (tmp_path / 'stdout.txt').read_text()
     assert 'another training: tblr 0.01 -> 0.02, ep 2 -> 1\n' in text
-    assert 'nothing left to train: the checkpoint holds 2 epochs, --ep=1' in text
+    assert 'nothing left to train: the checkpoint holds 10 steps of 5' in text
 
 
 def test_best_score_survives_a_restart(train_here, tmp_path, monkeypatch):
     scores = iter([3., 5., 4., 2.])
-    evaluate = train.Trainer.eval_epoch
-    monkeypatch.setattr(train.Trainer, 'eval_epoch', lambda *a: evaluate(*a) | dict(L_tail=next(scores)))
+    evaluate = trainer.Trainer.eval_epoch
+    monkeypatch.setattr(trainer.Trainer, 'eval_epoch', lambda *a: evaluate(*a) | dict(L_tail=next(scores)))
     train_here(tmp_path, '--ep=2', '--eval_every=1')
     assert read(tmp_path, 'ar-ckpt-best.pth')['epoch'] == 1
     train_here(tmp_path, '--ep=3', '--eval_every=1')
@@ -303,6 +345,44 @@ def test_checkpoint_of_another_run(train_here, tmp_path, capsys, flags, words):
     text = message(lambda: train_here(tmp_path, '--ep=2', *flags), capsys)
     assert all(word in text for word in words), text
     assert (tmp_path / 'ar-ckpt-last.pth').read_bytes() == before
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--lpips=vgg'], ['vgg16-397923af.pth', '528 MB', 'vgg.pth', 'd507d7349b931f0638a25a48a722f98a',
+                       '--lpips=none']),
+    (['--lpips=vgg', '--lpips_path={heads}'], ['heads.pth', 'only the linear heads', '--lpips_vgg']),
+    (['--lpips=vgg', '--lpips_vgg={wrong}', '--lpips_lin={heads}'],
+     ['vgg16-397923af.pth', '397923af8e79cdbb']),
+    (['--disc=dino'], ['DINO', '--dino_path']),
+    (['--fp16=1'], ['float16', '--fp16=2']),
+    (['--init_from=/nowhere.pth'], ['/nowhere.pth']),
+    (['--disc=patchgan', '--disc_start=0'], ['at least 32 pixels', '16'])])
+def test_bad_tokenizer_settings(train_here, tmp_path, capsys, monkeypatch, flags, words):
+    heads, wrong = tmp_path / 'heads.pth', tmp_path / 'vgg16-397923af.pth'
+    torch.save({f'lin{i}.model.1.weight': torch.rand(1, channels, 1, 1)
+                for i, channels in enumerate((64, 128, 256, 512, 512))}, heads)
+    torch.save({'features.0.weight': torch.zeros(64, 3, 3, 3)}, wrong)
+    flags = [flag.format(heads=heads, wrong=wrong) for flag in flags]
+    monkeypatch.chdir(tmp_path)
+    text = message(lambda: train_here(tmp_path / 'run', '--ep=1', *flags, base=VQVAE_FLAGS), capsys)
+    assert all(word in text for word in words), text
+
+
+def test_tokenizer_settings_that_a_checkpoint_cannot_follow(train_here, tmp_path, capsys):
+    train_here(tmp_path, '--ep=1', base=VQVAE_FLAGS)
+    text = message(lambda: train_here(tmp_path, '--ep=2', '--ema=0', base=VQVAE_FLAGS), capsys)
+    assert '--ema' in text and '--init_from' in text
+
+
+def test_decoder_training_from_a_finished_tokenizer(train_here, tmp_path):
+    train_here(tmp_path / 'a', '--ep=1', base=VQVAE_FLAGS)
+    ckpt = tmp_path / 'a' / 'vae-ckpt-last.pth'
+    train_here(tmp_path / 'b', '--ep=1', f'--init_from={ckpt}', '--train_only=decoder', base=VQVAE_FLAGS)
+    first, second = read(tmp_path / 'a', 'vae-export.pth'), read(tmp_path / 'b', 'vae-export.pth')
+    for name, value in first.items():
+        kept = not name.startswith(('decoder', 'post_quant_conv', 'quantize.ema_vocab_hit'))
+        assert not kept or torch.equal(value, second[name]), name
+    assert not torch.equal(first['decoder.conv_out.weight'], second['decoder.conv_out.weight'])
 
 
 def test_checkpoint_of_another_vocabulary(train_here, tmp_path, capsys):

@@ -192,7 +192,7 @@ def test_foreign_checkpoints_are_named_in_one_line():
     with pytest.raises(ValueError, match='another tokenizer'):
         trainer.load_state_dict(state | dict(vae_local=other))
     with pytest.raises(ValueError, match='holds no VAR'):
-        trainer.load_state_dict(make_trainer(build_vqvae(test_mode=False)).state_dict())
+        trainer.load_state_dict(dict(vae_wo_ddp=build_vqvae().state_dict()))
     torn = {name: value for name, value in state['var_wo_ddp'].items() if name != 'head.weight'}
     with pytest.raises(ValueError, match=r'head\.weight'):
         trainer.load_state_dict(state | dict(var_wo_ddp=torn))

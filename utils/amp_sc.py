@@ -53,6 +53,12 @@ class AmpOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm, scale
 
+    def forget(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
+        """Zero the moments of some rows, after their values were replaced."""
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if value.shape == parameter.shape:
+                value[rows.to(value.device)] = 0
+
     def state_dict(self) -> dict:
         state = dict(optimizer=self.optimizer.state_dict())
         return state | dict(scaler=self.scaler.state_dict()) if self.scaler else state

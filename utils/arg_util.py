@@ -7,246 +7,16 @@ Only the standard library is needed here.
 import argparse
 import dataclasses
 import difflib
-import os
 import re
 import typing
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-PATCH_NUMS = {
-    '256': '1_2_3_4_5_6_8_10_13_16',
-    '512': '1_2_3_4_6_9_13_18_24_32',
-    '1024': '1_2_3_4_5_7_9_12_16_21_27_36_48_64',
-}
-REPO = Path(__file__).resolve().parent.parent
+from utils.recipe import PATCH_NUMS, REPO, PyramidRecipe, Recipe, check_limits, flag_of, ints, opt
+from utils.tokenizer_recipes import TOKENIZER_PRESETS, TOKENIZER_RECIPES
 
-INF = float('inf')
-LIMITS = {  # smallest and largest sensible value of a field, of any recipe that has it
-    'batch_size': (1, INF), 'accumulate': (1, INF), 'epochs': (1, INF), 'eval_every': (1, INF),
-    'num_classes': (0, INF), 'workers': (-1, INF), 'mid_reso': (1, INF), 'seed': (0, 2 ** 63 - 1),
-    'precision': (0, 2), 'compile_model': (0, 3), 'compile_tokenizer': (0, 3), 'base_lr': (0, INF),
-    'warmup': (0, INF), 'warmup_start': (0, 1), 'lr_end': (0, 1), 'weight_decay': (0, INF),
-    'weight_decay_end': (0, INF), 'beta1': (0, 1), 'beta2': (0, 1), 'patch_size': (1, INF), 'depth': (1, INF),
-    'drop_path': (-1, 0.999), 'label_smooth': (0, 0.999), 'progressive_until': (0, 1), 'vocab_size': (2, INF),
-    'z_channels': (1, INF), 'num_res_blocks': (1, INF), 'dropout': (0, 0.999), 'beta': (0, INF),
-    'num_images': (1, INF), 'cfg': (-1000, 1000), 'top_k': (0, INF), 'top_p': (0, 1),
-}
-
-
-def opt(default: Any, text: str, flag: str = '') -> Any:
-    """A field with its help text and, where it differs from the field's name, the published flag."""
-    return field(default=default, metadata=dict(help=text, flag=flag))
-
-
-def ints(text: str) -> tuple[int, ...]:
-    """'1_2_3' or '1-2-3' -> (1, 2, 3).
-
-    Raises:
-        ValueError: not a list of positive integers.
-    """
-    parts = text.replace('-', '_').split('_')
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f'expected positive integers joined by "_", such as 1_2_3, got {text!r}')
-    return tuple(map(int, parts))
-
-
-def check_limits(recipe: 'Recipe | SampleRecipe') -> None:
-    """Check every number of a recipe against `LIMITS`.
-
-    Raises:
-        ValueError: one lies outside.
-    """
-    for name, (low, high) in LIMITS.items():
-        value = getattr(recipe, name, None)
-        if value is not None and not low <= value <= high:
-            bounds = f'at least {low:g}' if high == INF else f'in [{low:g}, {high:g}]'
-            raise ValueError(f'--{flag_of(recipe, name)} must be {bounds}, got {value:g}')
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of any training, generator or tokenizer. Derived values are properties and never stored."""
-
-    model: str = opt('var', 'what is trained: var, vqvae')
-    # data
-    data_path: str = opt('/path/to/imagenet', 'root with train/ and val/ class folders, or "digits"')
-    num_classes: int = opt(0, 'classes; 0 takes the number of folders, any other number must agree with it')
-    mid_reso: float = opt(1.125, 'images are resized to this multiple of the crop before cropping')
-    hflip: bool = opt(False, 'random horizontal flip')
-    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, 0 loads in the main process')
-    # run
-    exp_name: str = opt('text', 'name written to the log header')
-    output_dir: str = opt(str(REPO / 'local_output'), 'logs and checkpoints', 'local_out_dir_path')
-    seed: int | None = opt(None, 'None draws one, kept in the checkpoint; given, cudnn is deterministic too')
-    same_seed_for_all_ranks: int = opt(0, 'offset of the data order seed')
-    save_every: str = opt('', 'checkpoint also every N optimizer steps ("500") or minutes ("20m")')
-    eval_every: int = opt(10, 'epochs between evaluations; the last epoch always has one')
-    dry_run: bool = opt(False, 'print every derived value as JSON and exit')
-    allow_round: bool = opt(False, 'accept a batch size that the ranks cannot share evenly, and round it')
-    # optimisation
-    base_lr: float = opt(1e-4, 'learning rate per 256 images', 'tblr')
-    tlr: float | None = opt(None, 'accepted, always replaced by base_lr * batch / 256')
-    weight_decay: float = opt(0.05, 'weight decay at the start', 'twd')
-    weight_decay_end: float = opt(0., 'weight decay at the end; 0 keeps the start', 'twde')
-    clip: float = opt(2., 'clip of the gradient norm; <= 0 is off', 'tclip')
-    batch_size: int = opt(768, 'images per optimizer step, all ranks and accumulation steps together', 'bs')
-    accumulate: int = opt(1, 'micro-steps per optimizer step', 'ac')
-    epochs: int = opt(250, 'epochs', 'ep')
-    warmup: float = opt(0., 'epochs of learning rate warm-up; 0 means epochs / 50', 'wp')
-    warmup_start: float = opt(0.005, 'learning rate ratio at the first step', 'wp0')
-    lr_end: float = opt(0.01, 'learning rate ratio at the last step', 'wpe')
-    schedule: str = opt('lin0', 'cos, lin, lin0, lin00, lin<number> or exp', 'sche')
-    optimizer: str = opt('adamw', 'adam and adamw both mean AdamW', 'opt')
-    fused: bool = opt(True, 'fused AdamW kernel', 'afuse')
-    beta1: float = opt(0.9, 'first moment decay of AdamW')
-    beta2: float = opt(0.95, 'second moment decay of AdamW')
-    # numerics
-    precision: int = opt(0, '0 float32, 1 float16 with loss scaling, 2 bfloat16', 'fp16')
-    tf32: bool = opt(True, 'allow TF32 products on CUDA')
-    compile_tokenizer: int = opt(0, 'torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 default',
-                                 'vfast')
-    compile_model: int = opt(0, 'as vfast, for the model', 'tfast')
-
-    CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
-
-    def __post_init__(self):
-        check_limits(self)
-        if not re.fullmatch(r'cos|lin|lin00|lin\d*\.?\d+|exp', self.schedule.strip()):
-            raise ValueError('--sche must be cos, lin, lin0, lin00, lin<number> or exp, '
-                             f'got {self.schedule!r}')
-        if self.optimizer.lower().strip() not in ('adam', 'adamw'):
-            raise ValueError(f'--opt must be adam or adamw, got {self.optimizer!r}')
-        if not re.fullmatch(r'|[1-9]\d*m?', self.save_every):
-            raise ValueError('--save_every must be a number of steps ("500") or minutes ("20m"), '
-                             f'got {self.save_every!r}')
-
-    # ------------------------------------------------------------------------------ what follows
-    local_out_dir_path = property(lambda self: self.output_dir)
-
-    @property
-    def image_size(self) -> int:
-        """Side of the training images in pixels."""
-        raise NotImplementedError
-
-    def local_batch(self, world_size: int) -> int:
-        """Images per rank and micro-step."""
-        return round(self.batch_size / self.accumulate / world_size)
-
-    def micro_batch(self, world_size: int) -> int:
-        """Images of all ranks per micro-step (published: glb_batch_size)."""
-        return self.local_batch(world_size) * world_size
-
-    def check_batch(self, world_size: int) -> None:
-        """Make sure that the batch can be shared.
-
-        Raises:
-            ValueError: ranks and accumulation steps cannot share the batch evenly.
-        """
-        share = self.accumulate * world_size
-        if self.local_batch(world_size) < 1 or (self.batch_size % share and not self.allow_round):
-            fitting = max(share, self.batch_size // share * share)
-            raise ValueError(f'--bs={self.batch_size} cannot be shared by {world_size} ranks x '
-                             f'--ac={self.accumulate}: pass --bs={fitting}, or --allow_round=1 to round it')
-
-    def peak_lr(self, world_size: int) -> float:
-        return self.accumulate * self.base_lr * self.micro_batch(world_size) / 256
-
-    @property
-    def final_weight_decay(self) -> float:
-        return self.weight_decay_end or self.weight_decay
-
-    @property
-    def warmup_epochs(self) -> float:
-        return self.warmup or self.epochs / 50
-
-    @property
-    def lr_schedule(self) -> str:
-        return self.schedule
-
-    def num_workers(self, world_size: int, num_cpus: int | None = None) -> int:
-        """Loader processes per rank: as asked, or the CPUs of this machine divided by its ranks, up to 16."""
-        local_batch = self.local_batch(world_size)
-        if self.workers >= 0:
-            return min(self.workers, local_batch)
-        local_ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        return min(max((num_cpus or os.cpu_count() or 1) // local_ranks - 1, 0), 16, local_batch)
-
-    @property
-    def save_steps_minutes(self) -> tuple[int, float]:
-        """(optimizer steps, minutes) between extra checkpoints; 0 is off."""
-        if self.save_every.endswith('m'):
-            return 0, float(self.save_every[:-1])
-        return int(self.save_every or 0), 0.
-
-    def run_name(self, world_size: int) -> str:
-        """Name of the TensorBoard folder."""
-        name = (f'tb-{self._model_tag()}__b{self.micro_batch(world_size)}ep{self.epochs}'
-                f'{self.optimizer[:4]}lr{self.base_lr:g}wd{self.weight_decay:g}')
-        return re.sub(r'[^\w\-+,.]', '_', name)
-
-    def _model_tag(self) -> str:
-        return self.model
-
-    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        """Constructor arguments of the model, beside the number of classes and the tokenizer.
-
-        Args:
-            total_steps, steps_per_epoch: optimizer steps, for curricula.
-        """
-        raise NotImplementedError
-
-    def init_kwargs(self) -> dict[str, Any]:
-        """Arguments of the model's `init_weights`."""
-        return {}
-
-    def tokenizer_kwargs(self) -> dict[str, Any]:
-        """Constructor arguments of the tokenizer that its weights do not tell."""
-        return {}
-
-    def derived(self, world_size: int) -> dict[str, Any]:
-        """Every derived value under its published name."""
-        return dict(batch_size=self.local_batch(world_size), glb_batch_size=self.micro_batch(world_size),
-                    bs=self.micro_batch(world_size), tlr=self.peak_lr(world_size),
-                    twde=self.final_weight_decay, wp=self.warmup_epochs, sche=self.lr_schedule,
-                    workers=self.num_workers(world_size), data_load_reso=self.image_size,
-                    tb_dir_name=self.run_name(world_size), world_size=world_size)
-
-
-@dataclass(frozen=True)
-class PyramidRecipe(Recipe):
-    """A run over a pyramid of code maps."""
-
-    pn: str = opt(PATCH_NUMS['256'],
-                  'sides of the code maps, joined by _ or -; 256, 512, 1024 are the published lists')
-    patch_size: int = opt(16, 'pixels per side of the finest code, the stride of the tokenizer')
-
-    def __post_init__(self):
-        super().__post_init__()
-        if list(self.patch_nums) != sorted(self.patch_nums):
-            raise ValueError(f'--pn must go from coarse to fine, got {self.pn}')
-
-    @property
-    def pn_list(self) -> str:
-        """`pn` with the published names written out."""
-        return PATCH_NUMS.get(self.pn, self.pn)
-
-    @property
-    def patch_nums(self) -> tuple[int, ...]:
-        return ints(self.pn_list)
-
-    @property
-    def resolutions(self) -> tuple[int, ...]:
-        """Pixels per side of every scale."""
-        return tuple(pn * self.patch_size for pn in self.patch_nums)
-
-    @property
-    def image_size(self) -> int:
-        return max(self.resolutions)
-
-    def derived(self, world_size: int) -> dict[str, Any]:
-        return super().derived(world_size) | dict(pn=self.pn_list,
-                                                  patch_nums=self.patch_nums, resos=self.resolutions)
+__all__ = ['PATCH_NUMS', 'PRESETS', 'RECIPES', 'Recipe', 'SampleRecipe', 'check_limits', 'flag_of', 'ints',
+           'make_parser', 'opt', 'parse_recipe', 'parse_sample_recipe']
 
 
 @dataclass(frozen=True)
@@ -310,56 +80,10 @@ class VARRecipe(PyramidRecipe):
             init_std=self.init_std if self.init_std >= 0 else std)
 
 
-@dataclass(frozen=True)
-class VQVAERecipe(PyramidRecipe):
-    """The multi-scale residual tokenizer of VAR, trained from scratch."""
-
-    model: str = opt('vqvae', 'what is trained')
-    output_dir: str = opt(str(REPO / 'local_output' / 'vqvae'), 'logs and checkpoints', 'local_out_dir_path')
-    vocab_size: int = opt(4096, 'codes in the codebook')
-    z_channels: int = opt(32, 'width of a code')
-    ch: int = opt(160, 'width of the first level, a multiple of 32')
-    ch_mult: str = opt('1_1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
-    num_res_blocks: int = opt(2, 'residual blocks per encoder level')
-    dropout: float = opt(0.05, 'dropout inside residual blocks')
-    beta: float = opt(0.25, 'weight of the commitment term')
-    codebook: str = opt('ema', 'ema: moving averages, restart of dead codes; grad: by gradient, as published')
-    base_lr: float = opt(1e-4, 'learning rate per 256 images', 'tblr')
-    weight_decay: float = opt(0.005, 'weight decay at the start', 'twd')
-    clip: float = opt(10., 'clip of the gradient norm; <= 0 is off', 'tclip')
-    lr_end: float = opt(0.3, 'learning rate ratio at the last step', 'wpe')
-    schedule: str = opt('cos', 'cos, lin, lin0, lin00, lin<number> or exp', 'sche')
-    beta1: float = opt(0.5, 'first moment decay of AdamW')
-    beta2: float = opt(0.9, 'second moment decay of AdamW')
-
-    CHECKPOINT_PREFIX: typing.ClassVar[str] = 'vae-ckpt'
-
-    def __post_init__(self):
-        super().__post_init__()
-        stride = 2 ** (len(ints(self.ch_mult)) - 1)
-        if stride != self.patch_size:
-            raise ValueError(f'--ch_mult={self.ch_mult} has {len(ints(self.ch_mult))} levels and so stride '
-                             f'{stride}, but --patch_size={self.patch_size}: pass --patch_size={stride}')
-        if self.ch % 32:
-            raise ValueError(f'--ch must be a multiple of 32 (GroupNorm), got {self.ch}')
-        if self.codebook not in ('ema', 'grad'):
-            raise ValueError(f'--codebook must be ema or grad, got {self.codebook!r}')
-        if self.precision == 1:
-            raise ValueError('a tokenizer cannot be trained in float16: pass --fp16=2 for bfloat16')
-
-    def _model_tag(self) -> str:
-        return f'vqvae-ch{self.ch}v{self.vocab_size}z{self.z_channels}__pn{self.pn_list}'
-
-    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        return dict(vocab_size=self.vocab_size, z_channels=self.z_channels, ch=self.ch,
-                    ch_mult=ints(self.ch_mult), num_res_blocks=self.num_res_blocks, dropout=self.dropout,
-                    beta=self.beta, codebook=self.codebook, v_patch_nums=self.patch_nums, test_mode=False)
-
-
-RECIPES: dict[str, type[Recipe]] = {'var': VARRecipe, 'vqvae': VQVAERecipe}
+RECIPES: dict[str, type[Recipe]] = {'var': VARRecipe} | TOKENIZER_RECIPES
 
 # Published runs by model (README of VAR); `recipes/*.sh` holds the same as commands.
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {'vqvae': {}, 'var': {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
     'var_d16': dict(depth=16, batch_size=768, epochs=200, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
     'var_d20': dict(depth=20, batch_size=768, epochs=250, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
     'var_d24': dict(depth=24, batch_size=768, epochs=350, base_lr=8e-5, precision=1, init_adaln_gamma=1e-4,
@@ -368,7 +92,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {'vqvae': {}, 'var': {
                     lr_end=0.01, weight_decay_end=0.08),
     'var_d36_512': dict(depth=36, shared_aln=True, pn='512', batch_size=768, epochs=350, base_lr=8e-5,
                         precision=1, init_adaln_gamma=5e-6, lr_end=0.01, weight_decay_end=0.08),
-}}
+}} | TOKENIZER_PRESETS
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -425,12 +149,6 @@ SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
 
 
 # ---------------------------------------------------------------------------------------------- command line
-def flag_of(recipe: Recipe | type[Recipe], name: str) -> str:
-    """The published flag of a field, or its own name."""
-    by_name = {f.name: f.metadata['flag'] or f.name for f in dataclasses.fields(recipe)}
-    return by_name[name]
-
-
 def _boolean(text: str) -> bool:
     lowered = text.lower()
     if lowered and ('true'.startswith(lowered) or lowered == '1'):

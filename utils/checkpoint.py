@@ -2,7 +2,6 @@
 import fcntl
 import logging
 import os
-import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -91,22 +90,32 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
     try:
         # mapped, so that the ranks of a node share one copy in memory; files older than torch 1.6 cannot be
         return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
+    except Exception as error:  # foreign bytes make the unpickler raise anything
         raise ValueError(f'{path} cannot be read: the file is truncated or no checkpoint') from error
 
 
-def model_state(checkpoint: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:
-    """The flat weights of a checkpoint of ours, of upstream's trainer, or of a released file.
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The flat weights of a generator: of our checkpoints, of upstream's, or of a released file."""
+    trainer = checkpoint.get('trainer', {})
+    return trainer.get('var_wo_ddp') or checkpoint.get('model', checkpoint)
+
+
+def tokenizer_weights(checkpoint: dict[str, Any], prefer_ema: bool = True,
+                      ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tokenizer of a checkpoint of ours (its own or a generator's), of upstream's, or of a released file.
 
     Args:
-        kind: 'model' for a generator, 'tokenizer' for its image coder.
+        prefer_ema: take averaged weights where there are any.
+    Returns:
+        (flat weights, what they do not tell of the architecture; empty in files of others).
     """
     trainer = checkpoint.get('trainer', {})
-    keys = ('var_wo_ddp',) if kind == 'model' else ('vae_local', 'vae_wo_ddp')
-    for key in keys:
-        if key in trainer:
-            return trainer[key]
-    return checkpoint.get('model', checkpoint)
+    for holder, config in ((trainer, trainer.get('config') if 'vae_wo_ddp' in trainer
+                            else trainer.get('vae_config')), (checkpoint, checkpoint.get('config'))):
+        for key in ('vae_ema', 'ema') * prefer_ema + ('vae_wo_ddp', 'vae_local', 'model', 'state_dict'):
+            if holder.get(key):
+                return holder[key], config or {}
+    return checkpoint, {}
 
 
 def newest_checkpoint(folder: str | os.PathLike, pattern: str) -> tuple[Path | None, dict[str, Any]]:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
-EVERY = 500  # steps between TensorBoard points
 
 
 def setup_logging(output_dir: str | None, is_master: bool) -> None:
@@ -128,10 +127,14 @@ class MetricLogger:
 
 
 class TensorboardLogger:
-    """Scalars and images under the tag head/name; on every rank but the first each call does nothing."""
+    """Scalars and images under the tag head/name; on every rank but the first each call does nothing.
 
-    def __init__(self, log_dir: str | None, filename_suffix: str = ''):
-        self.step, self.writer = 0, None
+    Args:
+        every: steps between two points.
+    """
+
+    def __init__(self, log_dir: str | None, filename_suffix: str = '', every: int = 500):
+        self.step, self.writer, self.every = 0, None, every
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(log_dir=log_dir, filename_suffix=filename_suffix)
@@ -140,8 +143,8 @@ class TensorboardLogger:
         self.step = step
 
     def due(self) -> bool:
-        """Whether step-wise scalars are written at the current step: the first one and every 500th."""
-        return self.step == 0 or (self.step + 1) % EVERY == 0
+        """Whether step-wise scalars are written at the current step: the first one and every `every`th."""
+        return self.step == 0 or (self.step + 1) % self.every == 0
 
     def update(self, head: str = 'scalar', step: int | None = None,
                **values: float | torch.Tensor | None) -> None:

@@ -11,7 +11,8 @@ def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, en
 
     Args:
         schedule: cos; lin, lin0 (flat for 15 or 5 %, then linear); lin00 (linear at once); lin<T> (gently
-            falling until share T, then steeper); exp.
+            falling until share T, then steeper); exp; flat (constant); flat<T> (constant until share T, then
+            as cos).
         step, warmup, total: in micro-steps. start, end: ratio at the first and last step.
     Raises:
         NotImplementedError: unknown schedule.
@@ -30,13 +31,18 @@ def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, en
     if schedule == 'exp':
         flat = 0.15
         return 1. if p < flat else math.exp((p - flat) / (1 - flat) * math.log(end))
+    if schedule.startswith('flat'):
+        knee = float(schedule[4:] or 1)
+        return 1. if p < knee or knee == 1 else \
+            end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * (p - knee) / (1 - knee)))
     if schedule.startswith('lin'):
         knee = float(schedule[3:])
         middle = (1 + end + (1 - end) * (1 - knee)) / 2
         if p < knee:
             return 1 + (middle - 1) * p / knee
         return end + (middle - end) * rest / max(1 - knee, 1e-9)
-    raise NotImplementedError(f'schedule must be cos, lin, lin0, lin00, lin<number> or exp, got {schedule!r}')
+    raise NotImplementedError('schedule must be cos, lin, lin0, lin00, lin<number>, exp, flat or '
+                              f'flat<share>, got {schedule!r}')
 
 
 def lr_wd_annealing(sche_type: str, optimizer: torch.optim.Optimizer, peak_lr: float, wd: float,

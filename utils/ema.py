@@ -1,0 +1,56 @@
+"""Moving average of a model's weights."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class WeightEMA:
+    """Averages the trained parameters; all other entries of the state dict are copied.
+
+    The decay of update t = 0, 1, ... is min(decay, (h + 1) / (h + 10)), h = t // 2, so that the average is of
+    use from the first steps on.
+
+    Args:
+        model: its parameters give the first value.
+        decay: of the average per optimizer step.
+        copied: names of parameters that are copied, too.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, copied: set[str] = frozenset()):
+        self.model, self.decay, self.num_updates = model, decay, 0
+        self.averaged = {name for name, parameter in model.named_parameters()
+                         if parameter.requires_grad} - set(copied)
+        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model's weights; once per optimizer step."""
+        half = self.num_updates // 2
+        decay = min(self.decay, (half + 1) / (half + 10))
+        self.num_updates += 1
+        for name, value in self.model.state_dict().items():
+            if name in self.averaged:
+                self.weights[name].lerp_(value, 1 - decay)
+            else:
+                self.weights[name].copy_(value)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        trained = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.weights)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(trained)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, under the model's own keys."""
+        return dict(self.weights)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], num_updates: int) -> None:
+        for name, value in state.items():
+            self.weights[name].copy_(value)
+        self.num_updates = num_updates
