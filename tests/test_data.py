@@ -1,14 +1,26 @@
-"""Data: order of images, transforms, keyed augmentation, digits, folders and their errors, the npz packer."""
+"""Data: order of images, transforms, keyed augmentation, data sets and their errors, the npz packer."""
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from tests.golden import assert_within, load_json, load_tensors, needs_rng
-from utils.data import KeyedAugmentation, build_dataset, build_transforms, normalize_01_into_pm1, pil_loader
+from utils.data import (
+    AdmRandomCrop,
+    KeyedAugmentation,
+    Shapes,
+    adm_center_crop,
+    build_dataset,
+    build_transforms,
+    normalize_01_into_pm1,
+    open_split,
+    pil_loader,
+)
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
 from utils.misc import create_npz_from_sample_folder
 
@@ -94,6 +106,70 @@ def test_transform_vectors(key, reso, mid_reso, hflip):
     assert_within(train(image), vectors[f'train.{key}.hflip{int(hflip)}.seed9'], atol=2 / 255)
 
 
+@pytest.mark.parametrize(('size', 'zoom', 'key'), [(17, 1, 'center_17'), (20, 1, 'center_20'),
+                                                   (33, 1, 'center_33'), (18, 5, 'center_big_18')])
+def test_adm_center_crop_vectors(size, zoom, key):
+    vectors = load_file(Path(__file__).parent / 'data' / 'evaluation' / 'center_crops.safetensors')
+    source = Image.fromarray(vectors['src'].numpy())
+    source = source.resize((zoom * source.width, zoom * source.height), Image.Resampling.BICUBIC)
+    crop = np.asarray(adm_center_crop(source, size)).astype(int)
+    assert np.abs(crop - vectors[key].numpy()).max() <= 1
+
+
+def gradient(width=90, height=70):
+    """An image whose red is the column and whose green is the row."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+
+
+def test_adm_random_crop_draws_size_and_place():
+    crop, spans = AdmRandomCrop(32), set()
+    assert crop.largest == 40
+    for seed in range(300):
+        torch.manual_seed(seed)
+        pixels = np.asarray(crop(gradient())).astype(int)
+        assert pixels.shape == (32, 32, 3)
+        spans.add((round((pixels[16, 30, 0] - pixels[16, 1, 0]) / 29, 1), pixels[0, 0, 0] // 8))
+    steps, places = zip(*spans, strict=True)
+    assert min(steps) == pytest.approx(70 / 40, abs=0.06)  # source pixels per pixel: the shorter side was 40
+    assert max(steps) == pytest.approx(70 / 32, abs=0.06)  # to 32 long
+    assert len(set(places)) >= 3
+    torch.manual_seed(3)
+    first = np.asarray(crop(gradient()))
+    torch.manual_seed(3)
+    assert np.array_equal(first, np.asarray(crop(gradient())))
+
+
+def test_crops_of_training_and_validation():
+    image = gradient()
+    center = adm_center_crop(image, 32)
+    for crop in ('adm', 'vae'):
+        val = build_transforms(32, crop=crop, mid_reso=1.25)[1](image)
+        assert np.array_equal(val.add(1).mul(127.5).round().byte().permute(1, 2, 0), np.asarray(center))
+    torch.manual_seed(0)
+    lanczos = build_transforms(32, mid_reso=1.)[0](image)
+    torch.manual_seed(0)
+    assert torch.equal(build_transforms(32, mid_reso=1., crop='vae')[0](image), lanczos)
+    with pytest.raises(ValueError, match=r'--crop must be one of resize, adm, vae, got .zoom'):
+        build_transforms(32, crop='zoom')
+
+
+@pytest.mark.parametrize('crop', ['resize', 'adm', 'vae'])
+def test_images_of_the_right_size_stay_as_they_are(crop):
+    image = gradient(32, 32)
+    train, val = build_transforms(32, mid_reso=1., crop=crop)
+    same, flipped = torch.from_numpy(np.asarray(image).copy()), set()
+    for transform in (train, val):
+        assert torch.equal(transform(image).add(1).mul(127.5).round().byte().permute(1, 2, 0), same)
+    train = build_transforms(32, True, 1., crop)[0]
+    for seed in range(8):
+        torch.manual_seed(seed)
+        pixels = train(image).add(1).mul(127.5).round().byte().permute(1, 2, 0)
+        flipped.add(bool(pixels[0, 0, 0] > 0))
+        assert torch.equal(pixels, same.flip(1) if pixels[0, 0, 0] else same)
+    assert flipped == {False, True}
+
+
 def test_normalize_leaves_its_argument():
     vectors = load_tensors('data')
     x = vectors['normalize_in'].clone()
@@ -133,6 +209,51 @@ def test_digits():
     train_images = {train_set.images_u8[i].tobytes() for i in range(len(train_set))}
     assert not any(val_set.images_u8[i].tobytes() in train_images for i in range(len(val_set)))
     assert set(np.bincount(val_set.targets) > 20) == {True}
+
+
+def test_toy_set():
+    num_classes, train_set, val_set = build_dataset('toy', 32, mid_reso=1.)
+    assert num_classes == 10 and (len(train_set), len(val_set)) == (8000, 1024)
+    image, label = val_set[13]
+    assert image.shape == (3, 32, 32) and label == 3 and val_set.classes[3] == 'stripes'
+    assert torch.equal(image.add(1).mul(127.5).round().byte().permute(1, 2, 0),
+                       torch.from_numpy(val_set.images_u8[13]))
+    assert np.array_equal(train_set.targets, np.arange(8000) % 10)
+    assert np.array_equal(Shapes(False).images_u8, val_set.images_u8)
+    assert len(np.unique(train_set.images_u8[:1024].reshape(1024, -1), axis=0)) == 1024
+    assert not np.array_equal(train_set.images_u8[:1024], val_set.images_u8)
+    levels = val_set.images_u8.reshape(-1, 3)
+    assert levels.min() == 0 and levels.max() == 255 and np.all(np.abs(levels.mean(0) - 127.5) < 8)
+
+
+def test_toy_classes_are_what_they_are_called():
+    """Colours lie on the line from background to shape; the position on it is the mask, here found by PCA."""
+    images = Shapes(False).images_u8[:1000].astype(float) / 255
+    masks = {}
+    for label, name in enumerate(Shapes.classes):
+        pixels = images[label::10].reshape(100, 1024, 3)
+        centered = pixels - pixels.mean(1, keepdims=True)
+        direction = np.linalg.eigh(centered.transpose(0, 2, 1) @ centered)[1][:, :, -1:]
+        line = (centered @ direction)[..., 0]
+        off_line = centered - line[..., None] * direction.transpose(0, 2, 1)
+        assert np.sqrt(np.square(off_line).mean() * 1.5) < 0.021, name  # two of three axes: noise of 0.02
+        distinct = np.ptp(line, axis=1) > 0.6  # shape and background differ well
+        mask = line[distinct] - line[distinct].min(1, keepdims=True)
+        masks[name] = (mask / mask.max(1, keepdims=True)).reshape(-1, 32, 32)
+    extreme = {name: np.mean((m < 0.2) | (m > 0.8)) for name, m in masks.items()}
+    assert all(extreme[name] > 0.8 for name in ('disc', 'square', 'triangle', 'checker', 'cross'))
+    assert extreme['ramp'] < 0.7 and extreme['stripes'] < 0.75
+    # shapes are compact: their border is constant; patterns reach it
+    ground = {name: m[:, [0, 0, -1, -1], [0, -1, 0, -1]] for name, m in masks.items()}  # the four corners
+    spread = {name: np.median(np.ptp(corners, axis=1)) for name, corners in ground.items()}
+    assert all(spread[name] < 0.25 for name in ('disc', 'square', 'triangle', 'ring', 'cross'))
+    assert all(spread[name] > 0.4 for name in ('stripes', 'checker', 'ramp', 'ripples'))
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_open_split_needs_that_split_alone(tmp_path, split):
+    images = open_split(str(write_images(tmp_path, splits=(split,))), split)
+    assert len(images) == 6 and images[0][0].size == (40, 30)
 
 
 def test_folder_classes_are_sorted(tmp_path):
@@ -181,6 +302,45 @@ def test_sixteen_bit_grey_keeps_its_levels(tmp_path):
     Image.fromarray(levels).save(tmp_path / 'grey.png')
     pixels = np.asarray(pil_loader(str(tmp_path / 'grey.png')))
     assert pixels.shape == (16, 16, 3) and np.array_equal(pixels[:, :, 0], levels // 257)
+
+
+def half_transparent(mode):
+    """Left half opaque red (or dark grey), right half transparent."""
+    image = Image.new('RGBA', (8, 4), (200, 0, 0, 255))
+    image.paste((0, 200, 0, 0), (4, 0, 8, 4))
+    if mode == 'P':
+        image = image.convert('RGB').quantize(4)
+        image.info['transparency'] = image.getpixel((6, 0))
+        return image
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
+def test_transparency_shows_white(tmp_path, mode):
+    path = tmp_path / 'image.png'
+    half_transparent(mode).save(path)
+    pixels = np.asarray(pil_loader(str(path)))
+    assert pixels.shape == (4, 8, 3) and (pixels[:, 4:] == 255).all()
+    expected = [200, 0, 0] if mode != 'LA' else [60, 60, 60]
+    assert np.abs(pixels[:, :4].astype(int) - expected).max() <= 1
+
+
+def test_half_opaque_pixels_are_mixed_with_white(tmp_path):
+    Image.new('RGBA', (2, 2), (100, 0, 50, 128)).save(tmp_path / 'image.png')
+    assert np.abs(np.asarray(pil_loader(str(tmp_path / 'image.png'))) - np.array([177, 127, 152])).max() <= 1
+
+
+@pytest.mark.parametrize(('mode', 'colour', 'suffix'), [
+    ('L', 70, 'png'), ('P', (10, 200, 30), 'png'), ('1', 1, 'png'), ('CMYK', (0, 255, 255, 0), 'tif')])
+def test_other_modes_become_rgb(tmp_path, mode, colour, suffix):
+    path = tmp_path / f'image.{suffix}'
+    image = Image.new('RGB', (6, 4), colour).quantize(2) if mode == 'P' else Image.new(mode, (6, 4), colour)
+    image.save(path)
+    assert Image.open(path).mode == mode
+    loaded = pil_loader(str(path))
+    assert loaded.mode == 'RGB'
+    expected = dict(L=(70, 70, 70), P=(10, 200, 30), CMYK=(255, 0, 0)) | {'1': (255, 255, 255)}
+    assert loaded.getpixel((3, 2)) == expected[mode]
 
 
 # ---------------------------------------------------------------------------------------------- packing

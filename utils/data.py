@@ -1,8 +1,10 @@
-"""Image folders and the embedded digits behind one interface; augmentation is keyed by (seed, epoch, image).
+"""Image folders, digits and shapes behind one interface; augmentation is keyed by (seed, epoch, image).
 
 Pixels are float32 in [-1, 1], (3, H, W).
 """
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from torchvision.transforms import (
 from utils.misc import mix_seed
 
 HELD_OUT_EVERY = 5  # every fifth digit is held out for validation
-DIGIT_SIZE = 32
+EMBEDDED_SIZE = 32  # pixels per side of digits and shapes
 
 
 def normalize_01_into_pm1(x: torch.Tensor) -> torch.Tensor:
@@ -32,7 +34,7 @@ def normalize_01_into_pm1(x: torch.Tensor) -> torch.Tensor:
 
 
 def pil_loader(path: str) -> Image.Image:
-    """The RGB image of a file.
+    """The RGB image of a file; transparent parts show a white ground.
 
     Raises:
         ValueError: the file cannot be read as an image.
@@ -42,6 +44,9 @@ def pil_loader(path: str) -> Image.Image:
             image = Image.open(file)
             if image.mode.startswith('I'):  # 16-bit grey, which `convert` would clip
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA'):
+                image = image.convert('RGBA')
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
             return image.convert('RGB')
     except (OSError, SyntaxError) as error:
         raise ValueError(f'expected an image, cannot read {path} ({error}): '
@@ -75,49 +80,175 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple:
         image = Image.fromarray(self.images_u8[index])
-        image = image.resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC).convert('RGB')
+        image = image.resize((EMBEDDED_SIZE, EMBEDDED_SIZE), Image.Resampling.BICUBIC).convert('RGB')
         return self.transform(image) if self.transform else image, int(self.targets[index])
 
 
-def build_transforms(final_reso: int, hflip: bool = False,
-                     mid_reso: float = 1.125) -> tuple[Compose, Compose]:
-    """(train, validation) transforms from PIL image to [-1, 1].
+# Masks in [0, 1] of the toy set. u, v: rotated coordinates from the centre; d: distance to it; r: radius;
+# n: frequency; q: phase.
+SHAPES: dict[str, Callable[..., np.ndarray]] = {
+    'disc': lambda u, v, d, r, n, q: _edge(r - d),
+    'square': lambda u, v, d, r, n, q: _edge(r - np.maximum(abs(u), abs(v))),
+    'triangle': lambda u, v, d, r, n, q: _edge(np.minimum(v + 0.6 * r, 0.8 * r - 0.5 * v - 0.9 * abs(u))),
+    'stripes': lambda u, v, d, r, n, q: 0.5 + 0.5 * np.sin(2 * np.pi * n * u + q),
+    'checker': lambda u, v, d, r, n, q:
+        0.5 + 0.5 * np.sign(np.sin(1.4 * np.pi * n * u + q) * np.sin(1.4 * np.pi * n * v)),
+    'ring': lambda u, v, d, r, n, q: _edge(0.06 - abs(d - r)),
+    'ramp': lambda u, v, d, r, n, q: np.clip(0.5 + u / 0.9, 0, 1),
+    'blob': lambda u, v, d, r, n, q: np.exp(-(d / r) ** 2),
+    'cross': lambda u, v, d, r, n, q: np.maximum(_edge(0.35 * r - abs(u)) * _edge(r - abs(v)),
+                                                 _edge(0.35 * r - abs(v)) * _edge(r - abs(u))),
+    'ripples': lambda u, v, d, r, n, q: 0.5 + 0.5 * np.sin(3 * np.pi * n * d + q),
+}
 
-    A flip, the shorter side to round(mid_reso * final_reso) by Lanczos, then a random or centre crop.
+
+def _edge(t: np.ndarray) -> np.ndarray:
+    """0 outside (t < 0), 1 inside, soft over about a pixel."""
+    return 1 / (1 + np.exp(-40 * t))
+
+
+class Shapes(Dataset):
+    """A toy set of coloured shapes and patterns, drawn from formulae: 32x32 RGB, class = index mod 10.
+
+    Args:
+        train: the 8,000 training images, else 1,024 validation images.
+        transform: PIL image -> tensor.
+    """
+
+    classes = list(SHAPES)
+
+    def __init__(self, train: bool, transform: Callable | None = None):
+        count, seed = (8000, 1) if train else (1024, 2)
+        self.targets = np.arange(count) % len(SHAPES)
+        self.transform = transform
+        rng = np.random.RandomState(seed)  # its numbers are the same in every version of numpy
+
+        def draw(low: float, high: float) -> np.ndarray:
+            return rng.uniform(low, high, (count, 1, 1))
+        background, colour = rng.uniform(size=(2, count, 1, 1, 3))
+        center_x, center_y, radius = draw(0.3, 0.7), draw(0.3, 0.7), draw(0.15, 0.35)
+        angle, frequency, phase = draw(0, np.pi), draw(2, 6), draw(0, 2 * np.pi)
+        self.images_u8 = np.empty((count, EMBEDDED_SIZE, EMBEDDED_SIZE, 3), np.uint8)
+        y, x = (np.mgrid[:EMBEDDED_SIZE, :EMBEDDED_SIZE] + 0.5) / EMBEDDED_SIZE
+        for label, mask in enumerate(SHAPES.values()):
+            i = self.targets == label
+            dx, dy, cos, sin = x - center_x[i], y - center_y[i], np.cos(angle[i]), np.sin(angle[i])
+            m = mask(cos * dx + sin * dy, cos * dy - sin * dx, np.hypot(dx, dy),
+                     radius[i], frequency[i], phase[i])[..., None]
+            pixels = background[i] * (1 - m) + colour[i] * m
+            pixels += rng.normal(0, 0.02, pixels.shape)
+            self.images_u8[i] = pixels.clip(0, 1) * 255 + 0.5
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple:
+        image = Image.fromarray(self.images_u8[index])
+        return self.transform(image) if self.transform else image, int(self.targets[index])
+
+
+EMBEDDED: dict[str, type[Dataset]] = {'digits': Digits, 'toy': Shapes}
+
+
+# ---------------------------------------------------------------------------------------------- transforms
+def adm_resize(image: Image.Image, side: int) -> Image.Image:
+    """The shorter side to `side` pixels: halved by box filter while twice as long or more, then bicubic."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of size x size pixels, as in the evaluation of ADM (arXiv 2105.05233)."""
+    image = adm_resize(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class AdmRandomCrop:
+    """A random square of size x size pixels after `adm_resize` to a side drawn from [size, size / min_ratio].
+
+    Args:
+        min_ratio: smallest share of the shorter side that the square may cover.
+    """
+
+    def __init__(self, size: int, min_ratio: float = 0.8):
+        self.size, self.largest = size, math.ceil(size / min_ratio)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        image = adm_resize(image, _draw(self.size, self.largest))
+        top, left = _draw(0, image.height - self.size), _draw(0, image.width - self.size)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+def _draw(low: int, high: int) -> int:
+    """Uniform in [low, high], from torch's global generator, which `KeyedAugmentation` seeds."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.125,
+                     crop: str = 'resize') -> tuple[Compose, Compose]:
+    """(train, validation) transforms from PIL image to [-1, 1]; training flips first if `hflip`.
+
+    Args:
+        final_reso: side of the square crops in pixels.
+        crop: 'resize' (VAR): shorter side to round(mid_reso * final_reso) by Lanczos, random or centre crop.
+            'adm' (LlamaGen, with mid_reso 1.25): shorter side drawn from [1, mid_reso] * final_reso, random
+            crop. 'vae' (MAR): as 'resize' for training. Both validate on the centre crop of ADM.
+    Raises:
+        ValueError: another crop.
     """
     resize = Resize(round(mid_reso * final_reso), interpolation=InterpolationMode.LANCZOS)
+    lanczos = [resize, RandomCrop((final_reso, final_reso))]
+    adm_center = [partial(adm_center_crop, size=final_reso)]
+    crops = {
+        'resize': (lanczos, [resize, CenterCrop((final_reso, final_reso))]),
+        'adm': ([AdmRandomCrop(final_reso, 1 / mid_reso)], adm_center),
+        'vae': (lanczos, adm_center),
+    }
+    if crop not in crops:
+        raise ValueError(f'--crop must be one of {", ".join(crops)}, got {crop!r}')
+    train, val = crops[crop]
     finish = [ToTensor(), normalize_01_into_pm1]
-    train = [RandomHorizontalFlip()] * hflip + [resize, RandomCrop((final_reso, final_reso)), *finish]
-    return Compose(train), Compose([resize, CenterCrop((final_reso, final_reso)), *finish])
+    return Compose([RandomHorizontalFlip()] * hflip + train + finish), Compose(val + finish)
 
 
-def build_dataset(data_path: str, final_reso: int, hflip: bool = False,
-                  mid_reso: float = 1.125) -> tuple[int, Dataset, Dataset]:
+def open_split(data_path: str, split: str, transform: Callable | None = None) -> Dataset:
+    """One split, 'train' or 'val', of a data set; its items are (image, class id).
+
+    Args:
+        data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits' or 'toy'.
+        transform: PIL image -> tensor.
+    Raises:
+        ValueError: the folder is missing or empty.
+    """
+    if data_path in EMBEDDED:
+        return EMBEDDED[data_path](split == 'train', transform)
+    folder = Path(data_path) / split
+    if not folder.is_dir():
+        raise ValueError(f'expected class folders in {folder}, found no such folder: '
+                         'pass --data_path=ROOT with ROOT/train and ROOT/val, --data_path=digits or toy')
+    try:
+        return ClassFolders(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS, transform=transform)
+    except FileNotFoundError as error:
+        raise ValueError(f'expected images in every class folder of {folder}: {error}; '
+                         'add images to it or remove the folder') from None
+
+
+def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso: float = 1.125,
+                  crop: str = 'resize') -> tuple[int, Dataset, Dataset]:
     """(number of classes, training set, validation set).
 
     Args:
-        data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits'. Classes are the
-            folder names in sorted order and must be the same in both.
-        final_reso: side of the square crops in pixels.
+        data_path: see `open_split`. Classes are the folder names in sorted order and must be the same in
+            both splits.
+        final_reso, hflip, mid_reso, crop: see `build_transforms`.
     Raises:
         ValueError: a folder is missing or empty, or the classes differ.
     """
-    train_aug, val_aug = build_transforms(final_reso, hflip, mid_reso)
-    if data_path == 'digits':
-        return 10, Digits(True, train_aug), Digits(False, val_aug)
-    sets = []
-    for split, transform in (('train', train_aug), ('val', val_aug)):
-        folder = Path(data_path) / split
-        if not folder.is_dir():
-            raise ValueError(f'expected class folders in {folder}, found no such folder: '
-                             'pass --data_path=ROOT with ROOT/train and ROOT/val, or --data_path=digits')
-        try:
-            sets.append(ClassFolders(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS,
-                                      transform=transform))
-        except FileNotFoundError as error:
-            raise ValueError(f'expected images in every class folder of {folder}: {error}; '
-                             'add images to it or remove the folder') from None
-    train_set, val_set = sets
+    train_aug, val_aug = build_transforms(final_reso, hflip, mid_reso, crop)
+    train_set, val_set = open_split(data_path, 'train', train_aug), open_split(data_path, 'val', val_aug)
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))
         raise ValueError(f'train/ and val/ of {data_path} must hold the same classes, '
@@ -151,5 +282,6 @@ class KeyedAugmentation(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-            torch.manual_seed(mix_seed(self.seed, epoch, index))
+            # not torch.manual_seed, which also notes a seed for every device: transforms draw on the CPU
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             return self.dataset[index]

@@ -1,0 +1,404 @@
+"""Scores of trained models: `python evaluate.py tokenizer --ckpt=FILE --data_path=ROOT`.
+
+Runs under torchrun, too. `tokenizer` rates reconstructions of the validation images, cropped as in the
+evaluation of ADM: PSNR, SSIM, LPIPS, rFID, and how codes or latents are used, all from pixels rounded to
+8 bits. Prints a table; `--json=FILE` keeps every value with what decided it, `--pictures=DIR` draws
+reconstructions and code usage.
+"""
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import dist
+from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer
+from utils.arg_util import PATCH_NUMS, check_limits, ints, make_parser, opt
+from utils.checkpoint import atomic_path, load_file, tokenizer_weights
+from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
+from utils.data_sampler import EvalDistributedSampler
+from utils.hub import fetch, lpips_state, sha256_of
+from utils.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
+from utils.log import one_line_errors, setup_logging
+from utils.metrics import (
+    SSIM_DEFINITIONS,
+    PairScores,
+    read_statistics,
+    to_uint8,
+)
+from utils.misc import allow_tf32
+from utils.pictures import reconstruction_rows, save_png, usage_heat_map
+
+logger = logging.getLogger(__name__)
+TOKENIZERS = {name: family.model for name, family in FAMILIES.items() if family.tokenizer is None}
+METRICS = ('psnr', 'ssim', 'lpips', 'rfid', 'usage')
+AUTOCAST = {1: torch.float16, 2: torch.bfloat16}
+NUM_PICTURES = 8
+
+Network = Callable[..., torch.Tensor]
+Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and covariance of features
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Settings of `evaluate.py tokenizer`."""
+
+    ckpt: str = opt('', 'weights: a checkpoint of train.py, a released file, or a published name')
+    model: str = opt('', f'{", ".join(TOKENIZERS)}; empty recognises the weights, but a released flexvae, '
+                         'whose keys are those of a vq16')
+    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step')
+    pn: str = opt('', 'sides of the code maps of a vqvae, as in training; empty takes what the file says')
+    data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"')
+    split: str = opt('val', 'val or train')
+    num_images: int | None = opt(None, 'images, evenly spread over the split; None takes all')
+    image_size: int | None = opt(None, 'side of the centre crops; None takes what the pyramid fixes, 32 for '
+                                       'digits and toy, else 256')
+    metrics: str = opt('', f'{", ".join(METRICS)} joined by ","; empty takes all that is possible here')
+    ssim: str = opt('gauss11', 'definition of SSIM: ' + ', '.join(SSIM_DEFINITIONS))
+    lpips_net: str = opt('vgg', 'network of LPIPS: vgg or alex')
+    lpips_vgg: str = opt('', "LPIPS: torchvision's weights of the network")
+    lpips_lin: str = opt('', 'LPIPS: linear heads, version 0.1')
+    lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin')
+    allow_download: bool = opt(False, 'LPIPS: fetch missing files')
+    inception_weights: str = opt('', f'rFID: its weights; empty tries ${VARIABLE} and the hub cache')
+    allow_unverified_weights: bool = opt(False, 'rFID: accept other weights than the published ones')
+    reference: str = opt('', 'rFID: also against these statistics, an npz with mu and sigma')
+    precision: int = opt(0, 'of the tokenizer: 0 float32, 1 float16, 2 bfloat16', 'fp16')
+    tf32: bool = opt(False, 'allow TF32 products in the tokenizer on CUDA')
+    batch_size: int = opt(32, 'images per batch and rank', 'bs')
+    workers: int = opt(min(4, (os.cpu_count() or 1) - 1), 'loader processes per rank; 0 loads in the main')
+    json: str = opt('', 'file for every value with its definition, the settings, versions and hashes')
+    pictures: str = opt('', 'folder for reconstructions.png and code_usage.png')
+
+    def __post_init__(self):
+        check_limits(self)
+        if not self.ckpt:
+            raise ValueError('expected the weights of a tokenizer: pass --ckpt=FILE')
+        if not self.data_path:
+            raise ValueError('expected images: pass --data_path=ROOT with ROOT/val, or digits, or toy')
+        choices = dict(model=('', *TOKENIZERS), weights=('ema', 'raw'), split=('val', 'train'),
+                       ssim=tuple(SSIM_DEFINITIONS), lpips_net=('vgg', 'alex'))
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'--{name} must be one of {", ".join(filter(None, allowed))}, '
+                                 f'got {getattr(self, name)!r}')
+        unknown = sorted(set(self.wanted) - set(METRICS))
+        if unknown:
+            raise ValueError(f'--metrics must be of {", ".join(METRICS)}, got {", ".join(unknown)}')
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f'--image_size must be at least 1, got {self.image_size}')
+        if self.pn:
+            ints(self.pn)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return tuple(self.metrics.replace(' ', '').split(',')) if self.metrics else METRICS
+
+    def insists_on(self, metric: str) -> bool:
+        """Whether the user asked for it by name or by its files, so that it may not be skipped."""
+        files = dict(lpips=(self.lpips_vgg, self.lpips_lin, self.lpips_path),
+                     rfid=(self.inception_weights, self.reference))
+        return bool(self.metrics) or any(files[metric])
+
+
+# ---------------------------------------------------------------------------------------------- what is rated
+def recognise(model: str, checkpoint: dict[str, Any], state: dict[str, torch.Tensor],
+              source: str) -> type[Tokenizer]:
+    """The class of the tokenizer with the weights `state`: as asked or trained, else what has such keys.
+
+    Args:
+        model: the name that the user gave, or ''.
+    Raises:
+        ValueError: they are of none, or the name is not that of the training.
+    """
+    trained = (checkpoint.get('args') or {}).get('model')
+    name = model or trained
+    if trained in TOKENIZERS and name != trained:
+        raise ValueError(f'{source} was trained with --model={trained}, got --model={model}: leave it out')
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]
+    for cls in TOKENIZERS.values():
+        with suppress(KeyError, ValueError, IndexError):
+            cls.kwargs_from_state_dict(state)
+            return cls
+    raise ValueError(f'{source} holds weights of no known tokenizer ({", ".join(TOKENIZERS)}): '
+                     'pass the checkpoint of a tokenizer or of a generator trained here')
+
+
+def load_tokenizer(settings: TokenizerSettings, device: torch.device) -> tuple[Tokenizer, dict[str, Any]]:
+    """The frozen tokenizer, and where it comes from."""
+    path = fetch(settings.ckpt)
+    checkpoint = load_file(path)
+    state, config = tokenizer_weights(checkpoint, settings.weights == 'ema')
+    averaged = state is not tokenizer_weights(checkpoint, prefer_ema=False)[0]
+    cls = recognise(settings.model, checkpoint, state, str(path))
+    if settings.pn:
+        if cls is not VQVAE:
+            raise ValueError(f'--pn is for a vqvae, {path} holds a {cls.__name__}: leave it out')
+        config = config | dict(v_patch_nums=ints(PATCH_NUMS.get(settings.pn, settings.pn)))
+    tokenizer = build_tokenizer(cls, state, str(path), device, **config)
+    counters = state.get('quantize.ema_vocab_hit_SV')  # a row per scale
+    if counters is not None and not settings.pn and len(counters) != len(tokenizer.quantize.v_patch_nums):
+        raise ValueError(f'{path} does not tell the sides of its {len(counters)} code maps: pass --pn')
+    return tokenizer, dict(file=str(path), model=cls.__name__, weights='ema' if averaged else 'raw')
+
+
+def load_images(settings: TokenizerSettings, tokenizer: Tokenizer) -> tuple[Dataset, int]:
+    """The centre crops, and their side in pixels.
+
+    Raises:
+        ValueError: the tokenizer has no codes for this size.
+    """
+    fixed = tokenizer.quantize.v_patch_nums[-1] * tokenizer.stride if isinstance(tokenizer, VQVAE) else None
+    size = settings.image_size or fixed or (EMBEDDED_SIZE if settings.data_path in EMBEDDED else 256)
+    if size != (fixed or size):
+        raise ValueError(f'the pyramid {tokenizer.quantize.v_patch_nums} at stride {tokenizer.stride} is for '
+                         f'images of {fixed} pixels, got --image_size={size}: pass the --pn of this size')
+    tokenizer.check_size(torch.empty(1, 3, size, size))
+    images = open_split(settings.data_path, settings.split, build_transforms(size, crop='adm')[1])
+    count = min(settings.num_images or len(images), len(images))
+    return Subset(images, np.linspace(0, len(images), count, endpoint=False, dtype=int).tolist()), size
+
+
+def load_networks(settings: TokenizerSettings,
+                  device: torch.device) -> tuple[dict[str, Network], dict[str, str]]:
+    """The networks that metrics need, and why those are missing that the settings do not insist on.
+
+    Raises:
+        ValueError: one is missing that they insist on.
+    """
+    def load_lpips() -> Network:
+        files = (settings.lpips_vgg, settings.lpips_lin, settings.lpips_path)
+        lpips = LPIPS(settings.lpips_net)
+        lpips.load_published(*lpips_state(*files, settings.allow_download, settings.lpips_net))
+        return lpips.to(device)
+
+    def load_inception() -> Network:
+        return InceptionFeatures(settings.inception_weights, device, settings.allow_unverified_weights)
+
+    networks, skipped = {}, {}
+    for metric, load in (('lpips', load_lpips), ('rfid', load_inception)):
+        if metric in settings.wanted:
+            try:
+                networks[metric] = load()
+            except ValueError as error:
+                if settings.insists_on(metric):
+                    raise
+                skipped[metric] = str(error)
+    return networks, skipped
+
+
+# ---------------------------------------------------------------------------------------------- scores
+class TokenizerScores:
+    """Reconstructs batches and rates them: `add` on every rank, `reduce` once, read `scores`.
+
+    Args:
+        networks: 'lpips' and 'rfid', where wanted; see `PairScores`.
+    """
+
+    def __init__(self, settings: TokenizerSettings, tokenizer: Tokenizer, networks: dict[str, Network],
+                 device: torch.device):
+        self.settings, self.tokenizer = settings, tokenizer
+        distances = {f'lpips_{settings.lpips_net}': networks['lpips']} if 'lpips' in networks else {}
+        self.pairs = PairScores('psnr' in settings.wanted, settings.ssim if 'ssim' in settings.wanted else '',
+                                distances, networks.get('rfid'), NUM_FEATURES, device)
+        self.usage = CodeUsage(tokenizer.vocab_size) if tokenizer.vocab_size else None
+
+    @torch.no_grad()
+    def add(self, images_B3HW: torch.Tensor) -> None:
+        """Reconstruct and rate images in [-1, 1].
+
+        Raises:
+            ValueError: a reconstruction is not finite.
+        """
+        precision = self.settings.precision
+        allow_tf32(self.settings.tf32)
+        with torch.autocast(images_B3HW.device.type, AUTOCAST.get(precision), enabled=precision > 0):
+            out = self.tokenizer.reconstruct(images_B3HW)
+        allow_tf32(False)
+        for target, reconstruction in out.views:
+            if not reconstruction.isfinite().all():
+                raise ValueError('a reconstruction holds nan or infinite pixels: the weights are damaged, '
+                                 'or float16 overflows (pass --fp16=0)')
+            rows, columns = (side // self.tokenizer.stride for side in target.shape[-2:])
+            suffix = '' if target.shape == images_B3HW.shape else f'_{rows}x{columns}'
+            self.pairs.add(to_uint8(target), to_uint8(reconstruction), suffix)
+        if self.usage is not None:
+            self.usage.add(out.codes)
+
+    def reduce(self) -> None:
+        """Gather what all ranks have seen; every rank calls it, once."""
+        self.pairs.reduce()
+        if self.usage is not None:
+            self.usage.reduce()
+
+    def scores(self, references: dict[str, Statistics]) -> dict[str, float | int | None]:
+        """Every score by name; None where it is not defined.
+
+        Args:
+            references: by name, what the reconstructions are compared with beside their originals.
+        """
+        scores = self.pairs.scores()
+        if self.pairs.features is not None:
+            scores[f'rfid_{self.settings.split}'] = self.pairs.frechet_distance()
+            for name, statistics in references.items():
+                scores[f'rfid_{name}'] = self.pairs.frechet_distance(statistics)
+        if self.usage is not None and 'usage' in self.settings.wanted:
+            scores |= self.usage.metrics()
+        return scores
+
+
+def latent_scores(tokenizer: Tokenizer, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+    """Spread of continuous latents over the images of all ranks; every rank calls it."""
+    in_file = tokenizer.scaling_factor
+    tokenizer.calibrate(batches)
+    return dict(scaling_factor=in_file, scaling_factor_here=tokenizer.scaling_factor,
+                **{f'latent_std_{channel}': std for channel, std in enumerate(tokenizer.latent_std)})
+
+
+def definitions(settings: TokenizerSettings, scores: Iterable[str]) -> dict[str, str]:
+    """What the names of these scores mean, by name or, for scores of a scale, by its beginning."""
+    fid = 'Frechet distance of Inception pool features'
+    meanings = {
+        'psnr': 'dB, 10 log10(255^2 / MSE) per image, mean over all that are not identical',
+        'psnr_of_mean_mse': 'dB, of the squared error averaged over the images',
+        'identical_images': 'reconstructed without any error, not in psnr',
+        f'ssim_{settings.ssim}': SSIM_DEFINITIONS[settings.ssim].text,
+        f'lpips_{settings.lpips_net}': f'LPIPS 0.1 with {settings.lpips_net}, mean over images',
+        f'rfid_{settings.split}': f'{fid}, reference: the same crops of the originals',
+        f'rfid_{Path(settings.reference).name}': f'{fid}, reference: {settings.reference}',
+        'usage': 'distinct / reachable codes, reachable = min(vocabulary, tokens)',
+        'perplexity': 'exp(entropy) of the codes',
+        'distinct': 'codes used at least once',
+        'dead': 'codes never used',
+        'top10': 'share of the tokens on the 10 most used codes',
+        'scaling_factor': 'what the file multiplies samples of the latent with',
+        'scaling_factor_here': '1 / standard deviation of samples on these images',
+        'latent_std': 'standard deviation of samples before scaling, by channel',
+    }
+    return {name: text for name, text in meanings.items()
+            if any(score == name or score.startswith(f'{name}_') for score in scores)}
+
+
+# ---------------------------------------------------------------------------------------------- output
+def table(report: dict[str, Any], scales: list[str]) -> str:
+    """The report for a reader: a line per score, a row per scale, a line per score left out."""
+    def number(value: float | int | None) -> str:
+        return '-' if value is None else f'{value:.0f}' if value == int(value) else f'{value:.4f}'
+    source, scores, meaning = report['checkpoint'], report['scores'], report['definitions']
+    lines = [f'{Path(source["file"]).name}: {source["model"]}, {source["weights"]} weights, '
+             f'{report["num_images"]} images of {report["images"]} at {report["image_size"]} pixels']
+    per_scale = [name for name in scores if name.endswith(tuple(f'_{scale}' for scale in scales))]
+    overall = [name for name in scores if name not in per_scale]
+    width = max(map(len, overall), default=0)
+    lines += [f'{name:{width}} {number(scores[name]):>12}  {meaning.get(name, "")}'.rstrip()
+              for name in overall]
+    columns = dict.fromkeys(name.rpartition('_')[0] for name in per_scale)
+    if columns:
+        lines.append(f'{"scale":>8}' + ''.join(f'{column:>14}' for column in columns))
+        lines += [f'{scale:>8}' + ''.join(f'{number(scores.get(f"{column}_{scale}")):>14}'
+                                          for column in columns) for scale in scales]
+    return '\n'.join(lines + [f'skipped: {name}: {why}' for name, why in report['skipped'].items()])
+
+
+def draw(folder: Path, tokenizer: Tokenizer, images: Dataset, usage: CodeUsage | None,
+         device: torch.device) -> None:
+    """Write reconstructions.png of images spread over the data set and, for codes, code_usage.png."""
+    chosen = np.linspace(0, len(images) - 1, min(NUM_PICTURES, len(images)), dtype=int)
+    batch = torch.stack([images[i][0] for i in chosen.tolist()]).to(device)
+    with torch.no_grad():
+        rows = reconstruction_rows(batch, tokenizer.progressive(batch))
+    save_png(folder / 'reconstructions.png', rows)
+    if usage is not None and usage.counts:
+        save_png(folder / 'code_usage.png', usage_heat_map(usage.counts))
+
+
+# ---------------------------------------------------------------------------------------------- commands
+def evaluate_tokenizer(settings: TokenizerSettings) -> None:
+    begin, device = time.time(), dist.get_device()
+    allow_tf32(False)
+    for folder in (settings.pictures, settings.json and Path(settings.json).parent):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is news now
+    tokenizer, source = load_tokenizer(settings, device)
+    images, size = load_images(settings, tokenizer)
+    networks, skipped = load_networks(settings, device)
+    references = {}
+    if settings.reference and 'rfid' in networks:
+        references[Path(settings.reference).name] = read_statistics(settings.reference, NUM_FEATURES)
+    scores = TokenizerScores(settings, tokenizer, networks, device)
+    loader = DataLoader(images, settings.batch_size, num_workers=settings.workers,
+                        sampler=EvalDistributedSampler(images, dist.get_world_size(), dist.get_rank()),
+                        pin_memory=torch.cuda.is_available())
+    for number, (batch, _) in enumerate(loader, start=1):
+        scores.add(batch.to(device, non_blocking=True))
+        if number % max(len(loader) // 10, 1) == 0:
+            logger.info('batch %d of %d on this rank, %.1f s', number, len(loader), time.time() - begin)
+    scores.reduce()
+    latents = {}
+    if tokenizer.needs_calibration and 'usage' in settings.wanted:
+        latents = latent_scores(tokenizer, (batch for batch, _ in loader))
+
+    if dist.is_master():
+        if 'rfid' in networks and len(images) <= NUM_FEATURES:
+            logger.warning('rFID of %d images has a rank-deficient covariance and a strong bias: '
+                           '50,000 images are standard', len(images))
+        values = scores.scores(references) | latents
+        report = dict(
+            command='tokenizer', scores=values, skipped=skipped, definitions=definitions(settings, values),
+            checkpoint=source | dict(sha256=sha256_of(source['file'])),
+            images=f'{settings.data_path}/{settings.split}', num_images=len(images), image_size=size,
+            pixels='ADM centre crop; 8 bits, 127.5 x + 127.5 rounded half up',
+            settings=dataclasses.asdict(settings),
+            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                          torchvision=torchvision.__version__),
+            device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
+            world_size=dist.get_world_size(), seconds=time.time() - begin)
+        print(table(report, list(scores.usage.counts) if scores.usage else []))  # noqa: T201
+        if settings.json:
+            with atomic_path(settings.json) as temporary:
+                temporary.write_text(json.dumps(report, indent=2) + '\n')
+        if settings.pictures:
+            draw(Path(settings.pictures), tokenizer, images, scores.usage, device)
+    dist.barrier()
+
+
+COMMANDS = {'tokenizer': (TokenizerSettings, evaluate_tokenizer,
+                          'Rate the reconstructions of a tokenizer, and how it uses its codes.')}
+
+
+def main() -> None:
+    command, argv = (sys.argv[1:2] or [''])[0], sys.argv[2:]
+    if command in ('-h', '--help'):
+        sys.exit(f'{__doc__}\ncommands: {", ".join(COMMANDS)}; each lists its flags with --help')
+    if command not in COMMANDS:
+        sys.exit(f'evaluate.py: expected one of the commands {", ".join(COMMANDS)}, got {command!r}: '
+                 'see evaluate.py tokenizer --help')
+    settings_class, run, description = COMMANDS[command]
+    parser = make_parser(settings_class, f'evaluate.py {command}', description)
+    try:
+        settings = settings_class(**parser.parse(argv))
+    except ValueError as error:
+        parser.error(str(error))
+    dist.initialize()
+    setup_logging(None, dist.is_master())
+    run(settings)
+    dist.finalize()
+
+
+if __name__ == '__main__':
+    with one_line_errors('evaluate.py'):
+        main()

@@ -1,0 +1,61 @@
+"""Pictures of what a tokenizer does: rows of reconstructions, and how often each code is used.
+
+Letters: B batch, V vocabulary, 3HW image. Pictures are uint8 (3, H, W).
+"""
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from utils.checkpoint import atomic_path
+from utils.metrics import to_uint8
+
+COLUMNS, ROW_HEIGHT, GAP = 1024, 24, 2           # of the heat map: widest map, height of a scale, in pixels
+HEAT = ((13, 8, 60), (134, 20, 130), (233, 98, 60), (252, 240, 150))  # rare to frequent; unused codes: black
+
+
+def reconstruction_rows(images_B3HW: torch.Tensor, named: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A column per image, from top to bottom: the input, every reconstruction, what is wrong in the last one.
+
+    Args:
+        images_B3HW: inputs in [-1, 1].
+        named: reconstructions in [-1, 1], coarse to fine; smaller ones are enlarged by repeating pixels.
+    Returns:
+        uint8 (3, (2 + reconstructions) * H, B * W); the last row is black where input and output agree and
+        saturates where they differ by half the range.
+    """
+    images_B3HW = images_B3HW.float()
+    rows = [F.interpolate(t.float(), size=images_B3HW.shape[-2:], mode='nearest') for t in named.values()]
+    error = (images_B3HW - rows[-1]).abs() * 2 - 1
+    grid = to_uint8(torch.stack([images_B3HW, *rows, error]))
+    return grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+
+def usage_heat_map(counts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A row per scale and a column per code, coloured by the logarithm of its count.
+
+    Each row has colours of its own, from black (never used) to bright (the most used code of the scale).
+    Neighbouring codes share a column, by their mean, where there are more than 1,024.
+
+    Args:
+        counts: (V,) by the name of the scale.
+    """
+    count_KV = torch.stack([count_V.cpu() for count_V in counts.values()]).double()
+    count_KV = F.adaptive_avg_pool1d(count_KV, min(count_KV.shape[1], COLUMNS))
+    level_KV = count_KV.log1p() / count_KV.log1p().amax(1, keepdim=True).clamp_min(1e-9)
+    stops = torch.tensor(HEAT, dtype=torch.float64)
+    position = level_KV * (len(stops) - 1)
+    lower = position.long().clamp_max(len(stops) - 2)
+    rgb_KV3 = torch.lerp(stops[lower], stops[lower + 1], (position - lower)[..., None])
+    rgb_KV3[count_KV == 0] = 0
+    rgb_3KV = rgb_KV3.round().byte().permute(2, 0, 1)
+    rgb_3KV = rgb_3KV.repeat_interleave(COLUMNS // rgb_3KV.shape[2], 2)
+    rows = rgb_3KV[:, :, None].expand(-1, -1, ROW_HEIGHT, -1)
+    return F.pad(rows, (0, 0, 0, GAP), value=255).flatten(1, 2)[:, :-GAP]
+
+
+def save_png(path: str | Path, image_3HW: torch.Tensor) -> None:
+    """Write a uint8 picture; a reader never sees half of it."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(image_3HW.permute(1, 2, 0).cpu().numpy()).save(temporary, format='PNG')
