@@ -16,8 +16,8 @@ from sklearn.svm import SVC
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models import VQVAE, build_tokenizer
-from utils.checkpoint import atomic_path, load_file, model_state
+from models import VQVAE, CodeUsage, build_tokenizer
+from utils.checkpoint import atomic_path, load_file, tokenizer_weights
 from utils.data import build_dataset
 
 matplotlib.use('Agg')
@@ -41,18 +41,6 @@ def grey(images: torch.Tensor) -> np.ndarray:
 def within_class_distance(pixels: np.ndarray, labels: np.ndarray) -> float:
     """Mean Euclidean distance between two images of the same class."""
     return float(np.mean([pdist(pixels[labels == label]).mean() for label in np.unique(labels)]))
-
-
-def codebook_usage(idx_kBl: list[torch.Tensor], vocab_size: int) -> dict[str, dict[str, float]]:
-    """Per scale: distinct codes over reachable ones, and perplexity, of a set of images."""
-    usage = {}
-    for idx_Bl in idx_kBl:
-        count = torch.bincount(idx_Bl.flatten(), minlength=vocab_size).double()
-        share = count[count > 0] / count.sum()
-        side = round(idx_Bl.shape[1] ** 0.5)
-        usage[f'{side}x{side}'] = dict(distinct_over_reachable=len(share) / min(vocab_size, idx_Bl.numel()),
-                                       perplexity=float((-share * share.log()).sum().exp()))
-    return usage
 
 
 def draw_rows(path: Path, rows: list[torch.Tensor], names: list[str], title: str) -> None:
@@ -118,16 +106,18 @@ def main() -> None:
 
     # 2. what does the tokenizer keep of digits it never saw?
     path = args.dir / 'vqvae' / 'vae-ckpt-last.pth'
-    vae = build_tokenizer(VQVAE, model_state(load_file(path), 'tokenizer'), str(path), 'cpu',
-                          v_patch_nums=(1, 2, 3, 4))
+    state, config = tokenizer_weights(load_file(path))
+    vae = build_tokenizer(VQVAE, state, str(path), 'cpu', **config)
     idx_kBl = vae.encode(val_images)
     steps = vae.idxBl_to_img(idx_kBl, same_shape=True)
+    usage, sides = CodeUsage(vae.vocab_size), vae.quantize.v_patch_nums
+    usage.add({f'{side}x{side}': idx_Bl for side, idx_Bl in zip(sides, idx_kBl, strict=True)})
     error_N = (steps[-1] - val_images).div(2).square().flatten(1).mean(1)
 
     report = dict(class_accuracy=float((predicted == wanted).mean()), diversity=diversity,
                   tokenizer_psnr=float(-10 * error_N.log10().mean()),
                   svm_real_accuracy=float(judge.score(grey(val_images), val_labels)),
-                  num_samples=len(samples), codebook_usage=codebook_usage(idx_kBl, vae.vocab_size),
+                  num_samples=len(samples), codebook_usage=usage.metrics(),
                   accuracy_per_class=[float((predicted == wanted)[wanted == digit].mean())
                                       for digit in range(10)],
                   seconds=round(time.time() - args.began) if args.began else None)

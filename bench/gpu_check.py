@@ -19,10 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist
-from models import VAR, VQVAE, VectorQuantizer2, build_vae_var
+from models import VAR, VQVAE, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import ImageNoise, filter_top_k_top_p
 from tests import golden
-from trainer import Trainer
+from trainer import TokenizerTrainer, Trainer
 from utils.amp_sc import AmpOptimizer
 from utils.doctor import report
 from utils.lr_control import filter_params, lr_wd_annealing
@@ -150,6 +150,20 @@ def make_trainer(model: VAR, precision: int, clip: float = 2., accumulate: int =
     return Trainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate))
 
 
+def make_tokenizer_trainer(model: VQVAE) -> TokenizerTrainer:
+    """With PatchGAN from the first step on, as the most general case."""
+    gan = dict(weight=0.5, start=0., ramp=0.1, adaptive=True, adaptive_min=0., adaptive_max=1e4,
+               adaptive_eps=1e-6, augment=True)
+    criterion = build_loss(l1_weight=0.2, l2_weight=1., perceptual='pyramid', lpips_files=None,
+                           discriminator='patchgan', dino_files=None, image_size=64, width=64, gan=gan)
+    criterion.to(next(model.parameters()).device)
+
+    def optimize(module: torch.nn.Module) -> AmpOptimizer:
+        names, params, groups = filter_params(module)
+        return AmpOptimizer(2, torch.optim.AdamW(groups, lr=1e-4, fused=True), names, params, 1.)
+    return TokenizerTrainer(model, optimize(model), criterion, optimize(criterion.discriminator), 0.9999)
+
+
 class Meter:
     """Seconds per call, peak memory, and names of the attention kernels of a function."""
 
@@ -221,8 +235,9 @@ def one_process_group(device: torch.device) -> dict[str, str]:
     total = torch.ones(3, device=device)
     dist.allreduce(total)
     assert total.tolist() == [1., 1., 1.] and dist.allgather_object('x') == ['x']
-    vae = VQVAE(**golden.load_json('vqvae')['config'], test_mode=False, codebook='ema').to(device)
-    loss = make_trainer(vae, 0).train_step(torch.zeros(2, 3, 64, 64, device=device), None, 0.).loss
+    vae = VQVAE(**golden.load_json('vqvae')['config'], test_mode=False, upkeep={}).to(device)
+    images_B3HW = torch.zeros(2, 3, 64, 64, device=device)
+    loss = make_tokenizer_trainer(vae).train_step(images_B3HW, None, progress=0.5).loss
     assert loss.isfinite()
     backend = torch.distributed.get_backend()
     dist.finalize()

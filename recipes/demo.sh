@@ -9,9 +9,8 @@ export OMP_NUM_THREADS=1 BEGAN=${BEGAN:-$(date +%s)}
 torchrun() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=2 "$@"; }
 digits="--data_path=digits --mid_reso=1.07 --pn=1_2_3_4 --patch_size=8 --workers=0 --seed=0 --eval_every=4"
 
-torchrun train.py --model=vqvae $digits --output_dir="$OUT/vqvae" \
-    --vocab_size=256 --z_channels=16 --ch=32 --ch_mult=1_1_2_2 --num_res_blocks=1 --dropout=0 \
-    --bs=32 --ep=12 --tblr=8e-3 --wpe=0.02
+torchrun train.py --model=vqvae --preset=tiny $digits --output_dir="$OUT/vqvae" \
+    --hflip=0 --vocab_size=256 --steps=1350
 torchrun train.py $digits --output_dir="$OUT/var" --vae_ckpt="$OUT/vqvae/vae-ckpt-last.pth" \
     --depth=3 --bs=64 --ep=24 --tblr=6e-3 --alng=1e-2 --wp=1
 torchrun sample.py --ckpt="$OUT/var/ar-ckpt-last.pth" --output="$OUT/samples" --num_images=1000 --cfg=1.5 --bs=100
