@@ -1,5 +1,6 @@
 """Launches train.py and sample.py as users do, on a tiny image folder."""
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,8 @@ TINY_VQVAE = dict(vocab_size=32, z_channels=8, ch=32, ch_mult=(1, 1, 1), num_res
                   v_patch_nums=(1, 2, 4))
 PYRAMID = ['--pn=1_2_4', '--patch_size=4', f'--bs={BATCH}', '--workers=0', '--seed=3', '--hflip=1']
 VQVAE_FLAGS = ['--model=vqvae', *PYRAMID, '--vocab_size=32', '--z_channels=8', '--ch=32', '--ch_mult=1_1_1',
-               '--num_res_blocks=1', '--tblr=1e-2']
+               '--num_res_blocks=1', '--dropout=0', '--tblr=3e-3', '--lpips=none', '--disc=none', '--defer=2',
+               '--scale_drop=0.3']
 VAR_FLAGS = [*PYRAMID, '--depth=1', '--alng=1e-2', '--tblr=1e-2', '--drop_path=0.2']
 
 
@@ -83,3 +85,20 @@ def start(script, flags, nproc=1):
 
 def read(folder, name='ar-ckpt-last.pth'):
     return torch.load(Path(folder) / name, weights_only=True)
+
+
+class ToyRun:
+    """A finished training with its logs and the last validation."""
+
+    def __init__(self, folder, model, *flags):
+        self.folder = folder
+        launch('train.py', [f'--model={model}', '--preset=tiny', '--seed=0', '--log_every=10',
+                            f'--output_dir={folder}', *flags])
+        self.steps = [json.loads(line) for line in (folder / 'steps.jsonl').read_text().splitlines()]
+        self.epochs = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()][1:]
+        self.scores = read(folder, 'vae-ckpt-last.pth')['run']['validation']
+
+    def mean(self, key, first, last):
+        """Of the logged steps in [first, last)."""
+        values = [line[key] for line in self.steps if first <= line['step'] < last and key in line]
+        return sum(values) / len(values)

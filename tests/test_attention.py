@@ -1,15 +1,15 @@
 """One attention call over several kernels, the choice of the kernel, and the key/value cache."""
 import types
 
-import golden
 import pytest
 import torch
-from golden import assert_within
 
 from models import attention
 from models.attention import KVCache, attend, choose_backend, kv_caching, optional_module
 from models.basic_var import SelfAttention
 from models.scales import ScaleLayout
+from tests import golden
+from tests.golden import assert_within
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LAYOUT = ScaleLayout((1, 2, 3))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests.test_imports import REPO
 from utils.arg_util import parse_recipe, parse_sample_recipe
@@ -32,13 +31,6 @@ def test_commands_parse_and_fit_together():
     sampling = parse_sample_recipe(commands[2][1:])
     assert sampling.num_images >= 1000 and sampling.cfg == 1.5
     assert Path(sampling.ckpt).parent == Path(var.output_dir)
-
-
-def test_codebook_usage_counts_reachable_codes():
-    idx_kBl = [torch.tensor([[0], [0], [1], [1]]), torch.arange(16).view(4, 4)]
-    usage = demo_report.codebook_usage(idx_kBl, vocab_size=8 * 4)
-    assert usage['1x1'] == dict(distinct_over_reachable=0.5, perplexity=pytest.approx(2))
-    assert usage['2x2'] == dict(distinct_over_reachable=1., perplexity=pytest.approx(16))
 
 
 def test_within_class_distance_ignores_other_classes():

@@ -1,8 +1,6 @@
 """Sampling filters, guidance, label dropout, drop path and their draws per image."""
-import golden
 import pytest
 import torch
-from golden import assert_within
 
 from models.helpers import (
     DropPath,
@@ -15,6 +13,8 @@ from models.helpers import (
     gumbel_softmax_with_rng,
     sample_with_top_k_top_p_,
 )
+from tests import golden
+from tests.golden import assert_within
 
 FILTERS = golden.load_json('topk_topp')['cases']
 

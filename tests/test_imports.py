@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-ENTRIES = {'train', 'sample', 'utils.doctor'}  # doctor is an entry point that lives in utils
+ENTRIES = {'train', 'sample', 'evaluate', 'utils.doctor'}  # doctor is an entry point that lives in utils
 OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'huggingface_hub.utils',
-            'torch.utils.tensorboard'}
+            'torch.utils.tensorboard', 'torch_fidelity.feature_extractor_inceptionv3'}
 ORDER = ['scales', 'attention', 'base', 'helpers', 'basic_var', 'tokenizers', 'var', '']  # inside models
 
 

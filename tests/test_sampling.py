@@ -1,15 +1,15 @@
 """Sampling and editing against the reference, and noise that belongs to the image."""
 import math
 
-import golden
 import pytest
 import torch
-from golden import assert_stats, assert_within
 from torch.nn import functional as F
 
 from models.helpers import ImageNoise, gumbel_softmax_with_rng, sample_with_top_k_top_p_
 from models.scales import ScaleLayout
 from models.var import AdaLNSelfAttn
+from tests import golden
+from tests.golden import assert_stats, assert_within
 
 PATCH_NUMS = (1, 2, 3, 4)
 SAMPLING = golden.load_json('sampling')['cases']

@@ -2,15 +2,15 @@
 import math
 import types
 
-import golden
 import pytest
 import torch
-from golden import VARIANTS, assert_norms, assert_stats, assert_within
 from torch.nn import functional as F
 
 from models import VAR, VARHF, VQVAE, build_generator, build_vae_var, load_weights
 from models.helpers import ImageNoise, drop_labels, guide
 from models.var import ProgressiveSchedule
+from tests import golden
+from tests.golden import VARIANTS, assert_norms, assert_stats, assert_within
 
 PATCH_NUMS = (1, 2, 3, 4)
 SPANS = ((0, 1), (1, 5), (5, 14), (14, 30))

@@ -1,0 +1,28 @@
+"""KL-16, VQ-16 and FlexVAE trained on the toy set by train.py; bars as in test_toy.py."""
+import torch
+
+from tests.runs import read
+
+SCALES = ('1x1', '2x2', '3x3', '4x4')
+
+
+def test_kl(toy):
+    run = toy('kl16')
+    assert run.scores['psnr'] >= 21.
+    config = read(run.folder, 'vae-ckpt-last.pth')['trainer']['config']
+    assert torch.load(run.folder / 'vae-export.pth', weights_only=True)['config'] == config
+    assert len(config['latent_std']) == 4 and min(config['latent_std']) > 0
+    assert run.steps[-1]['alarm_collapse'] == 0 and run.steps[-1]['kl'] > 0
+
+
+def test_vq(toy):
+    run = toy('vq16')
+    assert run.scores['psnr'] >= 19.8
+    assert run.scores['distinct_4x4'] >= 450 and run.scores['perplexity_4x4'] >= 200
+
+
+def test_flexvae(toy):
+    run = toy('flexvae')
+    for scale in SCALES:  # smaller sides are drawn in two of three steps
+        first, last = run.mean(f'l2_{scale}', 30, 71), run.mean(f'l2_{scale}', 350, 400)
+        assert last <= 0.7 * first, (scale, first, last)
