@@ -76,7 +76,7 @@ def draw_curves(path: Path, folder: Path) -> None:
         epochs = [values for values in epochs if key in values]
         axis.plot([values['it'] for values in epochs], [values[key] for values in epochs], label='training')
         # lines repeat the last known validation; its first mention is the step it was made at
-        evaluated = {values[f'v{key}']: values['it'] for values in reversed(epochs)}
+        evaluated = {values.get(f'v{key}'): values['it'] for values in reversed(epochs)}
         evaluated.pop(None, None)
         axis.plot(evaluated.values(), evaluated.keys(), 'o-', label='held out', markersize=4)
         axis.set_title(title)
