@@ -38,6 +38,17 @@ def test_within_class_distance_ignores_other_classes():
     assert demo_report.within_class_distance(pixels, np.array([0, 0, 1, 1])) == pytest.approx((5 + 1) / 2)
 
 
+def test_curves_of_logs_with_rare_validations(tmp_path):
+    lines = dict(vqvae=[dict(it=45, psnr=20.), dict(it=90, psnr=22., vpsnr=21.)],
+                 var=[dict(it=23, L_mean=5., acc_mean=1., vL_mean=None, vacc_mean=None),
+                      dict(it=46, L_mean=4., acc_mean=2., vL_mean=4.5, vacc_mean=1.5)])
+    for model, epochs in lines.items():
+        (tmp_path / model).mkdir()
+        (tmp_path / model / 'log.txt').write_text('\n'.join(map(json.dumps, [dict(name='run'), *epochs])))
+    demo_report.draw_curves(tmp_path / 'curves.png', tmp_path)
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_demo_meets_its_bars(tmp_path):
     env = {**os.environ, 'PYTHON': sys.executable, 'OUT': str(tmp_path)}
