@@ -254,6 +254,7 @@ class VQRecipe(SquareRecipe):
             codebook_size=self.vocab_size, codebook_embed_dim=self.z_channels, encoder_ch_mult=mult,
             decoder_ch_mult=mult, commit_loss_beta=self.beta, entropy_loss_ratio=self.entropy,
             dropout_p=0. if self.train_only else self.dropout,
+            z_channels=64 if self.net == 'tiny' else 256,
             upkeep=dict(ema=False, restart=self.restart and not self.train_only))
 
 
