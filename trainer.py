@@ -141,10 +141,7 @@ class Trainer:
                 sums[name] += float(value) * len(label_B)
             sums['count'] += len(label_B)
         self.model.train()
-        parts = dist.allgather_object(dict(sums))  # a rank without images adds nothing
-        total = {name: sum(part.get(name, 0.) for part in parts) for part in parts for name in part}
-        count = total.pop('count')
-        return {name: value / count for name, value in total.items()} | dict(count=count)
+        return means_over_images(sums)
 
     def averaged(self) -> AbstractContextManager:
         """Inside, the model has the weights that evaluation uses."""
@@ -253,15 +250,11 @@ class TokenizerTrainer(Trainer):
                 if usage:
                     usage.add(rec.codes)
             self.model.train()
-        parts = dist.allgather_object(dict(sums))  # a rank without images adds nothing
-        total = {name: sum(part.get(name, 0.) for part in parts) for part in parts for name in part}
-        count = total.pop('count')
-        means = {name: value / count for name, value in total.items()}
+        means = means_over_images(sums)
         if usage:
             usage.reduce()
             means |= usage.metrics()
-        return means | dict(rec_loss=self.criterion.rec_loss(means), rec_score=means['l1'] + means['lp'],
-                            count=count)
+        return means | dict(rec_loss=self.criterion.rec_loss(means), rec_score=means['l1'] + means['lp'])
 
     def averaged(self) -> AbstractContextManager:
         return self.ema.applied() if self.ema else nullcontext()
@@ -315,9 +308,22 @@ def load_own_weights(model: Trainable, state: dict[str, Any], key: str, source: 
 
 def mean_over_ranks(local: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scalars averaged over all ranks, which must all call it with the same names."""
-    values = torch.tensor([float(value) for value in local.values()], device=dist.get_device())
+    device = dist.get_device()  # one copy to the host at the end, not one per scalar
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device)
+                          for value in local.values()])
     dist.allreduce(values)
     return dict(zip(local, (values / dist.get_world_size()).tolist(), strict=True))
+
+
+def means_over_images(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over the images of each rank as means over those of all; `count` holds their number.
+
+    Every rank must call it; one without images adds nothing.
+    """
+    parts = dist.allgather_object(dict(sums))
+    total = {name: sum(part.get(name, 0.) for part in parts) for part in parts for name in part}
+    count = total.pop('count')
+    return {name: value / count for name, value in total.items()} | dict(count=count)
 
 
 def psnr(target_B3HW: torch.Tensor, image_B3HW: torch.Tensor) -> torch.Tensor:

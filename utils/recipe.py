@@ -16,6 +16,7 @@ PATCH_NUMS = {
     '1024': '1_2_3_4_5_7_9_12_16_21_27_36_48_64',
 }
 SCHEDULES = 'cos, lin, lin0, lin00, lin<number>, exp, flat or flat<share before a cosine>'
+CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm'
 REPO = Path(__file__).resolve().parent.parent
 
 INF = float('inf')
@@ -78,7 +79,7 @@ class Recipe:
     num_classes: int = opt(0, 'classes; 0 takes the number of folders, any other number must agree with it')
     mid_reso: float = opt(1.125, 'images are resized to this multiple of the crop before cropping')
     hflip: bool = opt(False, 'random horizontal flip')
-    crop: str = opt('resize', 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm')
+    crop: str = opt('resize', CROPS)
     workers: int = opt(-1, 'loader processes per rank; -1 is automatic, 0 loads in the main process')
     # run
     exp_name: str = opt('text', 'name written to the log header')

@@ -8,9 +8,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from utils.recipe import REPO, SCHEDULES, PyramidRecipe, Recipe, ints, opt
+from utils.recipe import CROPS, REPO, SCHEDULES, PyramidRecipe, Recipe, ints, opt
 
-CROP_HELP = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm'
 MID_RESO_HELP = 'images are resized to this multiple of the crop before cropping (adm: at most to it)'
 SHORTEST_SHARE = 8  # an automatic deferral takes at most 1/8 of a short run
 
@@ -25,15 +24,17 @@ class TokenizerRecipe(Recipe):
     """Losses, discriminator and codebook of any tokenizer; the defaults are those of VQ-16."""
 
     output_dir: str = opt('', 'logs and checkpoints; empty is local_output/<model>', 'local_out_dir_path')
-    save_every: str = opt('', 'checkpoint also every N optimizer steps ("500") or minutes ("20m")')
     log_every: int = opt(50, 'optimizer steps between TensorBoard points')
     picture_every: int = opt(1000, 'optimizer steps between pictures in TensorBoard')
     hflip: bool = opt(True, 'random horizontal flip')
-    crop: str = opt('adm', CROP_HELP)
+    crop: str = opt('adm', CROPS)
     mid_reso: float = opt(1.25, MID_RESO_HELP)
     init_from: str = opt('', 'weights to start from: a checkpoint or a released file')
     train_only: str = opt('', '"decoder" trains the decoder alone: codes stay exactly as they are')
     net: str = opt('published', 'published network, or tiny: three levels for 32x32 images on one CPU core')
+    ch: int = opt(128, 'width of the first level, a multiple of 32')
+    ch_mult: str = opt('1_1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
+    num_res_blocks: int = opt(2, 'residual blocks per encoder level')
     # optimisation
     base_lr: float = opt(1e-4, 'learning rate', 'tblr')
     warmup: float = opt(0., 'epochs of learning rate warm-up; 0 is none, for vqvae epochs / 100', 'wp')
@@ -81,12 +82,19 @@ class TokenizerRecipe(Recipe):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'--{name} must be one of {", ".join(map(repr, allowed))}, '
                                  f'got {getattr(self, name)!r}')
+        if self.ch % 32:
+            raise ValueError(f'--ch must be a multiple of 32 (GroupNorm), got {self.ch}')
         if self.precision == 1:
             raise ValueError('a tokenizer cannot be trained in float16: pass --fp16=2 for bfloat16')
         if self.consistency and not self.diffaug:
             raise ValueError('--consistency compares two augmentations: pass --diffaug=1 as well')
         if self.train_only and not self.init_from:
             raise ValueError('--train_only=decoder needs trained codes: pass --init_from=FILE')
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of a code."""
+        return 8 if self.net == 'tiny' else 2 ** (len(ints(self.ch_mult)) - 1)
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         """Allowed values of the fields that name something."""
@@ -117,11 +125,9 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
     vocab_size: int = opt(4096, 'codes in the codebook')
     z_channels: int = opt(32, 'width of a code')
     ch: int = opt(160, 'width of the first level, a multiple of 32')
-    ch_mult: str = opt('1_1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
-    num_res_blocks: int = opt(2, 'residual blocks per encoder level')
     dropout: float = opt(0.05, 'dropout inside residual blocks')
     hflip: bool = opt(False, 'random horizontal flip')
-    crop: str = opt('vae', CROP_HELP)
+    crop: str = opt('vae', CROPS)
     mid_reso: float = opt(1.125, MID_RESO_HELP)
     # codebook
     beta: float = opt(0.25, 'weight of the commitment term')
@@ -160,12 +166,9 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
 
     def __post_init__(self):
         super().__post_init__()
-        stride = 8 if self.net == 'tiny' else 2 ** (len(ints(self.ch_mult)) - 1)
-        if stride != self.patch_size:
-            raise ValueError(f'--net={self.net} --ch_mult={self.ch_mult} has stride {stride}, '
-                             f'but --patch_size={self.patch_size}: pass --patch_size={stride}')
-        if self.ch % 32:
-            raise ValueError(f'--ch must be a multiple of 32 (GroupNorm), got {self.ch}')
+        if self.stride != self.patch_size:
+            raise ValueError(f'--net={self.net} --ch_mult={self.ch_mult} has stride {self.stride}, '
+                             f'but --patch_size={self.patch_size}: pass --patch_size={self.stride}')
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         return super().choices() | dict(codebook=('ema', 'grad'), lookup=('euclidean', 'cosine'),
@@ -208,26 +211,16 @@ class SquareRecipe(TokenizerRecipe):
     """A tokenizer of square images of any side."""
 
     side: int = opt(256, 'pixels per side of the training images', 'image_size')
-    ch: int = opt(128, 'width of the first level, a multiple of 32')
-    ch_mult: str = opt('1_1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
-    num_res_blocks: int = opt(2, 'residual blocks per encoder level')
 
     def __post_init__(self):
         super().__post_init__()
         if self.side % self.stride or not self.side:
             raise ValueError(f'--image_size must be a multiple of the stride {self.stride}, got {self.side}: '
                              f'pass --image_size={max(1, round(self.side / self.stride)) * self.stride}')
-        if self.ch % 32:
-            raise ValueError(f'--ch must be a multiple of 32 (GroupNorm), got {self.ch}')
 
     @property
     def image_size(self) -> int:
         return self.side
-
-    @property
-    def stride(self) -> int:
-        """Pixels per side of a code."""
-        return 8 if self.net == 'tiny' else 2 ** (len(ints(self.ch_mult)) - 1)
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
         return dict(ch=self.ch, num_res_blocks=self.num_res_blocks, net=self.net)
@@ -298,7 +291,7 @@ class KLRecipe(SquareRecipe):
     model: str = opt('kl16', 'what is trained')
     z_channels: int = opt(16, 'channels of the latent')
     kl_weight: float = opt(1e-6, 'weight of the KL divergence, summed over the latent, per pixel value')
-    crop: str = opt('vae', CROP_HELP)
+    crop: str = opt('vae', CROPS)
     mid_reso: float = opt(1., MID_RESO_HELP)
     batch_size: int = opt(256, 'images per optimizer step, all ranks and accumulation steps together', 'bs')
     epochs: int = opt(50, 'epochs', 'ep')
