@@ -20,6 +20,16 @@ from models.tokenizers.codebook import CodebookUpkeep, float32_matmul, kmeans, n
 Side = int | tuple[int, int]
 
 
+def as_sizes(patch_nums: Sequence[Side]) -> list[tuple[int, int]]:
+    """Sides as (rows, columns)."""
+    return [(side, side) if isinstance(side, int) else tuple(side) for side in patch_nums]
+
+
+def scale_name(size: Sequence[int]) -> str:
+    """'16x16': rows x columns of a code map."""
+    return f'{size[0]}x{size[1]}'
+
+
 def phi_index(num_phis: int, k: int, num_scales: int) -> int:
     """Which of `num_phis` convolutions serves scale k of `num_scales`: the nearest of evenly spaced ticks.
 
@@ -198,17 +208,21 @@ class VectorQuantizer2(nn.Module):
             h_BZpp = F.interpolate(h_BZpp, size=tuple(size), mode='bicubic')
         return self.quant_resi(h_BZpp, k, num_scales)
 
+    def queries(self, rest_BZhw: torch.Tensor, size: tuple[int, int], is_last: bool) -> torch.Tensor:
+        """(N, Z) what a scale of `size` quantises of the rest, in (image, row, column) order."""
+        u_BZpp = rest_BZhw if is_last else F.interpolate(rest_BZhw, size=size, mode='area')
+        return u_BZpp.permute(0, 2, 3, 1).reshape(-1, self.Cvae)
+
     def residual_scales(self, f_BZhw: torch.Tensor,
                         v_patch_nums: Sequence[Side] | None = None) -> Iterator[ScaleCode]:
         """Algorithm 1: quantise what is left of f at every scale, coarse to fine. No gradient reaches f."""
-        sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in v_patch_nums or self.v_patch_nums]
+        sizes = as_sizes(v_patch_nums or self.v_patch_nums)
         full = f_BZhw.shape[-2:]
         assert sizes[-1] == tuple(full), \
             f'the last scale must have the size of the feature map {tuple(full)}, got {sizes[-1]}'
         rest_BZhw = f_BZhw.detach()
         for k, size in enumerate(sizes):
-            u_BZpp = rest_BZhw if k == len(sizes) - 1 else F.interpolate(rest_BZhw, size=size, mode='area')
-            query_NZ = u_BZpp.permute(0, 2, 3, 1).reshape(-1, self.Cvae)
+            query_NZ = self.queries(rest_BZhw, size, is_last=k == len(sizes) - 1)
             idx_Bl = self.nearest_code(query_NZ, k).view(len(f_BZhw), -1)
             h_BZhw = self.contribution(self.embed(idx_Bl, size, k), k, len(sizes), full)
             yield ScaleCode(k, query_NZ, idx_Bl.view(-1, *size), h_BZhw, rest_BZhw)
@@ -248,7 +262,7 @@ class VectorQuantizer2(nn.Module):
         dropping = self.training and measures.scale_drop > 0
         weight_BK = self._kept_scales(f_BZhw) if dropping else None
         for scale in self.residual_scales(f_BZhw):
-            name = 'x'.join(map(str, scale.idx_Bhw.shape[1:]))
+            name = scale_name(scale.idx_Bhw.shape[1:])
             codes[name], queries[name] = scale.idx_Bhw.flatten(1), scale.query_NZ
             parts[f'residual_{name}'] = scale.rest_BZhw.square().mean().sqrt()
             if measures.entropy and self.training:
@@ -340,10 +354,8 @@ class VectorQuantizer2(nn.Module):
         """
         num_scales, full, rest_BZhw = len(self.v_patch_nums), f_BZhw.shape[-2:], f_BZhw
         table_VZ, share = self.embedding.weight.data, self.vocab_size // num_scales
-        for k, side in enumerate(self.v_patch_nums if dist.is_master() else ()):
-            size = (side, side) if isinstance(side, int) else side
-            u_BZpp = rest_BZhw if k == num_scales - 1 else F.interpolate(rest_BZhw, size=size, mode='area')
-            query_NZ = u_BZpp.permute(0, 2, 3, 1).reshape(-1, self.Cvae)
+        for k, size in enumerate(as_sizes(self.v_patch_nums) if dist.is_master() else ()):
+            query_NZ = self.queries(rest_BZhw, size, is_last=k == num_scales - 1)
             first, last = (0, self.vocab_size) if self.unshared else (k * share, (k + 1) * share)
             codes_VZ = table_VZ[self.rows(k)][first:self.vocab_size if k == num_scales - 1 else last]
             codes_VZ.copy_(kmeans(query_NZ, len(codes_VZ)))

@@ -22,7 +22,7 @@ from models.tokenizers.conv import (
     read_ch_mult,
     read_towers,
 )
-from models.tokenizers.quantize import Side
+from models.tokenizers.quantize import Side, as_sizes, scale_name
 
 logger = logging.getLogger(__name__)
 
@@ -307,11 +307,6 @@ class VQModel(Tokenizer):
                     z_channels=state['quant_conv.weight'].shape[1], **towers)
 
 
-def scale_name(size: tuple[int, int]) -> str:
-    """'16x16': rows x columns of a code map."""
-    return f'{size[0]}x{size[1]}'
-
-
 def VQ_16(**kwargs: Any) -> VQModel:
     """A code for every 16x16 pixels; `kwargs` are those of `VQModel`."""
     return VQModel(encoder_ch_mult=(1, 1, 2, 2, 4), decoder_ch_mult=(1, 1, 2, 2, 4), **kwargs)
@@ -438,8 +433,3 @@ class FlexVAE(VQModel):
         if len(fitting) < len(own):
             fitting = {key: fitting[key] for key in towers}
         self.load_state_dict(fitting, strict=False)
-
-
-def as_sizes(patch_nums: Sequence[Side]) -> list[tuple[int, int]]:
-    """Sides as (rows, columns)."""
-    return [(side, side) if isinstance(side, int) else tuple(side) for side in patch_nums]

@@ -11,7 +11,7 @@ from torch import nn
 
 from models.base import Reconstruction, Tokenizer, at_least_float32
 from models.tokenizers.conv import build_towers, in_float32, init_convolutions, read_towers, start_as_identity
-from models.tokenizers.quantize import QuantizerTraining, Side, VectorQuantizer2
+from models.tokenizers.quantize import QuantizerTraining, Side, VectorQuantizer2, as_sizes, scale_name
 
 
 class VQVAE(Tokenizer):
@@ -124,9 +124,8 @@ class VQVAE(Tokenizer):
         return self.fhat_to_img(f_hats[-1]) if last_one else [self.fhat_to_img(f) for f in f_hats]
 
     def progressive(self, images_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        sizes = [(side, side) if isinstance(side, int) else side for side in self.quantize.v_patch_nums]
-        images = self.img_to_reconstructed_img(images_B3HW)
-        return {f'{height}x{width}': image for (height, width), image in zip(sizes, images, strict=True)}
+        sizes, images = as_sizes(self.quantize.v_patch_nums), self.img_to_reconstructed_img(images_B3HW)
+        return {scale_name(size): image for size, image in zip(sizes, images, strict=True)}
 
     # ------------------------------------------------------------------------------ training
     def forward(self, inp: torch.Tensor, ret_usages: bool = False,
