@@ -1,16 +1,18 @@
 """Seeding, float32 precision, resume in upstream's form, and the npz packer of sample folders."""
 import random
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from utils.checkpoint import atomic_path, newest_checkpoint
+from utils.batches import FolderBatch, write_npz
+from utils.checkpoint import newest_checkpoint
 
-__all__ = ['allow_tf32', 'auto_resume', 'create_npz_from_sample_folder', 'mix_seed', 'seed_everything']
+__all__ = ['allow_tf32', 'auto_resume', 'create_npz_from_sample_folder', 'full_precision', 'mix_seed',
+           'seed_everything']
 
 
 def mix_seed(*keys: int) -> int:
@@ -45,19 +47,25 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def _open_png(path: Path) -> Image.Image:
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 and no float16 sums in products and convolutions on CUDA; then all is as the caller set it."""
+    half, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32,
+              half.allow_fp16_reduced_precision_reduction)
+    torch.set_float32_matmul_precision('highest')
+    cudnn.allow_tf32 = half.allow_fp16_reduced_precision_reduction = False
     try:
-        image = Image.open(path)
-        image.load()
-        return image
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f'cannot read {path} ({error}): remove the file and sample again') from None
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32, half.allow_fp16_reduced_precision_reduction = before[1:]
 
 
 def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) -> str:
     """Pack the PNG files directly in a folder as uint8 (N, H, W, 3) under `arr_0`, in the order of names.
 
-    Images are streamed, so memory holds one at a time.
+    Upstream's call: nothing is shuffled or converted, and there are no labels; see `pack_folder` for these.
 
     Args:
         num_images: how many files there must be; 50,000 is what FID evaluators expect.
@@ -67,22 +75,13 @@ def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) 
         ValueError: wrong number of files, or images that differ in size or are not RGB of 8 bits.
     """
     folder = Path(sample_folder)
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == '.png')
-    if len(files) != num_images:
-        raise ValueError(f'expected {num_images} PNG files in {folder}, got {len(files)}: '
-                         f'sample the missing ones or remove the surplus, or pass num_images={len(files)}')
-    with _open_png(files[0]) as first:
-        size = first.size
+    batch = FolderBatch(folder, allow_jpeg=False)
+    if batch.count != num_images:
+        raise ValueError(f'expected {num_images} PNG files in {folder}, got {batch.count}: '
+                         f'sample the missing ones or remove the surplus, or pass num_images={batch.count}')
+    if batch.warnings:
+        raise ValueError(f'expected RGB images of 8 bits, got {batch.warnings[0]}: '
+                         'sample into a fresh folder')
     target = folder.with_name(f'{folder.name}.npz')
-    with atomic_path(target) as temporary, zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive, \
-            archive.open('arr_0.npy', 'w', force_zip64=True) as stream:
-        header = dict(descr='|u1', fortran_order=False, shape=(num_images, size[1], size[0], 3))
-        np.lib.format.write_array_header_1_0(stream, header)
-        for path in files:
-            with _open_png(path) as image:
-                if image.mode != 'RGB' or image.size != size:
-                    raise ValueError(f'expected 8-bit RGB images of {size[0]}x{size[1]} in {folder}, got '
-                                     f'{image.mode} of {image.size[0]}x{image.size[1]} in {path.name}: '
-                                     'sample into a fresh folder')
-                stream.write(np.asarray(image).tobytes())
+    write_npz(target, batch.blocks(), batch.count, batch.height, batch.width)
     return str(target)

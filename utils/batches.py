@@ -1,0 +1,385 @@
+"""Sets of 8-bit images on disk: npz files (`arr_0` uint8 (N, H, W, 3)) and folders of PNG files.
+
+All images of a set have one size. An npz is never loaded as a whole. Letters: N images, H height, W width.
+"""
+import hashlib
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from utils.checkpoint import atomic_path
+from utils.hub import sha256_of
+from utils.image_store import map_ahead
+
+SUFFIXES = ('.png', '.jpg', '.jpeg')
+NUM_READERS = min(8, os.cpu_count() or 1)  # threads that decode files
+CONVERSIONS = {  # kind of file -> what becomes of it; RGB stays as it is
+    'JPEG': 'lossy, which changes FID',
+    '1': 'black and white become RGB', 'L': 'grey becomes RGB', 'P': 'the palette becomes RGB',
+    'LA': 'grey becomes RGB, opaque alpha is dropped', 'RGBA': 'opaque alpha is dropped',
+}
+
+
+class ImageBatch:
+    """Images of one size, in a fixed order.
+
+    Attributes:
+        count, height, width: N, and the size in pixels.
+        labels: (N,) int64 class ids in the order of the images, or None.
+        warnings: what may change scores, one line each.
+    """
+
+    path: Path
+    count: int
+    height: int
+    width: int
+    labels: np.ndarray | None
+    warnings: list[str]
+
+    def blocks(self, begin: int = 0, end: int | None = None, size: int = 64) -> Iterator[np.ndarray]:
+        """Images begin..end (exclusive, as in a slice): uint8 (n, H, W, 3), n = `size` but for the last."""
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Image i, uint8 (H, W, 3)."""
+        raise NotImplementedError
+
+    def sha256(self) -> str:
+        """Digest of the file, or of a folder's images: their names and contents in order."""
+        raise NotImplementedError
+
+
+def open_batch(path: str | Path, allow_jpeg: bool = True) -> ImageBatch:
+    """The images of an npz file or of a folder.
+
+    Args:
+        allow_jpeg: accept JPEG files in a folder, with a warning.
+    Raises:
+        ValueError: there are no 8-bit RGB images of one size; some defects show only when images are read.
+    """
+    return FolderBatch(path, allow_jpeg) if Path(path).is_dir() else NpzBatch(path)
+
+
+# ---------------------------------------------------------------------------------------------- npz
+def npz_keys(path: str | Path) -> tuple[str, ...]:
+    """Names of the arrays in an npz file.
+
+    Raises:
+        ValueError: the file is missing or no npz.
+    """
+    with _open_npz(path) as archive:
+        return tuple(name.removesuffix('.npy') for name in archive.namelist() if name.endswith('.npy'))
+
+
+class NpzBatch(ImageBatch):
+    """`arr_0` of an npz file; `arr_1` are the labels if it has one integer per image.
+
+    A stored array is mapped into memory, a compressed one is read from its beginning and in order only.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.warnings = Path(path), []
+        keys = npz_keys(path)
+        if 'arr_0' not in keys:
+            raise ValueError(f'expected images as arr_0 in {path}, got the arrays '
+                             f'{", ".join(keys) or "none"}: save them by np.savez(file, images)')
+        with _open_npz(path) as archive, archive.open('arr_0.npy') as stream:
+            shape, self.is_fortran, dtype = _read_header(stream, path)
+            self.header_size = stream.tell()
+            _check_images(shape, dtype, stream, path)
+            info = archive.getinfo('arr_0.npy')
+        if info.file_size - self.header_size < prod(shape):
+            raise _truncated(path, prod(shape), info.file_size - self.header_size)
+        self.shape, self.is_stored = shape, info.compress_type == zipfile.ZIP_STORED
+        self.count, self.height, self.width, _ = shape
+        if self.is_stored:
+            with self.path.open('rb') as file:  # a local header of 30 bytes, name and extra field come first
+                file.seek(info.header_offset)
+                self.offset = info.header_offset + 30 + sum(struct.unpack('<26x2H', file.read(30)))
+        elif self.is_fortran:
+            raise ValueError(f'expected arr_0 in C order, got a compressed array in Fortran order in {path}: '
+                             'store it by np.savez(file, np.ascontiguousarray(images))')
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        if 'arr_1' not in npz_keys(self.path):
+            return None
+        with _open_npz(self.path) as archive, archive.open('arr_1.npy') as stream:
+            shape, _, dtype = _read_header(stream, self.path)
+            if shape != (self.count,) or dtype.kind not in 'iu':
+                return None  # some other array
+            data = _read(stream, self.count * dtype.itemsize, self.path)
+            return np.frombuffer(data, dtype).astype(np.int64)
+
+    def blocks(self, begin: int = 0, end: int | None = None, size: int = 64) -> Iterator[np.ndarray]:
+        begin, end, _ = slice(begin, end).indices(self.count)
+        blocks = (slice(first, min(first + size, end)) for first in range(begin, end, size))
+        if self.is_stored:
+            yield from map(self._copy, blocks)
+            return
+        bytes_per_image = prod(self.shape[1:])
+        with _open_npz(self.path) as archive, archive.open('arr_0.npy') as stream:
+            stream.seek(self.header_size + begin * bytes_per_image)
+            for rows in blocks:
+                data = _read(stream, (rows.stop - rows.start) * bytes_per_image, self.path)
+                yield np.frombuffer(bytearray(data), np.uint8).reshape(-1, *self.shape[1:])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not self.is_stored:
+            raise ValueError('expected images that can be read in any order, got compressed ones in '
+                             f'{self.path}: store them by np.savez')
+        return self._copy(i)
+
+    def _copy(self, rows: int | slice) -> np.ndarray:
+        # mapped anew each time, as pages of a map that stays would pile up in this process's memory
+        images = np.memmap(self.path, np.uint8, 'r', self.offset + self.header_size, self.shape,
+                           order='F' if self.is_fortran else 'C')
+        return np.array(images[rows], order='C')
+
+    def sha256(self) -> str:
+        return sha256_of(self.path)
+
+
+@contextmanager
+def _open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    """The zip file behind an npz; its defects, whenever they show, as ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except FileNotFoundError:
+        raise ValueError(f'expected an npz file or a folder of images, found nothing at {path}: '
+                         'check the path') from None
+    except (OSError, EOFError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f'expected an npz file, cannot read {path} ({error}): it is truncated or of another '
+                         'format; copy it again, or write it by np.savez') from None
+
+
+def _read_header(stream: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran order, dtype) of the array that a stream begins with."""
+    try:
+        # version 3 differs from 2 in the encoding of field names, which images and labels do not have
+        if np.lib.format.read_magic(stream) == (1, 0):
+            return np.lib.format.read_array_header_1_0(stream)
+        return np.lib.format.read_array_header_2_0(stream)
+    except ValueError as error:
+        raise ValueError(f'expected an array of numpy in {path}, cannot read its header '
+                         f'({" ".join(str(error).split())[:200]}): write it by np.savez') from None
+
+
+def _read(stream: IO[bytes], num_bytes: int, path: str | Path) -> bytes:
+    data = stream.read(num_bytes)
+    if len(data) < num_bytes:
+        raise _truncated(path, num_bytes, len(data))
+    return data
+
+
+def _truncated(path: str | Path, expected: int, found: int) -> ValueError:
+    return ValueError(f'expected {expected:,} more bytes of an array in {path}, got {found:,}: '
+                      'it is truncated; copy or write the file again')
+
+
+def _check_images(shape: tuple[int, ...], dtype: np.dtype, stream: IO[bytes], path: str | Path) -> None:
+    """Refuse what is no (N, H, W, 3) array of uint8; `stream` continues with its values."""
+    if dtype.kind == 'f':
+        data = stream.read(2 ** 20)
+        values = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
+        low, high = values.min(initial=0), values.max(initial=0)
+        # with some room, as the outputs of decoders leave [0, 1] or [-1, 1] a little
+        scale = 'x.round()' if high > 2 else 'x * 127.5 + 128' if low < -0.1 else 'x * 255 + 0.5'
+        raise ValueError(f'expected 8-bit images as arr_0 of {path}, got {dtype} with values from {low:g} to '
+                         f'{high:g}: store ({scale}).clip(0, 255).astype(np.uint8)')
+    if dtype != np.uint8:
+        raise ValueError(f'expected 8-bit images as arr_0 of {path}, got {dtype}: store them as np.uint8')
+    if len(shape) != 4 or shape[3] != 3:
+        is_nchw = len(shape) == 4 and shape[1] == 3
+        raise ValueError(f'expected images (N, H, W, 3) as arr_0 of {path}, got shape {shape}: ' + (
+            'channels come first, store images.transpose(0, 2, 3, 1)' if is_nchw else 'store RGB images'))
+    if min(shape) < 1:
+        raise ValueError(f'expected images as arr_0 of {path}, got none, shape {shape}: sample some')
+
+
+# ---------------------------------------------------------------------------------------------- folders
+class FolderBatch(ImageBatch):
+    """PNG and JPEG files directly in a folder, in the order of names; `labels.npy` holds their labels.
+
+    Other files are ignored. The kind and size of every file are checked at once, its pixels when it is read.
+    """
+
+    def __init__(self, path: str | Path, allow_jpeg: bool = True):
+        self.path, self.warnings = Path(path), []
+        if not self.path.is_dir():
+            raise ValueError(f'expected a folder of PNG files, found none at {path}: check the path')
+        self.files = sorted(file for file in self.path.iterdir()
+                            if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'))
+        if not self.files:
+            raise ValueError(f'expected PNG files directly in {path}, found none: check the path')
+        self.count = len(self.files)
+        kinds: dict[str, list[str]] = {}  # kind -> names of files
+        for file in self.files:
+            kind, (width, height) = _inspect(file)
+            if file == self.files[0]:
+                self.height, self.width = height, width
+            if (height, width) != (self.height, self.width):
+                raise ValueError(f'expected images of {self.width}x{self.height} in {path}, got '
+                                 f'{width}x{height} in {file.name}: make all of one size, in a fresh folder')
+            kinds.setdefault(kind, []).append(file.name)
+        if 'JPEG' in kinds and not allow_jpeg:
+            raise ValueError(f'expected PNG files in {path}, got {len(kinds["JPEG"])} JPEG, first '
+                             f'{kinds["JPEG"][0]}: JPEG is lossy and changes FID; save PNG, or allow JPEG')
+        self.warnings += [f'{kind} images in {path}: {len(names)} of {self.count} files, first {names[0]}; '
+                          f'{CONVERSIONS[kind]}' for kind, names in kinds.items() if kind != 'RGB']
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        file = self.path / 'labels.npy'
+        if not file.exists():
+            return None
+        try:
+            labels = np.load(file, allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f'expected an array of labels, cannot read {file} ({error}): '
+                             'write it again by np.save, or remove it') from None
+        if labels.shape != (self.count,) or labels.dtype.kind not in 'iu':
+            raise ValueError(f'expected {self.count} integer labels in {file}, got {labels.dtype} '
+                             f'of shape {labels.shape}: complete the images, or remove the labels')
+        return labels.astype(np.int64)
+
+    def blocks(self, begin: int = 0, end: int | None = None, size: int = 64) -> Iterator[np.ndarray]:
+        images = self.read(range(*slice(begin, end).indices(self.count)))
+        while block := list(islice(images, size)):
+            yield np.stack(block)
+
+    def read(self, order: Iterable[int]) -> Iterator[np.ndarray]:
+        """Images (H, W, 3) in this order, decoded ahead by threads."""
+        return map_ahead(self.__getitem__, order, NUM_READERS)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return _decode(self.files[i])
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for file, content in zip(self.files, map_ahead(sha256_of, self.files, NUM_READERS), strict=True):
+            digest.update(os.fsencode(f'{file.name} {content}\n'))
+        return digest.hexdigest()
+
+
+@contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path, formats=('PNG', 'JPEG')) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(f'cannot read {path} ({error}): remove the file and sample again') from None
+
+
+def _inspect(path: Path) -> tuple[str, tuple[int, int]]:
+    """('JPEG' or the mode of a PNG, (width, height)), from the header alone."""
+    with _open_image(path) as image:
+        # by the raw mode: Pillow gives 16-bit RGB as RGB, cut to 8 bits
+        is_16_bit = image.format == 'PNG' and '16' in image.tile[0][3]
+    if is_16_bit:
+        raise ValueError(f'expected images of 8 bits, got 16 bits in {path}: save it with 8')
+    return 'JPEG' if image.format == 'JPEG' else image.mode, image.size
+
+
+def _decode(path: Path) -> np.ndarray:
+    with _open_image(path) as image:
+        has_alpha = 'A' in image.mode or 'transparency' in image.info
+        image = image.convert('RGBA' if has_alpha else 'RGB')
+    if has_alpha and image.getextrema()[3][0] < 255:
+        raise ValueError(f'expected opaque images, got transparent pixels in {path}: save it on a background')
+    return np.array(image)[..., :3]
+
+
+# ---------------------------------------------------------------------------------------------- packing
+def write_npz(path: str | Path, images: Iterable[np.ndarray], count: int, height: int, width: int,
+              labels: np.ndarray | None = None) -> None:
+    """Write an npz as FID evaluators read it: uncompressed, equal bytes for equal images and labels.
+
+    Args:
+        images: uint8 images (H, W, 3) or blocks (n, H, W, 3); one at a time is in memory.
+        count: how many there are in all.
+        labels: (N,) integers, kept as int64 under `arr_1`.
+    Raises:
+        ValueError: other images, or another number of them or of labels.
+        OSError: the disk is full or not writable; what was at `path` before is intact.
+    """
+    if labels is not None and np.shape(labels) != (count,):
+        raise ValueError(f'expected {count} labels for {path}, got shape {np.shape(labels)}: '
+                         'give one per image')
+    shape, num_written = (count, height, width, 3), 0
+    try:
+        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, 'w') as archive:
+            with _new_member(archive, 'arr_0.npy') as stream:
+                header = dict(descr='|u1', fortran_order=False, shape=shape)
+                np.lib.format.write_array_header_1_0(stream, header)
+                for block in images:
+                    if block.dtype != np.uint8 or block.shape[-3:] != shape[1:]:
+                        raise ValueError(f'expected uint8 images of shape {shape[1:]} for {path}, got '
+                                         f'{block.dtype} of {block.shape[-3:]} at image {num_written}: '
+                                         'convert it first')
+                    num_written += prod(block.shape[:-3])
+                    if num_written > count:
+                        break
+                    stream.write(np.ascontiguousarray(block))
+                if num_written != count:
+                    found = 'more' if num_written > count else num_written
+                    raise ValueError(f'expected {count} images for {path}, got {found}: '
+                                     'complete them, or give their true number')
+            if labels is not None:
+                with _new_member(archive, 'arr_1.npy') as stream:
+                    np.lib.format.write_array(stream, np.asarray(labels, np.int64), (1, 0))
+    except OSError as error:
+        raise OSError(f'could not write {path} ({error.strerror or error}): free some space, or write '
+                      'elsewhere; nothing was changed') from error
+
+
+def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    # dated 1980, so that the bytes do not depend on the time; large files need zip64, as sizes come last
+    return archive.open(zipfile.ZipInfo(name), 'w', force_zip64=True)
+
+
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """(count,) int64: the order in which images are packed, a permutation of 0..count - 1.
+
+    From numpy's RandomState (MT19937, Fisher-Yates), whose numbers never change: the same on every platform.
+    """
+    return np.random.RandomState(seed).permutation(count).astype(np.int64)
+
+
+def pack_folder(folder: str | Path, target: str | Path, count: int | None = None, seed: int | None = 0,
+                allow_jpeg: bool = False) -> NpzBatch:
+    """Pack the images of a folder, and their labels, as an npz.
+
+    Scores of unmixed classes are wrong: the Inception Score is a mean over chunks. So the order is shuffled.
+
+    Args:
+        count: how many images there must be; None takes what is there.
+        seed: of the order, see `shuffled`; None keeps that of names.
+    Returns:
+        What was written, with the warnings about what was read.
+    Raises:
+        ValueError: another number of images, or a defect of the folder.
+        OSError: see `write_npz`.
+    """
+    batch = FolderBatch(folder, allow_jpeg)
+    if count not in (None, batch.count):
+        raise ValueError(f'expected {count} images in {folder}, got {batch.count}: '
+                         'sample the missing ones or remove the surplus, or give another count')
+    order = np.arange(batch.count) if seed is None else shuffled(batch.count, seed)
+    labels = None if batch.labels is None else batch.labels[order]
+    write_npz(target, batch.read(order), batch.count, batch.height, batch.width, labels)
+    packed = NpzBatch(target)
+    packed.warnings += batch.warnings
+    return packed

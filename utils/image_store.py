@@ -1,0 +1,140 @@
+"""Images of a sampling job on disk, by index, until they are packed: PNG files, or raw pieces of batches.
+
+Every file appears whole or not at all, so whatever is there after a kill is good. Images are uint8 (H, W, 3).
+"""
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from utils.checkpoint import atomic_path
+
+
+def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads: int) -> Iterator[Any]:
+    """`map` whose calls run in threads, a few ahead of the caller; results keep the order of the items."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        pending: deque[Future] = deque()
+        for item in items:
+            pending.append(threads.submit(function, item))
+            if len(pending) > 4 * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class ImageStore:
+    """A folder of images by index, written by threads while the caller draws the next ones.
+
+    Use it as a context manager: on leaving, everything is written or the first error is raised.
+
+    Args:
+        num_threads: that write and read.
+    """
+
+    def __init__(self, folder: str | Path, num_threads: int = 4):
+        self.folder, self.num_threads = Path(folder), num_threads
+        self.threads, self.pending = ThreadPoolExecutor(num_threads), deque()
+
+    def stored(self, count: int) -> np.ndarray:
+        """(count,) bool, whether each image is there."""
+        raise NotImplementedError
+
+    def put(self, index: np.ndarray, images: np.ndarray) -> None:
+        """Write images (n, H, W, 3) of ascending indices, later; waits while too much is waiting."""
+        raise NotImplementedError
+
+    def get(self, i: int) -> np.ndarray:
+        """Image i."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Remove what packing has made superfluous."""
+
+    def read(self, order: Iterable[int]) -> Iterator[np.ndarray]:
+        """Images in this order, read ahead."""
+        return map_ahead(self.get, order, self.num_threads)
+
+    def _submit(self, write: Callable, *args: Any) -> None:
+        self.pending.append(self.threads.submit(write, *args))
+        while len(self.pending) > 256:
+            self.pending.popleft().result()
+
+    def __enter__(self) -> 'ImageStore':
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.threads.shutdown()
+        while self.pending and error[0] is None:
+            self.pending.popleft().result()
+
+
+class PngStore(ImageStore):
+    """One PNG file per image: 000000.png, ..."""
+
+    def stored(self, count: int) -> np.ndarray:
+        names = {path.name for path in self.folder.glob('*.png')}
+        return np.array([self._path(i).name in names for i in range(count)], dtype=bool)
+
+    def put(self, index: np.ndarray, images: np.ndarray) -> None:
+        for i, image in zip(index, images, strict=True):
+            self._submit(self._write, i, image)
+
+    def get(self, i: int) -> np.ndarray:
+        try:
+            with Image.open(self._path(i)) as image:
+                return np.asarray(image)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f'expected an image of sample.py, cannot read {self._path(i)} ({error}): '
+                             'remove the file and run the same command again') from None
+
+    def _path(self, i: int) -> Path:
+        return self.folder / f'{i:06d}.png'
+
+    def _write(self, i: int, image: np.ndarray) -> None:
+        with atomic_path(self._path(i)) as temporary:
+            Image.fromarray(image).save(temporary, format='PNG')
+
+
+class PieceStore(ImageStore):
+    """Runs of consecutive images as arrays, named by the first image and the one after the last.
+
+    Needs no encoding and few files; made to be packed and discarded.
+    """
+
+    def __init__(self, folder: str | Path, num_threads: int = 4):
+        super().__init__(folder, num_threads)
+        self.pieces: dict[int, tuple[Path, int]] = {}  # image -> its file and its row there
+
+    def stored(self, count: int) -> np.ndarray:
+        self.pieces.clear()
+        for path in self.folder.glob('pixels-*.npy'):
+            first, end = map(int, re.fullmatch(r'pixels-(\d+)-(\d+)', path.stem).groups())
+            self.pieces |= {i: (path, i - first) for i in range(first, end)}
+        return np.array([i in self.pieces for i in range(count)], dtype=bool)
+
+    def put(self, index: np.ndarray, images: np.ndarray) -> None:
+        for _, run in groupby(enumerate(index), key=lambda item: item[1] - item[0]):
+            rows = [row for row, _ in run]
+            self._submit(self._write, index[rows[0]], images[rows])
+
+    def get(self, i: int) -> np.ndarray:
+        path, row = self.pieces[i]
+        return np.load(path, mmap_mode='r')[row]
+
+    def discard(self) -> None:
+        for path in self.folder.glob('pixels-*.npy'):
+            path.unlink()
+
+    def _write(self, first: int, images: np.ndarray) -> None:
+        with atomic_path(self.folder / f'pixels-{first:06d}-{first + len(images):06d}.npy') as temporary, \
+                temporary.open('wb') as file:
+            np.save(file, images)
+
+
+STORES: dict[str, type[ImageStore]] = {'png': PngStore, 'npz': PieceStore}
