@@ -1,4 +1,4 @@
-"""Scores against references and definitions, statistics in parts, Inception features, pictures, usage."""
+"""Scores against references and definitions, statistics in parts, pictures, usage."""
 import json
 import math
 import threading
@@ -11,13 +11,11 @@ from PIL import Image
 from scipy.ndimage import uniform_filter
 
 import dist
+from evaluation.pairs import PairScores
 from models.tokenizers.usage import CodeUsage
-from utils.inception import WEIGHTS, InceptionFeatures, find_weights
 from utils.metrics import (
     SSIM_DEFINITIONS,
     FeatureStatistics,
-    PairScores,
-    frechet_distance,
     psnr,
     read_statistics,
     ssim,
@@ -133,34 +131,6 @@ def statistics_of(features_NF, *sizes):
     for part in features_NF.split(list(sizes) or len(features_NF)):
         statistics.add(part)
     return statistics
-
-
-@pytest.mark.parametrize('name', CASES['fid'])
-def test_frechet_distance_of_features(name):
-    arrays = np.load(DATA / 'fid.npz')
-    a, b = (torch.from_numpy(arrays[f'{name}.{side}']) for side in 'ab')
-
-    def distance():
-        pair = [statistics_of(features) for features in (a, b)]
-        return frechet_distance(pair[0].mean, pair[0].covariance(), pair[1].mean, pair[1].covariance())
-    if name == 'one_sample':
-        with pytest.raises(ValueError, match='at least 2 images, got 1'):
-            distance()
-    elif name == 'nan_feature':
-        with pytest.raises(ValueError, match=r'image \d+ gives nan'):
-            distance()
-    else:
-        assert distance() == pytest.approx(CASES['fid'][name]['expected'], rel=1e-8, abs=1e-6)
-
-
-@pytest.mark.parametrize('name', CASES['fid_stats'])
-def test_frechet_distance_of_hard_statistics(name):
-    arrays = np.load(DATA / 'fid.npz')
-    stats = [torch.from_numpy(arrays[f'stats_{name}.{key}'])
-             for key in ('mu_a', 'sigma_a', 'mu_b', 'sigma_b')]
-    expected = CASES['fid_stats'][name]['expected']
-    assert frechet_distance(*stats) == pytest.approx(expected, rel=1e-7)
-    assert frechet_distance(*stats[2:], *stats[:2]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_two_known_gaussians():
@@ -326,83 +296,3 @@ def test_usage_heat_map(tmp_path, vocab_size):
     used = (first > 0).nonzero().flatten() / picture.shape[2]
     assert used.min() >= 0.49 and used.max() <= 0.54 and first.max() == second.max()
     assert (second.diff() >= -1).all()  # brighter with every larger count, but for a rounding step
-
-
-# ---------------------------------------------------------------------------------------------- Inception
-def seeded_weights(shapes, seed):
-    """The state dict that the stored features were made with: SplitMix64 streams, one per tensor by name."""
-    state, mask = {}, 2 ** 64 - 1
-    for t, name in enumerate(sorted(shapes)):
-        shape = shapes[name]
-        base = np.uint64((seed * 0x9E3779B97F4A7C15 + t * 0xD1B54A32D192ED03) & mask)
-        z = base + np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        s = ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2. ** -52 - 1
-        kind = name.split('.', 1)[1] if name.startswith('fc') else '.'.join(name.split('.')[-2:])
-        scale, shift = {'conv.weight': (math.sqrt(6 / math.prod(shape[1:])), 0), 'bn.weight': (0.2, 1),
-                        'bn.bias': (0.2, 0), 'bn.running_mean': (0.1, 0), 'bn.running_var': (0.5, 1),
-                        'weight': (4 * math.sqrt(3 / 2048), 0), 'bias': (0.1, 0)}[kind]
-        state[name] = torch.from_numpy((shift + scale * s).astype(np.float32).reshape(shape))
-    return state
-
-
-@pytest.fixture(scope='module')
-def inception_file(tmp_path_factory):
-    """Random weights of the published shapes."""
-    module = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3',
-                                 reason='needs torch-fidelity')
-    network = module.FeatureExtractorInceptionV3
-    with pytest.MonkeyPatch.context() as patch:  # the constructor would download weights
-        patch.setattr(module, 'load_state_dict_from_url', lambda *_, **__: {})
-        patch.setattr(network, 'load_state_dict', lambda *_: None)
-        shapes = {name: tuple(t.shape) for name, t in network('inception', ['2048']).state_dict().items()
-                  if not name.endswith('num_batches_tracked')}
-    assert len(shapes) == 472
-    path = tmp_path_factory.mktemp('inception') / 'seeded.pth'
-    torch.save(seeded_weights(shapes, CASES['inception']['weight_seed']), path)
-    return path
-
-
-def test_inception_features(inception_file, monkeypatch):
-    state = torch.load(inception_file, weights_only=True)
-    for name, probe in CASES['inception']['probes'].items():
-        assert torch.equal(state[name].flatten()[:5], torch.tensor(probe['first5'])), name
-    vectors = np.load(DATA / 'inception.npz')
-    images = torch.from_numpy(vectors['images']).permute(0, 3, 1, 2)
-    with pytest.raises(ValueError, match=r'SHA-256.*allow_unverified_weights'):
-        InceptionFeatures(str(inception_file))
-    monkeypatch.setenv('INCEPTION_WEIGHTS', str(inception_file))
-    features = InceptionFeatures(allow_unverified=True)(images)
-    assert features.shape == (2, 2048) and features.dtype == torch.float32
-    assert (features - torch.from_numpy(vectors['pool'])).abs().max() <= 2e-4
-
-
-def test_inception_refuses_other_files(tmp_path):
-    pytest.importorskip('torch_fidelity', reason='needs torch-fidelity')
-    path = tmp_path / 'other.pth'
-    for content in (dict(a=torch.zeros(2)), [1, 2]):
-        torch.save(content, path)
-        with pytest.raises(ValueError, match='holds no Inception weights'):
-            InceptionFeatures(str(path), allow_unverified=True)
-    path.write_bytes(b'')
-    with pytest.raises(ValueError, match='holds no Inception weights'):
-        InceptionFeatures(str(path), allow_unverified=True)
-
-
-def test_inception_weights_are_looked_up(tmp_path, monkeypatch):
-    monkeypatch.delenv('INCEPTION_WEIGHTS', raising=False)
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    with pytest.raises(ValueError, match=r'weights-inception.*pt_inception.*https.*SHA.*--inception_weights'):
-        find_weights()
-    (tmp_path / 'checkpoints').mkdir()
-    for name in reversed(WEIGHTS):
-        cached = tmp_path / 'checkpoints' / name
-        cached.write_bytes(b'')
-        assert find_weights() == cached
-    mine = tmp_path / 'mine.pth'
-    mine.write_bytes(b'')
-    monkeypatch.setenv('INCEPTION_WEIGHTS', str(mine))
-    assert find_weights() == mine
-    with pytest.raises(ValueError, match='nowhere'):  # a named file is not replaced by another
-        find_weights(str(tmp_path / 'nowhere.pth'))

@@ -1,17 +1,23 @@
-"""Scores of images: PSNR, SSIM, streaming statistics of features and the Frechet distance between them.
+"""Scores of images: PSNR and SSIM of pairs; Frechet distance and Inception Score of sets.
 
-Letters: B batch, N rows, F features, 3HW image. `u8` marks 8-bit pixels (B, 3, H, W).
+The scores of sets are those of the original evaluation of ADM (guided-diffusion), which runs in TensorFlow.
+Letters: B batch, N rows, F features, C classes, K chunks, 3HW image. `u8` marks 8-bit pixels (B, 3, H, W).
 """
+import logging
+import warnings
 import zipfile
-from collections.abc import Callable
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import linalg
 from torch.nn import functional as F
 
 import dist
+
+logger = logging.getLogger(__name__)
 
 
 def to_uint8(images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -158,136 +164,145 @@ class FeatureStatistics:
         return self.scatter / (self.count - 1)
 
 
-def read_statistics(path: str | Path, num_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (F,) and covariance (F, F) of an npz file with `mu` and `sigma`, as published for FID.
+def read_statistics(path: str | Path, num_features: int,
+                    suffix: str = '') -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (F,) and covariance (F, F), float64, of an npz file with `mu` and `sigma`, as published for FID.
 
     Args:
         num_features: F of the network that they are compared with.
-
+        suffix: of the two names; '_s' for spatial features.
     Raises:
         ValueError: the file is not such an npz, or its numbers cannot be statistics.
     """
+    keys = f'mu{suffix}', f'sigma{suffix}'
+    wanted = ' and '.join(keys)
     if not zipfile.is_zipfile(path):
-        raise ValueError(f'expected an npz file with mu and sigma, found none at {path}: check the path')
+        raise ValueError(f'expected an npz file with {wanted}, found none at {path}: check the path')
     try:
         with np.load(path) as archive:
-            mu, sigma = (torch.from_numpy(archive[key].astype(np.float64)) for key in ('mu', 'sigma'))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f'expected an npz file with mu and sigma, cannot read {path} ({error}): '
+            mu, sigma = (torch.from_numpy(archive[key].astype(np.float64)) for key in keys)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f'expected an npz file with {wanted}, cannot read {path} ({error}): '
                          'pass reference statistics') from None
     if mu.shape != (num_features,) or sigma.shape != (num_features, num_features):
-        raise ValueError(f'expected mu and sigma of {num_features} features in {path}, got shapes '
+        raise ValueError(f'expected {wanted} of {num_features} features in {path}, got shapes '
                          f'{tuple(mu.shape)} and {tuple(sigma.shape)}: pass statistics of the same network')
     asymmetry = (sigma - sigma.T).abs().max() / sigma.abs().max().clamp_min(1e-300)
     if not (mu.isfinite().all() and asymmetry <= 1e-6):  # false for nan, too
-        raise ValueError(f'expected finite numbers and a symmetric sigma in {path}, '
+        raise ValueError(f'expected finite numbers and a symmetric sigma{suffix} in {path}, '
                          f'got relative asymmetry {asymmetry:.2g}: the file is damaged, download it again')
     return mu, sigma
 
 
-def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
-                     sigma2: torch.Tensor) -> float:
+# ---------------------------------------------------------------------------------------------- distance
+def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor,
+                     method: str = 'eigh') -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of two Gaussians, in float64.
 
-    With R the symmetric root of S1, the trace of sqrt(S1 S2) is that of sqrt(R S2 R): singular covariances
-    need no special rule. Equal Gaussians may give a value a little below zero.
+    Equal Gaussians may give a value a little below zero.
 
+    Args:
+        mu1, mu2: (F,). sigma1, sigma2: (F, F).
+        method: of the root: 'eigh', or 'scipy' as the original, which is slower and, where the covariances
+            are singular, off by up to 0.1 % or an error.
     Raises:
-        ValueError: the two have different numbers of features.
+        ValueError: the two have different numbers of features, a number is not finite, or the root of
+            'scipy' is not real.
     Source: Heusel et al., arXiv 1706.08500.
     """
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise ValueError(f'expected statistics of equal size, got {tuple(mu1.shape)} and {tuple(mu2.shape)} '
                          'features: compare features of the same network')
-    mu1, sigma1, mu2, sigma2 = (t.to('cpu', torch.float64) for t in (mu1, sigma1, mu2, sigma2))
+    device = 'cpu' if method == 'scipy' or mu1.device.type == 'mps' else mu1.device  # mps has no float64
+    mu1, sigma1, mu2, sigma2 = (t.to(device, torch.float64) for t in (mu1, sigma1, mu2, sigma2))
+    for number, statistics in enumerate(((mu1, sigma1), (mu2, sigma2)), start=1):
+        if not all(t.isfinite().all() for t in statistics):
+            raise ValueError(f'expected finite statistics, set {number} of 2 holds nan or infinite numbers: '
+                             'compute them again')
+    trace = {'eigh': _trace_of_root, 'scipy': _trace_of_root_as_original}[method](sigma1, sigma2)
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
+
+
+def _trace_of_root(sigma1: torch.Tensor, sigma2: torch.Tensor) -> torch.Tensor:
+    """With R the symmetric root of S1, tr sqrt(S1 S2) is tr sqrt(R S2 R), also of singular covariances."""
     sigma1, sigma2 = (sigma1 + sigma1.T) / 2, (sigma2 + sigma2.T) / 2
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     product = root @ sigma2 @ root
-    trace_of_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_of_root).item()
+    return torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
 
 
-# ---------------------------------------------------------------------------------------------- pairs
-class PairScores:
-    """Scores of (original, reconstruction) pairs: `add` batches on every rank, `reduce` once, read `scores`.
+def _trace_of_root_as_original(sigma1: torch.Tensor, sigma2: torch.Tensor) -> float:
+    """tr sqrt(S1 S2) by SciPy's root of a general matrix, with the original's rules where that fails."""
+    sigma1, sigma2 = sigma1.numpy(), sigma2.numpy()
+    with warnings.catch_warnings(), np.errstate(all='ignore'):
+        warnings.simplefilter('ignore')  # of singular matrices: what they lead to is checked here
+        root = linalg.sqrtm(sigma1 @ sigma2)
+        if not np.isfinite(root).all():
+            logger.warning('the product of covariances has no finite root: adding 1e-6 to their diagonals')
+            offset = 1e-6 * np.eye(len(sigma1))
+            root = linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
+    imaginary = np.abs(root.diagonal().imag).max()
+    if not imaginary <= 1e-3:  # true for nan, too
+        raise ValueError('expected a real root of the product of covariances, got imaginary parts up to '
+                         f'{imaginary:.3g}: take the method eigh, or more images than features')
+    return root.diagonal().real.sum().item()
 
-    Values are gathered per image, in the order of ranks, so that the scores do not depend on their number.
+
+# ---------------------------------------------------------------------------------------------- classes
+class InceptionScore:
+    """exp(mean KL(p(c|x) || p(c))) of images that arrive in any order on any rank.
+
+    `add` every image once, on any rank; `reduce` once; read `scores`. All that is kept are sums of p and of
+    p ln p, in float64, for each chunk of the file.
 
     Args:
-        with_psnr: whether PSNR is wanted.
-        ssim_definition: a key of `SSIM_DEFINITIONS`; empty leaves SSIM out.
-        distances: name -> network that maps two batches in [-1, 1] to (B,), such as LPIPS.
-        features: network that maps 8-bit images to (B, F), for the Frechet distance; None leaves it out.
-        num_features: F. device: where their statistics are kept.
+        num_images: on all ranks.
+        num_classes: C.
+        split_size: images of a chunk; the last chunk may be shorter.
+        device: where the sums are kept.
+    Source: Salimans et al., arXiv 1606.03498.
     """
 
-    def __init__(self, with_psnr: bool = True, ssim_definition: str = 'gauss11',
-                 distances: dict[str, Callable] | None = None, features: Callable | None = None,
-                 num_features: int = 0, device: torch.device | str = 'cpu'):
-        self.with_psnr, self.ssim_definition = with_psnr, ssim_definition
-        self.distances, self.features = distances or {}, features
-        if features is not None:
-            self.originals = FeatureStatistics(num_features, device)
-            self.reconstructions = FeatureStatistics(num_features, device)
-        self.values: dict[str, list[torch.Tensor]] = {}  # (B,) float64 of every batch, by name
+    def __init__(self, num_images: int, num_classes: int, split_size: int = 5000,
+                 device: torch.device | str = 'cpu'):
+        self.split_size = split_size
+        self.sizes_K = torch.arange(num_images, 0, -split_size, device=device).clamp_max(split_size).double()
+        self.counts_K = torch.zeros_like(self.sizes_K)
+        self.p_log_p_K = torch.zeros_like(self.sizes_K)
+        self.p_KC = self.sizes_K.new_zeros(len(self.sizes_K), num_classes)
 
-    @torch.no_grad()
-    def add(self, originals_u8: torch.Tensor, reconstructions_u8: torch.Tensor, suffix: str = '') -> None:
-        """Rate a batch.
+    def add(self, logits_BC: torch.Tensor, first: int) -> None:
+        """Take in the images `first` to `first + B` of the file; no images at all are legal.
 
-        Args:
-            suffix: marks smaller views of images that are rated in full, too: appended to the names. These
-                views have no distances and features, and no SSIM where its window is larger than they are.
+        Raises:
+            ValueError: a logit is nan or infinite.
         """
-        pair = originals_u8, reconstructions_u8
-        values = {}
-        if self.with_psnr:
-            values['mse'] = mean_squared_error(*pair)
-        definition = SSIM_DEFINITIONS.get(self.ssim_definition)
-        if definition and not (suffix and min(originals_u8.shape[-2:]) < len(definition.window)):
-            values[f'ssim_{self.ssim_definition}'] = ssim(*pair, self.ssim_definition)
-        if not suffix:
-            for name, distance in self.distances.items():
-                values[name] = distance(*(t_u8.float() / 127.5 - 1 for t_u8 in pair)).double()
-            if self.features is not None:
-                self.originals.add(self.features(originals_u8))
-                self.reconstructions.add(self.features(reconstructions_u8))
-        for name, value_B in values.items():
-            self.values.setdefault(name + suffix, []).append(value_B.cpu())
+        log_p_BC = logits_BC.to(self.p_KC).log_softmax(1)
+        finite_B = log_p_BC.isfinite().all(1)
+        if not finite_B.all():
+            raise ValueError(f'expected finite logits, image {first + finite_B.int().argmin().item()} gives '
+                             'nan or infinite ones: check its pixels and the weights')
+        p_BC = log_p_BC.exp()
+        chunk_B = torch.arange(first, first + len(logits_BC), device=p_BC.device) // self.split_size
+        self.counts_K.index_add_(0, chunk_B, torch.ones_like(p_BC[:, 0]))
+        self.p_log_p_K.index_add_(0, chunk_B, (p_BC * log_p_BC).sum(1))  # 0 where p underflows
+        self.p_KC.index_add_(0, chunk_B, p_BC)
 
     def reduce(self) -> None:
-        """Gather what all ranks have seen; every rank calls it, once."""
-        parts = dist.allgather_object({name: torch.cat(values) for name, values in self.values.items()})
-        self.values = {name: [part[name] for part in parts if part]  # a rank without images has no names
-                       for name in max(parts, key=len)}
-        if self.features is not None:
-            self.originals.reduce()
-            self.reconstructions.reduce()
+        """Sum over ranks; every rank calls it, once."""
+        for sums in (self.counts_K, self.p_log_p_K, self.p_KC):
+            dist.allreduce(sums)
 
-    def scores(self) -> dict[str, float | int | None]:
-        """Means over the images by name; None where there is none.
+    def scores(self) -> tuple[float, float]:
+        """The mean over the chunks, as published, and that of all images as one chunk.
 
-        For PSNR: `psnr` over the images that are not identical; of images in full also `psnr_of_mean_mse` and
-        the number of `identical_images`.
+        The first depends on the order of the images, the second does not: where images are sorted by class,
+        the first is far below the second.
         """
-        def mean(value_N: torch.Tensor) -> float | None:
-            return value_N.mean().item() if len(value_N) else None
+        assert torch.equal(self.counts_K, self.sizes_K), f'{self.counts_K} images of {self.sizes_K}'
 
-        scores: dict[str, float | int | None] = {}
-        for name, values in self.values.items():
-            value_N = torch.cat(values)
-            if not name.startswith('mse'):
-                scores[name] = mean(value_N)
-                continue
-            differing = value_N[value_N > 0]
-            scores[name.replace('mse', 'psnr')] = mean(decibels(differing))
-            if name == 'mse':
-                scores['psnr_of_mean_mse'] = decibels(value_N.mean()).item() if len(differing) else None
-                scores['identical_images'] = len(value_N) - len(differing)
-        return scores
-
-    def frechet_distance(self, reference: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
-        """Of the reconstructions' features to a reference (mean, covariance), by default the originals'."""
-        reference = reference or (self.originals.mean, self.originals.covariance())
-        return frechet_distance(*reference, self.reconstructions.mean, self.reconstructions.covariance())
+        def score(count: torch.Tensor, p_log_p: torch.Tensor, p_C: torch.Tensor) -> torch.Tensor:
+            return (p_log_p / count + torch.special.entr(p_C / count[..., None]).sum(-1)).exp()
+        return (score(self.counts_K, self.p_log_p_K, self.p_KC).mean().item(),
+                score(self.counts_K.sum(), self.p_log_p_K.sum(), self.p_KC.sum(0)).item())
