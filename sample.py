@@ -1,121 +1,227 @@
-"""Sample class-balanced images: `torchrun --nproc_per_node=8 sample.py --ckpt=FILE --preset=fid`.
+"""Sample class-balanced images: `torchrun --nproc_per_node=8 sample.py --preset=var_d16`.
 
-Runs without torchrun, too. Writes one PNG per image, then `<output>.npz` (arr_0, uint8 NHWC, for any FID
-evaluator) and `<output>.json`, the manifest. Image i depends on the settings, the seed and i alone: not on
-ranks, batches or restarts.
+Runs without torchrun, too. Writes one PNG per image (or raw pieces), then `<output>.npz` (arr_0 uint8 NHWC in
+random order, arr_1 labels; any FID evaluator reads it) and `<output>.json`, the manifest. Image i depends on
+the settings, the seed and i alone: not on ranks, batches or restarts. A killed job continues by the same
+command. `--sweep` does this for every combination of some settings and scores each.
 """
 import json
 import logging
-import platform
+import shlex
 import sys
 import time
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-from PIL import Image
 
 import dist
+from evaluation.features import load_network
+from evaluation.images import ScoreSettings, open_set, score_images, write_json
+from evaluation.sweep import ScoreTable
 from models import ARModel, build_generator
 from models.helpers import ImageNoise
-from utils.arg_util import SampleRecipe, parse_sample_recipe
-from utils.checkpoint import atomic_path, load_file, model_weights, tokenizer_weights
+from utils.arg_util import SampleRecipe, make_parser, parse_sample_recipe
+from utils.batches import shuffled, write_npz
+from utils.checkpoint import load_file, lock_folder, model_weights, tokenizer_weights
 from utils.hub import fetch, sha256_of
-from utils.log import one_line_errors, setup_logging
-from utils.misc import allow_tf32, create_npz_from_sample_folder
+from utils.image_store import STORES, ImageStore
+from utils.log import one_line_errors, progress_bar, setup_logging
+from utils.misc import allow_tf32
+from utils.provenance import device_name, git_commit, versions
 
 logger = logging.getLogger(__name__)
 AUTOCAST = {1: torch.float16, 2: torch.bfloat16}
-FREE_SETTINGS = ('num_images', 'batch_size', 'output', 'pack')  # they do not decide the images
+RULES = dict(  # what the manifest says of how the images follow from the settings
+    noise_of_image_i='models.helpers.ImageNoise(seed, [i])',
+    pixels='255 x + 0.5, rounded down, of x in [0, 1]',
+    order='row r of the npz is image utils.batches.shuffled(num_images, shuffle)[r]; -1: image r')
 
 
-def load_generator(recipe: SampleRecipe, device: torch.device) -> tuple[ARModel, list[Path]]:
-    """The model of a recipe, and the files it came from."""
-    paths = [fetch(name) for name in (recipe.ckpt, recipe.vae_ckpt) if name]
+# ---------------------------------------------------------------------------------------------- what is drawn
+@lru_cache(maxsize=1)  # a sweep draws from the same weights again and again
+def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
+                   device: torch.device) -> tuple[ARModel, dict[str, str]]:
+    """The generator, and the SHA-256 of the files it came from (on the master), by their names."""
+    paths = [fetch(name) for name in (ckpt, vae_ckpt) if name]
     files = [load_file(path) for path in paths]
-    tokenizer_state, config = tokenizer_weights(files[-1])
-    model = build_generator(recipe.model, model_weights(files[0]), tokenizer_state, str(paths[0]), device,
-                            config)
-    return model, paths
+    prefer_ema = weights == 'ema'
+    tokenizer_state, config = tokenizer_weights(files[-1], prefer_ema)
+    generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state, str(paths[0]),
+                                device, config)
+    return generator, {path.name: sha256_of(path) for path in paths} if dist.is_master() else {}
 
 
-def describe(recipe: SampleRecipe, paths: list[Path], class_ids: list[int]) -> dict[str, Any]:
-    """What decides the images, as the manifest keeps it: reads the weights' files for their SHA-256."""
-    hashes = {path.name: sha256_of(path) for path in paths}
-    settings = {name: value for name, value in vars(recipe).items() if name not in FREE_SETTINGS}
-    return dict(settings=settings, sha256=hashes, label_of_image_i='class_ids[i % len(class_ids)]',
-                class_ids=class_ids)
+def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
+    """(N,) int64 class of every image: as listed, or the classes in turn.
+
+    Raises:
+        ValueError: the list cannot be read, has another length, or names no class.
+    """
+    if not recipe.labels:
+        class_ids = np.array(recipe.class_ids or range(num_classes))
+        labels_N = class_ids[np.arange(recipe.num_images) % len(class_ids)]
+    else:
+        try:
+            labels_N = np.load(recipe.labels) if recipe.labels.endswith('.npy') else \
+                np.loadtxt(recipe.labels, dtype=np.int64, ndmin=1)
+        except (OSError, ValueError) as error:
+            raise ValueError(f'expected a class per image in {recipe.labels}, cannot read it ({error}): '
+                             'pass a .npy file of integers, or text with one per line') from None
+        if labels_N.shape != (recipe.num_images,) or labels_N.dtype.kind not in 'iu':
+            raise ValueError(f'expected {recipe.num_images} integers in {recipe.labels}, got '
+                             f'{labels_N.dtype} of shape {labels_N.shape}: pass --num_images to match')
+    if labels_N.min() < 0 or labels_N.max() > num_classes:
+        raise ValueError(f'labels must be classes 0..{num_classes - 1}, or {num_classes} for none, got '
+                         f'{labels_N.min()}..{labels_N.max()}: correct --classes or --labels')
+    return labels_N.astype(np.int64)
+
+
+def describe(recipe: SampleRecipe, hashes: dict[str, str], labels_N: np.ndarray) -> dict[str, Any]:
+    """What decides the images; two jobs of equal description draw the same ones."""
+    settings = {name: value for name, value in vars(recipe).items() if name not in recipe.FREE}
+    if recipe.labels:
+        settings['labels'] = labels_N.tolist()
+    return dict(settings=settings, weights_sha256=hashes, rules=RULES)
 
 
 def claim_folder(folder: Path, description: dict[str, Any]) -> None:
-    """Create the folder, or make sure that it holds images of the same settings.
+    """Make sure that the folder is new or holds images of the same settings.
 
     Raises:
         ValueError: the folder was begun with other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     note = folder / 'settings.json'
-    text = json.dumps(description, indent=2)
-    if note.exists() and note.read_text() != text:
+    if note.exists() and json.loads(note.read_text()) != description:
         raise ValueError(f'{folder} was begun with other settings or weights (see {note}): '
                          'pass another --output, or remove the folder')
-    with atomic_path(note) as temporary:
-        temporary.write_text(text)
+    write_json(note, description)
 
 
-def save_png(image_chw: torch.Tensor, path: Path) -> None:
-    """An image in [0, 1], rounded to 8 bits."""
-    array = image_chw.float().mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    with atomic_path(path) as temporary:
-        Image.fromarray(array).save(temporary, format='PNG')
+# ---------------------------------------------------------------------------------------------- drawing
+@torch.inference_mode()
+def draw(model: ARModel, recipe: SampleRecipe, index_B: range, label_B: np.ndarray) -> np.ndarray:
+    """Images of these indices, uint8 (B, H, W, 3)."""
+    device = model.device
+    with torch.autocast(device.type, dtype=AUTOCAST.get(recipe.precision), enabled=recipe.precision > 0):
+        images_B3HW = model.sample(label_B.tolist(), rng=ImageNoise(recipe.seed, index_B),
+                                   **recipe.sample_kwargs())
+    images_u8 = images_B3HW.float().mul(255).add(0.5).floor().clamp(0, 255).byte()
+    return images_u8.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def sample(recipe: SampleRecipe) -> None:
-    device, rank, world_size = dist.get_device(), dist.get_rank(), dist.get_world_size()
+def draw_missing(model: ARModel, recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray) -> None:
+    """Draw what the store lacks, the batches shared among the ranks.
+
+    A batch is drawn whole even if a kill left some of its images: kernels may round in another way in another
+    batch. Images that are there are never written again.
+    """
+    count, size, world_size = recipe.num_images, recipe.batch_size, dist.get_world_size()
+    stored_N = store.stored(count)
+    dist.barrier()  # every rank has seen the same files
+    pending = [first for first in range(0, count, size) if not stored_N[first:first + size].all()]
+    with store, progress_bar(count, recipe.output) as bar:
+        bar.update(int(stored_N.sum()))
+        for first in pending[dist.get_rank()::world_size]:
+            index_B = range(first, min(first + size, count))
+            images = draw(model, recipe, index_B, labels_N[first:index_B.stop])
+            new_B = ~stored_N[first:index_B.stop]
+            store.put(np.array(index_B)[new_B], images[new_B])
+            bar.update(min(int(new_B.sum()) * world_size, count - bar.n))  # the others are about as far
+    dist.barrier()
+
+
+def pack(recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray, target: Path) -> None:
+    """All images in random order as one npz, streamed."""
+    if not store.stored(recipe.num_images).all():
+        raise ValueError(f'{store.folder} lacks images that other ranks have drawn: pass an --output that '
+                         'all nodes share, and run the same command again')
+    count = recipe.num_images
+    order = np.arange(count) if recipe.shuffle < 0 else shuffled(count, recipe.shuffle)
+    height, width, _ = store.get(0).shape
+    write_npz(target, store.read(order), count, height, width, labels_N[order])
+
+
+def sample(recipe: SampleRecipe) -> Path:
+    """Draw, pack and describe the images of a recipe, as far as that is not done; the path of the npz."""
+    begin, device, folder = time.time(), dist.get_device(), Path(recipe.output)
     allow_tf32(recipe.tf32)
-    model, paths = load_generator(recipe, device)
-    class_ids = list(recipe.class_ids or range(model.num_classes))
-    folder = Path(recipe.output)
-    if dist.is_master():
-        description = describe(recipe, paths, class_ids)
-        claim_folder(folder, description)
-    dist.barrier()
+    model, hashes = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
+    labels_N = image_labels(recipe, model.num_classes)
+    target, manifest_path = (folder.with_name(f'{folder.name}{suffix}') for suffix in ('.npz', '.json'))
+    description = describe(recipe, hashes, labels_N)
+    extent = dict(num_images=recipe.num_images, shuffle=recipe.shuffle)
+    with lock_folder(folder) if dist.is_master() else nullcontext():
+        if dist.is_master():
+            claim_folder(folder, description)
+        store = STORES[recipe.format](folder, recipe.writers)
+        complete = is_complete(manifest_path, target, description | extent) and (
+            recipe.format == 'npz' or store.stored(recipe.num_images).all())
+        if dist.allgather_object(bool(complete))[0]:
+            logger.info('%s is complete', target)
+            return target
+        draw_missing(model, recipe, store, labels_N)
+        if dist.is_master() and recipe.pack:
+            np.save(folder / 'labels.npy', labels_N)
+            pack(recipe, store, labels_N, target)
+            write_json(manifest_path, description | extent | dict(
+                source=recipe.source, batch_size=recipe.batch_size, npz=target.name,
+                npz_sha256=sha256_of(target), git_commit=git_commit(), versions=versions(),
+                device=device_name(device), world_size=dist.get_world_size(),
+                seconds=round(time.time() - begin, 1)))
+            store.discard()
+            logger.info('packed %d images into %s', recipe.num_images, target)
+        dist.barrier()
+    return target
 
-    begin, num_drawn = time.time(), 0
-    batches = range(0, recipe.num_images, recipe.batch_size)
-    for number, first in enumerate(batches):
-        index_B = range(first, min(first + recipe.batch_size, recipe.num_images))
-        pngs = [folder / f'{i:06d}.png' for i in index_B]
-        if number % world_size != rank or all(path.exists() for path in pngs):
+
+def is_complete(manifest_path: Path, target: Path, expected: dict[str, Any]) -> bool:
+    """Whether the npz of such a job is there, by its manifest."""
+    try:
+        manifest = json.loads(manifest_path.read_text())
+    except (OSError, ValueError):
+        return False
+    return target.is_file() and {name: manifest.get(name) for name in expected} == expected
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+def sweep(recipe: SampleRecipe) -> None:
+    """Sample and score every combination; `<output>.csv` and `<output>.png` grow row by row.
+
+    Raises:
+        MissingWeights: of the feature network.
+        ValueError: the reference cannot be read; both are known before anything is drawn.
+    """
+    flags = make_parser(ScoreSettings, '--score', '').parse(shlex.split(recipe.score))
+    base = dict(allow_any_count=True) | flags | dict(ref=recipe.ref, json='')
+    open_set(recipe.ref, needs_images=False)
+    network = load_network(ScoreSettings(**base, sample=recipe.output))
+    combinations = recipe.combinations()
+    table = ScoreTable(Path(recipe.output), list(combinations[0]))
+    for combination in combinations:
+        row = combination | dict(num_images=recipe.num_images)
+        if dist.allgather_object(table.has(row))[0]:
             continue
-        labels = [class_ids[i % len(class_ids)] for i in index_B]
-        with torch.autocast(device.type, dtype=AUTOCAST.get(recipe.precision), enabled=recipe.precision > 0):
-            images_B3HW = model.sample(labels, rng=ImageNoise(recipe.seed, index_B), **recipe.sample_kwargs())
-        for image_chw, path in zip(images_B3HW.cpu(), pngs, strict=True):
-            save_png(image_chw, path)
-        num_drawn += len(pngs)
-        logger.info('batch %d of %d, %.1f images/s on this rank', number + 1, len(batches),
-                    num_drawn / (time.time() - begin))
-    dist.barrier()
-
-    if dist.is_master() and recipe.pack:
-        npz = create_npz_from_sample_folder(str(folder), recipe.num_images)
-        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                        torchvision=torchvision.__version__)
-        manifest = description | dict(versions=versions, npz=Path(npz).name, npz_sha256=sha256_of(npz),
-                                      device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu')
-        with atomic_path(folder.with_name(f'{folder.name}.json')) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=2) + '\n')
-        logger.info('packed %d images into %s', recipe.num_images, npz)
+        npz = sample(recipe.at(combination))
+        report = score_images(ScoreSettings(**base, sample=str(npz)), network)
+        if report:
+            table.add(row | report['scores'])
+            logger.info('%s: %s', npz, ', '.join(f'{k} {v:.5g}' for k, v in report['scores'].items()))
+            if not recipe.keep:
+                npz.unlink()
+        dist.barrier()
+    if dist.is_master():
+        table.draw()
 
 
 def main() -> None:
     recipe = parse_sample_recipe(sys.argv[1:])
     dist.initialize()
     setup_logging(None, dist.is_master())
-    sample(recipe)
+    sweep(recipe) if recipe.sweep else sample(recipe)
     dist.finalize()
 
 

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
+from evaluation.training_fid import build_training_fid
 from models import FAMILIES, ARModel, Tokenizer, Trainable, build_tokenizer
 from models.helpers import global_rows
 from trainer import StepInfo, build_trainer
@@ -53,7 +54,8 @@ logger = logging.getLogger(__name__)
 # may change between two starts of one training
 FREE_SETTINGS = ('seed', 'output_dir', 'exp_name', 'workers', 'save_every', 'eval_every', 'vae_ckpt',
                  'log_every', 'picture_every', 'lpips_vgg', 'lpips_lin', 'lpips_path', 'allow_download',
-                 'dino_path', 'init_from')
+                 'dino_path', 'init_from', 'fid_images', 'fid_ref', 'fid_flags', 'fid_features',
+                 'inception_weights')
 NO_SCORE = 999.  # "best so far" before the first evaluation, as published
 NUM_PICTURES = 8            # validation images drawn in TensorBoard
 CALIBRATION_IMAGES = 10_000  # training images that a tokenizer is calibrated on
@@ -176,6 +178,7 @@ class Run:
         self.trainer = build_trainer(recipe, self.model, self.total_steps)
         if path:
             self._resume(path, checkpoint)
+        self.fid = None if self.is_tokenizer else build_training_fid(recipe, self.val_loader, self.device)
 
         # 4. logs
         tb_dir = str(self.folder / recipe.run_name(world_size)) if dist.is_master() else None
@@ -349,9 +352,13 @@ class Run:
         self.save(*self.position_after(epoch), is_best)
         if self.is_tokenizer:
             self.log_pictures(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
+        if self.fid:  # after the checkpoint: it takes a while
+            with self.trainer.averaged():
+                values |= self.fid(self.model, self.trainer.optimizer.amp_ctx)
+        named = self.model.headline | {name: name for name in values if name.startswith('fid_')}
         logger.info(' [*] [ep%d]  (val %d)  %s  best %s: %.4f  Val cost: %.1fs', epoch, values['count'],
-                    '  '.join(f'{name}: {values[key]:.4f}' for name, key in self.model.headline.items()
-                              if key in values), self.model.selection, self.state.best, time.time() - begin)
+                    '  '.join(f'{name}: {values[key]:.4f}' for name, key in named.items() if key in values),
+                    self.model.selection, self.state.best, time.time() - begin)
 
     def calibration_images(self) -> Iterator[torch.Tensor]:
         """This rank's share of up to `CALIBRATION_IMAGES` training images, the same at every call."""
@@ -404,8 +411,10 @@ class Run:
         """One line of JSON in log.txt and one point per TensorBoard curve."""
         headline = self.model.headline.items()
         train = {key: stats[name] for name, key in headline}
-        val = {f'v{key}': (self.state.validation or {}).get(key) for _, key in headline}
+        known = self.state.validation or {}
+        val = {f'v{key}': known.get(key) for _, key in headline}
         val = {name: value for name, value in val.items() if value is not None or not self.is_tokenizer}
+        val |= {name: value for name, value in known.items() if name.startswith('fid_')}
         finish = time.strftime('%m-%d %H:%M', time.localtime(time.time() + remaining))
         remain = str(datetime.timedelta(seconds=round(remaining)))
         logger.info('     [ep%d]  (training)  %s  Remain: %s, Finish: %s', epoch,

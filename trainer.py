@@ -89,11 +89,16 @@ def accumulating(module: nn.Module, stepping: bool) -> AbstractContextManager:
 
 
 class Trainer:
-    """Trains a generator with `optimizer`, on one process or under DDP."""
+    """Trains a generator with `optimizer`, on one process or under DDP.
 
-    def __init__(self, model: ARModel, optimizer: AmpOptimizer):
+    Args:
+        ema_decay: of the averaged weights, which evaluation and sampling use; 0 is off.
+    """
+
+    def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decay: float = 0.):
         self.model, self.optimizer = model, optimizer
         self.loss_module = distributed(LossModule(model))
+        self.ema = WeightEMA(model, ema_decay) if ema_decay else None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -120,6 +125,8 @@ class Trainer:
     def _after_step(self, progress: float) -> None:
         for parameter, rows in self.model.after_step(progress).items():
             self.optimizer.forget(parameter, rows)
+        if self.ema:
+            self.ema.update()
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
         """`model.metrics` averaged over all ranks; every rank must call it."""
@@ -131,29 +138,33 @@ class Trainer:
 
         Same precision as in training. `count` is the number of images.
         """
-        self.model.eval()
         device = next(self.model.parameters()).device
         sums: dict[str, float] = defaultdict(float)
-        for images_B3HW, label_B in loader:
-            with self.optimizer.amp_ctx:
-                _, aux = self.model.training_loss(images_B3HW.to(device), label_B.to(device))
-            for name, value in self.model.metrics(aux).items():
-                sums[name] += float(value) * len(label_B)
-            sums['count'] += len(label_B)
-        self.model.train()
+        with self.averaged():
+            self.model.eval()
+            for images_B3HW, label_B in loader:
+                with self.optimizer.amp_ctx:
+                    _, aux = self.model.training_loss(images_B3HW.to(device), label_B.to(device))
+                for name, value in self.model.metrics(aux).items():
+                    sums[name] += float(value) * len(label_B)
+                sums['count'] += len(label_B)
+            self.model.train()
         return means_over_images(sums)
 
     def averaged(self) -> AbstractContextManager:
         """Inside, the model has the weights that evaluation uses."""
-        return nullcontext()
+        return self.ema.applied() if self.ema else nullcontext()
 
     # ------------------------------------------------------------------------------ state
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
         """Published keys (`var_wo_ddp`, `vae_local`, `var_opt`) and what an exact restart needs beside."""
         model = self.model
-        return dict(config=model.config_state(progress), training_state=model.training_state(),
-                    var_wo_ddp=model.state_dict(), vae_local=model.tokenizer.state_dict(),
-                    vae_config=model.tokenizer.config_state(progress), var_opt=self.optimizer.state_dict())
+        state = dict(config=model.config_state(progress), training_state=model.training_state(),
+                     var_wo_ddp=model.state_dict(), vae_local=model.tokenizer.state_dict(),
+                     vae_config=model.tokenizer.config_state(progress), var_opt=self.optimizer.state_dict())
+        if self.ema:
+            state |= dict(var_ema=self.ema.state_dict(), ema_updates=self.ema.num_updates)
+        return state
 
     def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
         """Restore everything; the argument is left as it is.
@@ -167,9 +178,14 @@ class Trainer:
             if name in saved and not torch.equal(parameter.cpu(), saved[name].cpu()):
                 raise ValueError(f'{source} was trained on the codes of another tokenizer ({name} differs): '
                                  'pass the same --vae_ckpt, or start in another output folder')
+        if self.ema and 'var_ema' not in state:
+            raise ValueError(f'{source} holds no averaged weights: leave out --ema, or start in another '
+                             'output folder')
         self.optimizer.load_state_dict(state['var_opt'])
         if 'training_state' in state:  # absent in published checkpoints
             self.model.load_training_state(state['training_state'])
+        if self.ema:
+            self.ema.load_state_dict(state['var_ema'], state['ema_updates'])
 
 
 class TokenizerTrainer(Trainer):
@@ -216,8 +232,6 @@ class TokenizerTrainer(Trainer):
             aux |= disc_aux | (dict(disc_grad_norm=disc_norm) if stepping else {})
         if stepping:
             self._after_step(progress)
-            if self.ema:
-                self.ema.update()
         aux['views'] = [(target, image.detach()) for target, image in rec.views[-1:]]
         return StepInfo(loss.detach(), grad_norm, scale_log2, aux)
 
@@ -255,9 +269,6 @@ class TokenizerTrainer(Trainer):
             usage.reduce()
             means |= usage.metrics()
         return means | dict(rec_loss=self.criterion.rec_loss(means), rec_score=means['l1'] + means['lp'])
-
-    def averaged(self) -> AbstractContextManager:
-        return self.ema.applied() if self.ema else nullcontext()
 
     # ------------------------------------------------------------------------------ state
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
@@ -378,7 +389,7 @@ def build_trainer(recipe: Recipe, model: Trainable, total_steps: int) -> Trainer
         model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
     optimizer = build_optimizer(recipe, model, model.no_weight_decay())
     if isinstance(model, ARModel):
-        return Trainer(model, optimizer)
+        return Trainer(model, optimizer, recipe.ema)
     criterion = build_criterion(recipe, total_steps, next(model.parameters()).device)
     disc_optimizer = None
     if criterion.discriminator is not None:

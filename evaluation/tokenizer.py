@@ -1,6 +1,6 @@
-"""Scores of trained models: `python evaluate.py tokenizer --ckpt=FILE --data_path=ROOT`.
+"""Scores of a tokenizer: `python evaluate.py tokenizer --ckpt=FILE --data_path=ROOT`.
 
-Runs under torchrun, too. `tokenizer` rates reconstructions of the validation images, cropped as in the
+It rates reconstructions of the validation images, cropped as in the
 evaluation of ADM: PSNR, SSIM, LPIPS, rFID, and how codes or latents are used, all from pixels rounded to
 8 bits. Prints a table; `--json=FILE` keeps every value with what decided it, `--pictures=DIR` draws
 reconstructions and code usage.
@@ -9,8 +9,6 @@ import dataclasses
 import json
 import logging
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,26 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
+from evaluation.pairs import PairScores
 from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer
-from utils.arg_util import PATCH_NUMS, check_limits, ints, make_parser, opt
+from utils.arg_util import PATCH_NUMS, check_limits, ints, opt
 from utils.checkpoint import atomic_path, load_file, tokenizer_weights
 from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
 from utils.data_sampler import EvalDistributedSampler
 from utils.hub import fetch, lpips_state, sha256_of
 from utils.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
-from utils.log import one_line_errors, setup_logging
-from utils.metrics import (
-    SSIM_DEFINITIONS,
-    PairScores,
-    read_statistics,
-    to_uint8,
-)
+from utils.metrics import SSIM_DEFINITIONS, read_statistics, to_uint8
 from utils.misc import allow_tf32
 from utils.pictures import reconstruction_rows, save_png, usage_heat_map
+from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
 TOKENIZERS = {name: family.model for name, family in FAMILIES.items() if family.tokenizer is None}
@@ -327,7 +320,8 @@ def draw(folder: Path, tokenizer: Tokenizer, images: Dataset, usage: CodeUsage |
 
 
 # ---------------------------------------------------------------------------------------------- commands
-def evaluate_tokenizer(settings: TokenizerSettings) -> None:
+def evaluate_tokenizer(settings: TokenizerSettings) -> str | None:
+    """`evaluate.py tokenizer`: the table for the reader, on the master."""
     begin, device = time.time(), dist.get_device()
     allow_tf32(False)
     for folder in (settings.pictures, settings.json and Path(settings.json).parent):
@@ -363,42 +357,12 @@ def evaluate_tokenizer(settings: TokenizerSettings) -> None:
             images=f'{settings.data_path}/{settings.split}', num_images=len(images), image_size=size,
             pixels='ADM centre crop; 8 bits, 127.5 x + 127.5 rounded half up',
             settings=dataclasses.asdict(settings),
-            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                          torchvision=torchvision.__version__),
-            device=torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
+            versions=versions(), device=device_name(device),
             world_size=dist.get_world_size(), seconds=time.time() - begin)
-        print(table(report, list(scores.usage.counts) if scores.usage else []))  # noqa: T201
         if settings.json:
             with atomic_path(settings.json) as temporary:
                 temporary.write_text(json.dumps(report, indent=2) + '\n')
         if settings.pictures:
             draw(Path(settings.pictures), tokenizer, images, scores.usage, device)
     dist.barrier()
-
-
-COMMANDS = {'tokenizer': (TokenizerSettings, evaluate_tokenizer,
-                          'Rate the reconstructions of a tokenizer, and how it uses its codes.')}
-
-
-def main() -> None:
-    command, argv = (sys.argv[1:2] or [''])[0], sys.argv[2:]
-    if command in ('-h', '--help'):
-        sys.exit(f'{__doc__}\ncommands: {", ".join(COMMANDS)}; each lists its flags with --help')
-    if command not in COMMANDS:
-        sys.exit(f'evaluate.py: expected one of the commands {", ".join(COMMANDS)}, got {command!r}: '
-                 'see evaluate.py tokenizer --help')
-    settings_class, run, description = COMMANDS[command]
-    parser = make_parser(settings_class, f'evaluate.py {command}', description)
-    try:
-        settings = settings_class(**parser.parse(argv))
-    except ValueError as error:
-        parser.error(str(error))
-    dist.initialize()
-    setup_logging(None, dist.is_master())
-    run(settings)
-    dist.finalize()
-
-
-if __name__ == '__main__':
-    with one_line_errors('evaluate.py'):
-        main()
+    return table(report, list(scores.usage.counts) if scores.usage else []) if dist.is_master() else None

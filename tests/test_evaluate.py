@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from evaluation import tokenizer as command
 from models import LPIPS, VQVAE, AutoencoderKL, FlexVAE, VQModel
 from tests.runs import TINY_VQVAE, launch
 from utils.data import build_dataset
@@ -54,7 +55,7 @@ def rate(monkeypatch, tmp_path, capsys):
         report = tmp_path / 'report.json'
         monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'tokenizer', f'--ckpt={ckpt}', f'--data_path={data}',
                                           '--num_images=24', '--workers=0', f'--json={report}', *flags])
-        with one_line_errors('evaluate.py'):
+        with one_line_errors('evaluate.py', exit_code=2):
             evaluate.main()
         return json.loads(report.read_text()), capsys.readouterr().out
     yield run
@@ -161,8 +162,8 @@ def stub_features(*_):
 
 
 def test_rfid_against_originals_and_a_reference(rate, checkpoints, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(evaluate, 'InceptionFeatures', stub_features)
-    monkeypatch.setattr(evaluate, 'NUM_FEATURES', 2)
+    monkeypatch.setattr(command, 'InceptionFeatures', stub_features)
+    monkeypatch.setattr(command, 'NUM_FEATURES', 2)
     np.savez(tmp_path / 'black.npz', mu=np.zeros(2), sigma=np.zeros((2, 2)))
     report, _ = rate(checkpoints / 'trained.pth', '--metrics=rfid', f'--reference={tmp_path / "black.npz"}')
     assert list(report['scores']) == ['rfid_val', 'rfid_black.npz']
@@ -190,7 +191,7 @@ def test_lpips(rate, checkpoints, monkeypatch):
     heads = {f'lin{i}.model.1.weight': torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
     trunk = LPIPS('vgg').features
     state = heads | {f'features.{key}': value for key, value in trunk.named_buffers()}
-    monkeypatch.setattr(evaluate, 'lpips_state', lambda *_: (state, 'a file'))
+    monkeypatch.setattr(command, 'lpips_state', lambda *_: (state, 'a file'))
     report, _ = rate(checkpoints / 'trained.pth', '--metrics=lpips')
     assert list(report['scores']) == ['lpips_vgg'] and report['scores']['lpips_vgg'] > 0
 
@@ -246,11 +247,19 @@ def test_errors_are_one_line(rate, checkpoints, tmp_path, vqvae, name, flags, me
     folder = tmp_path if name in ('other', 'nan') else checkpoints
     with pytest.raises(SystemExit, match=message) as stop:
         rate(folder / f'{name}.pth', *flags)
-    assert stop.value.code.startswith('evaluate.py: ') and '\n' not in stop.value.code
+    assert stop.value.code == 2
+    assert str(stop.value).startswith('evaluate.py: ') and '\n' not in str(stop.value)
 
 
-def test_commands_are_named(monkeypatch):
-    for argv in ([], ['samples']):
-        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *argv])
-        with pytest.raises(SystemExit, match='expected one of the commands tokenizer'):
-            evaluate.main()
+def test_commands_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py'])
+    with pytest.raises(SystemExit, match='2'):
+        evaluate.main()
+    printed = capsys.readouterr().out
+    assert '--pr_mode' in printed and all(f'evaluate.py {name} ' in printed or name in printed
+                                          for name in evaluate.COMMANDS)
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'tokeniser', '--ckpt=a.pth'])
+    with pytest.raises(SystemExit, match='2'):
+        evaluate.main()
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and error.startswith('evaluate.py: ')

@@ -7,12 +7,14 @@ import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 import trainer
+from evaluation.images import ScoreSettings, score_images
 from tests.runs import (
     BATCH,
     CLASSES,
@@ -27,7 +29,9 @@ from tests.runs import (
     start,
 )
 from utils.checkpoint import newest_checkpoint
+from utils.data import build_dataset
 from utils.log import one_line_errors
+from utils.metrics import to_uint8
 from utils.misc import auto_resume
 
 
@@ -459,3 +463,54 @@ def test_other_batch_size_within_an_epoch(train_here, tmp_path, capsys, monkeypa
         train_here(tmp_path, '--ep=2', '--save_every=2')
     text = message(lambda: train_here(tmp_path, '--ep=2', f'--bs={BATCH // 2}'), capsys)
     assert 'epoch of 5 steps' in text and '--bs' in text
+
+
+# ---------------------------------------------------------------------------------------------- distance
+FID_FLAGS = ['--ep=2', '--eval_every=1', '--ema=0.9', '--fid_images=20', '--fid_features=digits',
+             '--fid_flags=--cfg=2 --top_k=8 --bs=7']
+
+
+def epoch_lines(folder):
+    return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()][1:]
+
+
+def test_distance_of_samples_during_training(data, train_here, tmp_path):
+    folder = train_here(tmp_path / 'a', *FID_FLAGS)
+    curve = [line['fid_0.02k'] for line in epoch_lines(folder)]
+    assert len(curve) == 2 and curve[0] != curve[1] and min(curve) > 0
+    scalars = EventAccumulator(str(next(folder.glob('tb-*')))).Reload()
+    assert [event.value for event in scalars.Scalars('AR_ep_loss/fid_0.02k')] == pytest.approx(curve)
+
+    # the last point again, from the checkpoint: averaged weights, the same noise, the same reference
+    flags = [f'--ckpt={folder / "ar-ckpt-last.pth"}', '--num_images=20', f'--output={tmp_path / "drawn"}']
+    launch('sample.py', [*flags, '--cfg=2', '--top_k=8', '--bs=7'])
+    pictures = [image for image, _ in build_dataset(str(data[0]), 16)[2]]
+    np.savez(tmp_path / 'val.npz', arr_0=to_uint8(torch.stack(pictures)).permute(0, 2, 3, 1).numpy())
+    report = score_images(ScoreSettings(features='digits', ref=str(tmp_path / 'val.npz'), cache='',
+                                        sample=str(tmp_path / 'drawn.npz'), allow_any_count=True))
+    assert report['scores']['fid'] == pytest.approx(curve[-1], rel=1e-3)
+
+    # drawing changes nothing of the training, and two processes draw the same
+    without = [flag for flag in FID_FLAGS if not flag.startswith('--fid')]
+    plain = train_here(tmp_path / 'plain', *without)
+    assert same_weights(read(plain), read(folder)) and same_weights(read(plain), read(folder), 'var_ema')
+    launch('train.py', [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS,
+                        f'--output_dir={tmp_path / "two"}', *FID_FLAGS], nproc=2)
+    assert epoch_lines(tmp_path / 'two')[-1]['fid_0.02k'] == pytest.approx(curve[-1], rel=0.05)
+
+
+def test_missing_inception_weights_do_not_stop_a_training(train_here, tmp_path, monkeypatch):
+    monkeypatch.setenv('INCEPTION_WEIGHTS', str(tmp_path / 'nowhere.pth'))
+    train_here(tmp_path / 'a', '--ep=1', '--fid_images=20')
+    text = (tmp_path / 'a' / 'stdout.txt').read_text()
+    assert '--fid_images is off: no Inception weights at' in text and 'nowhere.pth' in text
+    assert not any(name.startswith('fid') for name in epoch_lines(tmp_path / 'a')[-1])
+
+
+@pytest.mark.parametrize('flag', ['--fid_flags=--top_q=3', '--fid_flags=--cfg=x', '--fid_ref=nowhere.npz'])
+def test_flags_of_the_distance_are_checked_first(train_here, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        train_here(tmp_path, '--ep=1', '--fid_images=20', '--fid_features=digits', flag)
+    text = capsys.readouterr().err + str(stop.value)
+    assert flag.partition('=')[2].partition('=')[0].removeprefix('--') in text
+    assert not (tmp_path / 'ar-ckpt-last.pth').exists()

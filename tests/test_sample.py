@@ -1,7 +1,9 @@
 """Sampling jobs: the same images for any batch size and number of processes, restart, manifest, bad input."""
+import csv
 import json
 import logging
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ import torch
 from PIL import Image
 
 import sample
+from evaluation.images import ScoreSettings, score_images
 from models import VAR, VQVAE
-from tests.runs import TINY_VQVAE, launch, make_tokenizer
+from tests.runs import TINY_VQVAE, kill_tree, launch, make_tokenizer, start
+from utils.arg_util import parse_sample_recipe
+from utils.batches import shuffled
 from utils.hub import fetch, sha256_of
 from utils.log import one_line_errors
 
@@ -30,6 +35,14 @@ def weights(tmp_path_factory):
     return root / 'ar-ckpt-last.pth', root / 'var.pth', root / 'vae.pth'
 
 
+def by_index(npz):
+    """Images of an npz in the order they were drawn in."""
+    array = np.load(npz)['arr_0']
+    images = np.empty_like(array)
+    images[shuffled(len(array), 0)] = array
+    return images
+
+
 @pytest.fixture
 def sample_here(monkeypatch, weights):
     handlers = logging.root.handlers[:]
@@ -37,9 +50,10 @@ def sample_here(monkeypatch, weights):
     def run(folder, *flags):
         argv = ['sample.py', f'--ckpt={weights[0]}', f'--output={folder}', '--num_images=20', *flags]
         monkeypatch.setattr(sys, 'argv', argv)
+        sample.load_generator.cache_clear()
         with one_line_errors('sample.py'):
             sample.main()
-        return np.load(f'{folder}.npz')['arr_0']
+        return by_index(f'{folder}.npz')
     yield run
     logging.root.handlers[:] = handlers
     logging.captureWarnings(False)
@@ -58,7 +72,7 @@ def test_images_do_not_depend_on_batches_or_processes(sample_here, tmp_path, wei
     assert same_images(sample_here(tmp_path / 'b', '--bs=1'), eight)
     flags = [f'--ckpt={weights[0]}', f'--output={tmp_path / "c"}', '--num_images=20', '--bs=3']
     launch('sample.py', flags, nproc=2)
-    assert same_images(np.load(tmp_path / 'c.npz')['arr_0'], eight)
+    assert same_images(by_index(tmp_path / 'c.npz'), eight)
     assert not same_images(sample_here(tmp_path / 'd', '--seed=1'), eight)
     shorter = sample_here(tmp_path / 'e', '--num_images=10')
     assert same_images(shorter, eight[:10])
@@ -67,22 +81,148 @@ def test_images_do_not_depend_on_batches_or_processes(sample_here, tmp_path, wei
 def test_restart_redraws_what_is_missing(sample_here, tmp_path):
     folder = tmp_path / 'a'
     first = sample_here(folder, '--bs=6')
+    bytes_before = (tmp_path / 'a.npz').read_bytes()
     untouched = (folder / '000000.png').stat().st_mtime_ns
     for i in (7, 19):
         (folder / f'{i:06d}.png').unlink()
     assert np.array_equal(sample_here(folder, '--bs=6'), first)
     assert (folder / '000000.png').stat().st_mtime_ns == untouched
+    assert (tmp_path / 'a.npz').read_bytes() == bytes_before
 
 
-def test_manifest_and_class_balance(sample_here, tmp_path, weights):
-    array = sample_here(tmp_path / 'a', '--cfg=2', '--top_k=16', '--top_p=0.9', '--classes=3_1')
+@pytest.mark.parametrize('form', ['png', 'npz'])
+def test_complete_jobs_are_left_alone(sample_here, tmp_path, monkeypatch, form):
+    first = sample_here(tmp_path / 'a', f'--format={form}')
+    monkeypatch.setattr(sample, 'draw', None)  # nothing may be drawn
+    assert np.array_equal(sample_here(tmp_path / 'a', f'--format={form}', '--bs=3', '--writers=1'), first)
+    (tmp_path / 'a.npz').unlink()
+    if form == 'png':  # packs what is there
+        assert np.array_equal(sample_here(tmp_path / 'a'), first)
+    else:
+        with pytest.raises(TypeError):
+            sample_here(tmp_path / 'a', '--format=npz')
+
+
+def test_npz_without_png_files_is_the_same_file(sample_here, tmp_path):
+    sample_here(tmp_path / 'a', '--bs=6')
+    sample_here(tmp_path / 'b', '--bs=6', '--format=npz')
+    assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
+    left = {path.name for path in (tmp_path / 'b').iterdir()}
+    assert left == {'settings.json', 'labels.npy', '.lock'}
+
+
+def test_pieces_of_a_stopped_job_are_kept(sample_here, tmp_path, monkeypatch):
+    """The job stops at its third batch and goes on with other batches: what was drawn is not drawn again."""
+    draw, drawn = sample.draw, []
+
+    def stop_at_twelve(model, recipe, index_B, label_B):
+        if index_B.start == 12:
+            raise OSError('no space left')
+        return draw(model, recipe, index_B, label_B)
+    monkeypatch.setattr(sample, 'draw', stop_at_twelve)
+    with pytest.raises(SystemExit, match='no space left'):
+        sample_here(tmp_path / 'a', '--bs=6', '--format=npz')
+    assert not (tmp_path / 'a.npz').exists()
+    pieces = {path: path.stat().st_mtime_ns for path in (tmp_path / 'a').glob('pixels-*.npy')}
+    assert {path.name for path in pieces} == {'pixels-000000-000006.npy', 'pixels-000006-000012.npy'}
+
+    def record(model, recipe, index_B, label_B):
+        drawn.append(index_B)
+        assert all(path.stat().st_mtime_ns == time for path, time in pieces.items())
+        return draw(model, recipe, index_B, label_B)
+    monkeypatch.setattr(sample, 'draw', record)
+    resumed = sample_here(tmp_path / 'a', '--bs=5', '--format=npz')
+    assert drawn == [range(10, 15), range(15, 20)]
+    monkeypatch.setattr(sample, 'draw', draw)
+    assert same_images(resumed, sample_here(tmp_path / 'b'))
+
+
+@pytest.mark.parametrize('form', ['png', 'npz'])
+def test_killed_job_ends_in_the_same_bytes(sample_here, tmp_path, weights, form):
+    flags = [f'--ckpt={weights[0]}', '--num_images=400', '--bs=4', f'--format={form}']
+    sample_here(tmp_path / 'whole', *flags)
+    folder, pattern = tmp_path / 'killed', '*.png' if form == 'png' else 'pixels-*.npy'
+    process = start('sample.py', [*flags, f'--output={folder}'])
+    while len(list(folder.glob(pattern))) < 5:
+        assert process.poll() is None, 'the job ended before it was killed'
+        time.sleep(0.005)
+    kill_tree(process.pid)
+    process.wait()
+    assert not (tmp_path / 'killed.npz').exists()
+    if form == 'npz':
+        launch('sample.py', [*flags, f'--output={folder}'], nproc=2)
+    else:
+        sample_here(folder, *flags)
+    assert (tmp_path / 'killed.npz').read_bytes() == (tmp_path / 'whole.npz').read_bytes()
+
+
+def test_manifest_names_all_that_repeats_the_file(sample_here, tmp_path, weights):
+    images = sample_here(tmp_path / 'a', '--cfg=2', '--top_k=16', '--top_p=0.9', '--classes=3_1', '--seed=5')
     manifest = json.loads((tmp_path / 'a.json').read_text())
-    assert manifest['settings']['cfg'] == 2 and manifest['settings']['top_k'] == 16
-    assert manifest['class_ids'] == [3, 1] and manifest['versions']['torch'] == torch.__version__
-    assert manifest['sha256'] == {weights[0].name: sha256_of(weights[0])}
+    settings = manifest['settings']
+    assert settings['cfg'] == 2 and settings['top_k'] == 16 and settings['seed'] == 5
+    assert manifest['versions']['torch'] == torch.__version__ and manifest['batch_size'] == 64
+    assert manifest['weights_sha256'] == {weights[0].name: sha256_of(weights[0])}
     assert manifest['npz_sha256'] == sha256_of(tmp_path / 'a.npz')
+    assert len(manifest['git_commit'].removesuffix('+changes')) == 40
     with Image.open(tmp_path / 'a' / '000005.png') as image:
-        assert np.array_equal(np.asarray(image), array[5])
+        assert np.array_equal(np.asarray(image), images[5])
+    flags = [f'--{name}={value}' for name, value in settings.items() if value not in ('', None)]
+    again = sample_here(tmp_path / 'b', *flags, f'--num_images={manifest["num_images"]}')
+    assert np.array_equal(again, images)
+    assert (tmp_path / 'b.npz').read_bytes() == (tmp_path / 'a.npz').read_bytes()
+
+
+def test_classes_are_balanced_and_mixed(sample_here, tmp_path):
+    sample_here(tmp_path / 'a', '--classes=3_1')
+    with np.load(tmp_path / 'a.npz') as archive:
+        assert archive.files == ['arr_0', 'arr_1']
+        images, labels = archive['arr_0'], archive['arr_1']
+    assert images.shape == (20, 16, 16, 3) and images.dtype == np.uint8
+    assert np.bincount(labels, minlength=4).tolist() == [0, 10, 0, 10] and labels.dtype == np.int64
+    assert np.array_equal(labels, np.array([3, 1])[shuffled(20, 0) % 2])  # each with its image
+    assert not np.array_equal(labels, np.array([3, 1] * 10))
+    sample_here(tmp_path / 'b', '--classes=3_1', '--shuffle=-1')
+    unshuffled = np.load(tmp_path / 'b.npz')
+    assert unshuffled['arr_1'].tolist() == [3, 1] * 10
+    assert np.array_equal(unshuffled['arr_0'][shuffled(20, 0)], images)
+
+
+@pytest.mark.parametrize('suffix', ['npy', 'txt'])
+def test_listed_labels(sample_here, tmp_path, suffix):
+    wanted, path = [0, 0, 3, 2, 4], tmp_path / f'labels.{suffix}'  # 4: no class
+    np.save(path, wanted) if suffix == 'npy' else path.write_text('\n'.join(map(str, wanted)))
+    listed = sample_here(tmp_path / 'a', f'--labels={path}', '--num_images=5')
+    assert np.load(tmp_path / 'a.npz')['arr_1'].tolist() == [wanted[i] for i in shuffled(5, 0)]
+    assert np.array_equal(listed[3], sample_here(tmp_path / 'b', '--classes=2', '--num_images=5')[3])
+    path.unlink()
+    np.save(path, [0, 0, 3, 2, 1]) if suffix == 'npy' else path.write_text('0 0 3 2 1')
+    with pytest.raises(SystemExit, match='other settings'):
+        sample_here(tmp_path / 'a', f'--labels={path}', '--num_images=5')
+    with pytest.raises(SystemExit, match=r'expected 20 integers .*--num_images'):
+        sample_here(tmp_path / 'c', f'--labels={path}')
+
+
+def test_averaged_weights_are_taken_where_there_are_any(sample_here, tmp_path, weights):
+    checkpoint = torch.load(weights[0], weights_only=True)
+    raw = sample_here(tmp_path / 'a')
+    trained = checkpoint['trainer']['var_wo_ddp']
+    checkpoint['trainer']['var_ema'] = trained
+    checkpoint['trainer']['var_wo_ddp'] = {key: value + 0.1 * value.is_floating_point()
+                                           for key, value in trained.items()}
+    torch.save(checkpoint, tmp_path / 'ckpt.pth')
+    assert np.array_equal(sample_here(tmp_path / 'b', f'--ckpt={tmp_path / "ckpt.pth"}'), raw)
+    assert not np.array_equal(sample_here(tmp_path / 'c', f'--ckpt={tmp_path / "ckpt.pth"}', '--weights=raw'),
+                              raw)
+
+
+def test_presets_hold_the_published_settings():
+    readme = parse_sample_recipe(['--preset=var_d30'])
+    assert (readme.cfg, readme.top_k, readme.top_p, readme.num_images) == (1.5, 900, 0.96, 50_000)
+    assert readme.ckpt == 'var_d30.pth' and 'README' in readme.source
+    paper = parse_sample_recipe(['--preset=var_d16_paper'])
+    assert (paper.cfg, paper.top_k, paper.top_p) == (2., 600, 0.) and '2404.02905' in paper.source
+    assert parse_sample_recipe(['--preset=no_cfg', '--ckpt=a.pth']).sample_kwargs()['guidance'] == 1
 
 
 def test_flat_released_files_work_alike(sample_here, tmp_path, weights):
@@ -101,7 +241,8 @@ def test_more_smooth_and_precision_change_images_little(sample_here, tmp_path):
 
 @pytest.mark.parametrize(('flags', 'words'), [
     (['--top_k=33'], ['top_k', '0..32', '33']),
-    (['--classes=0_9'], ['labels in 0..4', '9']),
+    (['--classes=0_9'], ['classes 0..3', '9', '--classes']),
+    (['--labels=nowhere.txt'], ['nowhere.txt', 'one per line']),
     (['--ckpt=nowhere.pth'], ['nowhere.pth', 'var_d16.pth']),
     (['--vae_ckpt={flat}'], ['holds no VQVAE'])])
 def test_bad_input_is_one_line(sample_here, tmp_path, weights, flags, words):
@@ -140,3 +281,55 @@ def test_fetch_checks_digests_and_explains_an_unreachable_hub(tmp_path, monkeypa
     monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
     with pytest.raises(ValueError, match=r'var_d16\.pth is not in the .*FoundationVision/var.*its path'):
         fetch('var_d16.pth')
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+def read_table(path):
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_sweep_scores_every_combination_and_resumes(sample_here, tmp_path, monkeypatch):
+    np.savez(tmp_path / 'ref.npz', arr_0=np.random.RandomState(0).randint(0, 256, (30, 16, 16, 3), np.uint8))
+    flags = [f'--ref={tmp_path / "ref.npz"}', '--score=--features=digits --cache=', '--format=npz']
+    folder, real = tmp_path / 'sweep', sample.score_images
+    done = []
+
+    def stop_at_the_third(settings, network):
+        done.append(settings.sample)
+        if len(done) == 3:
+            raise OSError('stopped')
+        return real(settings, network)
+    monkeypatch.setattr(sample, 'score_images', stop_at_the_third)
+    with pytest.raises(SystemExit, match='stopped'):
+        sample_here(folder, '--sweep=cfg=1,2 top_k=0,8', *flags)
+    assert len(read_table(tmp_path / 'sweep.csv')) == 2
+    with pytest.raises(FileNotFoundError):  # a sweep packs no npz of its own
+        sample_here(folder, '--sweep=cfg=1,2 top_k=0,8', *flags)
+    rows = read_table(tmp_path / 'sweep.csv')
+    assert [(row['cfg'], row['top_k']) for row in rows] == [('1.0', '0'), ('1.0', '8'), ('2.0', '0'),
+                                                           ('2.0', '8')]
+    assert len(done) == 5 and len({row['fid'] for row in rows}) == 4  # two scored once, the third again
+    assert Image.open(tmp_path / 'sweep.png').size[0] > 100
+    single = sample_here(tmp_path / 'one', '--cfg=2', '--top_k=8')
+    assert np.array_equal(by_index(folder / 'cfg=2.0_top_k=8.npz'), single)
+    report = evaluation_report(tmp_path / 'ref.npz', tmp_path / 'one.npz')
+    assert float(rows[3]['fid']) == pytest.approx(report['scores']['fid'], rel=1e-9)
+
+
+def evaluation_report(ref, npz):
+    return score_images(ScoreSettings(features='digits', ref=str(ref), sample=str(npz), allow_any_count=True,
+                                      cache=''))
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (['--sweep=cgf=1,2', '--ref=a.npz'], "got 'cgf=1,2'"),
+    (['--sweep=top_k=1.5', '--ref=a.npz'], 'values of type int for top_k'),
+    (['--sweep=batch_size=1,2', '--ref=a.npz'], 'expects name=value'),
+    (['--sweep=cfg=1,2'], '--ref'),
+    (['--sweep=cfg=1,2', '--ref=nowhere.npz', '--score=--features=digits'], 'nowhere.npz')])
+def test_sweeps_are_checked_first(sample_here, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sample, 'draw', None)
+    with pytest.raises(SystemExit) as stop:
+        sample_here(tmp_path / 'a', *flags)
+    assert message in capsys.readouterr().err + str(stop.value)

@@ -29,10 +29,10 @@ def batches():
     return [(images(vectors[f'batch.{i}.images_u8']), vectors[f'batch.{i}.labels']) for i in range(3)]
 
 
-def make_trainer(model, clip=2., accumulate=1, precision=0, lr=1e-3):
+def make_trainer(model, clip=2., accumulate=1, precision=0, lr=1e-3, ema=0.):
     names, params, groups = filter_params(model, model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0., fused=True)
-    return Trainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate))
+    return Trainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate), ema)
 
 
 def run_trainer(run):
@@ -158,23 +158,28 @@ def test_overfits_four_images():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize('precision', [0, 1, 2])
-def test_state_round_trip_continues_bit_for_bit(precision):
-    data = batches()
-    straight = make_trainer(build_var('sep_l2', drop_path_rate=0.3, cond_drop_rate=0.3), precision=precision)
+@pytest.mark.parametrize(('precision', 'ema'), [(0, 0.), (0, 0.9), (1, 0.), (2, 0.)])
+def test_state_round_trip_continues_bit_for_bit(precision, ema):
+    data, settings = batches(), dict(precision=precision, ema=ema)
+    straight = make_trainer(build_var('sep_l2', drop_path_rate=0.3, cond_drop_rate=0.3), **settings)
     for i in range(4):
         if i == 2:
             state = copy.deepcopy(straight.state_dict())
         torch.manual_seed(i)
         straight.train_step(*data[i % 3], progress=0.1)
     resumed = make_trainer(VAR(frozen_vqvae(), **load_json('var_sep_l2')['config'] | dict(
-        drop_path_rate=0.3, cond_drop_rate=0.3)), precision=precision)
+        drop_path_rate=0.3, cond_drop_rate=0.3)), **settings)
     resumed.load_state_dict(state)
     for i in (2, 3):
         torch.manual_seed(i)
         resumed.train_step(*data[i % 3], progress=0.1)
     for name, value in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
+        if ema:
+            assert torch.equal(resumed.ema.weights[name], straight.ema.weights[name]), name
+    if ema:
+        head = 'head.weight'
+        assert not torch.equal(straight.ema.weights[head], straight.model.state_dict()[head])
     assert (resumed.optimizer.scaler is None) == (precision != 1)
     if precision == 1:
         assert resumed.optimizer.scaler.state_dict() == straight.optimizer.scaler.state_dict()

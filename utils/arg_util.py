@@ -12,15 +12,26 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from utils.recipe import PATCH_NUMS, REPO, PyramidRecipe, Recipe, check_limits, flag_of, ints, opt
+from utils.recipe import (
+    PATCH_NUMS,
+    GeneratorRecipe,
+    PyramidRecipe,
+    Recipe,
+    check_limits,
+    flag_of,
+    ints,
+    opt,
+)
+from utils.sample_recipes import SAMPLE_PRESETS, SAMPLE_RECIPES, SampleRecipe
 from utils.tokenizer_recipes import TOKENIZER_PRESETS, TOKENIZER_RECIPES
 
-__all__ = ['PATCH_NUMS', 'PRESETS', 'RECIPES', 'Recipe', 'SampleRecipe', 'check_limits', 'flag_of', 'ints',
-           'make_parser', 'opt', 'parse_recipe', 'parse_sample_recipe']
+__all__ = ['PATCH_NUMS', 'PRESETS', 'RECIPES', 'SAMPLE_PRESETS', 'SAMPLE_RECIPES', 'GeneratorRecipe',
+           'Recipe', 'SampleRecipe', 'check_limits', 'flag_of', 'ints', 'make_parser', 'opt', 'parse_recipe',
+           'parse_sample_recipe']
 
 
 @dataclass(frozen=True)
-class VARRecipe(PyramidRecipe):
+class VARRecipe(PyramidRecipe, GeneratorRecipe):
     """VAR on the codes of a frozen VQVAE."""
 
     vae_ckpt: str = opt('vae_ch160v4096z32.pth', 'tokenizer weights: a file of any kind, or a published name')
@@ -95,59 +106,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
 }} | TOKENIZER_PRESETS
 
 
-# ---------------------------------------------------------------------------------------------- sampling
-@dataclass(frozen=True)
-class SampleRecipe:
-    """Settings of a sampling job. All but batch size and speed decide the images, and are in the manifest."""
-
-    model: str = opt('var', 'family of the generator: var')
-    ckpt: str = opt('', 'generator weights: a checkpoint of train.py, a released file, or a published name')
-    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py')
-    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the PNGs; the npz lies beside it')
-    num_images: int = opt(50_000, 'images, spread evenly over the classes')
-    classes: str = opt('', 'class ids joined by "_"; empty takes all')
-    seed: int = opt(0, 'the noise of image i is a function of (seed, i)')
-    cfg: float = opt(1.5, 'classifier-free guidance in the unit of the paper')
-    precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16')
-    tf32: bool = opt(True, 'allow TF32 products on CUDA')
-    batch_size: int = opt(64, 'images per batch; batches are cut by image index', 'bs')
-    pack: bool = opt(True, 'pack the images into an npz with a manifest')
-
-    def __post_init__(self):
-        if not self.ckpt:
-            raise ValueError('expected the weights of a generator: pass --ckpt=FILE')
-        check_limits(self)
-        if not re.fullmatch(r'|\d+(_\d+)*', self.classes):
-            raise ValueError(f'--classes must be class ids joined by "_", such as 0_7, got {self.classes!r}')
-
-    @property
-    def class_ids(self) -> tuple[int, ...]:
-        return tuple(map(int, self.classes.split('_'))) if self.classes else ()
-
-    def sample_kwargs(self) -> dict[str, Any]:
-        """Arguments of the model's `sample`, beside labels and rng."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class VARSampleRecipe(SampleRecipe):
-    """Sampling from VAR."""
-
-    top_k: int = opt(0, 'draw from the k most likely codes; 0 is off')
-    top_p: float = opt(0., 'draw from the smallest set of codes with this probability; 0 is off')
-    more_smooth: bool = opt(False, 'mix code embeddings: smoother pictures, worse scores')
-
-    def sample_kwargs(self) -> dict[str, Any]:
-        return dict(guidance=1 + self.cfg, top_k=self.top_k, top_p=self.top_p, more_smooth=self.more_smooth)
-
-
-SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {'var': VARSampleRecipe}
-
-SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
-    'fid': dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False),  # README of VAR
-}}
-
-
 # ---------------------------------------------------------------------------------------------- command line
 def _boolean(text: str) -> bool:
     lowered = text.lower()
@@ -159,14 +117,20 @@ def _boolean(text: str) -> bool:
 
 
 def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser: one flag per field of a dataclass of `opt` fields, a second spelling where published."""
+    """A parser: one flag per field of a dataclass of `opt` fields, a second spelling where published.
+
+    Flags are spelt with hyphens or underscores alike.
+    """
     parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None))
         spellings = [f'--{s}' for s in (f.metadata['flag'], f.name) if s]
         help_text = f.metadata['help'].replace('%', '%%') + f' (default: {f.default})'
-        if kind is bool:
+        if f.metadata['positional']:
+            parser.add_argument(f.name, nargs='?', default=argparse.SUPPRESS, help=f.metadata['help'],
+                                metavar=f.name.upper())
+        elif kind is bool:
             parser.add_argument(*spellings, dest=f.name, type=_boolean, nargs='?', const=True,
                                 default=argparse.SUPPRESS, help=help_text, metavar='BOOL')
         else:
@@ -183,6 +147,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         """The given flags by field name."""
+        argv = [re.sub(r'^--[\w-]+', lambda flag: '--' + flag[0][2:].replace('-', '_'), arg) for arg in argv]
         values, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split('=')[0]

@@ -94,10 +94,15 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f'{path} cannot be read: the file is truncated or no checkpoint') from error
 
 
-def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The flat weights of a generator: of our checkpoints, of upstream's, or of a released file."""
+def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True) -> dict[str, torch.Tensor]:
+    """The flat weights of a generator: of our checkpoints, of upstream's, or of a released file.
+
+    Args:
+        prefer_ema: take averaged weights where there are any.
+    """
     trainer = checkpoint.get('trainer', {})
-    return trainer.get('var_wo_ddp') or checkpoint.get('model', checkpoint)
+    averaged = trainer.get('var_ema') if prefer_ema else None
+    return averaged or trainer.get('var_wo_ddp') or checkpoint.get('model', checkpoint)
 
 
 def tokenizer_weights(checkpoint: dict[str, Any], prefer_ema: bool = True,

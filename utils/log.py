@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,16 @@ class TensorboardLogger:
             self.writer.close()
 
 
+def progress_bar(total: int, text: str, unit: str = 'image') -> tqdm:
+    """A bar with rate and remaining time on the master's console; a line now and then where it is a file.
+
+    Small totals, done in a moment, stay silent.
+    """
+    seconds = 0.5 if sys.stderr.isatty() else 30.
+    return tqdm(total=total, desc=text, unit=unit, disable=int(os.environ.get('RANK', 0)) > 0, delay=2,
+                mininterval=seconds, maxinterval=max(seconds, 10.), leave=False)
+
+
 def append_json_line(path: Path, values: dict[str, Any]) -> None:
     """Add one line to a log of JSON lines."""
     with path.open('a') as file:
@@ -179,10 +190,13 @@ def append_json_line(path: Path, values: dict[str, Any]) -> None:
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """Report what a user can mend in one line and exit with 1; the traceback goes to stdout.txt.
+def one_line_errors(program: str, exit_code: int = 1) -> Iterator[None]:
+    """Report what a user can mend in one line and exit; the traceback goes to stdout.txt.
 
     Under torchrun the first rank speaks first, and the launcher then ends the others before they repeat it.
+
+    Args:
+        exit_code: unless the error has one of its own.
     """
     try:
         yield
@@ -192,4 +206,9 @@ def one_line_errors(program: str) -> Iterator[None]:
         logger.debug('', exc_info=True)
         message = str(error).strip().splitlines()[-1]  # a loader process prepends its own traceback
         time.sleep(2 if int(os.environ.get('RANK', 0)) > 0 else 0)
-        sys.exit(f'{program}: {message.removeprefix("ValueError: ")}')
+        stop = SystemExit(f'{program}: {message.removeprefix("ValueError: ")}')
+        code = getattr(error, 'exit_code', exit_code)
+        if code != 1:  # python prints a message itself, but only with code 1
+            sys.stderr.write(f'{stop}\n')
+            stop.code = code
+        raise stop from None

@@ -35,13 +35,18 @@ LIMITS = {  # smallest and largest sensible value of a field, of any recipe that
     'disc_start': (0, INF), 'disc_ramp': (0, INF), 'disc_blur': (0, INF), 'disc_weight': (0, INF),
     'disc_lr': (0, INF), 'disc_weight_decay': (0, INF), 'disc_width': (1, INF), 'consistency': (0, INF),
     'lecam': (0, INF), 'ema': (0, 0.999999), 'kl_weight': (0, INF), 'num_sides': (1, INF),
-    'min_side': (1, INF),
+    'min_side': (1, INF), 'image_size': (1, INF), 'count': (1, INF), 'fid_images': (0, 1_000_000),
+    'shuffle': (-1, 2 ** 32 - 1), 'writers': (1, 256),
 }
 
 
-def opt(default: Any, text: str, flag: str = '') -> Any:
-    """A field with its help text and, where it differs from the field's name, the published flag."""
-    return field(default=default, metadata=dict(help=text, flag=flag))
+def opt(default: Any, text: str, flag: str = '', positional: bool = False) -> Any:
+    """A field with its help text and, where it differs from the field's name, the published flag.
+
+    Args:
+        positional: the command line takes it by its place, without a flag.
+    """
+    return field(default=default, metadata=dict(help=text, flag=flag, positional=positional))
 
 
 def ints(text: str) -> tuple[int, ...]:
@@ -220,6 +225,18 @@ class Recipe:
                     twde=self.final_weight_decay, wp=self.warmup_epochs, sche=self.lr_schedule,
                     workers=self.num_workers(world_size), data_load_reso=self.image_size,
                     tb_dir_name=self.run_name(world_size), world_size=world_size)
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe(Recipe):
+    """What all generators have in common."""
+
+    ema: float = opt(0., 'decay of averaged weights, for evaluation and sampling; 0 keeps none')
+    fid_images: int = opt(0, 'images to draw at every evaluation, logged as fid_<n>k; 0 is off')
+    fid_ref: str = opt('', 'npz with mu and sigma to compare them with; empty takes the validation images')
+    fid_flags: str = opt('', 'flags of sample.py for them, such as "--cfg=1.5 --top_k=900"')
+    fid_features: str = opt('inception', 'feature network: inception, or digits')
+    inception_weights: str = opt('', 'its weights; empty searches as evaluate.py, and never downloads')
 
 
 @dataclass(frozen=True)

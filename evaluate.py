@@ -1,0 +1,75 @@
+"""Scores: `python evaluate.py REF SAMPLE`, and commands around them. Runs under torchrun, too.
+
+    evaluate.py REF SAMPLE             Inception Score, FID, sFID, precision and recall of images
+    evaluate.py stats INPUT OUT.npz    statistics of images, to be used as a reference
+    evaluate.py pack FOLDER OUT.npz    PNG files as one npz, shuffled
+    evaluate.py classify-eval SAMPLE   how often a classifier sees the requested class
+    evaluate.py reject IN OUT.npz      keep the images of each class that a classifier is surest of
+    evaluate.py tokenizer --ckpt=FILE  PSNR, SSIM, LPIPS, rFID and code usage (also: reconstruct-eval)
+
+Exit codes: 0 done, 2 wrong usage or input, 3 weights of a feature network or classifier are missing.
+"""
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import dist
+from evaluation.classify import ClassifySettings, RejectSettings, evaluate_classify, evaluate_reject
+from evaluation.images import (
+    PackSettings,
+    ScoreSettings,
+    StatsSettings,
+    evaluate_images,
+    evaluate_pack,
+    evaluate_stats,
+)
+from evaluation.tokenizer import TokenizerSettings, evaluate_tokenizer
+from utils.arg_util import make_parser
+from utils.log import one_line_errors, setup_logging
+
+
+class Command(NamedTuple):
+    """A command of this program."""
+    settings: type
+    run: Callable[[Any], str | None]  # settings -> what the master prints
+    description: str
+
+
+SCORE = Command(ScoreSettings, evaluate_images, 'Score images against a reference, as the evaluator of ADM.')
+TOKENIZER = Command(TokenizerSettings, evaluate_tokenizer,
+                    'Rate the reconstructions of a tokenizer, and how it uses its codes.')
+COMMANDS = {
+    'stats': Command(StatsSettings, evaluate_stats, 'Write the statistics of images, as a reference.'),
+    'pack': Command(PackSettings, evaluate_pack, 'Pack a folder of images into one npz.'),
+    'classify-eval': Command(ClassifySettings, evaluate_classify, 'Rate images by a classifier.'),
+    'reject': Command(RejectSettings, evaluate_reject, 'Rejection sampling by a classifier.'),
+    'tokenizer': TOKENIZER,
+    'reconstruct-eval': TOKENIZER,
+}
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ('-h', '--help'):
+        make_parser(ScoreSettings, 'evaluate.py', __doc__.split('\n\n')[0]).print_help()
+        print('\n' + __doc__.split('\n\n', 1)[1])  # noqa: T201
+        sys.exit(0 if argv else 2)
+    name = argv[0] if argv[0] in COMMANDS else ''
+    command = COMMANDS.get(name, SCORE)
+    parser = make_parser(command.settings, f'evaluate.py {name}'.strip(), command.description)
+    try:
+        settings = command.settings(**parser.parse(argv[1:] if name else argv))
+    except ValueError as error:
+        parser.error(str(error))
+    # tensors on the CPU need a group that can exchange them
+    dist.initialize(backend='gloo' if getattr(settings, 'device', '') == 'cpu' else None)
+    setup_logging(None, dist.is_master())
+    text = command.run(settings)
+    if text:
+        print(text)  # noqa: T201
+    dist.finalize()
+
+
+if __name__ == '__main__':
+    with one_line_errors('evaluate.py', exit_code=2):
+        main()

@@ -1,0 +1,335 @@
+"""Judgements of a classifier: how often it sees the requested class, and rejection sampling by it.
+
+`evaluate.py classify-eval SAMPLE` reports accuracy; `evaluate.py reject IN OUT.npz` keeps those candidates of
+each class that the classifier is surest of, as the authors of VAR did for VAR-d30-re. Candidates are numbered
+in file order: random in an npz of sample.py, by index in its folder.
+Letters: N images, K kept ones, B batch, C classes.
+"""
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import dist
+from evaluation.features import FeatureSettings, read_ahead, share
+from evaluation.images import read_manifest, write_json
+from utils.arg_util import check_limits, opt
+from utils.batches import ImageBatch, open_batch, shuffled, write_npz
+from utils.classifiers import Classifier, load_classifier
+from utils.hub import sha256_of
+from utils.image_store import map_ahead
+from utils.log import progress_bar
+from utils.provenance import device_name, versions
+
+logger = logging.getLogger(__name__)
+NUM_READERS = 4  # threads that read what is kept
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """The classifier of a command, and how it runs."""
+
+    classifier: str = opt('', 'classification model of torchvision, such as convnext_base or swin_v2_b; '
+                              'or digits, which needs no file, for digits alone')
+    classifier_weights: str = opt('', "its weights; empty takes the published ones from torch's hub folder")
+    download: bool = opt(False, 'fetch the published weights if they are not there')
+    labels: str = opt('', '.npy file with the class of every image; empty takes those beside the images')
+    batch_size: int = opt(64, 'images per batch; batches are cut by image index', 'bs')
+    device: str = opt('', 'cpu or cuda; empty takes cuda where there is one')
+
+    torch_device = FeatureSettings.torch_device
+
+    def __post_init__(self):
+        check_limits(self)
+        if not self.classifier:
+            raise ValueError('expected a classifier: pass --classifier=NAME, such as convnext_base')
+        if self.device not in ('', 'cpu', 'cuda'):
+            raise ValueError(f'--device must be one of cpu, cuda, got {self.device!r}')
+
+
+# ---------------------------------------------------------------------------------------------- judgement
+class Judgement(NamedTuple):
+    """What a classifier says of the label of every image."""
+    log_prob_N: np.ndarray  # float32, log p(label | image)
+    rank_N: np.ndarray      # int64, classes that it deems likelier; 0 is right
+
+    def scores(self, num_classes: int, rows: np.ndarray | slice = np.s_[:]) -> dict[str, float]:
+        """Accuracy and mean probability of some images; there is no top-5 among 5 classes or fewer."""
+        log_prob_K, rank_K = self.log_prob_N[rows].astype(np.float64), self.rank_N[rows]
+        top5 = dict(top5=float((rank_K < 5).mean())) if num_classes > 5 else {}
+        return dict(top1=float((rank_K == 0).mean()), **top5, mean_prob=float(np.exp(log_prob_K).mean()),
+                    mean_log_prob=float(log_prob_K.mean()))
+
+
+def load_labels(batch: ImageBatch, path: str) -> np.ndarray:
+    """(N,) int64 classes: of a file, else those that lie beside the images.
+
+    Raises:
+        ValueError: there are none, or another number than there are images.
+    """
+    if not path:
+        if batch.labels is None:
+            raise ValueError(f'expected a class per image in {batch.path} (arr_1 of an npz, labels.npy of a '
+                             'folder), found none: pass --labels=FILE.npy')
+        return batch.labels
+    try:
+        with Path(path).open('rb') as file:
+            labels_N = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f'expected a class per image in {path}, cannot read it ({error}): '
+                         'pass a .npy file of integers') from None
+    if labels_N.shape != (batch.count,) or labels_N.dtype.kind not in 'iu':
+        raise ValueError(f'expected {batch.count} integers in {path}, one per image of {batch.path}, got '
+                         f'{labels_N.dtype} of shape {labels_N.shape}: pass the labels of these images')
+    return labels_N.astype(np.int64)
+
+
+def load(settings: ClassifierSettings, labels_N: np.ndarray) -> Classifier:
+    """The classifier, which must know the labels; each node downloads what is missing once.
+
+    Raises:
+        MissingWeights: there are none.
+        ValueError: a label is none of its classes; or see `load_classifier`.
+    """
+    def get(download: bool) -> Classifier:
+        return load_classifier(settings.classifier, settings.classifier_weights, settings.torch_device,
+                               download)
+    classifier = get(settings.download) if dist.is_local_master() else None
+    dist.barrier()
+    classifier = classifier or get(download=False)
+    unknown = np.flatnonzero((labels_N < 0) | (labels_N >= classifier.num_classes))
+    if len(unknown):
+        raise ValueError(f'{classifier.name} knows classes 0..{classifier.num_classes - 1}, image '
+                         f'{unknown[0]} has label {labels_N[unknown[0]]}: pass a classifier of these classes')
+    return classifier
+
+
+def judge(batch: ImageBatch, labels_N: np.ndarray, classifier: Classifier, batch_size: int) -> Judgement:
+    """Judge all images, shared among the ranks; every rank calls it and gets the whole.
+
+    Raises:
+        ValueError: an image cannot be read, or gives probabilities that are not finite.
+    """
+    # whole batches, the same for any number of ranks: kernels may round in another way in another batch
+    begin, end = (min(batch_size * number, batch.count) for number in share(-(-batch.count // batch_size)))
+    own = Judgement(np.empty(end - begin, np.float32), np.empty(end - begin, np.int64))
+    classes_C = torch.arange(classifier.num_classes, device=classifier.device)
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for images_NHW3 in batch.blocks(begin, end, batch_size):
+            yield torch.from_numpy(np.ascontiguousarray(images_NHW3.transpose(0, 3, 1, 2)))
+
+    first = 0
+    with progress_bar(end - begin, batch.path.name) as bar:
+        for images_u8 in read_ahead(tensors()):
+            rows = slice(first, first := first + len(images_u8))
+            labels_B1 = torch.from_numpy(labels_N[begin:end][rows, None]).to(classifier.device)
+            log_prob_BC = classifier(images_u8)
+            log_prob_B1 = log_prob_BC.gather(1, labels_B1)
+            is_likelier_BC = (log_prob_BC > log_prob_B1) | (
+                (log_prob_BC == log_prob_B1) & (classes_C < labels_B1))  # equal ones stand in order of class
+            own.log_prob_N[rows] = log_prob_B1[:, 0].cpu()
+            own.rank_N[rows] = is_likelier_BC.sum(1).cpu()
+            bar.update(len(images_u8))
+    judgement = Judgement(*map(np.concatenate, zip(*dist.allgather_object(own), strict=True)))
+    is_finite_N = np.isfinite(judgement.log_prob_N)
+    if not is_finite_N.all():
+        raise ValueError(f'expected finite probabilities, {classifier.name} gives '
+                         f'{judgement.log_prob_N[~is_finite_N][0]} for image {is_finite_N.argmin()} of '
+                         f'{batch.path}: check the weights')
+    return judgement
+
+
+def describe_images(batch: ImageBatch) -> tuple[str, dict[str, Any] | None]:
+    """SHA-256 of the images and the manifest beside them, on every rank; only the master reads it all.
+
+    Raises:
+        ValueError: the manifest belongs to other images.
+    """
+    digest = dist.allgather_object(batch.sha256() if dist.is_master() else '')[0]
+    return digest, read_manifest(batch.path, digest)
+
+
+def line(scores: dict[str, float]) -> str:
+    """Scores for a reader."""
+    top5 = f'top-5 {scores["top5"]:.2%}, ' if 'top5' in scores else ''
+    return f'top-1 {scores["top1"]:.2%}, {top5}mean p(y|x) {scores["mean_prob"]:.4f}'
+
+
+# ---------------------------------------------------------------------------------------------- accuracy
+@dataclass(frozen=True)
+class ClassifySettings(ClassifierSettings):
+    """Settings of `evaluate.py classify-eval`."""
+
+    sample: str = opt('', 'images: npz or folder of PNG files', positional=True)
+    json: str = opt('', 'file for scores, those of each class, hashes and versions')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.sample:
+            raise ValueError('expected SAMPLE: evaluate.py classify-eval FOLDER_OR_NPZ --classifier=NAME')
+
+
+def evaluate_classify(settings: ClassifySettings) -> str | None:
+    """`evaluate.py classify-eval`: the text for the reader, on the master."""
+    begin = time.time()
+    if settings.json:
+        Path(settings.json).parent.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
+    batch = open_batch(settings.sample)
+    labels_N = load_labels(batch, settings.labels)
+    classifier = load(settings, labels_N)
+    digest, manifest = describe_images(batch)
+    judgement = judge(batch, labels_N, classifier, settings.batch_size)
+    scores, rejection = judgement.scores(classifier.num_classes), (manifest or {}).get('rejection')
+    if settings.json and dist.is_master():
+        write_json(settings.json, dict(
+            command='classify-eval', scores=scores, count=batch.count,
+            top1_per_class={label: float((judgement.rank_N[labels_N == label] == 0).mean())
+                            for label in np.unique(labels_N).tolist()},
+            sample=dict(path=str(batch.path), sha256=digest, height=batch.height, width=batch.width),
+            labels=dict(path=settings.labels, sha256=sha256_of(settings.labels)) if settings.labels else None,
+            classifier=dict(name=classifier.name, sha256=classifier.digest,
+                            num_classes=classifier.num_classes),
+            manifest=manifest, rejection=rejection, warnings=batch.warnings,
+            settings=dataclasses.asdict(settings), versions=versions(),
+            device=device_name(settings.torch_device), world_size=dist.get_world_size(),
+            seconds=round(time.time() - begin, 1)))
+    dist.barrier()
+    rejected = f' with rejection (ratio {rejection["ratio"]:g})' if rejection else ''
+    return '\n'.join([
+        f'{batch.path}, {batch.count:,} images of {batch.width}x{batch.height}{rejected}',
+        f'{classifier.name} {classifier.digest[:8]}, {classifier.num_classes} classes: {line(scores)}',
+        *(f'warning: {note}' for note in batch.warnings)]) if dist.is_master() else None
+
+
+# ---------------------------------------------------------------------------------------------- rejection
+@dataclass(frozen=True)
+class RejectSettings(ClassifierSettings):
+    """Settings of `evaluate.py reject`."""
+
+    images: str = opt('', 'candidates: npz or folder of PNG files', positional=True)
+    output: str = opt('', 'npz to write; its manifest lies beside it', positional=True)
+    n_keep: int = opt(50, 'images to keep of each class')
+    ratio: int = opt(2, 'candidates per kept image, the first ones of each class; 0 takes all')
+    threshold: float | None = opt(None, 'keep the first candidates with log p(y|x) of at least this, in '
+                                        'place of the best; those after the last kept one do not count')
+    seed: int = opt(0, 'of the order of what is kept')
+    no_shuffle: bool = opt(False, 'keep the order of the candidates; the Inception Score needs a mixed one')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.images and self.output):
+            raise ValueError('expected IN and OUT: evaluate.py reject FOLDER_OR_NPZ OUT.npz '
+                             '--classifier=NAME')
+        if self.classifier == 'inception_v3':
+            raise ValueError('the classifier must not be the network of the scores, got inception_v3: '
+                             'pass another one, such as convnext_base')
+        source, target = (str(Path(path).resolve()) for path in (self.images, self.output))
+        if not target.endswith('.npz') or target.removesuffix('.npz') == source.removesuffix('.npz'):
+            raise ValueError(f'expected an npz of another name than {self.images}, got {self.output}: '
+                             'pass another OUT.npz')
+        for name, least in (('n_keep', 1), ('ratio', 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f'--{name} must be at least {least}, got {getattr(self, name)}')
+        if self.threshold is not None and not self.threshold <= 0:
+            raise ValueError(f'--threshold is a log-probability, at most 0, got {self.threshold:g}')
+        if self.seed >= 2 ** 32:
+            raise ValueError(f'--seed must be below 2**32, got {self.seed}')
+
+
+def candidates_of(labels_N: np.ndarray, n_keep: int, ratio: int) -> dict[int, np.ndarray]:
+    """Indices of the candidates of each class that are looked at, in file order.
+
+    Args:
+        ratio: candidates per kept image, the first ones; 0 takes all.
+    Raises:
+        ValueError: a class has too few.
+    """
+    needed, candidates = n_keep * max(ratio, 1), {}
+    for label in np.unique(labels_N).tolist():
+        index = np.flatnonzero(labels_N == label)
+        if len(index) < needed:
+            raise ValueError(f'expected at least {needed} candidates of each class, class {label} has '
+                             f'{len(index)}: sample more, or lower --n_keep or --ratio')
+        candidates[label] = index[:needed] if ratio else index
+    return candidates
+
+
+def select(candidates: dict[int, np.ndarray], log_prob_N: np.ndarray, n_keep: int,
+           threshold: float | None = None) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """The candidates to keep of each class.
+
+    The likeliest ones, the first of equal ones; or the first ones that reach a threshold.
+
+    Args:
+        candidates: by class, as of `candidates_of`.
+    Returns:
+        (indices of the kept ones (K,), ascending; by class the candidates that were looked at).
+    Raises:
+        ValueError: in a class too few reach the threshold.
+    """
+    kept, seen = [], {}
+    for label, index in candidates.items():
+        log_prob = log_prob_N[index]
+        if threshold is None:
+            chosen, end = np.argsort(-log_prob, kind='stable')[:n_keep], len(index)
+        else:
+            chosen = np.flatnonzero(log_prob >= threshold)[:n_keep]
+            if len(chosen) < n_keep:
+                raise ValueError(f'expected {n_keep} images of each class with log p(y|x) >= {threshold:g}, '
+                                 f'class {label} has {len(chosen)} among {len(index)} candidates: '
+                                 'sample more, or lower --threshold or --n_keep')
+            end = chosen[-1] + 1
+        kept.append(index[chosen])
+        seen[label] = index[:end]
+    return np.sort(np.concatenate(kept)), seen
+
+
+def evaluate_reject(settings: RejectSettings) -> str | None:
+    """`evaluate.py reject`: writes the images kept and a manifest; the text for the reader, on the master.
+
+    Equal inputs and settings give equal files, for any number of processes.
+    """
+    target = Path(settings.output)
+    target.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
+    batch = open_batch(settings.images)
+    batch[0]  # likewise: a compressed npz cannot be read in random order
+    labels_N = load_labels(batch, settings.labels)
+    candidates = candidates_of(labels_N, settings.n_keep, settings.ratio)
+    classifier = load(settings, labels_N)
+    digest, manifest = describe_images(batch)
+    if classifier.name == 'digits' and dist.is_master():
+        logger.warning('scores with --features=digits will flatter what their own network has chosen')
+    judgement = judge(batch, labels_N, classifier, settings.batch_size)
+    kept_K, seen = select(candidates, judgement.log_prob_N, settings.n_keep, settings.threshold)
+    if not settings.no_shuffle:
+        kept_K = kept_K[shuffled(len(kept_K), settings.seed)]
+    seen_N = np.concatenate(list(seen.values()))
+    ratio = len(seen_N) / len(kept_K)
+    scores = {name: judgement.scores(classifier.num_classes, rows)
+              for name, rows in (('candidates', seen_N), ('kept', kept_K))}
+    if dist.is_master():
+        write_npz(target, map_ahead(batch.__getitem__, kept_K.tolist(), NUM_READERS), len(kept_K),
+                  batch.height, batch.width, labels_N[kept_K])
+        write_json(target.with_suffix('.json'), dict(
+            num_images=len(kept_K), npz=target.name, npz_sha256=sha256_of(target),
+            rejection=dict(
+                classifier=classifier.name, classifier_sha256=classifier.digest, ratio=ratio,
+                n_keep=settings.n_keep, threshold=settings.threshold,
+                seed=None if settings.no_shuffle else settings.seed, batch_size=settings.batch_size,
+                source=str(batch.path), source_sha256=digest, scores=scores,
+                candidates_per_class={label: len(index) for label, index in seen.items()},
+                kept=kept_K.tolist()),  # row r of the npz is candidate kept[r]
+            candidates=manifest, versions=versions()))
+    dist.barrier()
+    return '\n'.join([
+        f'{target}: {len(kept_K):,} of {len(seen_N):,} candidates (ratio {ratio:g}), {settings.n_keep} of '
+        f'each of {len(seen)} classes, by {classifier.name} {classifier.digest[:8]}',
+        *(f'{name:10} {line(values)}' for name, values in scores.items()),
+        *(f'warning: {note}' for note in batch.warnings)]) if dist.is_master() else None

@@ -1,0 +1,435 @@
+"""Scores of a set of images against a reference, as the evaluator of ADM (guided-diffusion) defines them.
+
+`python evaluate.py REFERENCE SAMPLE` prints Inception Score, FID, sFID, precision and recall. Both sides are
+npz files (`arr_0` uint8 (N, H, W, 3); `mu`, `sigma`, `mu_s`, `sigma_s` where statistics are stored) or
+folders of PNG files.
+"""
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dist
+from evaluation.features import FeatureSet, FeatureSettings, Inspection, extract, load_network
+from utils.arg_util import check_limits, opt
+from utils.batches import (
+    NUM_READERS,
+    ImageBatch,
+    npz_keys,
+    open_batch,
+    pack_folder,
+    shuffled,
+    write_npz,
+)
+from utils.checkpoint import atomic_path
+from utils.data import build_transforms, open_split
+from utils.hub import sha256_of
+from utils.image_store import map_ahead
+from utils.inception import SHA256
+from utils.manifolds import precision_recall
+from utils.metrics import frechet_distance, read_statistics, to_uint8
+from utils.provenance import device_name, versions
+
+logger = logging.getLogger(__name__)
+STANDARD_COUNT = 50_000
+METRICS = {'is': 'Inception Score', 'fid': 'FID', 'sfid': 'sFID', 'precision': 'Precision',
+           'recall': 'Recall'}  # in the original's order and words
+CACHE_VERSION = 1  # of extraction; a new one forgets what is cached
+
+
+@dataclass(frozen=True)
+class ScoreSettings(FeatureSettings):
+    """Settings of `evaluate.py REF SAMPLE`."""
+
+    ref: str = opt('', 'reference: npz or folder of PNG files', positional=True)
+    sample: str = opt('', 'images to score: npz or folder of PNG files', positional=True)
+    metrics: str = opt('', f'{",".join(METRICS)} or some of them; empty takes all that the files allow')
+    pr_mode: str = opt('adm', 'precision and recall: adm (float16 as the original) or fp32')
+    fd_method: str = opt('eigh', 'Frechet distance: eigh, or scipy (sqrtm as the original)')
+    split_size: int = opt(5000, 'images per chunk of the Inception Score')
+    expected_count: int = opt(STANDARD_COUNT, 'number of images that the sample must hold')
+    allow_any_count: bool = opt(False, 'score any number of images')
+    json: str = opt('', 'file for scores, settings, hashes and versions')
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, what in (('ref', 'reference'), ('sample', 'sample')):
+            if not getattr(self, name):
+                raise ValueError(f'expected REF and SAMPLE, got no {what}: evaluate.py REF.npz SAMPLE.npz, '
+                                 'or one of the commands that --help lists')
+        for name, allowed in (('pr_mode', ('adm', 'fp32')), ('fd_method', ('eigh', 'scipy'))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'--{name} must be {" or ".join(allowed)}, got {getattr(self, name)!r}')
+        unknown = sorted(set(self.wanted) - set(METRICS))
+        if unknown:
+            raise ValueError(f'--metrics must be of {", ".join(METRICS)}, got {", ".join(unknown)}')
+        for name in ('split_size', 'expected_count', 'batch_size'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'--{name} must be at least 1, got {getattr(self, name)}')
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return tuple(self.metrics.replace(' ', '').split(',')) if self.metrics else tuple(METRICS)
+
+
+@dataclass
+class ImageSet:
+    """A side of the comparison: its images, its stored statistics, or both."""
+
+    path: Path
+    batch: ImageBatch | None
+    keys: tuple[str, ...] = ()  # of the npz
+    statistics: dict[str, tuple] = field(default_factory=dict)  # (mean, covariance) by suffix '' and '_s'
+
+    def read_statistics(self, network: Any) -> None:
+        """Stored statistics win over images, as in the original."""
+        for suffix, size in (('', network.num_features), ('_s', network.num_spatial)):
+            if size and (f'mu{suffix}' in self.keys or f'sigma{suffix}' in self.keys):
+                self.statistics[suffix] = read_statistics(self.path, size, suffix)
+
+    @property
+    def stored(self) -> bool:
+        """Whether the file holds statistics."""
+        return 'mu' in self.keys or 'sigma' in self.keys
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says of it; reads the whole file for its hash."""
+        images = {} if self.batch is None else dict(
+            count=self.batch.count, height=self.batch.height, width=self.batch.width)
+        digest = sha256_of(self.path) if self.batch is None else self.batch.sha256()
+        return dict(path=str(self.path), sha256=digest,
+                    statistics='stored' if self.stored else 'of the images', **images)
+
+
+def open_set(path: str, needs_images: bool) -> ImageSet:
+    """A file or folder as a side of the comparison.
+
+    Raises:
+        ValueError: it cannot be read, or lacks what is needed.
+    """
+    keys = () if Path(path).is_dir() else npz_keys(path)
+    if 'arr_0' in keys or not keys or needs_images or 'mu' not in keys:
+        return ImageSet(Path(path), open_batch(path), keys)
+    return ImageSet(Path(path), None, keys)
+
+
+def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
+    """What sample.py wrote beside a file of images, if it did.
+
+    Raises:
+        ValueError: the manifest belongs to other content.
+    """
+    stem = path.name.removesuffix('.npz')
+    manifest_path = path.with_name(f'{stem}.json')
+    try:
+        manifest = json.loads(manifest_path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f'expected the manifest of sample.py at {manifest_path}, cannot read it ({error}): '
+                         'restore or remove it') from None
+    if not isinstance(manifest, dict) or 'npz_sha256' not in manifest:
+        return None  # somebody else's file
+    if path.suffix == '.npz' and manifest['npz_sha256'] != digest:
+        raise ValueError(f'{path} has SHA-256 {digest[:16]}..., its manifest {manifest_path} says '
+                         f'{manifest["npz_sha256"][:16]}...: the images are others than those that were '
+                         'sampled; sample again, or remove the manifest')
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------- scoring
+def unavailable_metrics(settings: ScoreSettings, ref: ImageSet, sample: ImageSet) -> dict[str, str]:
+    """Metrics that these files or this network cannot give, with the reason.
+
+    Raises:
+        ValueError: one of them was asked for by name.
+    """
+    reasons = {}
+    if ref.stored and 'mu_s' not in ref.keys:
+        reasons['sfid'] = f'{ref.path.name} holds no mu_s and sigma_s'
+    if sample.stored and 'mu_s' not in sample.keys:
+        reasons['sfid'] = f'{sample.path.name} holds mu but no mu_s'
+    if settings.features == 'digits':
+        reasons['sfid'] = 'the digits network has no spatial features'
+    if ref.batch is None:
+        reasons |= dict.fromkeys(('precision', 'recall'), f'{ref.path.name} holds no images (arr_0)')
+    if sample.batch is None:
+        reasons |= dict.fromkeys(('is', 'precision', 'recall'), f'{sample.path.name} holds no images (arr_0)')
+    for name, reason in reasons.items():
+        if settings.metrics and name in settings.wanted:
+            raise ValueError(f'--metrics asks for {name}, but {reason}: leave it out')
+    return {name: reason for name, reason in reasons.items() if name in settings.wanted}
+
+
+def check_count(settings: ScoreSettings, sample: ImageSet) -> list[str]:
+    """Warnings about the number of images.
+
+    Raises:
+        ValueError: it is not the expected one, or too small for a score.
+    """
+    count = sample.batch.count
+    if count != settings.expected_count and not settings.allow_any_count:
+        raise ValueError(f'expected {settings.expected_count:,} images in {sample.path}, got {count:,}: pass '
+                         f'--expected_count={count} or --allow_any_count if that is meant')
+    if count < 2:
+        raise ValueError(f'statistics need at least 2 images, {sample.path} holds {count}: sample more')
+    if count < STANDARD_COUNT:
+        return [f'{count:,} images: report the distance as FID-{count / 1000:g}k, FID is of 50,000']
+    return []
+
+
+def features_of_reference(ref: ImageSet, network: Any, settings: ScoreSettings, keep_rows: bool,
+                          digest: str) -> tuple[torch.Tensor | None, Inspection | None]:
+    """Pool features (N, F) of the reference images on the master, and its statistics where none are stored.
+
+    Kept in the cache under what they depend on; every rank calls it.
+
+    Args:
+        digest: SHA-256 of the reference.
+    """
+    if ref.batch is None or (ref.stored and not keep_rows):
+        return None, None
+    text = f'{digest} {network.name} {network.digest} {settings.dtype} {CACHE_VERSION} {keep_rows}'
+    path = Path(settings.cache) / f'features-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz'
+    if settings.cache and dist.allgather_object(path.is_file())[0]:  # the master decides
+        if not dist.is_master():
+            return None, None
+        cached = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
+        for suffix in ('', '_s'):
+            if f'mu{suffix}' in cached:
+                ref.statistics[suffix] = cached[f'mu{suffix}'], cached[f'sigma{suffix}']
+        return cached.get('rows'), None
+    features, inspection = extract(ref.batch, network, settings, keep_rows=keep_rows)
+    if not ref.stored:
+        ref.statistics |= features.statistics()
+    rows_NF = features.rows_NF if keep_rows and dist.is_master() else None
+    if settings.cache and dist.is_master():
+        content = dict(rows=rows_NF) if keep_rows else {}
+        for suffix, (mean, covariance) in ref.statistics.items() if not ref.stored else ():
+            content |= {f'mu{suffix}': mean.cpu(), f'sigma{suffix}': covariance.cpu()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary, temporary.open('wb') as file:
+            np.savez(file, **content)
+    return rows_NF, inspection
+
+
+def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any] | None:
+    """Everything that `evaluate.py REF SAMPLE` reports, on the master; None on the other ranks.
+
+    Args:
+        network: a loaded one; None loads that of the settings.
+    Raises:
+        MissingWeights: of the feature network.
+        ValueError: see `utils.batches` and the checks above.
+    """
+    begin = time.time()
+    # 1. the files, before any network
+    ref = open_set(settings.ref, needs_images=False)
+    sample = open_set(settings.sample, needs_images=not {'fid', 'sfid'} >= set(settings.wanted))
+    unavailable = unavailable_metrics(settings, ref, sample)
+    wanted = [name for name in METRICS if name in settings.wanted and name not in unavailable]
+    notes = check_count(settings, sample) if sample.batch is not None else []
+    keep_rows = bool({'precision', 'recall'} & set(wanted))
+    for side in (ref, sample):
+        if keep_rows and side.batch.count < 4:
+            raise ValueError(f'precision and recall need at least 4 images, {side.path} holds '
+                             f'{side.batch.count}: leave them out of --metrics')
+    if sample.stored:
+        notes.append(f'{sample.path.name} carries mu: these statistics are used, not those of its images')
+
+    # 2. the network, and statistics that the files hold
+    network = network or load_network(settings)
+    for side in (ref, sample):
+        side.read_statistics(network)
+    described = {}
+    if dist.is_master():
+        described = dict(reference=ref.describe(), sample=sample.describe())
+    described = dist.allgather_object(described)[0]
+    manifest = read_manifest(sample.path, described['sample']['sha256'])
+
+    # 3. features
+    ref_rows, inspection = features_of_reference(ref, network, settings, keep_rows,
+                                                 described['reference']['sha256'])
+    if inspection:
+        notes += inspection.warnings('reference')
+    features = None
+    if sample.batch is not None:
+        features, inspection = extract(sample.batch, network, settings, settings.split_size, keep_rows)
+        sample.statistics = features.statistics() | sample.statistics
+        notes += inspection.warnings('sample')
+    if not dist.is_master():
+        return None
+
+    # 4. scores
+    for side in (ref, sample):
+        notes += side.batch.warnings if side.batch is not None else []
+    scores = compute(wanted, settings, ref, sample, features, ref_rows, notes)
+    return dict(
+        command='score', scores=scores, unavailable=unavailable, warnings=notes, **described,
+        manifest=manifest, rejection=(manifest or {}).get('rejection'),
+        network=dict(name=network.name, digest=network.digest, published=network.digest == SHA256),
+        settings=dataclasses.asdict(settings), versions=versions(),
+        device=device_name(settings.torch_device), world_size=dist.get_world_size(),
+        seconds=round(time.time() - begin, 1))
+
+
+def compute(wanted: list[str], settings: ScoreSettings, ref: ImageSet, sample: ImageSet,
+            features: FeatureSet | None, ref_rows: torch.Tensor | None, notes: list[str]) -> dict[str, float]:
+    """The scores by name; adds to `notes` what is doubtful about them."""
+    scores = {}
+    if 'is' in wanted:
+        scores['is'], scores['is_one_chunk'] = features.score.scores()
+        if scores['is_one_chunk'] > 1.2 * scores['is']:
+            notes.append('images look sorted by class: Inception Score '
+                         f'{scores["is_one_chunk"]:.2f} over all, {scores["is"]:.2f} in chunks of '
+                         f'{settings.split_size}; shuffle them (evaluate.py pack)')
+    for name, suffix in (('fid', ''), ('sfid', '_s')):
+        if name in wanted:
+            scores[name] = frechet_distance(*ref.statistics[suffix], *sample.statistics[suffix],
+                                            method=settings.fd_method)
+    if 'fid' in wanted and sample.batch and not sample.stored \
+            and sample.batch.count <= len(sample.statistics[''][0]):
+        notes.append(f'rank-deficient covariance of {sample.batch.count:,} images; FID is strongly biased '
+                     'for few samples, 50,000 is standard')
+    if ref.batch and sample.batch:
+        sizes = [(side.batch.height, side.batch.width) for side in (ref, sample)]
+        if sizes[0] != sizes[1]:
+            notes.append('image sizes differ: reference {}x{}, sample {}x{}'.format(*sizes[0], *sizes[1]))
+    if ref_rows is not None:
+        both = precision_recall(ref_rows, features.rows_NF, settings.pr_mode, device=settings.torch_device)
+        scores |= {name: getattr(both, name) for name in ('precision', 'recall') if name in wanted}
+    return scores
+
+
+def text_report(report: dict[str, Any]) -> str:
+    """The report for a reader: what was compared, the scores as the original prints them, warnings."""
+    def side(name: str) -> str:
+        values = report[name]
+        images = f', {values["count"]:,} images of {values["width"]}x{values["height"]}' \
+            if 'count' in values else ''
+        return f'{name:10} {values["path"]}{images}, statistics {values["statistics"]}'
+    network, settings = report['network'], report['settings']
+    published = 'published weights' if network['published'] else \
+        'no Inception weights of FID: these scores compare with nothing published'
+    rejected = f' with rejection (ratio {report["rejection"]["ratio"]:g})' if report['rejection'] else ''
+    lines = [side('reference'), side('sample') + rejected,
+             f'{"features":10} {network["name"]} {network["digest"][:8]} ({published}), {settings["dtype"]}, '
+             f'precision and recall {settings["pr_mode"]}, distance by {settings["fd_method"]}']
+    for name, words in METRICS.items():
+        if name in report['scores']:
+            lines.append(f'{words}: {report["scores"][name]:.6g}')
+        elif name in report['unavailable']:
+            lines.append(f'{words}: not available, {report["unavailable"][name]}')
+    return '\n'.join(lines + [f'warning: {note}' for note in report['warnings']])
+
+
+def evaluate_images(settings: ScoreSettings) -> str | None:
+    """`evaluate.py REF SAMPLE`: the text for the reader, on the master."""
+    if settings.json:
+        Path(settings.json).parent.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
+    report = score_images(settings)
+    if settings.json and report:
+        write_json(settings.json, report)
+    dist.barrier()
+    return text_report(report) if report else None
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + '\n')
+
+
+# ---------------------------------------------------------------------------------------------- stats, pack
+@dataclass(frozen=True)
+class StatsSettings(FeatureSettings):
+    """Settings of `evaluate.py stats`."""
+
+    images: str = opt('', 'npz or folder of PNG files', positional=True)
+    output: str = opt('', 'npz to write', positional=True)
+    keep_images: bool = opt(False, 'store the images, too, as precision and recall need')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.images and self.output):
+            raise ValueError('expected INPUT and OUTPUT: evaluate.py stats FOLDER_OR_NPZ OUT.npz')
+
+
+def evaluate_stats(settings: StatsSettings) -> None:
+    """`evaluate.py stats`: mu, sigma and, where the network has spatial features, mu_s, sigma_s."""
+    batch = open_batch(settings.images)
+    if batch.count < 2:
+        raise ValueError(f'statistics need 2 images or more, {settings.images} holds {batch.count}: add some')
+    features, inspection = extract(batch, load_network(settings), settings)
+    if dist.is_master():
+        content = {}
+        for suffix, (mean, covariance) in features.statistics().items():
+            content |= {f'mu{suffix}': mean.cpu().numpy(), f'sigma{suffix}': covariance.cpu().numpy()}
+        if settings.keep_images:
+            content['arr_0'] = np.concatenate(list(batch.blocks()))
+        target = Path(settings.output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as temporary, temporary.open('wb') as file:
+            np.savez(file, **content)
+        for note in batch.warnings + inspection.warnings(batch.path.name):
+            logger.warning(note)
+        logger.info('statistics of %d images are in %s', batch.count, target)
+    dist.barrier()
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """Settings of `evaluate.py pack`."""
+
+    folder: str = opt('', 'PNG files and, where known, labels.npy; or, with --image_size, a data set',
+                      positional=True)
+    output: str = opt('', 'npz to write', positional=True)
+    count: int | None = opt(None, 'number of images that the folder must hold; None takes what is there')
+    seed: int = opt(0, 'of the order')
+    no_shuffle: bool = opt(False, 'keep the order of names; the Inception Score needs a mixed one')
+    allow_jpeg: bool = opt(False, 'accept JPEG files, whose losses change FID')
+    image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
+                                       'of this side as the references of ADM')
+    split: str = opt('val', 'of the data set: val or train')
+
+    def __post_init__(self):
+        if not (self.folder and self.output):
+            raise ValueError('expected FOLDER and OUTPUT: evaluate.py pack FOLDER OUT.npz')
+        check_limits(self)
+        if self.split not in ('val', 'train'):
+            raise ValueError(f'--split must be val or train, got {self.split!r}')
+
+
+def evaluate_pack(settings: PackSettings) -> None:
+    """`evaluate.py pack`: a folder of images, or a data set, as one npz in random order."""
+    if dist.is_master():
+        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+        seed = None if settings.no_shuffle else settings.seed
+        if settings.image_size:
+            pack_data_set(settings, seed)
+        else:
+            batch = pack_folder(settings.folder, settings.output, settings.count, seed, settings.allow_jpeg)
+            for note in batch.warnings:
+                logger.warning(note)
+        logger.info('packed the images of %s into %s', settings.folder, settings.output)
+    dist.barrier()
+
+
+def pack_data_set(settings: PackSettings, seed: int | None) -> None:
+    """Centre crops of a split of a data set and their classes, as a reference of one's own."""
+    size, count = settings.image_size, settings.count
+    images = open_split(settings.folder, settings.split, build_transforms(size, crop='adm')[1])
+    if count not in (None, len(images)):
+        raise ValueError(f'expected {count} images in {settings.folder}, got {len(images)}: correct --count')
+    order = np.arange(len(images)) if seed is None else shuffled(len(images), seed)
+
+    def crop(i: int) -> np.ndarray:
+        return to_uint8(images[i][0]).permute(1, 2, 0).numpy()
+    write_npz(settings.output, map_ahead(crop, order.tolist(), NUM_READERS), len(order), size, size,
+              np.asarray(images.targets)[order])

@@ -1,0 +1,80 @@
+"""Scores over settings: a table in CSV that grows row by row, and its plot."""
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import atomic_path
+
+logger = logging.getLogger(__name__)
+PLOTTED = ('fid', 'sfid', 'is', 'precision', 'recall')
+
+
+class ScoreTable:
+    """`<output>.csv`, a row per combination: its settings, the number of images, the scores.
+
+    Args:
+        output: of the sweep.
+        settings: names of what varies.
+    Raises:
+        ValueError: the file there is of another sweep.
+    """
+
+    def __init__(self, output: Path, settings: list[str]):
+        self.csv, self.png = (output.with_name(f'{output.name}.{suffix}') for suffix in ('csv', 'png'))
+        self.settings, self.rows = settings, []
+        if self.csv.exists():
+            with self.csv.open(newline='') as file:
+                self.rows = list(csv.DictReader(file))
+            if any(name not in row for row in self.rows for name in settings):
+                raise ValueError(f'{self.csv} is of another sweep, with {", ".join(self.rows[0])}: '
+                                 'pass another --output, or move it away')
+
+    def has(self, job: dict[str, Any]) -> bool:
+        """Whether there is a row with these values of settings and anything else that is named."""
+        return any(all(row.get(name) == str(value) for name, value in job.items()) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row and rewrite the file."""
+        self.rows.append({name: str(value) for name, value in row.items()})
+        columns = dict.fromkeys(name for row in self.rows for name in row)
+        self.csv.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.csv) as temporary, temporary.open('w', newline='') as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def draw(self) -> None:
+        """`<output>.png`: a panel per score over the first setting, a line per value of the others."""
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            logger.warning('%s has all scores; the plot needs pip install matplotlib', self.csv)
+            return
+        first, *others = self.settings
+        scores = [name for name in PLOTTED if all(row.get(name) for row in self.rows)]
+        figure = Figure(figsize=(4 * len(scores), 3.4), dpi=120, layout='constrained')
+        FigureCanvasAgg(figure)
+        lines: dict[str, list[dict[str, str]]] = {}
+        for row in self.rows:
+            lines.setdefault(', '.join(f'{name} {row[name]}' for name in others), []).append(row)
+        for number, score in enumerate(scores, start=1):
+            axis = figure.add_subplot(1, len(scores), number)
+            for label, rows in lines.items():
+                axis.plot([axis_value(row[first]) for row in rows], [float(row[score]) for row in rows], 'o-',
+                          label=label or None)
+            axis.set(title=score, xlabel=first)
+            axis.grid(alpha=0.3)
+        if others:
+            axis.legend(fontsize='x-small')
+        with atomic_path(self.png) as temporary:
+            figure.savefig(temporary, format='png')
+
+
+def axis_value(text: str) -> float | str:
+    """A number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,80 @@
+"""Frechet distance of a small sample while a generator trains: `train.py --fid_images=5000`.
+
+Always named by its number of images, `fid_5k`: it compares with other points of the same curve, never with
+the published FID of 50,000 images.
+"""
+import logging
+import shlex
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+import dist
+from evaluation.features import FeatureSet, FeatureSettings, load_network
+from models import ARModel
+from models.helpers import ImageNoise
+from utils.arg_util import SAMPLE_RECIPES, GeneratorRecipe, SampleRecipe, make_parser
+from utils.metrics import frechet_distance, read_statistics, to_uint8
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingFID:
+    """Draws the same noise and classes at every call, shared among the ranks, and scores what comes out.
+
+    Args:
+        network: see `evaluation.features`.
+        settings: of the samples; `seed`, `num_images` and what `sample_kwargs` gives.
+        reference: mean and covariance of pool features.
+    """
+
+    def __init__(self, network: Any, settings: SampleRecipe, reference: tuple[torch.Tensor, torch.Tensor]):
+        self.network, self.settings, self.reference = network, settings, reference
+        self.name = f'fid_{settings.num_images / 1000:g}k'
+
+    def __call__(self, model: ARModel, autocast: AbstractContextManager) -> dict[str, float]:
+        """The distance by its name, equal on all ranks; every rank calls it."""
+        count, size = self.settings.num_images, self.settings.batch_size
+        features = FeatureSet(self.network, count, model.device)
+        for first in range(dist.get_rank() * size, count, dist.get_world_size() * size):
+            index_B = range(first, min(first + size, count))
+            with torch.no_grad(), autocast:
+                images_B3HW = model.sample([i % model.num_classes for i in index_B],
+                                           rng=ImageNoise(self.settings.seed, index_B),
+                                           **self.settings.sample_kwargs())
+            features.add(to_uint8(images_B3HW.float() * 2 - 1), first)
+        features.reduce()
+        return {self.name: frechet_distance(*self.reference, *features.statistics()[''])}
+
+
+def build_training_fid(recipe: GeneratorRecipe, val_loader: DataLoader,
+                       device: torch.device) -> TrainingFID | None:
+    """What the recipe asks for; None where it asks for nothing or weights are missing. Every rank calls it.
+
+    Raises:
+        ValueError: the flags of the samples or the reference are wrong.
+    """
+    if not recipe.fid_images:
+        return None
+    cls = SAMPLE_RECIPES[recipe.model]
+    flags = make_parser(cls, '--fid_flags', '').parse(shlex.split(recipe.fid_flags))
+    settings = cls(**dict(batch_size=64) | flags | dict(model=recipe.model, ckpt='in training',
+                                                        num_images=recipe.fid_images))
+    try:
+        network = load_network(FeatureSettings(
+            features=recipe.fid_features, inception_weights=recipe.inception_weights, offline=True))
+    except ValueError as error:
+        if dist.is_master():
+            logger.warning('--fid_images is off: %s', error)
+        return None
+    if recipe.fid_ref:
+        return TrainingFID(network, settings, read_statistics(recipe.fid_ref, network.num_features))
+    features = FeatureSet(network, len(val_loader.dataset), device)
+    seen = 0
+    for images_B3HW, _ in val_loader:
+        features.add(to_uint8(images_B3HW), seen)
+        seen += len(images_B3HW)
+    features.reduce()
+    return TrainingFID(network, settings, features.statistics()[''])

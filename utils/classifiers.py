@@ -1,0 +1,131 @@
+"""Image classifiers of torchvision, each with its own preprocessing, and the one of the embedded digits.
+
+Classes are numbered as in training; torchvision and folders of ImageNet agree. Letters: B batch, C classes.
+"""
+import difflib
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision import models
+
+from utils.checkpoint import load_file
+from utils.digits import DigitsFeatures
+from utils.hub import sha256_of
+from utils.inception import MissingWeights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """8-bit images (B, 3, H, W) of any size -> log-probabilities.
+
+    Attributes:
+        digest: SHA-256 of the weights.
+        logits: uint8 (B, 3, H, W) -> (B, C), preprocessing included.
+    """
+
+    name: str
+    num_classes: int
+    digest: str
+    device: torch.device
+    logits: Callable[[torch.Tensor], torch.Tensor]
+
+    @torch.inference_mode()
+    def __call__(self, images_u8: torch.Tensor) -> torch.Tensor:
+        """(B, C) float32 log p(class | image), on the device of the classifier."""
+        return self.logits(images_u8.to(self.device, non_blocking=True)).float().log_softmax(1)
+
+
+def load_classifier(name: str, weights: str = '', device: torch.device | str = 'cpu',
+                    download: bool = False) -> Classifier:
+    """A classifier in eval mode.
+
+    Args:
+        name: a classification model of torchvision, such as convnext_base or swin_v2_b, or 'digits'.
+        weights: file of its weights, for any number of classes; empty takes the published ones from torch's
+            hub folder. Under a published name it must be the published file and is preprocessed as that one
+            was in training; others are preprocessed as torchvision's default weights.
+        download: fetch the published weights into torch's hub folder if they are not there.
+    Raises:
+        MissingWeights: there is no such file, and it is not or cannot be downloaded.
+        ValueError: an unknown name, a file that is damaged, or one of another network.
+    """
+    device = torch.device(device)
+    if name == 'digits':
+        if weights:
+            raise ValueError(f'the classifier of digits fits its own weights, got {weights}: '
+                             'leave out --classifier_weights')
+        network = DigitsFeatures(device)
+        return Classifier(name, network.num_classes, network.digest, device,
+                          lambda images_u8: network.outputs(images_u8).logits)
+    known = models.list_models(module=models)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.)[0]
+        raise ValueError(f'expected digits or a classification model of torchvision, got {name!r}: '
+                         f'the nearest is {nearest}')
+
+    entries = models.get_model_weights(name)
+    path = _find_weights(name, entries.DEFAULT, weights, download)
+    digest = sha256_of(path)
+    entry = next((entry for entry in entries if _published_name(entry)[0] == path.name), None)
+    if entry and not digest.startswith(_published_name(entry)[1]):
+        raise ValueError(f'{path} has SHA-256 {digest[:16]}..., expected {_published_name(entry)[1]}...: '
+                         f'download {entry.url} again, or rename the file if it is another on purpose')
+    preprocess = (entry or entries.DEFAULT).transforms()
+    network, num_classes = _load_network(name, path, preprocess.crop_size[0])
+    return Classifier(name, num_classes, digest, device, nn.Sequential(preprocess, network).to(device).eval())
+
+
+def _published_name(entry: models.WeightsEnum) -> tuple[str, str]:
+    """(name of the file, the beginning of its SHA-256, which the name carries)."""
+    name = entry.url.rpartition('/')[2]
+    return name, re.search(r'-([0-9a-f]{8,})\.', name)[1]
+
+
+def _find_weights(name: str, entry: models.WeightsEnum, weights: str, download: bool) -> Path:
+    """The file that is named, else the published one in torch's hub folder."""
+    file_name, digest = _published_name(entry)
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / 'checkpoints' / file_name
+    failure = ''
+    if download and not weights and not path.is_file():
+        logger.info('downloading %s to %s', entry.url, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(entry.url, str(path), hash_prefix=digest, progress=False)
+        except (OSError, RuntimeError) as error:  # RuntimeError: another digest
+            failure = f', and cannot download them ({error})'
+    if not path.is_file():
+        raise MissingWeights(f'no weights of {name} at {path}{failure}: fetch {entry.url} '
+                             f'({entry.meta["_file_size"]:.0f} MB, SHA-256 {digest}...) and pass '
+                             '--classifier_weights=FILE, or pass --download')
+    return path
+
+
+def _load_network(name: str, path: Path, crop_size: int) -> tuple[nn.Module, int]:
+    """The network with these weights, and its number of classes."""
+    state = load_file(path)
+    options = {}  # that published weights were trained with and a bare network does not have
+    if name.startswith('vit_'):
+        options = dict(image_size=crop_size)
+    elif name in ('googlenet', 'inception_v3'):
+        options = dict(transform_input=True, init_weights=False)
+    try:
+        if name.startswith('densenet'):  # the published files are older than the names of their layers
+            state = {re.sub(r'\.(norm|conv)\.([12])\.', r'.\1\2.', key): value
+                     for key, value in state.items()}
+        network = models.get_model(name, **options)
+        head, default = list(network.state_dict().items())[-1]  # a row or a bias per class
+        num_classes = len(state[head]) if head in state else len(default)
+        if num_classes != len(default):
+            network = models.get_model(name, num_classes=num_classes, **options)
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f'{path} holds no weights of {name} ({" ".join(str(error).split())[:200]}): '
+                         'pass those of this network') from None
+    return network, num_classes

@@ -1,0 +1,140 @@
+"""Recipes of sampling jobs, their presets by published model, and sweeps over settings.
+
+Only the standard library is needed here.
+"""
+import dataclasses
+import itertools
+import re
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from utils.recipe import REPO, check_limits, opt
+
+
+@dataclass(frozen=True)
+class SampleRecipe:
+    """Settings of a sampling job. All but `FREE` decide the images; all are in the manifest."""
+
+    model: str = opt('var', 'family of the generator: var')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py, a released file, or a published name')
+    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py')
+    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step')
+    source: str = opt('', 'where these settings come from, for the manifest; presets say it')
+    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it')
+    num_images: int = opt(50_000, 'images, spread evenly over the classes')
+    classes: str = opt('', 'class ids joined by "_"; empty takes all')
+    labels: str = opt('', 'class of every image: a .npy file of integers, or text with one per line')
+    seed: int = opt(0, 'the noise of image i is a function of (seed, i)')
+    cfg: float = opt(1.5, 'classifier-free guidance in the unit of the paper')
+    precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16')
+    tf32: bool = opt(True, 'allow TF32 products on CUDA')
+    batch_size: int = opt(64, 'images per batch; batches are cut by image index', 'bs')
+    format: str = opt('png', 'png: keep a PNG file of every image; npz: the packed file alone')
+    pack: bool = opt(True, 'pack the images into an npz with a manifest')
+    shuffle: int = opt(0, 'seed of the order in the npz; -1 packs by image index')
+    writers: int = opt(4, 'threads per rank that write images')
+    sweep: str = opt('', 'settings to try, such as "cfg=1.25,1.5,2.0 top_k=600,900": one job each, scored '
+                         'into <output>.csv and <output>.png')
+    ref: str = opt('', 'sweep: reference of the scores, see evaluate.py')
+    score: str = opt('', 'sweep: further flags of evaluate.py, such as "--metrics=fid,is"')
+    keep: bool = opt(True, 'sweep: keep the npz of every setting after it was scored')
+
+    FREE: typing.ClassVar[tuple[str, ...]] = (  # these do not decide the pixels of an image
+        'num_images', 'batch_size', 'output', 'pack', 'format', 'shuffle', 'writers', 'sweep', 'ref', 'score',
+        'keep', 'source')
+
+    def __post_init__(self):
+        if not self.ckpt:
+            raise ValueError('expected the weights of a generator: pass --ckpt=FILE')
+        check_limits(self)
+        if not re.fullmatch(r'|\d+(_\d+)*', self.classes):
+            raise ValueError(f'--classes must be class ids joined by "_", such as 0_7, got {self.classes!r}')
+        if self.num_images > 1_000_000:
+            raise ValueError(f'--num_images must be at most 1,000,000 per job, got {self.num_images:,}: '
+                             'sample several jobs with other seeds')
+        if self.classes and self.labels:
+            raise ValueError('expected --classes or --labels, got both: leave one out')
+        for name, allowed in (('format', ('png', 'npz')), ('weights', ('ema', 'raw'))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'--{name} must be {" or ".join(allowed)}, got {getattr(self, name)!r}')
+        if self.format == 'npz' and not self.pack:
+            raise ValueError('--format=npz writes the packed file alone: leave out --pack=0')
+        if self.sweep:
+            self.combinations()
+            if not self.ref:
+                raise ValueError('--sweep scores every setting: pass --ref=REFERENCE.npz')
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        return tuple(map(int, self.classes.split('_'))) if self.classes else ()
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        """Arguments of the model's `sample`, beside labels and rng."""
+        raise NotImplementedError
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination of the sweep, the last name changing fastest.
+
+        Raises:
+            ValueError: it is no list of settings that decide the images.
+        """
+        kinds = typing.get_type_hints(type(self))
+        axes = []
+        for axis in self.sweep.split():
+            name, _, values = axis.partition('=')
+            if name not in kinds or name in (*self.FREE, 'FREE', 'model'):
+                names = [f.name for f in dataclasses.fields(self) if f.name not in (*self.FREE, 'model')]
+                raise ValueError(f'--sweep expects name=value,value with a name of {", ".join(names)}, '
+                                 f'got {axis!r}')
+            if kinds[name] is bool:
+                raise ValueError(f'--sweep takes numbers and texts, {name} is a switch: sample twice')
+            try:
+                axes.append([(name, kinds[name](value)) for value in values.split(',')])
+            except ValueError:
+                raise ValueError(f'--sweep expects values of type {kinds[name].__name__} for {name}, '
+                                 f'got {values!r}') from None
+        return [dict(combination) for combination in itertools.product(*axes)]
+
+    def at(self, combination: dict[str, Any]) -> 'SampleRecipe':
+        """The job of one combination, in a folder of its own inside `output`."""
+        name = '_'.join(f'{name}={value}' for name, value in combination.items())
+        return dataclasses.replace(self, **combination, sweep='', ref='', score='',
+                                   output=f'{self.output}/{re.sub(r"[^-+=.,a-zA-Z0-9_]", "-", name)}')
+
+
+@dataclass(frozen=True)
+class VARSampleRecipe(SampleRecipe):
+    """Sampling from VAR."""
+
+    top_k: int = opt(0, 'draw from the k most likely codes; 0 is off')
+    top_p: float = opt(0., 'draw from the smallest set of codes with this probability; 0 is off')
+    more_smooth: bool = opt(False, 'mix code embeddings: smoother pictures, worse scores')
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        return dict(guidance=1 + self.cfg, top_k=self.top_k, top_p=self.top_p, more_smooth=self.more_smooth)
+
+
+SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {'var': VARSampleRecipe}
+
+# Settings of published figures. README and paper of VAR differ; the paper's FIDs are of its later versions.
+_README = dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False, source='README of VAR')
+_PAPER = dict(num_images=50_000, cfg=2., top_k=600, top_p=0., more_smooth=False,
+              source='arXiv 2404.02905, table 3; it names no top-p')
+_SIZES = ('d16', 'd20', 'd24', 'd30')
+
+
+def _files(size: str) -> dict[str, str]:
+    return dict(ckpt=f'var_{size}.pth', vae_ckpt='vae_ch160v4096z32.pth')
+
+
+SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
+    'fid': _README, 'paper': _PAPER,
+    'no_cfg': _PAPER | dict(cfg=0., source='arXiv 2404.02905, table 3, row without guidance'),
+    **{f'var_{size}': _README | _files(size) for size in _SIZES},
+    **{f'var_{size}_paper': _PAPER | _files(size) for size in _SIZES},
+    'var_d36_512': _README | _files('d36'),
+    # candidates for evaluate.py reject: the authors publish neither ratio nor classifier
+    'var_d30_re': _README | _files('d30') | dict(num_images=100_000,
+                                                 source='README of VAR; ratio 2 is ours, none is published'),
+}}
