@@ -94,9 +94,9 @@ def main() -> None:
 
     _, train_set, val_set = build_dataset('digits', 32, mid_reso=1.)
     (train_images, train_labels), (val_images, val_labels) = stack(train_set), stack(val_set)
-    samples_u8 = np.load(args.dir / 'samples.npz')['arr_0']
+    packed = np.load(args.dir / 'samples.npz')
+    samples_u8, wanted = packed['arr_0'], packed['arr_1']
     samples = torch.from_numpy(samples_u8).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    wanted = np.arange(len(samples)) % 10  # sample.py spreads the classes this way
 
     # 1. do the samples show the digits they were asked for, as variously as real ones?
     judge = SVC(gamma='scale', C=10).fit(grey(train_images), train_labels)
