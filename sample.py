@@ -26,7 +26,7 @@ from models import ARModel, build_generator
 from models.helpers import ImageNoise
 from utils.arg_util import SampleRecipe, make_parser, parse_sample_recipe
 from utils.batches import shuffled, write_npz
-from utils.checkpoint import load_file, lock_folder, model_weights, tokenizer_weights
+from utils.checkpoint import atomic_path, load_file, lock_folder, model_weights, tokenizer_weights
 from utils.hub import fetch, sha256_of
 from utils.image_store import STORES, ImageStore
 from utils.log import one_line_errors, progress_bar, setup_logging
@@ -45,14 +45,13 @@ RULES = dict(  # what the manifest says of how the images follow from the settin
 @lru_cache(maxsize=1)  # a sweep draws from the same weights again and again
 def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
                    device: torch.device) -> tuple[ARModel, dict[str, str]]:
-    """The generator, and the SHA-256 of the files it came from (on the master), by their names."""
-    paths = [fetch(name) for name in (ckpt, vae_ckpt) if name]
-    files = [load_file(path) for path in paths]
-    prefer_ema = weights == 'ema'
+    """The generator, and the SHA-256 of its files by their flags, on the master."""
+    paths = {flag: fetch(name) for flag, name in (('ckpt', ckpt), ('vae_ckpt', vae_ckpt)) if name}
+    files, prefer_ema = [load_file(path) for path in paths.values()], weights == 'ema'
     tokenizer_state, config = tokenizer_weights(files[-1], prefer_ema)
-    generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state, str(paths[0]),
-                                device, config)
-    return generator, {path.name: sha256_of(path) for path in paths} if dist.is_master() else {}
+    generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state,
+                                str(paths['ckpt']), device, config)
+    return generator, {flag: sha256_of(path) for flag, path in paths.items()} if dist.is_master() else {}
 
 
 def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
@@ -82,14 +81,15 @@ def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
 
 def describe(recipe: SampleRecipe, hashes: dict[str, str], labels_N: np.ndarray) -> dict[str, Any]:
     """What decides the images; two jobs of equal description draw the same ones."""
-    settings = {name: value for name, value in vars(recipe).items() if name not in recipe.FREE}
+    by_content = ('ckpt', 'vae_ckpt')  # wherever these files lie
+    settings = {name: value for name, value in vars(recipe).items() if name not in recipe.FREE + by_content}
     if recipe.labels:
         settings['labels'] = labels_N.tolist()
     return dict(settings=settings, weights_sha256=hashes, rules=RULES)
 
 
-def claim_folder(folder: Path, description: dict[str, Any]) -> None:
-    """Make sure that the folder is new or holds images of the same settings.
+def claim_folder(folder: Path, description: dict[str, Any], labels_N: np.ndarray) -> None:
+    """Make sure that the folder is new or holds images of the same settings, and note these and the labels.
 
     Raises:
         ValueError: the folder was begun with other settings.
@@ -99,6 +99,8 @@ def claim_folder(folder: Path, description: dict[str, Any]) -> None:
         raise ValueError(f'{folder} was begun with other settings or weights (see {note}): '
                          'pass another --output, or remove the folder')
     write_json(note, description)
+    with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
+        np.save(file, labels_N)
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -156,7 +158,7 @@ def sample(recipe: SampleRecipe) -> Path:
     extent = dict(num_images=recipe.num_images, shuffle=recipe.shuffle)
     with lock_folder(folder) if dist.is_master() else nullcontext():
         if dist.is_master():
-            claim_folder(folder, description)
+            claim_folder(folder, description, labels_N)
         store = STORES[recipe.format](folder, recipe.writers)
         complete = is_complete(manifest_path, target, description | extent) and (
             recipe.format == 'npz' or store.stored(recipe.num_images).all())
@@ -165,13 +167,12 @@ def sample(recipe: SampleRecipe) -> Path:
             return target
         draw_missing(model, recipe, store, labels_N)
         if dist.is_master() and recipe.pack:
-            np.save(folder / 'labels.npy', labels_N)
             pack(recipe, store, labels_N, target)
             write_json(manifest_path, description | extent | dict(
-                source=recipe.source, batch_size=recipe.batch_size, npz=target.name,
-                npz_sha256=sha256_of(target), git_commit=git_commit(), versions=versions(),
-                device=device_name(device), world_size=dist.get_world_size(),
-                seconds=round(time.time() - begin, 1)))
+                source=recipe.source, ckpt=recipe.ckpt, vae_ckpt=recipe.vae_ckpt,
+                batch_size=recipe.batch_size, npz=target.name, npz_sha256=sha256_of(target),
+                git_commit=git_commit(), versions=versions(), device=device_name(device),
+                world_size=dist.get_world_size(), seconds=round(time.time() - begin, 1)))
             store.discard()
             logger.info('packed %d images into %s', recipe.num_images, target)
         dist.barrier()

@@ -4,7 +4,7 @@
 
 10,000 x 50,000 random features of width 2,048, float32 on the host as evaluate.py keeps them: precision and
 recall in both modes, streamed statistics, Frechet distance by both routes; then images/s of the Inception
-network with seeded weights, which cost what the published ones cost. Peaks are of this process, with features.
+network with seeded weights, which cost what the published ones do. Peaks are of this process, with features.
 """
 import argparse
 import json

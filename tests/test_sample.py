@@ -2,6 +2,7 @@
 import csv
 import json
 import logging
+import shutil
 import sys
 import time
 
@@ -162,7 +163,8 @@ def test_manifest_names_all_that_repeats_the_file(sample_here, tmp_path, weights
     settings = manifest['settings']
     assert settings['cfg'] == 2 and settings['top_k'] == 16 and settings['seed'] == 5
     assert manifest['versions']['torch'] == torch.__version__ and manifest['batch_size'] == 64
-    assert manifest['weights_sha256'] == {weights[0].name: sha256_of(weights[0])}
+    assert manifest['weights_sha256'] == dict(ckpt=sha256_of(weights[0]))
+    assert manifest['ckpt'] == str(weights[0])
     assert manifest['npz_sha256'] == sha256_of(tmp_path / 'a.npz')
     assert len(manifest['git_commit'].removesuffix('+changes')) == 40
     with Image.open(tmp_path / 'a' / '000005.png') as image:
@@ -253,8 +255,10 @@ def test_bad_input_is_one_line(sample_here, tmp_path, weights, flags, words):
     assert not (tmp_path / 'a.npz').exists()
 
 
-def test_other_settings_need_another_folder(sample_here, tmp_path):
-    sample_here(tmp_path / 'a')
+def test_other_settings_need_another_folder(sample_here, tmp_path, weights):
+    first = sample_here(tmp_path / 'a')
+    moved = shutil.copy(weights[0], tmp_path / 'moved.pth')  # the same weights are the same settings
+    assert np.array_equal(sample_here(tmp_path / 'a', f'--ckpt={moved}'), first)
     with pytest.raises(SystemExit) as stop:
         sample_here(tmp_path / 'a', '--cfg=3')
     assert 'other settings' in stop.value.code and '--output' in stop.value.code
