@@ -33,6 +33,7 @@ SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 VARIABLE = 'INCEPTION_WEIGHTS'  # environment variable that names the file
 NUM_FEATURES = 2048
 SPATIAL_CHANNELS = 7            # of the 17x17 map that sFID compares
+CPU_BATCH = 16                  # images at once on a CPU: more are slower there and need more memory
 
 
 class MissingWeights(ValueError):
@@ -174,6 +175,9 @@ class InceptionFeatures:
     @torch.inference_mode()
     def outputs(self, images_u8: torch.Tensor) -> Outputs:
         """All features of a batch, in full precision whatever autocast and the settings of TF32 say."""
+        if images_u8.device.type == 'cpu' and len(images_u8) > CPU_BATCH:
+            parts = [self.outputs(part) for part in images_u8.split(CPU_BATCH)]
+            return Outputs(*map(torch.cat, zip(*parts, strict=True)))
         with full_precision(), torch.autocast(images_u8.device.type, enabled=False):
             pool_BF = self.network(images_u8)[0]
             logits_BC = pool_BF @ self.network.fc.weight.T.float()  # the original leaves the bias out, too
