@@ -24,7 +24,8 @@ def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_dis
 
     Args:
         fork: start worker processes by 'fork' instead of the platform's way.
-        backend: 'nccl' or 'gloo'; None takes nccl when CUDA is there, else gloo.
+        backend: 'nccl' or 'gloo'; None takes nccl when CUDA is there, else gloo. Asked for gloo, no
+            rank claims a GPU.
         gpu_id_if_not_distibuted: CUDA device of a run without torchrun (upstream's spelling).
         timeout: minutes a collective may wait.
     """
@@ -34,7 +35,7 @@ def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_dis
         return
     if fork:
         mp.set_start_method('fork', force=True)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and backend != 'gloo':
         set_gpu_id(get_local_rank())
     tdist.init_process_group(backend or ('nccl' if torch.cuda.is_available() else 'gloo'),
                              timeout=datetime.timedelta(minutes=timeout))

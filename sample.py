@@ -2,9 +2,10 @@
 
 Runs without torchrun, too. Writes one PNG per image (or raw pieces), then `<output>.npz` (arr_0 uint8 NHWC in
 random order, arr_1 labels; any FID evaluator reads it) and `<output>.json`, the manifest. Image i depends on
-the settings, the seed and i alone: not on ranks, batches or restarts. A killed job continues by the same
-command. `--sweep` does this for every combination of some settings and scores each.
+the settings, the seed and i alone: not on ranks or restarts, nor on batches but for rounding. A killed job
+continues by the same command. `--sweep` does this for every combination of some settings and scores each.
 """
+import dataclasses
 import json
 import logging
 import shlex
@@ -24,6 +25,7 @@ from evaluation.images import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
 from models import ARModel, build_generator
 from models.helpers import ImageNoise
+from utils.amp_sc import autocast
 from utils.arg_util import SampleRecipe, make_parser, parse_sample_recipe
 from utils.batches import shuffled, write_npz
 from utils.checkpoint import atomic_path, load_file, lock_folder, model_weights, tokenizer_weights
@@ -34,7 +36,6 @@ from utils.misc import allow_tf32
 from utils.provenance import device_name, git_commit, versions
 
 logger = logging.getLogger(__name__)
-AUTOCAST = {1: torch.float16, 2: torch.bfloat16}
 RULES = dict(  # what the manifest says of how the images follow from the settings
     noise_of_image_i='models.helpers.ImageNoise(seed, [i])',
     pixels='255 x + 0.5, rounded down, of x in [0, 1]',
@@ -44,14 +45,17 @@ RULES = dict(  # what the manifest says of how the images follow from the settin
 # ---------------------------------------------------------------------------------------------- what is drawn
 @lru_cache(maxsize=1)  # a sweep draws from the same weights again and again
 def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
-                   device: torch.device) -> tuple[ARModel, dict[str, str]]:
-    """The generator, and the SHA-256 of its files by their flags, on the master."""
+                   device: torch.device) -> tuple[ARModel, dict[str, Any]]:
+    """The generator, and its origin: kind of weights and, on the master, SHA-256 of its files by flag."""
     paths = {flag: fetch(name) for flag, name in (('ckpt', ckpt), ('vae_ckpt', vae_ckpt)) if name}
     files, prefer_ema = [load_file(path) for path in paths.values()], weights == 'ema'
     tokenizer_state, config = tokenizer_weights(files[-1], prefer_ema)
     generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state,
                                 str(paths['ckpt']), device, config)
-    return generator, {flag: sha256_of(path) for flag, path in paths.items()} if dist.is_master() else {}
+    has_average = 'var_ema' in files[0].get('trainer', {})
+    return generator, dict(
+        weights='ema' if prefer_ema and has_average else 'raw',
+        weights_sha256={flag: sha256_of(path) for flag, path in paths.items()} if dist.is_master() else {})
 
 
 def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
@@ -79,38 +83,55 @@ def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
     return labels_N.astype(np.int64)
 
 
-def describe(recipe: SampleRecipe, hashes: dict[str, str], labels_N: np.ndarray) -> dict[str, Any]:
-    """What decides the images; two jobs of equal description draw the same ones."""
-    by_content = ('ckpt', 'vae_ckpt')  # wherever these files lie
+def describe(recipe: SampleRecipe, origin: dict[str, Any], labels_N: np.ndarray) -> dict[str, Any]:
+    """What decides the images; two jobs of equal description draw the same ones.
+
+    Args:
+        origin: of the weights, see `load_generator`.
+    """
+    by_content = ('ckpt', 'vae_ckpt', 'weights')  # wherever these files lie
     settings = {name: value for name, value in vars(recipe).items() if name not in recipe.FREE + by_content}
     if recipe.labels:
         settings['labels'] = labels_N.tolist()
-    return dict(settings=settings, weights_sha256=hashes, rules=RULES)
+    return dict(settings=settings, **origin, rules=RULES)
 
 
-def claim_folder(folder: Path, description: dict[str, Any], labels_N: np.ndarray) -> None:
-    """Make sure that the folder is new or holds images of the same settings, and note these and the labels.
+def claim(note: Path, description: dict[str, Any], is_empty: bool) -> None:
+    """Make sure that what lies beside `note` was made with these settings, and keep them there.
 
+    Args:
+        is_empty: whether nothing lies there yet.
     Raises:
-        ValueError: the folder was begun with other settings.
+        ValueError: it was made with others, or nobody knows with which.
     """
-    note = folder / 'settings.json'
-    if note.exists() and json.loads(note.read_text()) != description:
-        raise ValueError(f'{folder} was begun with other settings or weights (see {note}): '
+    try:
+        same = json.loads(note.read_text()) == description
+    except FileNotFoundError:
+        same = is_empty
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(f'{note.parent} was begun with other settings or weights (see {note}): '
                          'pass another --output, or remove the folder')
     write_json(note, description)
-    with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
-        np.save(file, labels_N)
 
 
 # ---------------------------------------------------------------------------------------------- drawing
 @torch.inference_mode()
 def draw(model: ARModel, recipe: SampleRecipe, index_B: range, label_B: np.ndarray) -> np.ndarray:
-    """Images of these indices, uint8 (B, H, W, 3)."""
-    device = model.device
-    with torch.autocast(device.type, dtype=AUTOCAST.get(recipe.precision), enabled=recipe.precision > 0):
+    """Images of these indices, uint8 (B, H, W, 3).
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    with autocast(model.device.type, recipe.precision):
         images_B3HW = model.sample(label_B.tolist(), rng=ImageNoise(recipe.seed, index_B),
                                    **recipe.sample_kwargs())
+    finite_B = images_B3HW.isfinite().flatten(1).all(1)
+    if not finite_B.all():
+        bad = index_B[finite_B.int().argmin().item()]
+        raise ValueError(f'expected finite pixels, image {bad} has nan or infinite ones: '
+                         'the weights are damaged, or float16 overflows (pass --fp16=0 or 2)')
     images_u8 = images_B3HW.float().mul(255).add(0.5).floor().clamp(0, 255).byte()
     return images_u8.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -151,18 +172,22 @@ def sample(recipe: SampleRecipe) -> Path:
     """Draw, pack and describe the images of a recipe, as far as that is not done; the path of the npz."""
     begin, device, folder = time.time(), dist.get_device(), Path(recipe.output)
     allow_tf32(recipe.tf32)
-    model, hashes = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
+    model, origin = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
     labels_N = image_labels(recipe, model.num_classes)
     target, manifest_path = (folder.with_name(f'{folder.name}{suffix}') for suffix in ('.npz', '.json'))
-    description = describe(recipe, hashes, labels_N)
+    description = describe(recipe, origin, labels_N)
     extent = dict(num_images=recipe.num_images, shuffle=recipe.shuffle)
     with lock_folder(folder) if dist.is_master() else nullcontext():
-        if dist.is_master():
-            claim_folder(folder, description, labels_N)
         store = STORES[recipe.format](folder, recipe.writers)
+        if dist.is_master():
+            claim(folder / 'settings.json', description, is_empty=not store.stored(recipe.num_images).any())
+            with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
+                np.save(file, labels_N)
         complete = is_complete(manifest_path, target, description | extent) and (
             recipe.format == 'npz' or store.stored(recipe.num_images).all())
         if dist.allgather_object(bool(complete))[0]:
+            if dist.is_master():
+                store.discard()  # a kill may have come in between
             logger.info('%s is complete', target)
             return target
         draw_missing(model, recipe, store, labels_N)
@@ -189,6 +214,19 @@ def is_complete(manifest_path: Path, target: Path, expected: dict[str, Any]) -> 
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
+def score_settings(recipe: SampleRecipe, npz: str) -> ScoreSettings:
+    """Settings of evaluate.py for one setting of a sweep.
+
+    Raises:
+        ValueError: `--score` holds wrong flags, or some that the sweep sets itself.
+    """
+    flags = make_parser(ScoreSettings, '--score', '').parse(shlex.split(recipe.score))
+    own = sorted(flags.keys() & {'ref', 'sample', 'json', 'device'})
+    if own:
+        raise ValueError(f'--score takes flags of evaluate.py, but for {", ".join(own)}: leave it out')
+    return ScoreSettings(**dict(allow_any_count=True) | flags, ref=recipe.ref, sample=npz)
+
+
 def sweep(recipe: SampleRecipe) -> None:
     """Sample and score every combination; `<output>.csv` and `<output>.png` grow row by row.
 
@@ -196,26 +234,34 @@ def sweep(recipe: SampleRecipe) -> None:
         MissingWeights: of the feature network.
         ValueError: the reference cannot be read; both are known before anything is drawn.
     """
-    flags = make_parser(ScoreSettings, '--score', '').parse(shlex.split(recipe.score))
-    base = dict(allow_any_count=True) | flags | dict(ref=recipe.ref, json='')
-    open_set(recipe.ref, needs_images=False)
-    network = load_network(ScoreSettings(**base, sample=recipe.output))
-    combinations = recipe.combinations()
-    table = ScoreTable(Path(recipe.output), list(combinations[0]))
-    for combination in combinations:
-        row = combination | dict(num_images=recipe.num_images)
-        if dist.allgather_object(table.has(row))[0]:
-            continue
-        npz = sample(recipe.at(combination))
-        report = score_images(ScoreSettings(**base, sample=str(npz)), network)
-        if report:
-            table.add(row | report['scores'])
-            logger.info('%s: %s', npz, ', '.join(f'{k} {v:.5g}' for k, v in report['scores'].items()))
-            if not recipe.keep:
-                npz.unlink()
-        dist.barrier()
-    if dist.is_master():
-        table.draw()
+    combinations, folder = recipe.combinations(), Path(recipe.output)
+    swept = list(combinations[0])
+    settings = score_settings(recipe, recipe.output)
+    reference = open_set(recipe.ref, needs_images=False)
+    network = load_network(settings)
+    with lock_folder(folder) if dist.is_master() else nullcontext():
+        table = ScoreTable(folder, swept)
+        if dist.is_master():
+            fixed = {name: value for name, value in vars(recipe).items() if name not in swept and name not in
+                     {*recipe.FREE, 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}}
+            hashes = {flag: sha256_of(fetch(getattr(recipe, flag))) for flag in ('ckpt', 'vae_ckpt')
+                      if getattr(recipe, flag) and flag not in swept}
+            claim(folder / 'sweep.json', dict(
+                swept=swept, settings=fixed, weights_sha256=hashes, network=network.digest,
+                reference_sha256=reference.describe()['sha256']), is_empty=not table.rows)
+        for combination in combinations:
+            if dist.allgather_object(table.has(combination))[0]:
+                continue
+            npz = sample(recipe.at(combination))
+            report = score_images(dataclasses.replace(settings, sample=str(npz)), network)
+            if report:
+                table.add(combination | report['scores'])
+                logger.info('%s: %s', npz, ', '.join(f'{k} {v:.5g}' for k, v in report['scores'].items()))
+                if not recipe.keep:
+                    npz.unlink()
+            dist.barrier()
+        if dist.is_master():
+            table.draw()
 
 
 def main() -> None:

@@ -228,20 +228,28 @@ class Run:
             append_json_line(self.folder / 'log.txt', dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]),
                                                            seed=self.state.seed, args=vars(recipe)))
         begin = time.time()
+        if self.start[0] > 0 and self.start[1] == 0 and self.is_due(self.start[0] - 1) and self.fid:
+            self.log_distance(self.start[0] - 1)
         for epoch in range(self.start[0], epochs if self.steps_done < self.total_steps else 0):
             first_step = self.start[1] if epoch == self.start[0] else 0
             stats = self.train_epoch(epoch, first_step)
-            evaluated = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == epochs
+            evaluated = self.is_due(epoch)
             if evaluated:
                 self.evaluate(epoch)
             else:
                 self.save(*self.position_after(epoch))
             remaining = (time.time() - begin) / (epoch + 1 - self.start[0]) * (epochs - epoch - 1)
             self.log_epoch(epoch, stats, evaluated, remaining)
+            if evaluated and self.fid:
+                self.log_distance(epoch)
         self.tb.close()
         if self.is_tokenizer and self.steps_done < self.total_steps:
             self.export()
         logger.info('done, checkpoints are in %s', self.folder)
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether an evaluation follows this epoch."""
+        return (epoch + 1) % self.recipe.eval_every == 0 or epoch + 1 == self.recipe.epochs
 
     def position_after(self, epoch: int) -> tuple[int, int]:
         """(epoch, step) at which a run continues after `epoch`, which `--steps` may cut short."""
@@ -352,13 +360,26 @@ class Run:
         self.save(*self.position_after(epoch), is_best)
         if self.is_tokenizer:
             self.log_pictures(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
-        if self.fid:  # after the checkpoint: it takes a while
-            with self.trainer.averaged():
-                values |= self.fid(self.model, self.trainer.optimizer.amp_ctx)
-        named = self.model.headline | {name: name for name in values if name.startswith('fid_')}
         logger.info(' [*] [ep%d]  (val %d)  %s  best %s: %.4f  Val cost: %.1fs', epoch, values['count'],
-                    '  '.join(f'{name}: {values[key]:.4f}' for name, key in named.items() if key in values),
-                    self.model.selection, self.state.best, time.time() - begin)
+                    '  '.join(f'{name}: {values[key]:.4f}' for name, key in self.model.headline.items()
+                              if key in values), self.model.selection, self.state.best, time.time() - begin)
+
+    def log_distance(self, epoch: int) -> None:
+        """Distance of samples after an evaluated epoch: a line of its own in log.txt, a point in TensorBoard.
+
+        Comes after the checkpoint, since it takes a while; a run that was killed meanwhile draws it first.
+        """
+        name, ep, path = self.fid.name, f'{epoch + 1}/{self.recipe.epochs}', self.folder / 'log.txt'
+        lines = map(json.loads, path.read_text().splitlines()) if dist.is_master() else ()
+        if dist.allgather_object(any(name in line and line['ep'] == ep for line in lines))[0]:
+            return
+        begin = time.time()
+        with self.trainer.averaged():
+            distance = self.fid(self.model, self.trainer.optimizer.amp_ctx)
+        logger.info(' [*] [ep%d]  %s: %.4f  cost: %.1fs', epoch, name, distance, time.time() - begin)
+        if dist.is_master():
+            self.tb.update('AR_ep_loss', step=epoch + 1, **{name: distance})
+            append_json_line(path, {'it': (epoch + 1) * self.state.steps_per_epoch, 'ep': ep, name: distance})
 
     def calibration_images(self) -> Iterator[torch.Tensor]:
         """This rank's share of up to `CALIBRATION_IMAGES` training images, the same at every call."""
@@ -411,10 +432,8 @@ class Run:
         """One line of JSON in log.txt and one point per TensorBoard curve."""
         headline = self.model.headline.items()
         train = {key: stats[name] for name, key in headline}
-        known = self.state.validation or {}
-        val = {f'v{key}': known.get(key) for _, key in headline}
+        val = {f'v{key}': (self.state.validation or {}).get(key) for _, key in headline}
         val = {name: value for name, value in val.items() if value is not None or not self.is_tokenizer}
-        val |= {name: value for name, value in known.items() if name.startswith('fid_')}
         finish = time.strftime('%m-%d %H:%M', time.localtime(time.time() + remaining))
         remain = str(datetime.timedelta(seconds=round(remaining)))
         logger.info('     [ep%d]  (training)  %s  Remain: %s, Finish: %s', epoch,

@@ -11,7 +11,7 @@ PLOTTED = ('fid', 'sfid', 'is', 'precision', 'recall')
 
 
 class ScoreTable:
-    """`<output>.csv`, a row per combination: its settings, the number of images, the scores.
+    """`<output>.csv`, a row per combination: its settings, then its scores.
 
     Args:
         output: of the sweep.
@@ -30,9 +30,9 @@ class ScoreTable:
                 raise ValueError(f'{self.csv} is of another sweep, with {", ".join(self.rows[0])}: '
                                  'pass another --output, or move it away')
 
-    def has(self, job: dict[str, Any]) -> bool:
-        """Whether there is a row with these values of settings and anything else that is named."""
-        return any(all(row.get(name) == str(value) for name, value in job.items()) for row in self.rows)
+    def has(self, combination: dict[str, Any]) -> bool:
+        """Whether there is a row with these settings."""
+        return any(all(row[name] == str(value) for name, value in combination.items()) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row and rewrite the file."""
@@ -54,6 +54,8 @@ class ScoreTable:
             return
         first, *others = self.settings
         scores = [name for name in PLOTTED if all(row.get(name) for row in self.rows)]
+        if not scores:
+            return
         figure = Figure(figsize=(4 * len(scores), 3.4), dpi=120, layout='constrained')
         FigureCanvasAgg(figure)
         lines: dict[str, list[dict[str, str]]] = {}

@@ -6,7 +6,6 @@ evaluation of ADM: PSNR, SSIM, LPIPS, rFID, and how codes or latents are used, a
 reconstructions and code usage.
 """
 import dataclasses
-import json
 import logging
 import os
 import time
@@ -21,10 +20,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
+from evaluation.features import FeatureSettings
+from evaluation.images import write_json
 from evaluation.pairs import PairScores
 from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer
+from utils.amp_sc import autocast
 from utils.arg_util import PATCH_NUMS, check_limits, ints, opt
-from utils.checkpoint import atomic_path, load_file, tokenizer_weights
+from utils.checkpoint import load_file, tokenizer_weights
 from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
 from utils.data_sampler import EvalDistributedSampler
 from utils.hub import fetch, lpips_state, sha256_of
@@ -37,7 +39,6 @@ from utils.provenance import device_name, versions
 logger = logging.getLogger(__name__)
 TOKENIZERS = {name: family.model for name, family in FAMILIES.items() if family.tokenizer is None}
 METRICS = ('psnr', 'ssim', 'lpips', 'rfid', 'usage')
-AUTOCAST = {1: torch.float16, 2: torch.bfloat16}
 NUM_PICTURES = 8
 
 Network = Callable[..., torch.Tensor]
@@ -65,7 +66,8 @@ class TokenizerSettings:
     lpips_lin: str = opt('', 'LPIPS: linear heads, version 0.1')
     lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin')
     allow_download: bool = opt(False, 'LPIPS: fetch missing files')
-    inception_weights: str = opt('', f'rFID: its weights; empty tries ${VARIABLE} and the hub cache')
+    inception_weights: str = opt('', f'rFID: its weights; empty tries ${VARIABLE}, --cache and the hub cache')
+    cache: str = opt(FeatureSettings.cache, 'rFID: folder for its weights')
     allow_unverified_weights: bool = opt(False, 'rFID: accept other weights than the published ones')
     reference: str = opt('', 'rFID: also against these statistics, an npz with mu and sigma')
     precision: int = opt(0, 'of the tokenizer: 0 float32, 1 float16, 2 bfloat16', 'fp16')
@@ -170,6 +172,8 @@ def load_networks(settings: TokenizerSettings,
                   device: torch.device) -> tuple[dict[str, Network], dict[str, str]]:
     """The networks that metrics need, and why those are missing that the settings do not insist on.
 
+    What is missing on one rank is left out on all of them; every rank calls it.
+
     Raises:
         ValueError: one is missing that they insist on.
     """
@@ -180,17 +184,22 @@ def load_networks(settings: TokenizerSettings,
         return lpips.to(device)
 
     def load_inception() -> Network:
-        return InceptionFeatures(settings.inception_weights, device, settings.allow_unverified_weights)
+        return InceptionFeatures(settings.inception_weights, device, settings.allow_unverified_weights,
+                                 settings.cache)
 
     networks, skipped = {}, {}
     for metric, load in (('lpips', load_lpips), ('rfid', load_inception)):
         if metric in settings.wanted:
+            failure = None
             try:
                 networks[metric] = load()
             except ValueError as error:
+                failure = error
+            for failure_of_a_rank in filter(None, dist.allgather_object(failure)):
                 if settings.insists_on(metric):
-                    raise
-                skipped[metric] = str(error)
+                    raise failure_of_a_rank
+                networks.pop(metric, None)
+                skipped[metric] = str(failure_of_a_rank)
     return networks, skipped
 
 
@@ -217,9 +226,8 @@ class TokenizerScores:
         Raises:
             ValueError: a reconstruction is not finite.
         """
-        precision = self.settings.precision
         allow_tf32(self.settings.tf32)
-        with torch.autocast(images_B3HW.device.type, AUTOCAST.get(precision), enabled=precision > 0):
+        with autocast(images_B3HW.device.type, self.settings.precision):
             out = self.tokenizer.reconstruct(images_B3HW)
         allow_tf32(False)
         for target, reconstruction in out.views:
@@ -360,8 +368,7 @@ def evaluate_tokenizer(settings: TokenizerSettings) -> str | None:
             versions=versions(), device=device_name(device),
             world_size=dist.get_world_size(), seconds=time.time() - begin)
         if settings.json:
-            with atomic_path(settings.json) as temporary:
-                temporary.write_text(json.dumps(report, indent=2) + '\n')
+            write_json(settings.json, report)
         if settings.pictures:
             draw(Path(settings.pictures), tokenizer, images, scores.usage, device)
     dist.barrier()

@@ -4,8 +4,10 @@ Always named by its number of images, `fid_5k`: it compares with other points of
 the published FID of 50,000 images.
 """
 import logging
+import math
 import shlex
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from evaluation.features import FeatureSet, FeatureSettings, load_network
 from models import ARModel
 from models.helpers import ImageNoise
 from utils.arg_util import SAMPLE_RECIPES, GeneratorRecipe, SampleRecipe, make_parser
+from utils.inception import MissingWeights
 from utils.metrics import frechet_distance, read_statistics, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -34,19 +37,22 @@ class TrainingFID:
         self.network, self.settings, self.reference = network, settings, reference
         self.name = f'fid_{settings.num_images / 1000:g}k'
 
-    def __call__(self, model: ARModel, autocast: AbstractContextManager) -> dict[str, float]:
-        """The distance by its name, equal on all ranks; every rank calls it."""
+    def __call__(self, model: ARModel, autocast: AbstractContextManager) -> float:
+        """The distance, equal on all ranks, which all call it; nan where an image is not finite."""
         count, size = self.settings.num_images, self.settings.batch_size
-        features = FeatureSet(self.network, count, model.device)
+        features, is_finite = FeatureSet(self.network, count, model.device), True
         for first in range(dist.get_rank() * size, count, dist.get_world_size() * size):
             index_B = range(first, min(first + size, count))
             with torch.no_grad(), autocast:
                 images_B3HW = model.sample([i % model.num_classes for i in index_B],
                                            rng=ImageNoise(self.settings.seed, index_B),
                                            **self.settings.sample_kwargs())
-            features.add(to_uint8(images_B3HW.float() * 2 - 1), first)
+            is_finite = is_finite and bool(images_B3HW.isfinite().all())
+            features.add(to_uint8(images_B3HW.float().nan_to_num() * 2 - 1), first)
         features.reduce()
-        return {self.name: frechet_distance(*self.reference, *features.statistics()[''])}
+        if not all(dist.allgather_object(is_finite)):
+            return math.nan
+        return frechet_distance(*self.reference, *features.statistics()[''])
 
 
 def build_training_fid(recipe: GeneratorRecipe, val_loader: DataLoader,
@@ -60,12 +66,19 @@ def build_training_fid(recipe: GeneratorRecipe, val_loader: DataLoader,
         return None
     cls = SAMPLE_RECIPES[recipe.model]
     flags = make_parser(cls, '--fid_flags', '').parse(shlex.split(recipe.fid_flags))
-    settings = cls(**dict(batch_size=64) | flags | dict(model=recipe.model, ckpt='in training',
-                                                        num_images=recipe.fid_images))
+    of_the_family = {f.name for f in fields(cls)} - {f.name for f in fields(SampleRecipe)}
+    useless = sorted(flags.keys() - of_the_family - {'cfg', 'seed', 'batch_size'})
+    if useless:
+        raise ValueError(f'--fid_flags takes cfg, seed, batch_size and what is special to {recipe.model}, '
+                         f'got {", ".join(useless)}: leave it out')
+    settings = cls(**flags, model=recipe.model, ckpt='in training', num_images=recipe.fid_images)
+    feature_settings = FeatureSettings(features=recipe.fid_features, offline=True,
+                                       inception_weights=recipe.inception_weights)
     try:
-        network = load_network(FeatureSettings(
-            features=recipe.fid_features, inception_weights=recipe.inception_weights, offline=True))
-    except ValueError as error:
+        network = load_network(feature_settings)
+    except MissingWeights as error:
+        if recipe.inception_weights:
+            raise
         if dist.is_master():
             logger.warning('--fid_images is off: %s', error)
         return None

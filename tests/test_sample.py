@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 import time
 
 import numpy as np
@@ -169,6 +170,7 @@ def test_manifest_names_all_that_repeats_the_file(sample_here, tmp_path, weights
     assert len(manifest['git_commit'].removesuffix('+changes')) == 40
     with Image.open(tmp_path / 'a' / '000005.png') as image:
         assert np.array_equal(np.asarray(image), images[5])
+    assert manifest['weights'] == 'raw'  # there is no average in the file
     flags = [f'--{name}={value}' for name, value in settings.items() if value not in ('', None)]
     again = sample_here(tmp_path / 'b', *flags, f'--num_images={manifest["num_images"]}')
     assert np.array_equal(again, images)
@@ -210,7 +212,7 @@ def test_averaged_weights_are_taken_where_there_are_any(sample_here, tmp_path, w
     raw = sample_here(tmp_path / 'a')
     trained = checkpoint['trainer']['var_wo_ddp']
     checkpoint['trainer']['var_ema'] = trained
-    checkpoint['trainer']['var_wo_ddp'] = {key: value + 0.1 * value.is_floating_point()
+    checkpoint['trainer']['var_wo_ddp'] = {key: value + 0.1 if value.is_floating_point() else value
                                            for key, value in trained.items()}
     torch.save(checkpoint, tmp_path / 'ckpt.pth')
     assert np.array_equal(sample_here(tmp_path / 'b', f'--ckpt={tmp_path / "ckpt.pth"}'), raw)
@@ -287,6 +289,59 @@ def test_fetch_checks_digests_and_explains_an_unreachable_hub(tmp_path, monkeypa
         fetch('var_d16.pth')
 
 
+def test_images_of_unknown_origin_are_not_packed(sample_here, tmp_path):
+    (tmp_path / 'a').mkdir()
+    Image.new('RGB', (16, 16), 'red').save(tmp_path / 'a' / '000003.png')
+    with pytest.raises(SystemExit, match='--output'):
+        sample_here(tmp_path / 'a')
+    (tmp_path / 'a' / 'settings.json').write_text('{"half')
+    with pytest.raises(SystemExit, match='--output'):
+        sample_here(tmp_path / 'a')
+
+
+def test_images_that_are_not_finite_are_refused(sample_here, tmp_path, weights):
+    checkpoint = torch.load(weights[0], weights_only=True)
+    checkpoint['trainer']['vae_local']['post_quant_conv.bias'][0] = torch.nan
+    torch.save(checkpoint, tmp_path / 'ckpt.pth')
+    with pytest.raises(SystemExit, match=r'image 0 has nan .*--fp16'):
+        sample_here(tmp_path / 'a', f'--ckpt={tmp_path / "ckpt.pth"}')
+    assert not list((tmp_path / 'a').glob('*.png'))
+
+
+def test_pieces_that_a_kill_left_are_removed(sample_here, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.STORES['npz'], 'discard', lambda self: None)
+        sample_here(tmp_path / 'a', '--format=npz')
+    assert list((tmp_path / 'a').glob('pixels-*.npy'))
+    sample_here(tmp_path / 'a', '--format=npz')
+    assert not list((tmp_path / 'a').glob('pixels-*.npy'))
+
+
+@pytest.mark.parametrize('form', ['png', 'npz'])
+def test_slow_disks_do_not_fill_the_memory(tmp_path, form):
+    gate, images = threading.Event(), np.zeros((128, 8, 8, 3), np.uint8)
+
+    class Slow(sample.STORES[form]):
+        def _write(self, *args):
+            gate.wait()
+            super()._write(*args)
+    accepted = []
+
+    def put():
+        with Slow(tmp_path) as store:
+            for first in range(0, 1280, 128):
+                store.put(np.arange(first, first + 128), images)
+                accepted.append(first)
+    writer = threading.Thread(target=put)
+    writer.start()
+    time.sleep(0.3)
+    waiting = 128 * len(accepted)
+    gate.set()
+    writer.join()
+    assert waiting <= 640 and len(accepted) == 10
+    assert Slow(tmp_path).stored(1281).tolist() == [True] * 1280 + [False]
+
+
 # ---------------------------------------------------------------------------------------------- sweeps
 def read_table(path):
     with path.open(newline='') as file:
@@ -294,7 +349,8 @@ def read_table(path):
 
 
 def test_sweep_scores_every_combination_and_resumes(sample_here, tmp_path, monkeypatch):
-    np.savez(tmp_path / 'ref.npz', arr_0=np.random.RandomState(0).randint(0, 256, (30, 16, 16, 3), np.uint8))
+    reference = np.random.RandomState(0).randint(0, 256, (30, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / 'ref.npz', arr_0=reference)
     flags = [f'--ref={tmp_path / "ref.npz"}', '--score=--features=digits --cache=', '--format=npz']
     folder, real = tmp_path / 'sweep', sample.score_images
     done = []
@@ -315,8 +371,15 @@ def test_sweep_scores_every_combination_and_resumes(sample_here, tmp_path, monke
                                                            ('2.0', '8')]
     assert len(done) == 5 and len({row['fid'] for row in rows}) == 4  # two scored once, the third again
     assert Image.open(tmp_path / 'sweep.png').size[0] > 100
+    for other in (['--sweep=cfg=1,2'], ['--sweep=cfg=1,2 top_k=0,8', '--seed=1']):  # other scores
+        with pytest.raises(SystemExit, match='--output'):
+            sample_here(folder, *other, *flags)
+    np.savez(tmp_path / 'ref.npz', arr_0=np.zeros((30, 16, 16, 3), np.uint8))
+    with pytest.raises(SystemExit, match='--output'):
+        sample_here(folder, '--sweep=cfg=1,2 top_k=0,8', *flags)
     single = sample_here(tmp_path / 'one', '--cfg=2', '--top_k=8')
     assert np.array_equal(by_index(folder / 'cfg=2.0_top_k=8.npz'), single)
+    np.savez(tmp_path / 'ref.npz', arr_0=reference)
     report = evaluation_report(tmp_path / 'ref.npz', tmp_path / 'one.npz')
     assert float(rows[3]['fid']) == pytest.approx(report['scores']['fid'], rel=1e-9)
 
@@ -331,6 +394,10 @@ def evaluation_report(ref, npz):
     (['--sweep=top_k=1.5', '--ref=a.npz'], 'values of type int for top_k'),
     (['--sweep=batch_size=1,2', '--ref=a.npz'], 'expects name=value'),
     (['--sweep=cfg=1,2'], '--ref'),
+    (['--sweep=weights=ema,raww', '--ref=a.npz'], 'ema or raw'),
+    (['--sweep=cfg=1,2', '--ref=a.npz', '--pack=0'], '--pack'),
+    (['--sweep=cfg=1,2', '--ref=a.npz', '--score=x.npz y.npz'], 'ref, sample'),
+    (['--sweep=cfg=1,2', '--ref=a.npz', '--score=--metric=fid'], '--metrics'),
     (['--sweep=cfg=1,2', '--ref=nowhere.npz', '--score=--features=digits'], 'nowhere.npz')])
 def test_sweeps_are_checked_first(sample_here, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(sample, 'draw', None)

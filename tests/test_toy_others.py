@@ -22,7 +22,8 @@ def test_vq(toy):
 
 
 def test_flexvae(toy):
-    run = toy('flexvae')
+    """Measured: 0.35 to 0.40 of the first loss."""
+    run = toy('flexvae', '--steps=200')
     for scale in SCALES:  # smaller sides are drawn in two of three steps
-        first, last = run.mean(f'l2_{scale}', 30, 71), run.mean(f'l2_{scale}', 350, 400)
-        assert last <= 0.7 * first, (scale, first, last)
+        first, last = run.mean(f'l2_{scale}', 20, 60), run.mean(f'l2_{scale}', 160, 200)
+        assert last <= 0.6 * first, (scale, first, last)

@@ -1,11 +1,17 @@
 """Mixed precision, loss scaling, clipping and accumulation around an optimizer."""
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 MAX_SCALE = 32768.  # as published: a larger float16 loss scale is cut back to this
+
+
+def autocast(device_type: str, precision: int) -> AbstractContextManager:
+    """Inside, products are in float32 (precision 0), float16 (1) or bfloat16 (2)."""
+    dtype = {0: None, 1: torch.float16}.get(precision, torch.bfloat16)
+    return torch.autocast(device_type, dtype=dtype) if dtype else nullcontext()
 
 
 class AmpOptimizer:
@@ -23,8 +29,7 @@ class AmpOptimizer:
         self.optimizer, self.names, self.paras = optimizer, names, paras
         self.grad_clip, self.r_accu = grad_clip, 1 / n_gradient_accumulation
         self.device_type = paras[0].device.type
-        dtype = {0: None, 1: torch.float16}.get(mixed_precision, torch.bfloat16)
-        self.amp_ctx = torch.autocast(self.device_type, dtype=dtype) if dtype else nullcontext()
+        self.amp_ctx = autocast(self.device_type, mixed_precision)
         self.scaler = None
         if mixed_precision == 1:
             self.scaler = torch.amp.GradScaler(self.device_type, init_scale=2. ** 11, growth_interval=1000)

@@ -17,6 +17,7 @@ from utils.checkpoint import load_file
 from utils.digits import DigitsFeatures
 from utils.hub import sha256_of
 from utils.inception import MissingWeights
+from utils.misc import full_precision
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class Classifier:
     @torch.inference_mode()
     def __call__(self, images_u8: torch.Tensor) -> torch.Tensor:
         """(B, C) float32 log p(class | image), on the device of the classifier."""
-        return self.logits(images_u8.to(self.device, non_blocking=True)).float().log_softmax(1)
+        with full_precision():
+            return self.logits(images_u8.to(self.device, non_blocking=True)).float().log_softmax(1)
 
 
 def load_classifier(name: str, weights: str = '', device: torch.device | str = 'cpu',

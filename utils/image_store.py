@@ -15,6 +15,8 @@ from PIL import Image
 
 from utils.checkpoint import atomic_path
 
+MAX_WAITING = 512  # images in memory that wait for being written: 100 MB at 256 pixels
+
 
 def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads: int) -> Iterator[Any]:
     """`map` whose calls run in threads, a few ahead of the caller; results keep the order of the items."""
@@ -39,7 +41,8 @@ class ImageStore:
 
     def __init__(self, folder: str | Path, num_threads: int = 4):
         self.folder, self.num_threads = Path(folder), num_threads
-        self.threads, self.pending = ThreadPoolExecutor(num_threads), deque()
+        self.threads = ThreadPoolExecutor(num_threads)
+        self.pending: deque[tuple[Future, int]] = deque()  # with their numbers of images
 
     def stored(self, count: int) -> np.ndarray:
         """(count,) bool, whether each image is there."""
@@ -60,10 +63,10 @@ class ImageStore:
         """Images in this order, read ahead."""
         return map_ahead(self.get, order, self.num_threads)
 
-    def _submit(self, write: Callable, *args: Any) -> None:
-        self.pending.append(self.threads.submit(write, *args))
-        while len(self.pending) > 256:
-            self.pending.popleft().result()
+    def _submit(self, num_images: int, write: Callable, *args: Any) -> None:
+        self.pending.append((self.threads.submit(write, *args), num_images))
+        while len(self.pending) > 1 and sum(count for _, count in self.pending) > MAX_WAITING:
+            self.pending.popleft()[0].result()
 
     def __enter__(self) -> 'ImageStore':
         return self
@@ -71,7 +74,7 @@ class ImageStore:
     def __exit__(self, *error: Any) -> None:
         self.threads.shutdown()
         while self.pending and error[0] is None:
-            self.pending.popleft().result()
+            self.pending.popleft()[0].result()
 
 
 class PngStore(ImageStore):
@@ -83,7 +86,7 @@ class PngStore(ImageStore):
 
     def put(self, index: np.ndarray, images: np.ndarray) -> None:
         for i, image in zip(index, images, strict=True):
-            self._submit(self._write, i, image)
+            self._submit(1, self._write, i, image)
 
     def get(self, i: int) -> np.ndarray:
         try:
@@ -121,7 +124,7 @@ class PieceStore(ImageStore):
     def put(self, index: np.ndarray, images: np.ndarray) -> None:
         for _, run in groupby(enumerate(index), key=lambda item: item[1] - item[0]):
             rows = [row for row, _ in run]
-            self._submit(self._write, index[rows[0]], images[rows])
+            self._submit(len(rows), self._write, index[rows[0]], images[rows])
 
     def get(self, i: int) -> np.ndarray:
         path, row = self.pieces[i]

@@ -201,7 +201,7 @@ def one_line_errors(program: str, exit_code: int = 1) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f'{program}: interrupted; the same command continues from the last checkpoint')
+        sys.exit(f'{program}: interrupted; run the same command again to go on')
     except (ValueError, OSError) as error:
         logger.debug('', exc_info=True)
         message = str(error).strip().splitlines()[-1]  # a loader process prepends its own traceback

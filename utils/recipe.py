@@ -238,6 +238,11 @@ class GeneratorRecipe(Recipe):
     fid_features: str = opt('inception', 'feature network: inception, or digits')
     inception_weights: str = opt('', 'its weights; empty searches as evaluate.py, and never downloads')
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fid_images == 1:
+            raise ValueError('--fid_images must be 0 or at least 2, got 1: draw some thousand')
+
 
 @dataclass(frozen=True)
 class PyramidRecipe(Recipe):

@@ -61,9 +61,12 @@ class SampleRecipe:
         if self.format == 'npz' and not self.pack:
             raise ValueError('--format=npz writes the packed file alone: leave out --pack=0')
         if self.sweep:
-            self.combinations()
             if not self.ref:
                 raise ValueError('--sweep scores every setting: pass --ref=REFERENCE.npz')
+            if not self.pack:
+                raise ValueError('--sweep scores packed images: leave out --pack=0')
+            for combination in self.combinations():
+                self.at(combination)  # checks its values
 
     @property
     def class_ids(self) -> tuple[int, ...]:
