@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dist
 import evaluate
 from evaluation import tokenizer as command
 from models import LPIPS, VQVAE, AutoencoderKL, FlexVAE, VQModel
@@ -184,6 +185,18 @@ def test_rfid_against_originals_and_a_reference(rate, checkpoints, tmp_path, mon
     np.savez(tmp_path / 'black.npz', mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(SystemExit, match='of 2 features'):
         rate(checkpoints / 'trained.pth', f'--reference={tmp_path / "black.npz"}')
+
+
+def test_what_one_rank_lacks_is_left_out_on_all(rate, checkpoints, monkeypatch):
+    monkeypatch.setattr(command, 'InceptionFeatures', stub_features)
+    monkeypatch.setattr(command, 'NUM_FEATURES', 2)
+    gather = dist.allgather_object
+    monkeypatch.setattr(dist, 'allgather_object', lambda value: [
+        value, ValueError('rank 1 has none')] if value is None else gather(value))
+    report, _ = rate(checkpoints / 'trained.pth')
+    assert report['skipped']['rfid'] == 'rank 1 has none' and 'rfid_val' not in report['scores']
+    with pytest.raises(SystemExit, match='rank 1 has none'):
+        rate(checkpoints / 'trained.pth', '--metrics=rfid')
 
 
 def test_lpips(rate, checkpoints, monkeypatch):
