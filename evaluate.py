@@ -7,7 +7,8 @@
     evaluate.py reject IN OUT.npz      keep the images of each class that a classifier is surest of
     evaluate.py tokenizer --ckpt=FILE  PSNR, SSIM, LPIPS, rFID and code usage (also: reconstruct-eval)
 
-Exit codes: 0 done, 2 wrong usage or input, 3 weights of a feature network or classifier are missing.
+Exit codes: 0 done, 2 wrong usage or input, 3 weights of a feature network or classifier are missing; torchrun
+itself ends with 1 then.
 """
 import sys
 from collections.abc import Callable
@@ -15,14 +16,8 @@ from typing import Any, NamedTuple
 
 import dist
 from evaluation.classify import ClassifySettings, RejectSettings, evaluate_classify, evaluate_reject
-from evaluation.images import (
-    PackSettings,
-    ScoreSettings,
-    StatsSettings,
-    evaluate_images,
-    evaluate_pack,
-    evaluate_stats,
-)
+from evaluation.images import ScoreSettings, evaluate_images
+from evaluation.pack import PackSettings, StatsSettings, evaluate_pack, evaluate_stats
 from evaluation.tokenizer import TokenizerSettings, evaluate_tokenizer
 from utils.arg_util import make_parser
 from utils.log import one_line_errors, setup_logging

@@ -27,7 +27,7 @@ from models import ARModel, build_generator
 from models.helpers import ImageNoise
 from utils.amp_sc import autocast
 from utils.arg_util import SampleRecipe, make_parser, parse_sample_recipe
-from utils.batches import shuffled, write_npz
+from utils.batches import read_labels, shuffled, write_npz
 from utils.checkpoint import atomic_path, load_file, lock_folder, model_weights, tokenizer_weights
 from utils.hub import fetch, sha256_of
 from utils.image_store import STORES, ImageStore
@@ -65,22 +65,14 @@ def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
         ValueError: the list cannot be read, has another length, or names no class.
     """
     if not recipe.labels:
-        class_ids = np.array(recipe.class_ids or range(num_classes))
+        class_ids = np.array(recipe.class_ids or range(num_classes), dtype=np.int64)
         labels_N = class_ids[np.arange(recipe.num_images) % len(class_ids)]
     else:
-        try:
-            labels_N = np.load(recipe.labels) if recipe.labels.endswith('.npy') else \
-                np.loadtxt(recipe.labels, dtype=np.int64, ndmin=1)
-        except (OSError, ValueError) as error:
-            raise ValueError(f'expected a class per image in {recipe.labels}, cannot read it ({error}): '
-                             'pass a .npy file of integers, or text with one per line') from None
-        if labels_N.shape != (recipe.num_images,) or labels_N.dtype.kind not in 'iu':
-            raise ValueError(f'expected {recipe.num_images} integers in {recipe.labels}, got '
-                             f'{labels_N.dtype} of shape {labels_N.shape}: pass --num_images to match')
+        labels_N = read_labels(recipe.labels, recipe.num_images)
     if labels_N.min() < 0 or labels_N.max() > num_classes:
         raise ValueError(f'labels must be classes 0..{num_classes - 1}, or {num_classes} for none, got '
                          f'{labels_N.min()}..{labels_N.max()}: correct --classes or --labels')
-    return labels_N.astype(np.int64)
+    return labels_N
 
 
 def describe(recipe: SampleRecipe, origin: dict[str, Any], labels_N: np.ndarray) -> dict[str, Any]:

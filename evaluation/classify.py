@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import dist
-from evaluation.features import FeatureSettings, read_ahead, share
+from evaluation.features import DeviceSettings, read_ahead, share
 from evaluation.images import read_manifest, write_json
-from utils.arg_util import check_limits, opt
-from utils.batches import ImageBatch, open_batch, shuffled, write_npz
+from utils.arg_util import opt
+from utils.batches import NUM_READERS, ImageBatch, open_batch, read_labels, shuffled, write_npz
 from utils.classifiers import Classifier, load_classifier
 from utils.hub import sha256_of
 from utils.image_store import map_ahead
@@ -28,29 +28,23 @@ from utils.log import progress_bar
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
-NUM_READERS = 4  # threads that read what is kept
 
 
 @dataclass(frozen=True)
-class ClassifierSettings:
+class ClassifierSettings(DeviceSettings):
     """The classifier of a command, and how it runs."""
 
     classifier: str = opt('', 'classification model of torchvision, such as convnext_base or swin_v2_b; '
                               'or digits, which needs no file, for digits alone')
     classifier_weights: str = opt('', "its weights; empty takes the published ones from torch's hub folder")
     download: bool = opt(False, 'fetch the published weights if they are not there')
-    labels: str = opt('', '.npy file with the class of every image; empty takes those beside the images')
-    batch_size: int = opt(64, 'images per batch; batches are cut by image index', 'bs')
-    device: str = opt('', 'cpu or cuda; empty takes cuda where there is one')
-
-    torch_device = FeatureSettings.torch_device
+    labels: str = opt('', 'class of every image: .npy, or .txt with one per line; empty takes those beside '
+                            'the images')
 
     def __post_init__(self):
-        check_limits(self)
+        super().__post_init__()
         if not self.classifier:
             raise ValueError('expected a classifier: pass --classifier=NAME, such as convnext_base')
-        if self.device not in ('', 'cpu', 'cuda'):
-            raise ValueError(f'--device must be one of cpu, cuda, got {self.device!r}')
 
 
 # ---------------------------------------------------------------------------------------------- judgement
@@ -73,21 +67,12 @@ def load_labels(batch: ImageBatch, path: str) -> np.ndarray:
     Raises:
         ValueError: there are none, or another number than there are images.
     """
-    if not path:
-        if batch.labels is None:
-            raise ValueError(f'expected a class per image in {batch.path} (arr_1 of an npz, labels.npy of a '
-                             'folder), found none: pass --labels=FILE.npy')
-        return batch.labels
-    try:
-        with Path(path).open('rb') as file:
-            labels_N = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f'expected a class per image in {path}, cannot read it ({error}): '
-                         'pass a .npy file of integers') from None
-    if labels_N.shape != (batch.count,) or labels_N.dtype.kind not in 'iu':
-        raise ValueError(f'expected {batch.count} integers in {path}, one per image of {batch.path}, got '
-                         f'{labels_N.dtype} of shape {labels_N.shape}: pass the labels of these images')
-    return labels_N.astype(np.int64)
+    if path:
+        return read_labels(path, batch.count)
+    if batch.labels is None:
+        raise ValueError(f'expected a class per image in {batch.path} (arr_1 of an npz, labels.npy of a '
+                         'folder), found none: pass --labels=FILE')
+    return batch.labels
 
 
 def load(settings: ClassifierSettings, labels_N: np.ndarray) -> Classifier:

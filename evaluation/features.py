@@ -5,16 +5,22 @@ A feature network has `name`, `digest` (SHA-256 of its weights), `num_features`,
 Letters: B batch, N images, F features, H W height and width.
 """
 import hashlib
+import logging
+import uuid
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import dist
-from utils.arg_util import opt
+from utils.arg_util import check_limits, opt
 from utils.batches import ImageBatch
 from utils.digits import DigitsFeatures
 from utils.inception import InceptionFeatures
@@ -22,30 +28,22 @@ from utils.log import progress_bar
 from utils.metrics import FeatureStatistics, InceptionScore
 from utils.recipe import REPO
 
+logger = logging.getLogger(__name__)
 NETWORKS = ('inception', 'digits')
 ODD_SHARE = 0.01  # of constant or repeated images, above which a set is worth a warning
 
 
 @dataclass(frozen=True)
-class FeatureSettings:
-    """The feature network of a command, and how it runs."""
+class DeviceSettings:
+    """Where a command runs."""
 
-    features: str = opt('inception', 'network: inception, or digits, which needs no file, for digits alone')
-    inception_weights: str = opt('', 'its published weights; empty searches $INCEPTION_WEIGHTS, the cache, '
-                                     "torch's hub folder, then downloads")
-    allow_unverified_weights: bool = opt(False, 'accept other weights: the scores compare with nothing')
-    offline: bool = opt(False, 'never download')
-    cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references')
-    batch_size: int = opt(64, 'images per batch and rank; does not change the scores', 'bs')
+    batch_size: int = opt(64, 'images per batch and rank', 'bs')
     device: str = opt('', 'cpu or cuda; empty takes cuda where there is one')
-    dtype: str = opt('float32', 'of the network: float32 or float64')
 
     def __post_init__(self):
-        choices = dict(features=NETWORKS, device=('', 'cpu', 'cuda'), dtype=('float32', 'float64'))
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'--{name} must be one of {", ".join(filter(None, allowed))}, '
-                                 f'got {getattr(self, name)!r}')
+        check_limits(self)
+        if self.device not in ('', 'cpu', 'cuda'):
+            raise ValueError(f'--device must be one of cpu, cuda, got {self.device!r}')
 
     @property
     def torch_device(self) -> torch.device:
@@ -54,6 +52,25 @@ class FeatureSettings:
         if self.device == 'cuda' and here.type != 'cuda':
             raise ValueError('--device=cuda, but torch finds no CUDA device: leave it out')
         return torch.device('cpu') if self.device == 'cpu' else here
+
+
+@dataclass(frozen=True)
+class FeatureSettings(DeviceSettings):
+    """The feature network of a command, and how it runs."""
+
+    features: str = opt('inception', 'network: inception, or digits, which needs no file, for digits alone')
+    inception_weights: str = opt('', 'its published weights; empty searches $INCEPTION_WEIGHTS, the cache, '
+                                     "torch's hub folder, then downloads")
+    allow_unverified_weights: bool = opt(False, 'accept other weights: the scores compare with nothing')
+    offline: bool = opt(False, 'never download')
+    cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references')
+    dtype: str = opt('float32', 'of the network: float32 or float64')
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, allowed in (('features', NETWORKS), ('dtype', ('float32', 'float64'))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'--{name} must be {" or ".join(allowed)}, got {getattr(self, name)!r}')
 
 
 def load_network(settings: FeatureSettings) -> Any:
@@ -111,16 +128,10 @@ class FeatureSet:
         Raises:
             ValueError: an image has features that are not finite.
         """
-        out = self.network.outputs(images_u8.to(self.device, non_blocking=True))
-        finite_B = out.pool.isfinite().all(1)
-        if out.spatial is not None:
-            finite_B &= out.spatial.isfinite().all(1)
-        if not finite_B.all():
-            raise ValueError(f'expected finite features, image {first + finite_B.int().argmin().item()} '
-                             'gives nan or infinite ones: check its pixels and the weights')
-        self.pool.add(out.pool)
+        out = self.network.outputs(images_u8.to(self.device, non_blocking=True).contiguous())
+        self.pool.add(out.pool, first)
         if self.spatial is not None:
-            self.spatial.add(out.spatial)
+            self.spatial.add(out.spatial, first)
         if self.score is not None:
             self.score.add(out.logits, first)
         if len(self.rows_NF):
@@ -140,6 +151,11 @@ class FeatureSet:
         """Mean and covariance under '' for pool features and '_s' for spatial ones."""
         named = {'': self.pool} | ({'_s': self.spatial} if self.spatial is not None else {})
         return {suffix: (part.mean, part.covariance()) for suffix, part in named.items()}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The same as a file holds them: mu, sigma and, with spatial features, mu_s, sigma_s."""
+        return {f'{key}{suffix}': t.cpu().numpy() for suffix, pair in self.statistics().items()
+                for key, t in zip(('mu', 'sigma'), pair, strict=True)}
 
 
 def gather_rows(rows_NF: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -166,11 +182,10 @@ class Inspection:
         self.digests, self.num_constant, self.num_grey = [], 0, 0
 
     def add(self, images_NHW3: np.ndarray) -> None:
-        for image in images_NHW3:
-            grey = bool((image[..., :1] == image[..., 1:]).all())
-            self.num_grey += grey
-            self.num_constant += bool((image == image[:1, :1]).all())
-            self.digests.append(hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest())
+        for digest, is_constant, is_grey in map(_inspect, images_NHW3):
+            self.digests.append(digest)
+            self.num_constant += is_constant
+            self.num_grey += is_grey
 
     def reduce(self) -> None:
         parts = dist.allgather_object((self.digests, self.num_constant, self.num_grey))
@@ -187,6 +202,14 @@ class Inspection:
         if total and self.num_grey == total:
             found.append(f'{name}: all images are grey (R = G = B)')
         return found
+
+
+def _inspect(image_HW3: np.ndarray) -> tuple[bytes, bool, bool]:
+    """Digest of an image, whether it has one colour only, and whether it is grey."""
+    values = image_HW3.reshape(-1)  # R G B R G B ...: numpy compares neighbours in memory fastest
+    repeats = values[1:] == values[:-1]
+    return (hashlib.sha1(values, usedforsecurity=False).digest()[:8],  # processors have instructions for it
+            bool((values[3:] == values[:-3]).all()), bool(repeats[::3].all() and repeats[1::3].all()))
 
 
 # ---------------------------------------------------------------------------------------------- extraction
@@ -222,8 +245,9 @@ def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_si
     def tensors() -> Iterator[torch.Tensor]:
         for images_NHW3 in batch.blocks(begin, end, settings.batch_size):
             inspection.add(images_NHW3)
-            images_u8 = torch.from_numpy(np.ascontiguousarray(images_NHW3.transpose(0, 3, 1, 2)))
-            yield images_u8.pin_memory() if device.type == 'cuda' else images_u8
+            images = torch.from_numpy(images_NHW3)
+            images = images.pin_memory() if device.type == 'cuda' else images
+            yield images.permute(0, 3, 1, 2)  # the device brings them into this order, faster than numpy
 
     first = begin
     with progress_bar(end - begin, batch.path.name) as bar:
@@ -237,3 +261,32 @@ def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_si
     features.reduce()
     inspection.reduce()
     return features, inspection
+
+
+# ---------------------------------------------------------------------------------------------- cache
+def read_cache(path: Path, names: list[str]) -> dict[str, np.ndarray] | None:
+    """Arrays that an earlier run kept; None if there are none, or if they cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as archive:
+            return {name: archive[name] for name in names}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning('cannot read %s (%s): the features of the reference are computed again', path, error)
+        return None
+
+
+def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Keep arrays for later runs, if the folder can be written; runs at once do not disturb each other."""
+    temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open('wb') as file:
+            np.savez(file, **arrays)
+        temporary.replace(path)
+    except OSError as error:
+        logger.warning('cannot keep the features of the reference in %s (%s): the next run computes them '
+                       'again', path, error.strerror or error)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

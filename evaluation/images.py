@@ -11,37 +11,36 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
 
 import dist
-from evaluation.features import FeatureSet, FeatureSettings, Inspection, extract, load_network
-from utils.arg_util import check_limits, opt
-from utils.batches import (
-    NUM_READERS,
-    ImageBatch,
-    npz_keys,
-    open_batch,
-    pack_folder,
-    shuffled,
-    write_npz,
+from evaluation.features import (
+    FeatureSet,
+    FeatureSettings,
+    extract,
+    load_network,
+    read_cache,
+    write_cache,
 )
+from utils.arg_util import opt
+from utils.batches import ImageBatch, npz_keys, open_batch
 from utils.checkpoint import atomic_path
-from utils.data import build_transforms, open_split
 from utils.hub import sha256_of
-from utils.image_store import map_ahead
 from utils.inception import SHA256
 from utils.manifolds import precision_recall
-from utils.metrics import frechet_distance, read_statistics, to_uint8
+from utils.metrics import frechet_distance, read_statistics
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
 STANDARD_COUNT = 50_000
 METRICS = {'is': 'Inception Score', 'fid': 'FID', 'sfid': 'sFID', 'precision': 'Precision',
            'recall': 'Recall'}  # in the original's order and words
-CACHE_VERSION = 1  # of extraction; a new one forgets what is cached
+STATISTICS = {'': ('mu', 'sigma'), '_s': ('mu_s', 'sigma_s')}  # suffix -> mean and covariance in a file
+CACHE_VERSION = 2  # of extraction and of what is kept; a new one forgets what is cached
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,13 @@ class ScoreSettings(FeatureSettings):
         unknown = sorted(set(self.wanted) - set(METRICS))
         if unknown:
             raise ValueError(f'--metrics must be of {", ".join(METRICS)}, got {", ".join(unknown)}')
-        for name in ('split_size', 'expected_count', 'batch_size'):
+        for name in ('split_size', 'expected_count'):
             if getattr(self, name) < 1:
                 raise ValueError(f'--{name} must be at least 1, got {getattr(self, name)}')
+        for path in map(Path, (self.ref, self.sample)):
+            if self.json and Path(self.json).resolve() in (path.resolve(), manifest_of(path).resolve()):
+                raise ValueError(f'expected a file of its own for --json, got {self.json}, which is {path} '
+                                 'or the place of its manifest: pass another name')
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -91,13 +94,13 @@ class ImageSet:
     def read_statistics(self, network: Any) -> None:
         """Stored statistics win over images, as in the original."""
         for suffix, size in (('', network.num_features), ('_s', network.num_spatial)):
-            if size and (f'mu{suffix}' in self.keys or f'sigma{suffix}' in self.keys):
+            if size and self.stored and f'mu{suffix}' in self.keys:
                 self.statistics[suffix] = read_statistics(self.path, size, suffix)
 
     @property
     def stored(self) -> bool:
         """Whether the file holds statistics."""
-        return 'mu' in self.keys or 'sigma' in self.keys
+        return 'mu' in self.keys
 
     def describe(self) -> dict[str, Any]:
         """What the report says of it; reads the whole file for its hash."""
@@ -115,9 +118,18 @@ def open_set(path: str, needs_images: bool) -> ImageSet:
         ValueError: it cannot be read, or lacks what is needed.
     """
     keys = () if Path(path).is_dir() else npz_keys(path)
-    if 'arr_0' in keys or not keys or needs_images or 'mu' not in keys:
-        return ImageSet(Path(path), open_batch(path), keys)
-    return ImageSet(Path(path), None, keys)
+    for pair in STATISTICS.values():
+        found = set(pair) & set(keys)
+        if len(found) == 1:
+            raise ValueError(f'expected {" and ".join(pair)} together in {path}, got {found.pop()} alone: '
+                             'compute the statistics again (evaluate.py stats)')
+    has_images = 'arr_0' in keys or 'mu' not in keys or needs_images
+    return ImageSet(Path(path), open_batch(path) if has_images else None, keys)
+
+
+def manifest_of(path: Path) -> Path:
+    """Where sample.py describes a file or folder of images."""
+    return path.absolute().with_name(f'{path.absolute().name.removesuffix(".npz")}.json')
 
 
 def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
@@ -126,8 +138,7 @@ def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
     Raises:
         ValueError: the manifest belongs to other content.
     """
-    stem = path.name.removesuffix('.npz')
-    manifest_path = path.with_name(f'{stem}.json')
+    manifest_path = manifest_of(path)
     try:
         manifest = json.loads(manifest_path.read_text())
     except FileNotFoundError:
@@ -152,10 +163,9 @@ def unavailable_metrics(settings: ScoreSettings, ref: ImageSet, sample: ImageSet
         ValueError: one of them was asked for by name.
     """
     reasons = {}
-    if ref.stored and 'mu_s' not in ref.keys:
-        reasons['sfid'] = f'{ref.path.name} holds no mu_s and sigma_s'
-    if sample.stored and 'mu_s' not in sample.keys:
-        reasons['sfid'] = f'{sample.path.name} holds mu but no mu_s'
+    for side in (ref, sample):
+        if side.stored and 'mu_s' not in side.keys:
+            reasons['sfid'] = f'{side.path.name} holds mu but no mu_s'
     if settings.features == 'digits':
         reasons['sfid'] = 'the digits network has no spatial features'
     if ref.batch is None:
@@ -172,52 +182,50 @@ def check_count(settings: ScoreSettings, sample: ImageSet) -> list[str]:
     """Warnings about the number of images.
 
     Raises:
-        ValueError: it is not the expected one, or too small for a score.
+        ValueError: it is not the expected one.
     """
+    if sample.batch is None:
+        return [f'{sample.path.name} holds statistics alone: of how many images is unknown, '
+                'FID is of 50,000']
     count = sample.batch.count
     if count != settings.expected_count and not settings.allow_any_count:
         raise ValueError(f'expected {settings.expected_count:,} images in {sample.path}, got {count:,}: pass '
                          f'--expected_count={count} or --allow_any_count if that is meant')
-    if count < 2:
-        raise ValueError(f'statistics need at least 2 images, {sample.path} holds {count}: sample more')
     if count < STANDARD_COUNT:
         return [f'{count:,} images: report the distance as FID-{count / 1000:g}k, FID is of 50,000']
     return []
 
 
 def features_of_reference(ref: ImageSet, network: Any, settings: ScoreSettings, keep_rows: bool,
-                          digest: str) -> tuple[torch.Tensor | None, Inspection | None]:
-    """Pool features (N, F) of the reference images on the master, and its statistics where none are stored.
+                          digest: str) -> tuple[torch.Tensor | None, list[str]]:
+    """Pool features (N, F) of the reference images, and warnings about these; every rank calls it.
 
-    Kept in the cache under what they depend on; every rank calls it.
+    Both are on the master alone, as are the statistics that `ref` gets where none are stored. All of it is
+    kept in the cache, under what it depends on.
 
     Args:
+        keep_rows: whether the features are wanted.
         digest: SHA-256 of the reference.
     """
-    if ref.batch is None or (ref.stored and not keep_rows):
-        return None, None
     text = f'{digest} {network.name} {network.digest} {settings.dtype} {CACHE_VERSION} {keep_rows}'
     path = Path(settings.cache) / f'features-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz'
-    if settings.cache and dist.allgather_object(path.is_file())[0]:  # the master decides
-        if not dist.is_master():
-            return None, None
-        cached = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
-        for suffix in ('', '_s'):
-            if f'mu{suffix}' in cached:
-                ref.statistics[suffix] = cached[f'mu{suffix}'], cached[f'sigma{suffix}']
-        return cached.get('rows'), None
-    features, inspection = extract(ref.batch, network, settings, keep_rows=keep_rows)
-    if not ref.stored:
-        ref.statistics |= features.statistics()
-    rows_NF = features.rows_NF if keep_rows and dist.is_master() else None
-    if settings.cache and dist.is_master():
-        content = dict(rows=rows_NF) if keep_rows else {}
-        for suffix, (mean, covariance) in ref.statistics.items() if not ref.stored else ():
-            content |= {f'mu{suffix}': mean.cpu(), f'sigma{suffix}': covariance.cpu()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary, temporary.open('wb') as file:
-            np.savez(file, **content)
-    return rows_NF, inspection
+    pairs = {suffix: pair for suffix, pair in STATISTICS.items()
+             if not ref.stored and (network.num_spatial or not suffix)}
+    names = ['warnings', *['rows'] * keep_rows, *(name for pair in pairs.values() for name in pair)]
+    known = read_cache(path, names) if settings.cache and dist.is_master() else None
+    if not dist.allgather_object(known is not None)[0]:  # the master decides
+        features, inspection = extract(ref.batch, network, settings, keep_rows=keep_rows)
+        if dist.is_master():
+            known = dict(warnings=np.array(inspection.warnings('reference'), dtype=str))
+            known |= dict(rows=features.rows_NF.numpy()) if keep_rows else {}
+            known |= features.arrays() if not ref.stored else {}
+            if settings.cache:
+                write_cache(path, known)
+    if known is None:
+        return None, []
+    for suffix, pair in pairs.items():
+        ref.statistics[suffix] = tuple(torch.from_numpy(known[name]) for name in pair)
+    return torch.from_numpy(known['rows']) if keep_rows else None, known['warnings'].tolist()
 
 
 def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any] | None:
@@ -232,16 +240,19 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     begin = time.time()
     # 1. the files, before any network
     ref = open_set(settings.ref, needs_images=False)
-    sample = open_set(settings.sample, needs_images=not {'fid', 'sfid'} >= set(settings.wanted))
+    sample = open_set(settings.sample, needs_images=False)
     unavailable = unavailable_metrics(settings, ref, sample)
     wanted = [name for name in METRICS if name in settings.wanted and name not in unavailable]
-    notes = check_count(settings, sample) if sample.batch is not None else []
+    notes = check_count(settings, sample)
     keep_rows = bool({'precision', 'recall'} & set(wanted))
-    for side in (ref, sample):
-        if keep_rows and side.batch.count < 4:
-            raise ValueError(f'precision and recall need at least 4 images, {side.path} holds '
-                             f'{side.batch.count}: leave them out of --metrics')
-    if sample.stored:
+    ref_is_read = keep_rows or (not ref.stored and wanted != ['is'])
+    sample_is_read = keep_rows or not sample.stored or 'is' in wanted
+    for side, is_read in ((ref, ref_is_read), (sample, sample_is_read)):
+        if is_read and side.batch.count < (4 if keep_rows else 2):
+            least = 'precision and recall need at least 4' if keep_rows else 'statistics need at least 2'
+            raise ValueError(f'{least} images, {side.path} holds {side.batch.count}: add some'
+                             + ', or leave them out of --metrics' * keep_rows)
+    if sample.stored and sample.batch is not None:
         notes.append(f'{sample.path.name} carries mu: these statistics are used, not those of its images')
 
     # 2. the network, and statistics that the files hold
@@ -255,12 +266,12 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     manifest = read_manifest(sample.path, described['sample']['sha256'])
 
     # 3. features
-    ref_rows, inspection = features_of_reference(ref, network, settings, keep_rows,
-                                                 described['reference']['sha256'])
-    if inspection:
-        notes += inspection.warnings('reference')
-    features = None
-    if sample.batch is not None:
+    ref_rows = features = None
+    if ref_is_read:
+        ref_rows, found = features_of_reference(ref, network, settings, keep_rows,
+                                                described['reference']['sha256'])
+        notes += found
+    if sample_is_read:
         features, inspection = extract(sample.batch, network, settings, settings.split_size, keep_rows)
         sample.statistics = features.statistics() | sample.statistics
         notes += inspection.warnings('sample')
@@ -333,103 +344,37 @@ def text_report(report: dict[str, Any]) -> str:
 def evaluate_images(settings: ScoreSettings) -> str | None:
     """`evaluate.py REF SAMPLE`: the text for the reader, on the master."""
     if settings.json:
-        Path(settings.json).parent.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
+        check_output(settings.json)
     report = score_images(settings)
+    text = text_report(report) if report else None
     if settings.json and report:
-        write_json(settings.json, report)
+        try:
+            write_json(settings.json, report)
+        except OSError as error:
+            logger.warning('no file holds these scores:\n%s', text)
+            raise ValueError(f'could not write {settings.json} ({error.strerror or error}), the scores are '
+                             'above: free some space, or write elsewhere') from None
     dist.barrier()
-    return text_report(report) if report else None
+    return text
+
+
+def check_output(path: str | Path) -> None:
+    """Make the folder of a file that will be written at the end; if it cannot be, say so now.
+
+    Raises:
+        ValueError: the path is a folder, or its folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(f'{path} is a folder')
+    except OSError as error:
+        raise ValueError(f'expected a file that can be written, got {path} ({error.strerror or error}): pass '
+                         'another name, or change the permissions') from None
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + '\n')
-
-
-# ---------------------------------------------------------------------------------------------- stats, pack
-@dataclass(frozen=True)
-class StatsSettings(FeatureSettings):
-    """Settings of `evaluate.py stats`."""
-
-    images: str = opt('', 'npz or folder of PNG files', positional=True)
-    output: str = opt('', 'npz to write', positional=True)
-    keep_images: bool = opt(False, 'store the images, too, as precision and recall need')
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not (self.images and self.output):
-            raise ValueError('expected INPUT and OUTPUT: evaluate.py stats FOLDER_OR_NPZ OUT.npz')
-
-
-def evaluate_stats(settings: StatsSettings) -> None:
-    """`evaluate.py stats`: mu, sigma and, where the network has spatial features, mu_s, sigma_s."""
-    batch = open_batch(settings.images)
-    if batch.count < 2:
-        raise ValueError(f'statistics need 2 images or more, {settings.images} holds {batch.count}: add some')
-    features, inspection = extract(batch, load_network(settings), settings)
-    if dist.is_master():
-        content = {}
-        for suffix, (mean, covariance) in features.statistics().items():
-            content |= {f'mu{suffix}': mean.cpu().numpy(), f'sigma{suffix}': covariance.cpu().numpy()}
-        if settings.keep_images:
-            content['arr_0'] = np.concatenate(list(batch.blocks()))
-        target = Path(settings.output)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary, temporary.open('wb') as file:
-            np.savez(file, **content)
-        for note in batch.warnings + inspection.warnings(batch.path.name):
-            logger.warning(note)
-        logger.info('statistics of %d images are in %s', batch.count, target)
-    dist.barrier()
-
-
-@dataclass(frozen=True)
-class PackSettings:
-    """Settings of `evaluate.py pack`."""
-
-    folder: str = opt('', 'PNG files and, where known, labels.npy; or, with --image_size, a data set',
-                      positional=True)
-    output: str = opt('', 'npz to write', positional=True)
-    count: int | None = opt(None, 'number of images that the folder must hold; None takes what is there')
-    seed: int = opt(0, 'of the order')
-    no_shuffle: bool = opt(False, 'keep the order of names; the Inception Score needs a mixed one')
-    allow_jpeg: bool = opt(False, 'accept JPEG files, whose losses change FID')
-    image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
-                                       'of this side as the references of ADM')
-    split: str = opt('val', 'of the data set: val or train')
-
-    def __post_init__(self):
-        if not (self.folder and self.output):
-            raise ValueError('expected FOLDER and OUTPUT: evaluate.py pack FOLDER OUT.npz')
-        check_limits(self)
-        if self.split not in ('val', 'train'):
-            raise ValueError(f'--split must be val or train, got {self.split!r}')
-
-
-def evaluate_pack(settings: PackSettings) -> None:
-    """`evaluate.py pack`: a folder of images, or a data set, as one npz in random order."""
-    if dist.is_master():
-        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
-        seed = None if settings.no_shuffle else settings.seed
-        if settings.image_size:
-            pack_data_set(settings, seed)
-        else:
-            batch = pack_folder(settings.folder, settings.output, settings.count, seed, settings.allow_jpeg)
-            for note in batch.warnings:
-                logger.warning(note)
-        logger.info('packed the images of %s into %s', settings.folder, settings.output)
-    dist.barrier()
-
-
-def pack_data_set(settings: PackSettings, seed: int | None) -> None:
-    """Centre crops of a split of a data set and their classes, as a reference of one's own."""
-    size, count = settings.image_size, settings.count
-    images = open_split(settings.folder, settings.split, build_transforms(size, crop='adm')[1])
-    if count not in (None, len(images)):
-        raise ValueError(f'expected {count} images in {settings.folder}, got {len(images)}: correct --count')
-    order = np.arange(len(images)) if seed is None else shuffled(len(images), seed)
-
-    def crop(i: int) -> np.ndarray:
-        return to_uint8(images[i][0]).permute(1, 2, 0).numpy()
-    write_npz(settings.output, map_ahead(crop, order.tolist(), NUM_READERS), len(order), size, size,
-              np.asarray(images.targets)[order])

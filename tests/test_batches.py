@@ -406,6 +406,10 @@ def test_written_npz_is_what_numpy_reads(tmp_path):
         assert archive.testzip() is None
         for info in archive.infolist():  # the bytes do not tell the time
             assert info.date_time == (1980, 1, 1, 0, 0, 0) and info.compress_type == zipfile.ZIP_STORED
+    write_npz(tmp_path / 'c.npz', iter(IMAGES), 7, 4, 6, mu=np.arange(3.), sigma=np.asfortranarray(np.eye(3)))
+    assert npz_keys(tmp_path / 'c.npz') == ('arr_0', 'mu', 'sigma')
+    with np.load(tmp_path / 'c.npz') as arrays:
+        assert arrays['mu'].tolist() == [0, 1, 2] and np.array_equal(arrays['sigma'], np.eye(3))
     write_npz(tmp_path / 'c.npz', iter(IMAGES), 7, 4, 6)
     assert npz_keys(tmp_path / 'c.npz') == ('arr_0',)
     assert_reads_as(open_batch(tmp_path / 'c.npz'), IMAGES)

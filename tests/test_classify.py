@@ -420,7 +420,7 @@ def test_missing_weights_have_their_exit_code(fails, candidates, hub):
     (['--classifier=digits', '--classifier_weights=x.pth'], 'leave out --classifier_weights'),
     (['--device=tpu'], "--device must be one of cpu, cuda, got 'tpu'"),
     (['--bs=0'], '--bs must be at least 1, got 0'),
-    (['--labels=absent.npy'], 'expected a class per image in absent.npy, cannot read it'),
+    (['--labels=absent.npy'], 'expected the class of every image in absent.npy, cannot read it'),
 ])
 def test_bad_flags_of_both(flags, message, fails, candidates, tmp_path):
     for command in (['classify-eval', candidates], ['reject', candidates, tmp_path / 'o.npz', '--n_keep=9']):
@@ -479,7 +479,7 @@ def test_bad_labels(labels, message, fails, toy, candidates, tmp_path):
 def test_labels_are_needed(labels, fails, toy, candidates, tmp_path):
     np.savez(candidates, arr_0=noise(200), **labels)
     for command in (['classify-eval', candidates], ['reject', candidates, tmp_path / 'out.npz']):
-        assert 'found none: pass --labels=FILE.npy' in fails(*command, '--classifier=toy')
+        assert 'found none: pass --labels=FILE' in fails(*command, '--classifier=toy')
 
 
 def test_compressed_candidates_are_news_before_all_the_work(fails, toy, candidates, tmp_path, monkeypatch):

@@ -55,16 +55,25 @@ def test_statistics_of_any_split_are_those_of_numpy():
         np.testing.assert_allclose(statistics.covariance(), expected, rtol=0, atol=1e-10 * expected.max())
 
 
-def test_merging_does_not_depend_on_order():
+def test_statistics_do_not_depend_on_order():
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) * 3 + 50
     whole = statistics_of(features)
-    for order in itertools.permutations(range(4)):
-        merged = FeatureStatistics(5)
-        for part in order:  # one part is empty
-            merged.merge(statistics_of((features[:3], features[3:3], features[3:20], features[20:])[part]))
+    for parts in itertools.permutations((features[:3], features[3:3], features[3:20], features[20:])):
+        merged = statistics_of(torch.cat(parts), *map(len, parts))
         assert merged.count == 40
         assert (merged.mean - whole.mean).abs().max() <= 1e-10
         assert (merged.covariance() - whole.covariance()).abs().max() <= 1e-10 * whole.covariance().max()
+
+
+def test_statistics_name_the_image_that_is_not_finite():
+    features = torch.zeros(6, 3)
+    features[4, 1] = -torch.inf
+    features[5, 0] = torch.nan
+    statistics = statistics_of(features[:3])
+    for first, number in ((None, 3 + 4), (100, 104)):
+        with pytest.raises(ValueError, match=f'image {number} gives nan or infinite'):
+            statistics.add(features, first)
+    assert statistics.count == 3  # the others are as before
 
 
 def test_statistics_of_two_networks_in_one_file(tmp_path):
@@ -332,6 +341,16 @@ def test_cuda_gives_the_scores_of_the_cpu(name):
     statistics = [t for features in points for t in gaussian(features)]
     distance = frechet_distance(*(t.cuda() for t in statistics))
     assert distance == pytest.approx(frechet_distance(*statistics), rel=1e-7, abs=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_distance_is_computed_where_one_covariance_is_on_cuda(monkeypatch):
+    eigh, devices = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, 'eigh', lambda t: (devices.append(t.device.type), eigh(t))[1])
+    here, there = (torch.zeros(3), torch.eye(3)), (torch.ones(3).cuda(), 4 * torch.eye(3).cuda())
+    assert frechet_distance(*here, *there) == pytest.approx(6) == frechet_distance(*there, *here)
+    assert devices == ['cuda', 'cuda']
+    assert frechet_distance(*here, *there, method='scipy') == pytest.approx(6)
 
 
 # ---------------------------------------------------------------------------------------------- all together

@@ -1,7 +1,12 @@
 """`evaluate.py REF SAMPLE`, stats, pack: the stored report, ranks, cache, manifest, warnings, bad input."""
+import errno
 import json
 import logging
+import multiprocessing
+import re
 import sys
+import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +14,16 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import distributed
 
 import evaluate
 from evaluation import features as extraction
 from evaluation import images as command
+from evaluation import pack
 from evaluation.features import Inspection
+from evaluation.images import ScoreSettings, score_images
 from tests.runs import launch
+from utils import provenance
 from utils.batches import shuffled
 from utils.data import build_dataset
 from utils.inception import Outputs
@@ -37,7 +46,7 @@ def run(monkeypatch, tmp_path, capsys):
         path = tmp_path / 'report.json'
         path.unlink(missing_ok=True)
         scoring = str(argv[0]) not in evaluate.COMMANDS
-        argv = [str(arg) for arg in argv] + [f'--json={path}'] * scoring
+        argv = [f'--json={path}'] * scoring + [str(arg) for arg in argv]  # a later one wins
         monkeypatch.setattr(sys, 'argv', ['evaluate.py', *argv])
         with one_line_errors('evaluate.py', exit_code=2):
             evaluate.main()
@@ -49,6 +58,51 @@ def run(monkeypatch, tmp_path, capsys):
 
 def noise(count, seed, side=8):
     return np.random.RandomState(seed).randint(0, 256, (count, side, side, 3), np.uint8)
+
+
+def write_pngs(folder, images):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f'{i:03d}.png')
+    return folder
+
+
+class Stub:
+    """A network with spatial features that costs nothing: all of them are pixels."""
+
+    name, num_features, num_spatial, num_classes = 'stub', 6, 9, 4
+
+    def __init__(self, digest='0' * 64):
+        self.digest = digest
+
+    def outputs(self, images_u8):
+        pixels = images_u8.flatten(1).float() / 32
+        return Outputs(pixels[:, :6], pixels[:, 6:15], pixels[:, 15:19])
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Stub stands in for the network of --features=inception."""
+    for module in (command, pack):
+        monkeypatch.setattr(module, 'load_network', lambda _: Stub())
+
+
+@pytest.fixture
+def extracted(monkeypatch):
+    """Names of the files whose images were run through the network."""
+    names = []
+    for module in (command, pack):
+        def noted(batch, *args, extract=module.extract, **kwargs):
+            names.append(batch.path.name)
+            return extract(batch, *args, **kwargs)
+        monkeypatch.setattr(module, 'extract', noted)
+    return names
+
+
+def assert_equal_scores(some, others, names=None):
+    assert names or some.keys() == others.keys()
+    for name in names or some:
+        assert some[name] == pytest.approx(others[name], rel=1e-6), name
 
 
 @pytest.fixture
@@ -103,44 +157,118 @@ def test_report_equals_that_of_the_original(run, tmp_path, monkeypatch, case):
         assert abs(scores[name] - expected[name]) <= 2 / count
     lines = [line.partition(':')[0] for line in printed.splitlines()]
     assert [line for line in lines if line in command.METRICS.values()] == list(command.METRICS.values())
-    monkeypatch.setattr(command, 'extract', forbid_reference(command.extract))  # comes from the cache now
-    again, _ = run(tmp_path / 'ref.npz', tmp_path / 'sample.npz', '--allow-any-count', '--bs=37',
-                   f'--cache={tmp_path / "cache"}')
-    assert again['scores'] == scores
-
-
-def forbid_reference(extract):
-    def only_samples(batch, *args, **kwargs):
-        assert batch.path.name == 'sample.npz'
-        return extract(batch, *args, **kwargs)
-    return only_samples
 
 
 # ---------------------------------------------------------------------------------------------- ranks
-@pytest.mark.parametrize(('count', 'nproc'), [(101, 2), (2, 3)])
-def test_processes_do_not_change_scores(run, files, count, nproc):
-    np.savez(files / 'sample.npz', arr_0=noise(count, 1))
-    metrics = [] if count > 3 else ['--metrics=is,fid']
-    flags = [files / 'ref.npz', files / 'sample.npz', *DIGITS, *metrics, '--split_size=40', '--bs=7']
-    launch('evaluate.py', [*flags, f'--json={files / "many.json"}'], nproc=nproc)
+def test_processes_do_not_change_scores(run, files):
+    flags = [files / 'ref.npz', files / 'sample.npz', *DIGITS, '--split_size=40', '--bs=7']
+    launch('evaluate.py', [*flags, f'--json={files / "many.json"}'], nproc=2)
     many, (one, _) = json.loads((files / 'many.json').read_text()), run(*flags)
-    assert (many['world_size'], one['world_size']) == (nproc, 1)
-    assert many['scores'].keys() == one['scores'].keys() and many['warnings'] == one['warnings']
-    for name, value in one['scores'].items():
-        assert many['scores'][name] == pytest.approx(value, rel=1e-6), name
+    assert (many['world_size'], one['world_size']) == (2, 1) and many['warnings'] == one['warnings']
+    assert_equal_scores(many['scores'], one['scores'])
+
+
+def rank_of_many(rank, world_size, settings, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', f'file://{folder / "group"}', rank=rank, world_size=world_size)
+    report = score_images(settings, Stub())
+    assert (report is None) == (rank > 0)
+    if report:
+        (folder / 'many.json').write_text(json.dumps(report))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(('count', 'nproc', 'metrics'), [(101, 2, ''), (5, 3, ''), (2, 3, 'is,fid,sfid')])
+def test_ranks_share_images_and_statistics(files, count, nproc, metrics):
+    """With spatial features; ragged shares, an empty one, and a reference that the master finds cached."""
+    np.savez(files / 'sample.npz', arr_0=noise(count, 1))
+    settings = ScoreSettings(ref=str(files / 'ref.npz'), sample=str(files / 'sample.npz'), metrics=metrics,
+                             allow_any_count=True, split_size=40, batch_size=7, device='cpu',
+                             cache=str(files / 'cache'))
+    processes = multiprocessing.get_context('fork')
+    for _ in ('extracted', 'cached'):
+        ranks = [processes.Process(target=rank_of_many, args=(rank, nproc, settings, files))
+                 for rank in range(nproc)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(timeout=60)
+        assert [rank.exitcode for rank in ranks] == [0] * nproc
+        many = json.loads((files / 'many.json').read_text())
+        one = score_images(command.dataclasses.replace(settings, cache=''), Stub())
+        assert (many['world_size'], one['world_size']) == (nproc, 1) and many['warnings'] == one['warnings']
+        assert_equal_scores(many['scores'], one['scores'])
+        assert set(one['scores']) >= {'is', 'fid', 'sfid'} and len(list((files / 'cache').iterdir())) == 1
+        (files / 'group').unlink(missing_ok=True)
 
 
 def test_batches_and_formats_do_not_change_scores(run, files):
     reference, _ = run(files / 'ref.npz', files / 'sample.npz', *DIGITS)
     np.savez_compressed(files / 'small.npz', arr_0=noise(101, 1))
-    folder = files / 'folder'
-    folder.mkdir()
-    for i, image in enumerate(noise(101, 1)):
-        Image.fromarray(image).save(folder / f'{i:03d}.png')
+    folder = write_pngs(files / 'folder', noise(101, 1))
     for sample, size in ((files / 'small.npz', 13), (folder, 64)):
         report, _ = run(files / 'ref.npz', sample, *DIGITS, f'--batch-size={size}')
-        for name, value in reference['scores'].items():
-            assert report['scores'][name] == pytest.approx(value, rel=1e-6), (sample.name, name)
+        assert_equal_scores(report['scores'], reference['scores'])
+
+
+# ---------------------------------------------------------------------------------------------- cache
+def test_cached_reference_gives_the_same_report(run, files, stub, extracted):
+    np.savez(files / 'ref.npz', arr_0=np.repeat(noise(60, 0)[..., :1], 3, 3))  # grey, which is warned of
+    flags = [files / 'ref.npz', files / 'sample.npz', '--allow_any_count', f'--cache={files / "cache"}']
+    first, _ = run(*flags)
+    again, _ = run(*flags)
+    assert extracted == ['ref.npz', 'sample.npz', 'sample.npz'] and 'sfid' in first['scores']
+    assert again['scores'] == first['scores'] and again['warnings'] == first['warnings']
+    assert 'reference: all images are grey (R = G = B)' in again['warnings']
+    kept, = (files / 'cache').iterdir()  # nothing temporary
+    for damaged in (b'', b'no zip', kept.read_bytes()[:-30], b'PK' + kept.read_bytes()[2:-3000]):
+        kept.write_bytes(damaged)
+        extracted.clear()
+        again, printed = run(*flags)
+        assert extracted == ['ref.npz', 'sample.npz'] and again['scores'] == first['scores']
+        assert f'cannot read {kept}' in printed
+    np.savez(kept, other=np.zeros(3))
+    assert run(*flags)[0]['scores'] == first['scores']
+    assert set(np.load(kept).files) == {'rows', 'mu', 'sigma', 'mu_s', 'sigma_s', 'warnings'}
+
+
+def test_cache_forgets_what_depends_on_something_else(run, files, monkeypatch, extracted):
+    network, cache = Stub(), files / 'cache'
+    monkeypatch.setattr(command, 'load_network', lambda _: network)
+
+    def reads_reference(*flags):
+        extracted.clear()
+        run(files / 'ref.npz', files / 'sample.npz', '--allow_any_count', f'--cache={cache}', *flags)
+        return 'ref.npz' in extracted
+    for change in ({}, dict(digest='1' * 64), dict(name='other')):
+        for name, value in change.items():
+            setattr(network, name, value)
+        assert reads_reference() and not reads_reference(), change
+    assert reads_reference('--dtype=float64') and reads_reference('--metrics=fid')
+    np.savez(files / 'ref.npz', arr_0=noise(60, 5))
+    assert reads_reference() and not reads_reference()
+
+
+def test_cache_that_cannot_be_written_is_only_warned_of(run, files, stub):
+    (files / 'file').write_text('')
+    flags = [files / 'ref.npz', files / 'sample.npz', '--allow_any_count']
+    plain, _ = run(*flags, '--cache=')
+    report, printed = run(*flags, f'--cache={files / "file" / "cache"}')
+    assert report['scores'] == plain['scores'] and printed.count('cannot keep the features') == 1
+
+
+def test_runs_at_once_share_a_cache(files, monkeypatch, caplog):
+    """Both write before either replaces: each has a temporary file of its own."""
+    save, meet = np.savez, threading.Barrier(2, timeout=30)
+    monkeypatch.setattr(extraction.np, 'savez', lambda *args, **kwargs: (save(*args, **kwargs), meet.wait()))
+    path, arrays = files / 'cache' / 'x.npz', dict(rows=np.arange(5))
+    runs = [threading.Thread(target=extraction.write_cache, args=(path, arrays)) for _ in range(2)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join(timeout=30)
+    assert [entry.name for entry in path.parent.iterdir()] == ['x.npz'] and not caplog.messages
+    assert np.array_equal(extraction.read_cache(path, ['rows'])['rows'], np.arange(5))
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -160,13 +288,84 @@ def test_stored_statistics_stand_for_their_images(run, files):
     assert any('carries mu' in note for note in own['warnings'])
 
 
-def test_scipy_route_and_clean_precision(run, files):
-    plain, _ = run(files / 'ref.npz', files / 'sample.npz', *DIGITS)
-    other, printed = run(files / 'ref.npz', files / 'sample.npz', *DIGITS, '--fd-method=scipy',
-                         '--pr-mode=fp32')
-    assert other['scores']['fid'] == pytest.approx(plain['scores']['fid'], rel=2e-2)  # 60 images, 64 features
-    assert abs(other['scores']['precision'] - plain['scores']['precision']) <= 2 / 101
-    assert 'fp32' in printed and 'scipy' in printed
+def test_statistics_of_spatial_features(run, files, stub):
+    flags = ['--allow_any_count', '--cache=']
+    direct, _ = run(files / 'ref.npz', files / 'sample.npz', *flags)
+    run('stats', files / 'ref.npz', files / 'stats.npz', '--bs=7')
+    assert {key: array.shape for key, array in np.load(files / 'stats.npz').items()} == \
+        {'mu': (6,), 'sigma': (6, 6), 'mu_s': (9,), 'sigma_s': (9, 9)}
+    report, _ = run(files / 'stats.npz', files / 'sample.npz', *flags)
+    assert set(report['unavailable']) == {'precision', 'recall'}
+    assert_equal_scores(report['scores'], direct['scores'], ['is', 'fid', 'sfid'])
+    run('stats', files / 'ref.npz', files / 'full.npz', '--keep_images')
+    assert np.array_equal(np.load(files / 'full.npz')['arr_0'], noise(60, 0))
+    report, _ = run(files / 'full.npz', files / 'sample.npz', *flags)
+    assert_equal_scores(report['scores'], direct['scores'])
+
+
+def test_statistics_alone_are_a_sample(run, files, stub, extracted):
+    flags = ['--allow_any_count', '--cache=']
+    direct, _ = run(files / 'ref.npz', files / 'sample.npz', *flags)
+    run('stats', files / 'sample.npz', files / 'stats.npz', '--keep_images')
+    extracted.clear()
+    for metrics in ('fid,sfid', 'fid'):  # no image is needed for these
+        report, _ = run(files / 'ref.npz', files / 'stats.npz', *flags, f'--metrics={metrics}')
+        assert_equal_scores(report['scores'], direct['scores'], metrics.split(','))
+    assert set(extracted) == {'ref.npz'}
+    run(files / 'ref.npz', files / 'stats.npz', *flags, '--metrics=is')
+    assert extracted[2:] == ['stats.npz']
+    run('stats', files / 'sample.npz', files / 'stats.npz')
+    report, printed = run(files / 'ref.npz', files / 'stats.npz', '--cache=')  # no count to check
+    assert set(report['scores']) == {'fid', 'sfid'}
+    assert_equal_scores(report['scores'], direct['scores'], ['fid', 'sfid'])
+    assert 'Inception Score: not available, stats.npz holds no images (arr_0)' in printed
+    assert 'stats.npz holds statistics alone: of how many images is unknown' in '\n'.join(report['warnings'])
+
+
+def test_statistics_of_spatial_features_count_beside_the_others_only(run, files, stub):
+    flags = ['--allow_any_count', '--cache=']
+    direct, _ = run(files / 'ref.npz', files / 'sample.npz', *flags)
+    for side in ('ref', 'sample'):
+        images = np.load(files / f'{side}.npz')['arr_0']
+        np.savez(files / f'{side}2.npz', arr_0=images, mu_s=np.ones(9), sigma_s=np.eye(9))
+        np.savez(files / f'{side}3.npz', arr_0=images, mu=np.ones(6), sigma=np.eye(6))
+    for ref, sample in (('ref2', 'sample'), ('ref', 'sample2')):
+        report, _ = run(files / f'{ref}.npz', files / f'{sample}.npz', *flags)
+        assert report['scores'] == direct['scores'] and not report['unavailable']
+    for ref, sample in (('ref3', 'sample'), ('ref', 'sample3')):
+        report, _ = run(files / f'{ref}.npz', files / f'{sample}.npz', *flags)
+        assert set(report['unavailable']) == {'sfid'} and report['scores']['fid'] != direct['scores']['fid']
+
+
+def test_images_are_copied_piece_by_piece(run, files, stub):
+    np.savez(files / 'many.npz', arr_0=noise(600, 0, side=128))
+    tracemalloc.start()
+    try:
+        run('stats', files / 'many.npz', files / 'full.npz', '--keep_images', '--bs=16')
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (files / 'full.npz').stat().st_size > 29e6 and peak < 12e6
+
+
+def test_modes_of_distance_and_precision_are_passed_on(run, files, stub, monkeypatch):
+    asked, distance, coverage = [], command.frechet_distance, command.precision_recall
+
+    def noted_distance(*statistics, method):
+        asked.append(method)
+        return distance(*statistics, method)
+
+    def noted_coverage(ref, sample, mode, device):
+        asked.append(mode)
+        return coverage(ref, sample, mode, device=device)
+    monkeypatch.setattr(command, 'frechet_distance', noted_distance)
+    monkeypatch.setattr(command, 'precision_recall', noted_coverage)
+    for flags, expected in (([], ['eigh', 'eigh', 'adm']), (['--fd-method=scipy'], ['scipy', 'scipy', 'adm']),
+                            (['--pr-mode=fp32'], ['eigh', 'eigh', 'fp32'])):
+        asked.clear()
+        _, printed = run(files / 'ref.npz', files / 'sample.npz', '--allow_any_count', '--cache=', *flags)
+        assert asked == expected
+        assert f'precision and recall {expected[2]}, distance by {expected[0]}' in printed
 
 
 # ---------------------------------------------------------------------------------------------- provenance
@@ -187,12 +386,64 @@ def test_manifest_is_checked(run, files):
         run(files / 'ref.npz', sample, *DIGITS)
 
 
+@pytest.mark.parametrize('name', ['sample.json', 'ref.json', 'sample.npz', 'ref.npz', 'a/../sample.json'])
+def test_report_replaces_neither_manifests_nor_images(run, files, capsys, name):
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    with pytest.raises(SystemExit):
+        run(files / 'ref.npz', files / 'sample.npz', *DIGITS, f'--json={files / name}')
+    assert 'expected a file of its own for --json' in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files.iterdir()} == before
+
+
+def test_scores_outlive_a_full_disk(run, files, stub, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(command, 'write_json', full)
+    with pytest.raises(SystemExit) as stop:
+        run(files / 'ref.npz', files / 'sample.npz', '--allow_any_count', '--cache=')
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and re.search(r'^FID: [\d.]+$', out, re.MULTILINE)
+    assert len(err.strip().splitlines()) == 1 and 'report.json (No space left on device)' in err
+
+
+@pytest.mark.parametrize('path', ['.', 'file/report.json'])
+def test_output_that_cannot_be_written_shows_at_once(run, files, stub, extracted, capsys, path):
+    (files / 'file').write_text('')
+    commands = [files / 'ref.npz', files / 'sample.npz', '--allow_any_count', f'--json={files / path}'], \
+        ['stats', files / 'ref.npz', files / path]
+    for argv in commands:
+        with pytest.raises(SystemExit):
+            run(*argv)
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and 'expected a file that can be written' in error
+    assert not extracted
+
+
+def test_statistics_do_not_replace_their_images(run, files, capsys):
+    before = (files / 'ref.npz').read_bytes()
+    with pytest.raises(SystemExit):
+        run('stats', files / 'ref.npz', files / 'x' / '..' / 'ref.npz', '--features=digits', '--keep_images')
+    assert 'expected another file as OUTPUT' in capsys.readouterr().err
+    assert (files / 'ref.npz').read_bytes() == before
+
+
 def test_report_names_what_decides_the_scores(run, files):
     report, _ = run(files / 'ref.npz', files / 'sample.npz', *DIGITS)
     assert report['network']['name'] == 'digits' and len(report['network']['digest']) == 64
     assert not report['network']['published'] and report['settings']['pr_mode'] == 'adm'
     assert report['sample']['count'] == 101 and report['reference']['count'] == 60
     assert {'torch', 'numpy', 'python'} <= set(report['versions']) and report['seconds'] >= 0
+
+
+def test_versions_name_what_may_be_missing(monkeypatch):
+    def version(package):
+        if package == 'torch-fidelity':
+            raise provenance.metadata.PackageNotFoundError
+        return f'{package} 1.2'
+    monkeypatch.setattr(provenance.metadata, 'version', version)
+    found = provenance.versions()
+    assert (found['scipy'], found['scikit-learn']) == ('scipy 1.2', 'scikit-learn 1.2')
+    assert found['torch-fidelity'] is None and found['torch'] == torch.__version__
 
 
 # ---------------------------------------------------------------------------------------------- warnings
@@ -227,6 +478,30 @@ def test_doubtful_sets_are_named(run, files):
     assert 'image sizes differ: reference 8x8, sample 16x16' in report['warnings']
 
 
+def test_warnings_of_files_reach_the_reader(run, files, stub):
+    ref, sample = write_pngs(files / 'refs', noise(60, 0)), write_pngs(files / 'pngs', noise(50, 1))
+    Image.fromarray(noise(1, 2)[0]).save(ref / 'x.jpg')
+    Image.fromarray(noise(1, 3)[0]).quantize(8).save(sample / 'x.png')
+    report, printed = run(ref, sample, '--allow_any_count', '--cache=')
+    for start in (f'JPEG images in {ref}: 1 of 61 files, first x.jpg', f'P images in {sample}: 1 of 51'):
+        assert sum(note.startswith(start) for note in report['warnings']) == 1
+        assert f'warning: {start}' in printed
+
+
+@pytest.mark.parametrize(('pixels', 'is_constant', 'is_grey'), [
+    ([[9, 9, 9], [9, 9, 9]], True, True), ([[9, 9, 9], [7, 7, 7]], False, True),
+    ([[9, 9, 8], [9, 9, 8]], True, False), ([[8, 9, 9], [8, 9, 9]], True, False),
+    ([[9, 9, 9], [9, 9, 8]], False, False), ([[9, 9, 9], [8, 9, 9]], False, False), ([[5, 5, 5]], True, True),
+    ([[5, 5, 6]], True, False),
+])
+def test_inspection_of_one_image(pixels, is_constant, is_grey):
+    inspection = Inspection()
+    for order in 'CF':
+        inspection.add(np.array([[pixels]], np.uint8, order=order))
+    assert (inspection.num_constant, inspection.num_grey) == (2 * is_constant, 2 * is_grey)
+    assert len(inspection.digests) == 2 and len(set(inspection.digests)) == 1
+
+
 def test_inspection_counts_over_parts():
     inspection, whole = Inspection(), noise(10, 0)
     for part in np.split(np.concatenate([whole, whole[:1]]), [4, 4, 9]):
@@ -247,20 +522,22 @@ def test_missing_inception_weights_exit_with_3(files):
     assert {path.name for path in files.iterdir()} == {'ref.npz', 'sample.npz'}
 
 
-def test_non_finite_features_name_the_image(run, files, monkeypatch):
-    class Broken:
-        name, digest, num_features, num_spatial, num_classes = 'broken', '', 4, 0, 2
-
+@pytest.mark.parametrize(('kind', 'bad'), [('pool', np.nan), ('spatial', -np.inf), ('logits', np.inf)])
+def test_non_finite_features_name_the_image(run, files, monkeypatch, kind, bad):
+    class Broken(Stub):
         def outputs(self, images_u8):
-            pool = images_u8.flatten(1)[:, :4].float()
-            pool[(images_u8 == 0).flatten(1).all(1)] = torch.nan
-            return Outputs(pool, None, pool[:, :2])
+            out = super().outputs(images_u8)
+            getattr(out, kind)[(images_u8 == 0).flatten(1).all(1), 1] = bad
+            return out
     monkeypatch.setattr(command, 'load_network', lambda _: Broken())
     images = noise(101, 1)
     images[77] = 0
     np.savez(files / 'sample.npz', arr_0=images)
     with pytest.raises(SystemExit, match=r'sample\.npz: .*image 77 '):
-        run(files / 'ref.npz', files / 'sample.npz', *DIGITS, '--bs=8')
+        run(files / 'ref.npz', files / 'sample.npz', '--allow_any_count', '--cache=', '--bs=8')
+    of_a_rank = extraction.FeatureSet(Broken(), 101, torch.device('cpu'), split_size=40)
+    with pytest.raises(ValueError, match='image 77 '):
+        of_a_rank.add(torch.from_numpy(images[60:]).permute(0, 3, 1, 2), 60)
 
 
 @pytest.mark.parametrize(('change', 'flags', 'message'), [
@@ -275,11 +552,15 @@ def test_non_finite_features_name_the_image(run, files, monkeypatch):
     (dict(arr_0=noise(5, 0).transpose(0, 3, 1, 2)), [], 'images.transpose(0, 2, 3, 1)'),
     (dict(arr_0=noise(0, 0)), [], 'got none'),
     (dict(other=np.zeros(3)), [], 'arr_0'),
-    (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=None), [], 'arr_0'),
+    (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=None), ['--metrics=is,fid'], 'asks for is'),
+    (dict(mu_s=np.zeros(3), sigma_s=np.eye(3), arr_0=None), [], 'got the arrays mu_s, sigma_s'),
+    (dict(sigma=np.eye(64)), [], 'got sigma alone'),
+    (dict(mu_s=np.zeros(64)), [], 'got mu_s alone'),
     (None, ['--metrics=sfid'], 'spatial'),
     (None, ['--metrics=fid,psnr'], 'psnr'),
     (None, ['--pr_mode=fp64'], 'adm or fp32'),
     (None, ['--split_size=0'], 'at least 1'),
+    (None, ['--bs=0'], '--bs must be at least 1'),
     (None, ['--pr'], 'unknown argument'),
     (None, ['--device=tpu'], 'cpu, cuda'),
 ])
@@ -310,12 +591,30 @@ def test_files_that_are_not_there_exit_with_2(run, files, monkeypatch, capsys, a
     assert not (files / 'out.npz').exists()
 
 
+@pytest.mark.parametrize('kind', ['npz', 'folder'])
+def test_references_that_are_too_small_are_named_at_once(run, files, monkeypatch, capsys, kind):
+    monkeypatch.setattr(command, 'load_network', None)
+    one = files / 'one.npz'
+    np.savez(one, arr_0=noise(1, 0))
+    if kind == 'folder':
+        one = write_pngs(files / 'one', noise(1, 0))
+    for metrics, number in (('fid', 2), ('fid,recall', 4)):
+        with pytest.raises(SystemExit):
+            run(one, files / 'sample.npz', *DIGITS, f'--metrics={metrics}')
+        assert f'at least {number} images, {one} holds 1' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('size', [0, -3])
+def test_batches_without_images_are_refused(run, files, capsys, size):
+    with pytest.raises(SystemExit):
+        run('stats', files / 'ref.npz', files / 'out.npz', '--features=digits', f'--bs={size}')
+    assert '--bs must be at least 1' in capsys.readouterr().err and not (files / 'out.npz').exists()
+
+
 # ---------------------------------------------------------------------------------------------- pack
 def test_pack_shuffles_images_with_their_labels(run, files):
-    folder, images = files / 'folder', noise(12, 0)
-    folder.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f'{i:02d}.png')
+    images = noise(12, 0)
+    folder = write_pngs(files / 'folder', images)
     np.save(folder / 'labels.npy', np.arange(12))
     run('pack', folder, files / 'a.npz', '--count=12', '--seed=3')
     packed = np.load(files / 'a.npz')

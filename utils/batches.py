@@ -243,17 +243,7 @@ class FolderBatch(ImageBatch):
     @cached_property
     def labels(self) -> np.ndarray | None:
         file = self.path / 'labels.npy'
-        if not file.exists():
-            return None
-        try:
-            labels = np.load(file, allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f'expected an array of labels, cannot read {file} ({error}): '
-                             'write it again by np.save, or remove it') from None
-        if labels.shape != (self.count,) or labels.dtype.kind not in 'iu':
-            raise ValueError(f'expected {self.count} integer labels in {file}, got {labels.dtype} '
-                             f'of shape {labels.shape}: complete the images, or remove the labels')
-        return labels.astype(np.int64)
+        return read_labels(file, self.count) if file.exists() else None
 
     def blocks(self, begin: int = 0, end: int | None = None, size: int = 64) -> Iterator[np.ndarray]:
         images = self.read(range(*slice(begin, end).indices(self.count)))
@@ -272,6 +262,25 @@ class FolderBatch(ImageBatch):
         for file, content in zip(self.files, map_ahead(sha256_of, self.files, NUM_READERS), strict=True):
             digest.update(os.fsencode(f'{file.name} {content}\n'))
         return digest.hexdigest()
+
+
+def read_labels(path: str | Path, count: int) -> np.ndarray:
+    """(count,) int64 class of every image: of a .npy file, or of text with one number per line.
+
+    Raises:
+        ValueError: it cannot be read, or holds another number of integers.
+    """
+    try:
+        with Path(path).open('rb') as file:
+            labels_N = np.loadtxt(file, dtype=np.int64, ndmin=1) if Path(path).suffix == '.txt' else \
+                np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f'expected the class of every image in {path}, cannot read it ({error}): '
+                         'pass a .npy file of integers, or a .txt file with one per line') from None
+    if labels_N.shape != (count,) or labels_N.dtype.kind not in 'iu':
+        raise ValueError(f'expected {count} integers in {path}, one per image, got {labels_N.dtype} of shape '
+                         f'{labels_N.shape}: correct the labels, or the number of images')
+    return labels_N.astype(np.int64)
 
 
 @contextmanager
@@ -304,13 +313,14 @@ def _decode(path: Path) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------- packing
 def write_npz(path: str | Path, images: Iterable[np.ndarray], count: int, height: int, width: int,
-              labels: np.ndarray | None = None) -> None:
+              labels: np.ndarray | None = None, **arrays: np.ndarray) -> None:
     """Write an npz as FID evaluators read it: uncompressed, equal bytes for equal images and labels.
 
     Args:
         images: uint8 images (H, W, 3) or blocks (n, H, W, 3); one at a time is in memory.
         count: how many there are in all.
         labels: (N,) integers, kept as int64 under `arr_1`.
+        arrays: what else the file holds, by name.
     Raises:
         ValueError: other images, or another number of them or of labels.
         OSError: the disk is full or not writable; what was at `path` before is intact.
@@ -337,9 +347,10 @@ def write_npz(path: str | Path, images: Iterable[np.ndarray], count: int, height
                     found = 'more' if num_written > count else num_written
                     raise ValueError(f'expected {count} images for {path}, got {found}: '
                                      'complete them, or give their true number')
-            if labels is not None:
-                with _new_member(archive, 'arr_1.npy') as stream:
-                    np.lib.format.write_array(stream, np.asarray(labels, np.int64), (1, 0))
+            of_labels = {} if labels is None else dict(arr_1=np.asarray(labels, np.int64))
+            for name, array in (of_labels | arrays).items():
+                with _new_member(archive, f'{name}.npy') as stream:
+                    np.lib.format.write_array(stream, array, (1, 0), allow_pickle=False)
     except OSError as error:
         raise OSError(f'could not write {path} ({error.strerror or error}): free some space, or write '
                       'elsewhere; nothing was changed') from error

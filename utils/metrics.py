@@ -114,31 +114,26 @@ class FeatureStatistics:
         self.mean = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
-    def add(self, features_NF: torch.Tensor) -> None:
+    def add(self, features_NF: torch.Tensor, first: int | None = None) -> None:
         """Take in rows of features; none at all is legal.
 
+        Args:
+            first: number of the first image, for errors; None counts those that were added.
         Raises:
             ValueError: a feature is nan or infinite.
         """
         if len(features_NF) == 0:
             return
         features_NF = features_NF.to(self.mean)
-        finite_N = features_NF.isfinite().all(1)
-        if not finite_N.all():
-            raise ValueError(f'expected finite features, image {self.count + finite_N.int().argmin().item()} '
-                             'gives nan or infinite ones: check its pixels and the weights')
         mean = features_NF.mean(0)
-        shifted_NF = features_NF - mean
-        self._merge(len(features_NF), mean, shifted_NF.T @ shifted_NF)
-
-    def merge(self, other: 'FeatureStatistics') -> None:
-        """Take in the rows that `other` has seen."""
-        if other.count:
-            self._merge(other.count, other.mean, other.scatter)
-
-    def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total, shift = self.count + count, mean - self.mean
-        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
+        if not mean.isfinite().all():
+            first = self.count if first is None else first
+            row = features_NF.isfinite().all(1).int().argmin().item()
+            raise ValueError(f'expected finite features, image {first + row} gives nan or infinite '
+                             'ones: check its pixels and the weights')
+        count, total, shift = len(features_NF), self.count + len(features_NF), mean - self.mean
+        features_NF = features_NF - mean
+        self.scatter += features_NF.T @ features_NF + torch.outer(shift, shift) * (self.count * count / total)
         self.mean += shift * (count / total)
         self.count = total
 
@@ -199,7 +194,7 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
                      method: str = 'eigh') -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of two Gaussians, in float64.
 
-    Equal Gaussians may give a value a little below zero.
+    Equal Gaussians may give a value a little below zero. Computed on CUDA where a covariance is there.
 
     Args:
         mu1, mu2: (F,). sigma1, sigma2: (F, F).
@@ -213,7 +208,8 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise ValueError(f'expected statistics of equal size, got {tuple(mu1.shape)} and {tuple(mu2.shape)} '
                          'features: compare features of the same network')
-    device = 'cpu' if method == 'scipy' or mu1.device.type == 'mps' else mu1.device  # mps has no float64
+    on_cuda = [t.device for t in (sigma1, sigma2) if t.is_cuda and method == 'eigh']
+    device = on_cuda[0] if on_cuda else 'cpu'  # mps has no float64
     mu1, sigma1, mu2, sigma2 = (t.to(device, torch.float64) for t in (mu1, sigma1, mu2, sigma2))
     for number, statistics in enumerate(((mu1, sigma1), (mu2, sigma2)), start=1):
         if not all(t.isfinite().all() for t in statistics):

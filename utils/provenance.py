@@ -1,6 +1,7 @@
 """What a result was made with: versions of the packages, commit of this code."""
 import platform
 import subprocess
+from importlib import metadata
 
 import numpy as np
 import PIL
@@ -10,10 +11,16 @@ import torchvision
 from utils.recipe import REPO
 
 
-def versions() -> dict[str, str]:
-    """Version of everything that may change a pixel or a score."""
+def versions() -> dict[str, str | None]:
+    """Version of everything that may change a pixel or a score; None of packages that are not installed."""
+    def installed(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                torchvision=torchvision.__version__, pillow=PIL.__version__)
+                torchvision=torchvision.__version__, pillow=PIL.__version__) | {
+        package: installed(package) for package in ('scipy', 'scikit-learn', 'torch-fidelity')}
 
 
 def git_commit() -> str | None:

@@ -24,7 +24,7 @@ class SampleRecipe:
     output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it')
     num_images: int = opt(50_000, 'images, spread evenly over the classes')
     classes: str = opt('', 'class ids joined by "_"; empty takes all')
-    labels: str = opt('', 'class of every image: a .npy file of integers, or text with one per line')
+    labels: str = opt('', 'class of every image: .npy, or .txt with one per line')
     seed: int = opt(0, 'the noise of image i is a function of (seed, i)')
     cfg: float = opt(1.5, 'classifier-free guidance in the unit of the paper')
     precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16')

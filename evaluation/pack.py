@@ -1,0 +1,107 @@
+"""Files for `evaluate.py REF SAMPLE`: statistics of images (`stats`), and images as one npz (`pack`)."""
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import dist
+from evaluation.features import FeatureSettings, extract, load_network
+from evaluation.images import check_output
+from utils.arg_util import check_limits, opt
+from utils.batches import NUM_READERS, open_batch, pack_folder, shuffled, write_npz
+from utils.checkpoint import atomic_path
+from utils.data import build_transforms, open_split
+from utils.image_store import map_ahead
+from utils.metrics import to_uint8
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StatsSettings(FeatureSettings):
+    """Settings of `evaluate.py stats`."""
+
+    images: str = opt('', 'npz or folder of PNG files', positional=True)
+    output: str = opt('', 'npz to write', positional=True)
+    keep_images: bool = opt(False, 'store the images, too, as precision and recall need')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.images and self.output):
+            raise ValueError('expected INPUT and OUTPUT: evaluate.py stats FOLDER_OR_NPZ OUT.npz')
+        if Path(self.output).resolve() == Path(self.images).resolve():
+            raise ValueError(f'expected another file as OUTPUT than INPUT, got {self.output} for both: '
+                             'its images would be replaced; pass another name')
+
+
+def evaluate_stats(settings: StatsSettings) -> None:
+    """`evaluate.py stats`: mu, sigma and, where the network has spatial features, mu_s, sigma_s."""
+    batch = open_batch(settings.images)
+    if batch.count < 2:
+        raise ValueError(f'statistics need 2 images or more, {settings.images} holds {batch.count}: add some')
+    check_output(settings.output)
+    features, inspection = extract(batch, load_network(settings), settings)
+    if dist.is_master():
+        content = features.arrays()
+        if settings.keep_images:
+            write_npz(settings.output, batch.blocks(), batch.count, batch.height, batch.width, **content)
+        else:
+            with atomic_path(settings.output) as temporary, temporary.open('wb') as file:
+                np.savez(file, **content)
+        for note in batch.warnings + inspection.warnings(batch.path.name):
+            logger.warning(note)
+        logger.info('statistics of %d images are in %s', batch.count, settings.output)
+    dist.barrier()
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """Settings of `evaluate.py pack`."""
+
+    folder: str = opt('', 'PNG files and, where known, labels.npy; or, with --image_size, a data set',
+                      positional=True)
+    output: str = opt('', 'npz to write', positional=True)
+    count: int | None = opt(None, 'number of images that the folder must hold; None takes what is there')
+    seed: int = opt(0, 'of the order')
+    no_shuffle: bool = opt(False, 'keep the order of names; the Inception Score needs a mixed one')
+    allow_jpeg: bool = opt(False, 'accept JPEG files, whose losses change FID')
+    image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
+                                       'of this side as the references of ADM')
+    split: str = opt('val', 'of the data set: val or train')
+
+    def __post_init__(self):
+        if not (self.folder and self.output):
+            raise ValueError('expected FOLDER and OUTPUT: evaluate.py pack FOLDER OUT.npz')
+        check_limits(self)
+        if self.split not in ('val', 'train'):
+            raise ValueError(f'--split must be val or train, got {self.split!r}')
+
+
+def evaluate_pack(settings: PackSettings) -> None:
+    """`evaluate.py pack`: a folder of images, or a data set, as one npz in random order."""
+    if dist.is_master():
+        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+        seed = None if settings.no_shuffle else settings.seed
+        if settings.image_size:
+            pack_data_set(settings, seed)
+        else:
+            batch = pack_folder(settings.folder, settings.output, settings.count, seed, settings.allow_jpeg)
+            for note in batch.warnings:
+                logger.warning(note)
+        logger.info('packed the images of %s into %s', settings.folder, settings.output)
+    dist.barrier()
+
+
+def pack_data_set(settings: PackSettings, seed: int | None) -> None:
+    """Centre crops of a split of a data set and their classes, as a reference of one's own."""
+    size, count = settings.image_size, settings.count
+    images = open_split(settings.folder, settings.split, build_transforms(size, crop='adm')[1])
+    if count not in (None, len(images)):
+        raise ValueError(f'expected {count} images in {settings.folder}, got {len(images)}: correct --count')
+    order = np.arange(len(images)) if seed is None else shuffled(len(images), seed)
+
+    def crop(i: int) -> np.ndarray:
+        return to_uint8(images[i][0]).permute(1, 2, 0).numpy()
+    write_npz(settings.output, map_ahead(crop, order.tolist(), NUM_READERS), len(order), size, size,
+              np.asarray(images.targets)[order])
