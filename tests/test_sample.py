@@ -203,7 +203,7 @@ def test_listed_labels(sample_here, tmp_path, suffix):
     np.save(path, [0, 0, 3, 2, 1]) if suffix == 'npy' else path.write_text('0 0 3 2 1')
     with pytest.raises(SystemExit, match='other settings'):
         sample_here(tmp_path / 'a', f'--labels={path}', '--num_images=5')
-    with pytest.raises(SystemExit, match='expected 20 integers .*number of images'):
+    with pytest.raises(SystemExit, match=r'expected 20 integers .*number of images'):
         sample_here(tmp_path / 'c', f'--labels={path}')
 
 
