@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sample
 import train
 import trainer
 from evaluation.images import ScoreSettings, score_images
@@ -28,6 +29,7 @@ from tests.runs import (
     read,
     start,
 )
+from utils.arg_util import parse_sample_recipe
 from utils.checkpoint import newest_checkpoint
 from utils.data import build_dataset
 from utils.log import one_line_errors
@@ -483,7 +485,7 @@ def test_distance_of_samples_during_training(data, train_here, tmp_path):
 
     # the last point again, from the checkpoint: averaged weights, the same noise, the same reference
     flags = [f'--ckpt={folder / "ar-ckpt-last.pth"}', '--num_images=20', f'--output={tmp_path / "drawn"}']
-    launch('sample.py', [*flags, '--cfg=2', '--top_k=8', '--bs=7'])
+    sample.sample(parse_sample_recipe([*flags, '--cfg=2', '--top_k=8', '--bs=7']))
     pictures = [image for image, _ in build_dataset(str(data[0]), 16)[2]]
     np.savez(tmp_path / 'val.npz', arr_0=to_uint8(torch.stack(pictures)).permute(0, 2, 3, 1).numpy())
     report = score_images(ScoreSettings(features='digits', ref=str(tmp_path / 'val.npz'), cache='',
@@ -526,7 +528,7 @@ def test_distance_that_a_kill_prevented_is_drawn_by_the_next_start(train_here, t
 
 
 @pytest.mark.parametrize(('flag', 'word'), [
-    ('--fid_flags=--top_q=3', '--top_k'), ('--fid_flags=--cfg=x', '--cfg'),
+    ('--fid_flags=--top_q=3', '--top_p'), ('--fid_flags=--cfg=x', '--cfg'),
     ('--fid_flags=--classes=3', 'classes'),
     ('--fid_ref=nowhere.npz', 'nowhere.npz'), ('--inception_weights=nowhere.pth', 'nowhere.pth')])
 def test_flags_of_the_distance_are_checked_first(train_here, tmp_path, capsys, flag, word):

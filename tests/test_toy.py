@@ -81,6 +81,7 @@ def test_export_loads_strictly_and_keeps_the_tokens(toy):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_unit_normal_codebook_collapses_and_the_alarm_sees_it(toy):
     """The negative control. Measured: 35 codes at any scale, perplexity of 1x1 6."""
     run = toy('vqvae', '--codebook_init=normal', '--steps=600', *PLAIN)

@@ -1,4 +1,5 @@
 """KL-16, VQ-16 and FlexVAE trained on the toy set by train.py; bars as in test_toy.py."""
+import pytest
 import torch
 
 from tests.runs import read
@@ -6,19 +7,23 @@ from tests.runs import read
 SCALES = ('1x1', '2x2', '3x3', '4x4')
 
 
-def test_kl(toy):
-    run = toy('kl16')
-    assert run.scores['psnr'] >= 21.
+@pytest.mark.parametrize(('steps', 'bar'), [(200, 20.), pytest.param(400, 21., marks=pytest.mark.slow)])
+def test_kl(toy, steps, bar):
+    """Measured: 20.5 dB, 22.2 dB."""
+    run = toy('kl16', f'--steps={steps}')
+    assert run.scores['psnr'] >= bar
     config = read(run.folder, 'vae-ckpt-last.pth')['trainer']['config']
     assert torch.load(run.folder / 'vae-export.pth', weights_only=True)['config'] == config
     assert len(config['latent_std']) == 4 and min(config['latent_std']) > 0
     assert run.steps[-1]['alarm_collapse'] == 0 and run.steps[-1]['kl'] > 0
 
 
-def test_vq(toy):
-    run = toy('vq16')
-    assert run.scores['psnr'] >= 19.8
-    assert run.scores['distinct_4x4'] >= 450 and run.scores['perplexity_4x4'] >= 200
+@pytest.mark.parametrize(('steps', 'bar'), [(250, 19.), pytest.param(400, 19.8, marks=pytest.mark.slow)])
+def test_vq(toy, steps, bar):
+    """Measured: 19.6 dB, 456 codes, perplexity 311; 20.9 dB, 485 codes, perplexity 346."""
+    run = toy('vq16', f'--steps={steps}')
+    assert run.scores['psnr'] >= bar
+    assert run.scores['distinct_4x4'] >= (400 if steps < 400 else 450) and run.scores['perplexity_4x4'] >= 200
 
 
 def test_flexvae(toy):
