@@ -10,8 +10,10 @@
 Exit codes: 0 done, 2 wrong usage or input, 3 weights of a feature network or classifier are missing; torchrun
 itself ends with 1 then.
 """
+import difflib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import dist
@@ -52,6 +54,9 @@ def main() -> None:
     name = argv[0] if argv[0] in COMMANDS else ''
     command = COMMANDS.get(name, SCORE)
     parser = make_parser(command.settings, f'evaluate.py {name}'.strip(), command.description)
+    meant = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0.7)
+    if not name and meant and not Path(argv[0]).exists():
+        parser.error(f'expected REF or a command, got {argv[0]!r}: the nearest command is {meant[0]}')
     try:
         settings = command.settings(**parser.parse(argv[1:] if name else argv))
     except ValueError as error:

@@ -8,7 +8,6 @@ continues by the same command. `--sweep` does this for every combination of some
 import dataclasses
 import json
 import logging
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ from evaluation.sweep import ScoreTable
 from models import ARModel, build_generator
 from models.helpers import ImageNoise
 from utils.amp_sc import autocast
-from utils.arg_util import SampleRecipe, make_parser, parse_sample_recipe
+from utils.arg_util import SampleRecipe, parse_flags, parse_sample_recipe
 from utils.batches import read_labels, shuffled, write_npz
 from utils.checkpoint import atomic_path, load_file, lock_folder, model_weights, tokenizer_weights
 from utils.hub import fetch, sha256_of
@@ -97,11 +96,10 @@ def claim(note: Path, description: dict[str, Any], is_empty: bool) -> None:
         ValueError: it was made with others, or nobody knows with which.
     """
     try:
-        same = json.loads(note.read_text()) == description
-    except FileNotFoundError:
-        same = is_empty
-    except ValueError:
-        same = False
+        same = is_empty or json.loads(note.read_text()) == description
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{note.parent} holds images of unknown settings (cannot read {note}: '
+                         f'{type(error).__name__}): pass another --output, or remove the folder') from None
     if not same:
         raise ValueError(f'{note.parent} was begun with other settings or weights (see {note}): '
                          'pass another --output, or remove the folder')
@@ -172,10 +170,11 @@ def sample(recipe: SampleRecipe) -> Path:
     with lock_folder(folder) if dist.is_master() else nullcontext():
         store = STORES[recipe.format](folder, recipe.writers)
         if dist.is_master():
-            claim(folder / 'settings.json', description, is_empty=not store.stored(recipe.num_images).any())
+            claim(folder / 'settings.json', description,
+                  is_empty=not store.stored(recipe.num_images).any() and not target.exists())
             with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
                 np.save(file, labels_N)
-        complete = is_complete(manifest_path, target, description | extent) and (
+        complete = dist.is_master() and is_complete(manifest_path, target, description | extent) and (
             recipe.format == 'npz' or store.stored(recipe.num_images).all())
         if dist.allgather_object(bool(complete))[0]:
             if dist.is_master():
@@ -192,17 +191,20 @@ def sample(recipe: SampleRecipe) -> Path:
                 world_size=dist.get_world_size(), seconds=round(time.time() - begin, 1)))
             store.discard()
             logger.info('packed %d images into %s', recipe.num_images, target)
+        elif dist.is_master():
+            logger.info('%d images are in %s', recipe.num_images, folder)
         dist.barrier()
     return target
 
 
 def is_complete(manifest_path: Path, target: Path, expected: dict[str, Any]) -> bool:
-    """Whether the npz of such a job is there, by its manifest."""
+    """Whether the npz of such a job is there, and still what its manifest says."""
     try:
         manifest = json.loads(manifest_path.read_text())
     except (OSError, ValueError):
         return False
-    return target.is_file() and {name: manifest.get(name) for name in expected} == expected
+    return {name: manifest.get(name) for name in expected} == expected and target.is_file() \
+        and sha256_of(target) == manifest.get('npz_sha256')
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
@@ -212,7 +214,7 @@ def score_settings(recipe: SampleRecipe, npz: str) -> ScoreSettings:
     Raises:
         ValueError: `--score` holds wrong flags, or some that the sweep sets itself.
     """
-    flags = make_parser(ScoreSettings, '--score', '').parse(shlex.split(recipe.score))
+    flags = parse_flags(ScoreSettings, '--score', recipe.score)
     own = sorted(flags.keys() & {'ref', 'sample', 'json', 'device'})
     if own:
         raise ValueError(f'--score takes flags of evaluate.py, but for {", ".join(own)}: leave it out')
@@ -236,11 +238,15 @@ def sweep(recipe: SampleRecipe) -> None:
         if dist.is_master():
             fixed = {name: value for name, value in vars(recipe).items() if name not in swept and name not in
                      {*recipe.FREE, 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}}
-            hashes = {flag: sha256_of(fetch(getattr(recipe, flag))) for flag in ('ckpt', 'vae_ckpt')
+            hashes = {flag: sha256_of(fetch(getattr(recipe, flag))) for flag in ('ckpt', 'vae_ckpt', 'labels')
                       if getattr(recipe, flag) and flag not in swept}
             claim(folder / 'sweep.json', dict(
-                swept=swept, settings=fixed, weights_sha256=hashes, network=network.digest,
+                swept=swept, settings=fixed, sha256=hashes, network=network.digest,
                 reference_sha256=reference.describe()['sha256']), is_empty=not table.rows)
+        for combination in combinations:  # what the model refuses is news before hours of drawing
+            job = recipe.at(combination)
+            model, _ = load_generator(job.model, job.ckpt, job.vae_ckpt, job.weights, dist.get_device())
+            draw(model, job, range(1), image_labels(job, model.num_classes)[:1])
         for combination in combinations:
             if dist.allgather_object(table.has(combination))[0]:
                 continue
@@ -254,6 +260,7 @@ def sweep(recipe: SampleRecipe) -> None:
             dist.barrier()
         if dist.is_master():
             table.draw()
+            logger.info('all scores are in %s', table.csv)
 
 
 def main() -> None:

@@ -178,7 +178,7 @@ class Run:
         self.trainer = build_trainer(recipe, self.model, self.total_steps)
         if path:
             self._resume(path, checkpoint)
-        self.fid = None if self.is_tokenizer else build_training_fid(recipe, self.val_loader, self.device)
+        self.fid = None if self.is_tokenizer else build_training_fid(recipe, self.model, self.val_loader)
 
         # 4. logs
         tb_dir = str(self.folder / recipe.run_name(world_size)) if dist.is_master() else None

@@ -18,7 +18,7 @@ import torch
 
 import dist
 from evaluation.features import DeviceSettings, read_ahead, share
-from evaluation.images import read_manifest, write_json
+from evaluation.images import check_output, read_manifest, refuse_overwriting, write_json
 from utils.arg_util import opt
 from utils.batches import NUM_READERS, ImageBatch, open_batch, read_labels, shuffled, write_npz
 from utils.classifiers import Classifier, load_classifier
@@ -159,13 +159,15 @@ class ClassifySettings(ClassifierSettings):
         super().__post_init__()
         if not self.sample:
             raise ValueError('expected SAMPLE: evaluate.py classify-eval FOLDER_OR_NPZ --classifier=NAME')
+        if self.json:
+            refuse_overwriting(self.json, self.sample, *[self.labels] * bool(self.labels))
 
 
 def evaluate_classify(settings: ClassifySettings) -> str | None:
     """`evaluate.py classify-eval`: the text for the reader, on the master."""
     begin = time.time()
     if settings.json:
-        Path(settings.json).parent.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
+        check_output(settings.json)
     batch = open_batch(settings.sample)
     labels_N = load_labels(batch, settings.labels)
     classifier = load(settings, labels_N)
@@ -282,7 +284,7 @@ def evaluate_reject(settings: RejectSettings) -> str | None:
     Equal inputs and settings give equal files, for any number of processes.
     """
     target = Path(settings.output)
-    target.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
+    check_output(target)
     batch = open_batch(settings.images)
     batch[0]  # likewise: a compressed npz cannot be read in random order
     labels_N = load_labels(batch, settings.labels)

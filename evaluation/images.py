@@ -27,7 +27,7 @@ from evaluation.features import (
     write_cache,
 )
 from utils.arg_util import opt
-from utils.batches import ImageBatch, npz_keys, open_batch
+from utils.batches import SUFFIXES, ImageBatch, npz_keys, open_batch
 from utils.checkpoint import atomic_path
 from utils.hub import sha256_of
 from utils.inception import SHA256
@@ -72,10 +72,11 @@ class ScoreSettings(FeatureSettings):
         for name in ('split_size', 'expected_count'):
             if getattr(self, name) < 1:
                 raise ValueError(f'--{name} must be at least 1, got {getattr(self, name)}')
-        for path in map(Path, (self.ref, self.sample)):
-            if self.json and Path(self.json).resolve() in (path.resolve(), manifest_of(path).resolve()):
-                raise ValueError(f'expected a file of its own for --json, got {self.json}, which is {path} '
-                                 'or the place of its manifest: pass another name')
+        if self.json:
+            refuse_overwriting(self.json, self.ref, self.sample)
+        if self.features == 'digits' and self.metrics and 'sfid' in self.wanted:
+            raise ValueError('--metrics asks for sfid, but the digits network has no spatial features: '
+                             'leave it out')
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -305,10 +306,10 @@ def compute(wanted: list[str], settings: ScoreSettings, ref: ImageSet, sample: I
         if name in wanted:
             scores[name] = frechet_distance(*ref.statistics[suffix], *sample.statistics[suffix],
                                             method=settings.fd_method)
-    if 'fid' in wanted and sample.batch and not sample.stored \
-            and sample.batch.count <= len(sample.statistics[''][0]):
-        notes.append(f'rank-deficient covariance of {sample.batch.count:,} images; FID is strongly biased '
-                     'for few samples, 50,000 is standard')
+    for name, side in (('sample', sample), ('reference', ref)):
+        if 'fid' in wanted and not side.stored and side.batch.count <= len(side.statistics[''][0]):
+            notes.append(f'{name}: rank-deficient covariance of {side.batch.count:,} images; FID is strongly '
+                         'biased for few images, 50,000 is standard')
     if ref.batch and sample.batch:
         sizes = [(side.batch.height, side.batch.width) for side in (ref, sample)]
         if sizes[0] != sizes[1]:
@@ -356,6 +357,21 @@ def evaluate_images(settings: ScoreSettings) -> str | None:
                              'above: free some space, or write elsewhere') from None
     dist.barrier()
     return text
+
+
+def refuse_overwriting(output: str, *inputs: str) -> None:
+    """Make sure that a file to be written is none that was given, none of a given folder, and no manifest.
+
+    Raises:
+        ValueError: it is.
+    """
+    target = Path(output).resolve()
+    for path in map(Path, inputs):
+        is_image = target.parent == path.resolve() and target.suffix.lower() in (*SUFFIXES, '.npy')
+        neighbours = (manifest_of(path), manifest_of(path).with_suffix('.npz'))
+        if is_image or target in (path.resolve(), *(neighbour.resolve() for neighbour in neighbours)):
+            raise ValueError(f'expected a file of its own for the result, got {output}, which is or '
+                             f'describes {path}: pass another name')
 
 
 def check_output(path: str | Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 import dist
 from evaluation.features import FeatureSettings, extract, load_network
-from evaluation.images import check_output
+from evaluation.images import check_output, refuse_overwriting
 from utils.arg_util import check_limits, opt
 from utils.batches import NUM_READERS, open_batch, pack_folder, shuffled, write_npz
 from utils.checkpoint import atomic_path
@@ -30,9 +30,7 @@ class StatsSettings(FeatureSettings):
         super().__post_init__()
         if not (self.images and self.output):
             raise ValueError('expected INPUT and OUTPUT: evaluate.py stats FOLDER_OR_NPZ OUT.npz')
-        if Path(self.output).resolve() == Path(self.images).resolve():
-            raise ValueError(f'expected another file as OUTPUT than INPUT, got {self.output} for both: '
-                             'its images would be replaced; pass another name')
+        refuse_overwriting(self.output, self.images)
 
 
 def evaluate_stats(settings: StatsSettings) -> None:
@@ -74,6 +72,10 @@ class PackSettings:
         if not (self.folder and self.output):
             raise ValueError('expected FOLDER and OUTPUT: evaluate.py pack FOLDER OUT.npz')
         check_limits(self)
+        if self.seed >= 2 ** 32:
+            raise ValueError(f'--seed must be below 2**32, got {self.seed}')
+        if Path(self.output).resolve() != Path(f'{self.folder}.npz').resolve():  # which is where it belongs
+            refuse_overwriting(self.output, self.folder)
         if self.split not in ('val', 'train'):
             raise ValueError(f'--split must be val or train, got {self.split!r}')
 
@@ -81,7 +83,7 @@ class PackSettings:
 def evaluate_pack(settings: PackSettings) -> None:
     """`evaluate.py pack`: a folder of images, or a data set, as one npz in random order."""
     if dist.is_master():
-        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+        check_output(settings.output)
         seed = None if settings.no_shuffle else settings.seed
         if settings.image_size:
             pack_data_set(settings, seed)

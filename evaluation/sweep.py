@@ -24,8 +24,13 @@ class ScoreTable:
         self.csv, self.png = (output.with_name(f'{output.name}.{suffix}') for suffix in ('csv', 'png'))
         self.settings, self.rows = settings, []
         if self.csv.exists():
-            with self.csv.open(newline='') as file:
-                self.rows = list(csv.DictReader(file))
+            try:
+                with self.csv.open(newline='') as file:
+                    rows = list(csv.DictReader(file))
+            except ValueError as error:
+                raise ValueError(f'expected the table of a sweep in {self.csv}, cannot read it ({error}): '
+                                 'pass another --output, or move it away') from None
+            self.rows = [row for row in rows if all(row.values())]  # others were cut off
             if any(name not in row for row in self.rows for name in settings):
                 raise ValueError(f'{self.csv} is of another sweep, with {", ".join(self.rows[0])}: '
                                  'pass another --output, or move it away')

@@ -5,7 +5,6 @@ the published FID of 50,000 images.
 """
 import logging
 import math
-import shlex
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
@@ -17,7 +16,7 @@ import dist
 from evaluation.features import FeatureSet, FeatureSettings, load_network
 from models import ARModel
 from models.helpers import ImageNoise
-from utils.arg_util import SAMPLE_RECIPES, GeneratorRecipe, SampleRecipe, make_parser
+from utils.arg_util import SAMPLE_RECIPES, GeneratorRecipe, SampleRecipe, parse_flags
 from utils.inception import MissingWeights
 from utils.metrics import frechet_distance, read_statistics, to_uint8
 
@@ -55,8 +54,7 @@ class TrainingFID:
         return frechet_distance(*self.reference, *features.statistics()[''])
 
 
-def build_training_fid(recipe: GeneratorRecipe, val_loader: DataLoader,
-                       device: torch.device) -> TrainingFID | None:
+def build_training_fid(recipe: GeneratorRecipe, model: ARModel, val_loader: DataLoader) -> TrainingFID | None:
     """What the recipe asks for; None where it asks for nothing or weights are missing. Every rank calls it.
 
     Raises:
@@ -65,13 +63,15 @@ def build_training_fid(recipe: GeneratorRecipe, val_loader: DataLoader,
     if not recipe.fid_images:
         return None
     cls = SAMPLE_RECIPES[recipe.model]
-    flags = make_parser(cls, '--fid_flags', '').parse(shlex.split(recipe.fid_flags))
+    flags = parse_flags(cls, '--fid_flags', recipe.fid_flags)
     of_the_family = {f.name for f in fields(cls)} - {f.name for f in fields(SampleRecipe)}
     useless = sorted(flags.keys() - of_the_family - {'cfg', 'seed', 'batch_size'})
     if useless:
         raise ValueError(f'--fid_flags takes cfg, seed, batch_size and what is special to {recipe.model}, '
                          f'got {", ".join(useless)}: leave it out')
     settings = cls(**flags, model=recipe.model, ckpt='in training', num_images=recipe.fid_images)
+    with torch.no_grad():  # what the model refuses is news before the first epoch
+        model.sample([0], rng=ImageNoise(0, [0]), **settings.sample_kwargs())
     feature_settings = FeatureSettings(features=recipe.fid_features, offline=True,
                                        inception_weights=recipe.inception_weights)
     try:
@@ -84,7 +84,7 @@ def build_training_fid(recipe: GeneratorRecipe, val_loader: DataLoader,
         return None
     if recipe.fid_ref:
         return TrainingFID(network, settings, read_statistics(recipe.fid_ref, network.num_features))
-    features = FeatureSet(network, len(val_loader.dataset), device)
+    features = FeatureSet(network, len(val_loader.dataset), model.device)
     seen = 0
     for images_B3HW, _ in val_loader:
         features.add(to_uint8(images_B3HW), seen)

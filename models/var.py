@@ -320,9 +320,13 @@ class VAR(ARModel):
 
     @torch.no_grad()
     def _images(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
+        damaged_B = torch.zeros_like(label_B, dtype=torch.bool)
         for step in self.sample_scales(label_B, **options):
             f_hat = step.f_hat
-        return self.tokenizer.fhat_to_img(f_hat).add_(1).mul_(0.5)
+            damaged_B |= ~step.logits_BlV.isfinite().flatten(1).all(1)
+        images_B3HW = self.tokenizer.fhat_to_img(f_hat).add_(1).mul_(0.5)
+        # codes are drawn from such logits, too, and would make an image that looks like any other
+        return images_B3HW.masked_fill_(damaged_B[:, None, None, None], torch.nan)
 
     # ------------------------------------------------------------------------------ metrics
     @torch.no_grad()

@@ -529,7 +529,8 @@ def test_distance_that_a_kill_prevented_is_drawn_by_the_next_start(train_here, t
 
 @pytest.mark.parametrize(('flag', 'word'), [
     ('--fid_flags=--top_q=3', '--top_p'), ('--fid_flags=--cfg=x', '--cfg'),
-    ('--fid_flags=--classes=3', 'classes'),
+    ('--fid_flags=--classes=3', 'classes'), ('--fid_flags=--top_k=900', 'top_k'),
+    ("--fid_flags='", 'quotation'),
     ('--fid_ref=nowhere.npz', 'nowhere.npz'), ('--inception_weights=nowhere.pth', 'nowhere.pth')])
 def test_flags_of_the_distance_are_checked_first(train_here, tmp_path, capsys, flag, word):
     features = '--fid_features=' + ('inception' if 'inception' in flag else 'digits')

@@ -308,6 +308,48 @@ def test_images_that_are_not_finite_are_refused(sample_here, tmp_path, weights):
     assert not list((tmp_path / 'a').glob('*.png'))
 
 
+@pytest.mark.parametrize('name', ['head.weight', 'word_embed.weight', 'blocks.0.ffn.fc1.weight'])
+def test_damaged_generators_are_noticed(sample_here, tmp_path, weights, name):
+    """From nan logits codes are drawn as from others."""
+    checkpoint = torch.load(weights[0], weights_only=True)
+    checkpoint['trainer']['var_wo_ddp'][name].flatten()[0] = torch.nan
+    torch.save(checkpoint, tmp_path / 'ckpt.pth')
+    with pytest.raises(SystemExit, match='finite pixels'):
+        sample_here(tmp_path / 'a', f'--ckpt={tmp_path / "ckpt.pth"}')
+
+
+def test_damaged_npz_is_packed_again(sample_here, tmp_path):
+    first = sample_here(tmp_path / 'a')
+    content = bytearray((tmp_path / 'a.npz').read_bytes())
+    content[2000] ^= 1
+    (tmp_path / 'a.npz').write_bytes(content)
+    assert np.array_equal(sample_here(tmp_path / 'a'), first)
+
+
+def test_refused_settings_leave_the_folder_free(sample_here, tmp_path):
+    with pytest.raises(SystemExit, match='top_k'):
+        sample_here(tmp_path / 'a', '--top_k=900')
+    sample_here(tmp_path / 'a', '--top_k=9')
+
+
+@pytest.mark.parametrize('damage', ['empty', 'short', 'rows'])
+def test_damaged_pieces_are_named(sample_here, tmp_path, monkeypatch, damage):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, 'pack', lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample_here(tmp_path / 'a', '--format=npz', '--bs=10')
+    piece = tmp_path / 'a' / 'pixels-000000-000010.npy'
+    (tmp_path / 'a' / 'pixels-x.npy').write_text('somebody else')
+    if damage == 'rows':
+        np.save(piece, np.load(piece)[:4])
+    else:
+        piece.write_bytes(piece.read_bytes()[:200 if damage == 'short' else 0])
+    with pytest.raises(SystemExit, match=r'pixels-000000-000010\.npy .*remove the file'):
+        sample_here(tmp_path / 'a', '--format=npz', '--bs=10')
+    piece.unlink()
+    sample_here(tmp_path / 'a', '--format=npz', '--bs=10')
+
+
 def test_pieces_that_a_kill_left_are_removed(sample_here, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sample.STORES['npz'], 'discard', lambda self: None)
@@ -377,6 +419,9 @@ def test_sweep_scores_every_combination_and_resumes(sample_here, tmp_path, monke
     np.savez(tmp_path / 'ref.npz', arr_0=np.zeros((30, 16, 16, 3), np.uint8))
     with pytest.raises(SystemExit, match='--output'):
         sample_here(folder, '--sweep=cfg=1,2 top_k=0,8', *flags)
+    with pytest.raises(SystemExit, match='top_k'):  # the second setting, before the first is drawn
+        sample_here(tmp_path / 'none', '--sweep=top_k=8,900', *flags)
+    assert not list((tmp_path / 'none').glob('*/pixels*')) and not list((tmp_path / 'none').glob('*.npz'))
     single = sample_here(tmp_path / 'one', '--cfg=2', '--top_k=8')
     assert np.array_equal(by_index(folder / 'cfg=2.0_top_k=8.npz'), single)
     np.savez(tmp_path / 'ref.npz', arr_0=reference)
@@ -395,6 +440,11 @@ def evaluation_report(ref, npz):
     (['--sweep=batch_size=1,2', '--ref=a.npz'], 'expects name=value'),
     (['--sweep=cfg=1,2'], '--ref'),
     (['--sweep=weights=ema,raww', '--ref=a.npz'], 'ema or raw'),
+    (['--sweep=cfg=1 cfg=2', '--ref=a.npz'], 'cfg again'), (['--sweep= ', '--ref=a.npz'], 'name=value'),
+    (['--sweep=cfg=1,2', '--ref=a.npz', "--score='a"], 'quotation'),
+    (['--sweep=cfg=1,2', '--ref=a.npz', '--score=--help'], 'help'),
+    (['--sweep=cfg=1,2', '--ref=a.npz', '--score=--features=digits --metrics=sfid'], 'spatial'),
+    (['--output='], '--output'), (['--classes=99999999999999999999999'], '--classes'),
     (['--sweep=cfg=1,2', '--ref=a.npz', '--pack=0'], '--pack'),
     (['--sweep=cfg=1,2', '--ref=a.npz', '--score=x.npz y.npz'], 'ref, sample'),
     (['--sweep=cfg=1,2', '--ref=a.npz', '--score=--metric=fid'], '--metrics'),

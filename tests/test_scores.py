@@ -391,7 +391,7 @@ def test_report_replaces_neither_manifests_nor_images(run, files, capsys, name):
     before = {path: path.read_bytes() for path in files.iterdir()}
     with pytest.raises(SystemExit):
         run(files / 'ref.npz', files / 'sample.npz', *DIGITS, f'--json={files / name}')
-    assert 'expected a file of its own for --json' in capsys.readouterr().err
+    assert 'expected a file of its own' in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files.iterdir()} == before
 
 
@@ -423,7 +423,7 @@ def test_statistics_do_not_replace_their_images(run, files, capsys):
     before = (files / 'ref.npz').read_bytes()
     with pytest.raises(SystemExit):
         run('stats', files / 'ref.npz', files / 'x' / '..' / 'ref.npz', '--features=digits', '--keep_images')
-    assert 'expected another file as OUTPUT' in capsys.readouterr().err
+    assert 'expected a file of its own' in capsys.readouterr().err
     assert (files / 'ref.npz').read_bytes() == before
 
 
@@ -653,3 +653,43 @@ def test_read_ahead_keeps_order_and_raises_at_its_place():
             seen.append(item)
     assert seen == list(range(5))
     assert list(extraction.read_ahead([])) == []
+
+
+# ---------------------------------------------------------------------------------------------- outputs
+@pytest.mark.parametrize('argv', [
+    ['stats', 'folder', 'folder.npz'], ['stats', 'folder', 'folder.json'], ['stats', 'ref.npz', 'ref.json'],
+    ['pack', 'folder', 'folder/00.png'], ['pack', 'folder', 'folder/labels.npy'],
+    ['classify-eval', 'sample.npz', '--classifier=digits', '--json=sample.npz'],
+    ['classify-eval', 'sample.npz', '--classifier=digits', '--json=sample.json']])
+def test_results_never_replace_what_they_are_made_of(run, files, monkeypatch, capsys, argv):
+    monkeypatch.chdir(files)
+    (files / 'folder').mkdir()
+    for i, image in enumerate(noise(3, 0)):
+        Image.fromarray(image).save(files / 'folder' / f'{i:02d}.png')
+    (files / 'folder.npz').write_bytes(b'kept')
+    before = {path: path.read_bytes() for path in files.rglob('*') if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        run(*argv, *['--features=digits'] * (argv[0] == 'stats'))
+    assert stop.value.code == 2 and 'pass another name' in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files.rglob('*') if path.is_file()} == before
+
+
+def test_nearest_command_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'stat', 'a.npz', 'b.npz'])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert 'the nearest command is stats' in capsys.readouterr().err
+
+
+def test_statistics_that_are_none(run, files, capsys):
+    for sigma, dtype, word in ((-np.eye(64), float, 'variance'), (np.eye(64), complex, 'complex')):
+        np.savez(files / 'stats.npz', mu=np.zeros(64, dtype), sigma=sigma)
+        with pytest.raises(SystemExit, match='expected'):
+            run(files / 'stats.npz', files / 'sample.npz', *DIGITS)
+        assert word in capsys.readouterr().err
+
+
+def test_few_reference_images_are_doubtful(run, files):
+    np.savez(files / 'few.npz', arr_0=noise(10, 5))
+    report, _ = run(files / 'few.npz', files / 'sample.npz', *DIGITS)
+    assert any(note.startswith('reference: rank-deficient covariance of 10 ') for note in report['warnings'])

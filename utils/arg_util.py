@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import shlex
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,8 @@ from utils.sample_recipes import SAMPLE_PRESETS, SAMPLE_RECIPES, SampleRecipe
 from utils.tokenizer_recipes import TOKENIZER_PRESETS, TOKENIZER_RECIPES
 
 __all__ = ['PATCH_NUMS', 'PRESETS', 'RECIPES', 'SAMPLE_PRESETS', 'SAMPLE_RECIPES', 'GeneratorRecipe',
-           'Recipe', 'SampleRecipe', 'check_limits', 'flag_of', 'ints', 'make_parser', 'opt', 'parse_recipe',
-           'parse_sample_recipe']
+           'Recipe', 'SampleRecipe', 'check_limits', 'flag_of', 'ints', 'make_parser', 'opt', 'parse_flags',
+           'parse_recipe', 'parse_sample_recipe']
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,21 @@ class _OneLineParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.)
             self.error(f'unknown argument {unknown[0]!r}: the nearest flag is {near[0]}; --help lists all')
         return vars(values)
+
+
+def parse_flags(cls: type, name: str, text: str) -> dict[str, Any]:
+    """Flags of a command that are themselves the value of the flag `name`, by field.
+
+    Raises:
+        ValueError: they are no flags of `cls`.
+    """
+    try:
+        argv = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f'expected flags as the value of {name}, got {text!r}: {error}') from None
+    if {'-h', '--help'} & set(argv):
+        raise ValueError(f'expected flags as the value of {name}, got {text!r}: ask the command for help')
+    return make_parser(cls, name, '').parse(argv)
 
 
 def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: dict, what: str) -> Any:

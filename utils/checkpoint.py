@@ -84,14 +84,19 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'expected a checkpoint file, found nothing at {path}: check the path')
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file as load_safetensors
-        return load_safetensors(path)
     try:
+        if path.suffix == '.safetensors':
+            from safetensors.torch import load_file as load_safetensors
+            return load_safetensors(path)
         # mapped, so that the ranks of a node share one copy in memory; files older than torch 1.6 cannot be
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except ImportError:
+        raise
     except Exception as error:  # foreign bytes make the unpickler raise anything
         raise ValueError(f'{path} cannot be read: the file is truncated or no checkpoint') from error
+    if not isinstance(content, dict) or not isinstance(content.get('trainer', {}), dict):
+        raise ValueError(f'expected a checkpoint or a state dict in {path}, got something else: check it')
+    return content
 
 
 def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True) -> dict[str, torch.Tensor]:

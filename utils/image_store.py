@@ -63,8 +63,19 @@ class ImageStore:
         """Images in this order, read ahead."""
         return map_ahead(self.get, order, self.num_threads)
 
-    def _submit(self, num_images: int, write: Callable, *args: Any) -> None:
-        self.pending.append((self.threads.submit(write, *args), num_images))
+    def _write(self, *args: Any) -> None:
+        """Write one file."""
+        raise NotImplementedError
+
+    def _write_or_explain(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except OSError as error:
+            raise OSError(f'could not write an image into {self.folder} ({error.strerror or error}): '
+                          'free some space and run the same command again') from error
+
+    def _submit(self, num_images: int, *args: Any) -> None:
+        self.pending.append((self.threads.submit(self._write_or_explain, *args), num_images))
         while len(self.pending) > 1 and sum(count for _, count in self.pending) > MAX_WAITING:
             self.pending.popleft()[0].result()
 
@@ -86,11 +97,13 @@ class PngStore(ImageStore):
 
     def put(self, index: np.ndarray, images: np.ndarray) -> None:
         for i, image in zip(index, images, strict=True):
-            self._submit(1, self._write, i, image)
+            self._submit(1, i, image)
 
     def get(self, i: int) -> np.ndarray:
         try:
             with Image.open(self._path(i)) as image:
+                if image.mode != 'RGB':
+                    raise OSError(f'its mode is {image.mode}')
                 return np.asarray(image)
         except (OSError, SyntaxError) as error:
             raise ValueError(f'expected an image of sample.py, cannot read {self._path(i)} ({error}): '
@@ -117,18 +130,23 @@ class PieceStore(ImageStore):
     def stored(self, count: int) -> np.ndarray:
         self.pieces.clear()
         for path in self.folder.glob('pixels-*.npy'):
-            first, end = map(int, re.fullmatch(r'pixels-(\d+)-(\d+)', path.stem).groups())
-            self.pieces |= {i: (path, i - first) for i in range(first, end)}
+            if name := re.fullmatch(r'pixels-([0-9]+)-([0-9]+)', path.stem):
+                first, end = map(int, name.groups())
+                self.pieces |= {i: (path, i - first) for i in range(first, end)}
         return np.array([i in self.pieces for i in range(count)], dtype=bool)
 
     def put(self, index: np.ndarray, images: np.ndarray) -> None:
         for _, run in groupby(enumerate(index), key=lambda item: item[1] - item[0]):
             rows = [row for row, _ in run]
-            self._submit(len(rows), self._write, index[rows[0]], images[rows])
+            self._submit(len(rows), index[rows[0]], images[rows])
 
     def get(self, i: int) -> np.ndarray:
         path, row = self.pieces[i]
-        return np.load(path, mmap_mode='r')[row]
+        try:
+            return np.load(path, mmap_mode='r')[row]
+        except (OSError, EOFError, ValueError, IndexError) as error:
+            raise ValueError(f'expected images of sample.py, cannot read {path} ({error}): '
+                             'remove the file and run the same command again') from None
 
     def discard(self) -> None:
         for path in self.folder.glob('pixels-*.npy'):

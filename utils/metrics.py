@@ -175,7 +175,10 @@ def read_statistics(path: str | Path, num_features: int,
         raise ValueError(f'expected an npz file with {wanted}, found none at {path}: check the path')
     try:
         with np.load(path) as archive:
-            mu, sigma = (torch.from_numpy(archive[key].astype(np.float64)) for key in keys)
+            arrays = [archive[key] for key in keys]
+        if any(array.dtype.kind not in 'fiu' for array in arrays):
+            raise ValueError(f'dtypes are {arrays[0].dtype} and {arrays[1].dtype}')
+        mu, sigma = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f'expected an npz file with {wanted}, cannot read {path} ({error}): '
                          'pass reference statistics') from None
@@ -186,6 +189,9 @@ def read_statistics(path: str | Path, num_features: int,
     if not (mu.isfinite().all() and asymmetry <= 1e-6):  # false for nan, too
         raise ValueError(f'expected finite numbers and a symmetric sigma{suffix} in {path}, '
                          f'got relative asymmetry {asymmetry:.2g}: the file is damaged, download it again')
+    if sigma.diagonal().min() < -1e-6 * sigma.abs().max():
+        raise ValueError(f'expected a covariance as sigma{suffix} in {path}, got the variance '
+                         f'{sigma.diagonal().min():.3g}: the file is damaged, compute or download it again')
     return mu, sigma
 
 

@@ -7,6 +7,7 @@ import itertools
 import re
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from utils.recipe import REPO, check_limits, opt
@@ -48,7 +49,9 @@ class SampleRecipe:
         if not self.ckpt:
             raise ValueError('expected the weights of a generator: pass --ckpt=FILE')
         check_limits(self)
-        if not re.fullmatch(r'|\d+(_\d+)*', self.classes):
+        if not Path(self.output).name:
+            raise ValueError(f'--output must name a folder, got {self.output!r}: pass one')
+        if not re.fullmatch(r'|[0-9]{1,9}(_[0-9]{1,9})*', self.classes):
             raise ValueError(f'--classes must be class ids joined by "_", such as 0_7, got {self.classes!r}')
         if self.num_images > 1_000_000:
             raise ValueError(f'--num_images must be at most 1,000,000 per job, got {self.num_images:,}: '
@@ -83,9 +86,13 @@ class SampleRecipe:
             ValueError: it is no list of settings that decide the images.
         """
         kinds = typing.get_type_hints(type(self))
-        axes = []
+        by_flag = {f.metadata['flag']: f.name for f in dataclasses.fields(self) if f.metadata['flag']}
+        axes: list[list[tuple[str, Any]]] = []
         for axis in self.sweep.split():
             name, _, values = axis.partition('=')
+            name = by_flag.get(name, name)
+            if any(name == known for (known, _), *_ in axes):
+                raise ValueError(f'--sweep expects every name once, got {name} again: join its values by ","')
             if name not in kinds or name in (*self.FREE, 'FREE', 'model'):
                 names = [f.name for f in dataclasses.fields(self) if f.name not in (*self.FREE, 'model')]
                 raise ValueError(f'--sweep expects name=value,value with a name of {", ".join(names)}, '
@@ -97,6 +104,8 @@ class SampleRecipe:
             except ValueError:
                 raise ValueError(f'--sweep expects values of type {kinds[name].__name__} for {name}, '
                                  f'got {values!r}') from None
+        if not axes:
+            raise ValueError(f'--sweep expects name=value,value, got {self.sweep!r}: name a setting')
         return [dict(combination) for combination in itertools.product(*axes)]
 
     def at(self, combination: dict[str, Any]) -> 'SampleRecipe':
