@@ -1,14 +1,13 @@
 """Command lines: published flags, defaults and derived values, presets, clear errors."""
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import train
 from tests.golden import load_json
 from train import describe
 from utils.arg_util import PRESETS, RECIPES, VARRecipe, flag_of, parse_recipe, parse_sample_recipe
@@ -94,14 +93,18 @@ def test_dry_run_of_the_published_commands(name, parameters):
     assert tuple(printed['patch_nums']) == recipe.patch_nums
 
 
-def test_dry_run_prints_json_and_writes_nothing(tmp_path):
-    command = [sys.executable, str(REPO / 'train.py'), '--depth=36', '--saln=1', '--pn=512', '--dry_run']
-    run = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=True,
-                         env={**os.environ, 'WORLD_SIZE': '8', 'RANK': '0'})
-    assert json.loads(run.stdout)['batch_size'] == 96 and run.stderr == ''
-    silent = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=True,
-                            env={**os.environ, 'WORLD_SIZE': '8', 'RANK': '1'})
-    assert silent.stdout == '' and not list(tmp_path.iterdir())
+def test_dry_run_prints_json_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--depth=36', '--saln=1', '--pn=512', '--dry_run'])
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    for rank in (0, 1):
+        monkeypatch.setenv('RANK', str(rank))
+        train.main()
+        printed = capsys.readouterr()
+        assert printed.err == '' and bool(printed.out) == (rank == 0)
+        if rank == 0:
+            assert json.loads(printed.out)['batch_size'] == 96
+    assert not list(tmp_path.iterdir())
 
 
 def fails(argv, capsys, parse=parse_recipe):
