@@ -5,6 +5,7 @@ Without an initialised group: rank 0, world size 1, and collectives hand their i
 import datetime
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,6 +115,27 @@ def allgather_object(value: Any) -> list[Any]:
     values = [None] * get_world_size()
     tdist.all_gather_object(values, value)
     return values
+
+
+def first_of_node_first(make: Callable[[bool], Any]) -> Any:
+    """`make(True)` on the first process of every node, then `make(False)` on the others; every rank calls it.
+
+    What the first one downloads, the others then find.
+
+    Raises:
+        ValueError: what `make` raised on any rank, so that no rank goes on alone.
+    """
+    value, failure = None, None
+    for is_first in (True, False):
+        if is_local_master() == is_first:
+            try:
+                value = make(is_first)
+            except ValueError as error:
+                failure = error
+        barrier()
+    for of_a_rank in filter(None, allgather_object(failure)):
+        raise of_a_rank
+    return value
 
 
 def broadcast(t: torch.Tensor, src_rank: int) -> None:

@@ -170,12 +170,12 @@ def sample(recipe: SampleRecipe) -> Path:
     with lock_folder(folder) if dist.is_master() else nullcontext():
         store = STORES[recipe.format](folder, recipe.writers)
         if dist.is_master():
-            claim(folder / 'settings.json', description,
-                  is_empty=not store.stored(recipe.num_images).any() and not target.exists())
+            stored_N = store.stored(recipe.num_images)
+            claim(folder / 'settings.json', description, is_empty=not (stored_N.any() or target.exists()))
             with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
                 np.save(file, labels_N)
         complete = dist.is_master() and is_complete(manifest_path, target, description | extent) and (
-            recipe.format == 'npz' or store.stored(recipe.num_images).all())
+            recipe.format == 'npz' or stored_N.all())
         if dist.allgather_object(bool(complete))[0]:
             if dist.is_master():
                 store.discard()  # a kill may have come in between

@@ -82,12 +82,9 @@ def load(settings: ClassifierSettings, labels_N: np.ndarray) -> Classifier:
         MissingWeights: there are none.
         ValueError: a label is none of its classes; or see `load_classifier`.
     """
-    def get(download: bool) -> Classifier:
-        return load_classifier(settings.classifier, settings.classifier_weights, settings.torch_device,
-                               download)
-    classifier = get(settings.download) if dist.is_local_master() else None
-    dist.barrier()
-    classifier = classifier or get(download=False)
+    classifier = dist.first_of_node_first(lambda is_first: load_classifier(
+        settings.classifier, settings.classifier_weights, settings.torch_device,
+        is_first and settings.download))
     unknown = np.flatnonzero((labels_N < 0) | (labels_N >= classifier.num_classes))
     if len(unknown):
         raise ValueError(f'{classifier.name} knows classes 0..{classifier.num_classes - 1}, image '

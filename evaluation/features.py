@@ -82,19 +82,9 @@ def load_network(settings: FeatureSettings) -> Any:
     """
     if settings.features == 'digits':
         return DigitsFeatures(settings.torch_device)
-    network, failure = None, None
-    for is_first in (True, False):
-        if dist.is_local_master() == is_first:
-            try:
-                network = InceptionFeatures(
-                    settings.inception_weights, settings.torch_device, settings.allow_unverified_weights,
-                    settings.cache, is_first and not settings.offline, settings.dtype)
-            except ValueError as error:
-                failure = error
-        dist.barrier()
-    for of_a_rank in filter(None, dist.allgather_object(failure)):
-        raise of_a_rank
-    return network
+    return dist.first_of_node_first(lambda is_first: InceptionFeatures(
+        settings.inception_weights, settings.torch_device, settings.allow_unverified_weights, settings.cache,
+        is_first and not settings.offline, settings.dtype))
 
 
 # ---------------------------------------------------------------------------------------------- one set

@@ -43,7 +43,6 @@ class ScoreTable:
         """Append a row and rewrite the file."""
         self.rows.append({name: str(value) for name, value in row.items()})
         columns = dict.fromkeys(name for row in self.rows for name in row)
-        self.csv.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.csv) as temporary, temporary.open('w', newline='') as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()

@@ -190,16 +190,12 @@ def load_networks(settings: TokenizerSettings,
     networks, skipped = {}, {}
     for metric, load in (('lpips', load_lpips), ('rfid', load_inception)):
         if metric in settings.wanted:
-            failure = None
             try:
-                networks[metric] = load()
+                networks[metric] = dist.first_of_node_first(lambda _, load=load: load())
             except ValueError as error:
-                failure = error
-            for failure_of_a_rank in filter(None, dist.allgather_object(failure)):
                 if settings.insists_on(metric):
-                    raise failure_of_a_rank
-                networks.pop(metric, None)
-                skipped[metric] = str(failure_of_a_rank)
+                    raise
+                skipped[metric] = str(error)
     return networks, skipped
 
 
