@@ -49,11 +49,11 @@ def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
     paths = {flag: fetch(name) for flag, name in (('ckpt', ckpt), ('vae_ckpt', vae_ckpt)) if name}
     files, prefer_ema = [load_file(path) for path in paths.values()], weights == 'ema'
     tokenizer_state, config = tokenizer_weights(files[-1], prefer_ema)
+    trainer = files[0].get('trainer', {})
     generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state,
-                                str(paths['ckpt']), device, config)
-    has_average = 'var_ema' in files[0].get('trainer', {})
+                                str(paths['ckpt']), device, config, trainer.get('config'))
     return generator, dict(
-        weights='ema' if prefer_ema and has_average else 'raw',
+        weights='ema' if prefer_ema and 'var_ema' in trainer else 'raw',
         weights_sha256={flag: sha256_of(path) for flag, path in paths.items()} if dist.is_master() else {})
 
 
@@ -163,6 +163,7 @@ def sample(recipe: SampleRecipe) -> Path:
     begin, device, folder = time.time(), dist.get_device(), Path(recipe.output)
     allow_tf32(recipe.tf32)
     model, origin = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
+    recipe.check_model(model)
     labels_N = image_labels(recipe, model.num_classes)
     target, manifest_path = (folder.with_name(f'{folder.name}{suffix}') for suffix in ('.npz', '.json'))
     description = describe(recipe, origin, labels_N)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from models.base import ARModel, Reconstruction, Tokenizer, Trainable, load_weights, read_kwargs
+from models.flexvar import FlexVAR
 from models.tokenizers.discriminators import DINODiscriminator, PatchGAN, StyleGAN
 from models.tokenizers.kl_vae import AutoencoderKL
 from models.tokenizers.losses import LPIPS, GANSettings, PyramidLoss, TokenizerLoss
@@ -15,9 +16,9 @@ from models.tokenizers.vqvae import VQVAE
 from models.var import VAR, VARHF
 
 __all__ = ['FAMILIES', 'LPIPS', 'VAR', 'VARHF', 'VQVAE', 'VQ_8', 'VQ_16', 'ARModel', 'AutoencoderKL',
-           'CodeUsage', 'Family', 'FlexVAE', 'Reconstruction', 'Tokenizer', 'TokenizerLoss', 'Trainable',
-           'VQModel', 'VQ_models', 'VectorQuantizer2', 'build_generator', 'build_loss', 'build_tokenizer',
-           'build_vae_var', 'load_weights']
+           'CodeUsage', 'Family', 'FlexVAE', 'FlexVAR', 'Reconstruction', 'Tokenizer', 'TokenizerLoss',
+           'Trainable', 'VQModel', 'VQ_models', 'VectorQuantizer2', 'build_flexvar', 'build_generator',
+           'build_loss', 'build_tokenizer', 'build_vae_var', 'load_weights']
 
 State = dict[str, torch.Tensor]
 
@@ -30,6 +31,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     'var': Family(VAR, VQVAE),
+    'flexvar': Family(FlexVAR, FlexVAE),
     'vqvae': Family(VQVAE, None),
     'vq16': Family(VQModel, None),
     'vq8': Family(VQModel, None),
@@ -54,19 +56,20 @@ def build_tokenizer(cls: type[Tokenizer], state: State, source: str, device: tor
 
 
 def build_generator(name: str, state: State, tokenizer_state: State, source: str,
-                    device: torch.device | str, tokenizer_config: dict[str, Any] | None = None) -> ARModel:
+                    device: torch.device | str, tokenizer_config: dict[str, Any] | None = None,
+                    config: dict[str, Any] | None = None) -> ARModel:
     """A trained generator with its tokenizer, in eval mode; the weights' shapes decide the architecture.
 
     Args:
         name: a key of `FAMILIES`.
         state, tokenizer_state: flat weights of both.
-        tokenizer_config: what the tokenizer's weights do not tell.
+        tokenizer_config, config: what the weights of both do not tell, see `config_state`.
         source: where the weights come from, for error messages.
     Raises:
         ValueError: the weights are not of this family, or generator and tokenizer do not belong together.
     """
     cls, tokenizer_class = FAMILIES[name]
-    kwargs = read_kwargs(cls, state, source)
+    kwargs = read_kwargs(cls, state, source) | cls.kwargs_from_config(config or {})
     codes = {attribute: kwargs.pop(attribute) for attribute in ('vocab_size', 'channels')}
     tokenizer = build_tokenizer(tokenizer_class, tokenizer_state, f'the tokenizer of {source}', device,
                                 **(tokenizer_config or {}) | cls.tokenizer_kwargs(kwargs))
@@ -122,3 +125,19 @@ def build_vae_var(device: torch.device | str, patch_nums: Sequence[int] = (1, 2,
     var.init_weights(init_adaln=init_adaln, init_adaln_gamma=init_adaln_gamma, init_head=init_head,
                      init_std=init_std)
     return vae, var
+
+
+def build_flexvar(device: torch.device | str, patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+                  V: int = 8912, Cvae: int = 32, ch: int = 128, num_classes: int = 1000, depth: int = 16,
+                  shared_aln: bool = False, attn_l2_norm: bool = True, flash_if_available: bool = True,
+                  fused_if_available: bool = True, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5,
+                  init_head: float = 0.02, init_std: float = -1) -> tuple[FlexVAE, FlexVAR]:
+    """A frozen FlexVAE in eval mode and a freshly initialised FlexVAR in train mode; sizes as for VAR."""
+    with torch.device(device):
+        vae = FlexVAE(V, Cvae, ch=ch, test_mode=True)
+        flexvar = FlexVAR(vae, num_classes=num_classes, patch_nums=patch_nums, shared_aln=shared_aln,
+                          attn_l2_norm=attn_l2_norm, flash_if_available=flash_if_available,
+                          fused_if_available=fused_if_available, **FlexVAR.published_sizes(depth))
+    flexvar.init_weights(init_adaln=init_adaln, init_adaln_gamma=init_adaln_gamma, init_head=init_head,
+                         init_std=init_std)
+    return vae, flexvar

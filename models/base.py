@@ -4,7 +4,7 @@ Letters: B batch, 3HW image.
 """
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -236,7 +236,12 @@ class ARModel(Trainable):
     """A class-conditional generator over the codes of a frozen tokenizer.
 
     The tokenizer is kept as a plain reference: it is no part of parameters(), state_dict() or .to().
+
+    Attributes:
+        num_classes: classes; index num_classes is the null class of classifier-free guidance.
     """
+
+    num_classes: int
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
@@ -262,10 +267,56 @@ class ARModel(Trainable):
         """Constructor arguments of the tokenizer that follow from those of this model."""
         return {}
 
+    @staticmethod
+    def kwargs_from_config(config: dict[str, Any]) -> dict[str, Any]:
+        """Constructor arguments in the `config_state` of a checkpoint that its weights do not tell."""
+        return {}
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def rng(self) -> torch.Generator:
+        """Generator on the device of the weights, made on first use."""
+        if getattr(self, '_rng', None) is None or self._rng.device != self.device:
+            self._rng = torch.Generator(self.device)
+        return self._rng
+
+    @rng.setter
+    def rng(self, generator: torch.Generator | None) -> None:
+        self._rng = generator
+
+    @property
+    def uniform_prob(self) -> torch.Tensor:
+        """(1, num_classes), equal weights for drawing a random class."""
+        return torch.full((1, self.num_classes), 1 / self.num_classes, device=self.device)
+
+    def as_labels(self, label_B: int | Sequence[int] | torch.Tensor | None, B: int, rng: Any) -> torch.Tensor:
+        """(B,) int64 labels on the model's device.
+
+        Args:
+            label_B: an int for all (negative is the null class), one per image, or None for random classes.
+        Raises:
+            ValueError: wrong number of labels, or one outside [0, num_classes].
+        """
+        if label_B is None:
+            if rng is not None and not isinstance(rng, torch.Generator):
+                raise ValueError('random classes need a torch.Generator, got noise keyed by the image index: '
+                                 'pass the labels')
+            return torch.multinomial(self.uniform_prob, B, replacement=True, generator=rng).reshape(B)
+        if isinstance(label_B, int):
+            label_B = [self.num_classes if label_B < 0 else label_B] * B
+        labels = torch.as_tensor(label_B, dtype=torch.int64, device=self.device)
+        if B < 1 or labels.shape != (B,):
+            raise ValueError(f'expected one label for each of {B} images, got {tuple(labels.shape)}: '
+                             'pass a list or tensor of that length')
+        wrong = labels[(labels < 0) | (labels > self.num_classes)]
+        if len(wrong):
+            raise ValueError(f'expected labels in 0..{self.num_classes} ({self.num_classes} is the null '
+                             f'class), got {wrong[0].item()}: pass class ids of this model')
+        return labels
 
     def init_weights(self, *args, **kwargs) -> None:
         """Every initialisation rule of the paper, in one place."""

@@ -1,16 +1,24 @@
-"""Transformer parts of VAR and FlexVAR: attention, feed-forward, AdaLN block and head, initialisation.
+"""What VAR and FlexVAR share: attention, feed-forward, AdaLN block and head, and a base class.
 
-Letters: B batch, L sequence, C width, D condition width, H heads, d head dim.
+Letters: B batch, L sequence, l tokens of one scale, C width, D condition width, H heads, d head dim,
+V vocabulary, 3HW image.
 Source: arXiv 2404.02905, Sec. 4 and App. A.
 """
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import dist
 from models.attention import KVCache, attend
-from models.helpers import DropPath
+from models.base import ARModel, Tokenizer
+from models.editing import as_mask
+from models.helpers import DropPath, Rng
+from models.scales import ScaleLayout, Side, as_sizes, scale_name
 
 MAX_LOG_SCALE = math.log(100)  # of the learnt attention scale
 
@@ -160,3 +168,162 @@ def init_transformer(model: nn.Module, init_adaln: float, init_adaln_gamma: floa
             gamma, rest = weight[:2 * block.C], weight[2 * block.C:]
         gamma.mul_(init_adaln_gamma)
         rest.mul_(init_adaln)
+
+
+class AdaLNTransformer(ARModel):
+    """What VAR and FlexVAR share: class condition, blocks, head, metrics, editing.
+
+    A subclass makes the input sequence, its positions and its mask, and draws the scales one by one.
+
+    Args:
+        tokenizer: frozen, kept as a plain reference.
+        num_classes: classes; index num_classes is the null class of classifier-free guidance.
+        depth, embed_dim, num_heads: of the transformer; published: depth heads, width 64 * depth.
+        drop_path_rate: drop path of the last block; it grows linearly over the blocks.
+        cond_drop_rate: share of labels replaced by the null class in training.
+        patch_nums: sides of the code maps, coarse to fine.
+        label_smooth: label smoothing of the training loss.
+    """
+
+    headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
+    selection = 'L_tail'
+
+    def __init__(self, tokenizer: Tokenizer, num_classes: int, depth: int, embed_dim: int, num_heads: int,
+                 drop_path_rate: float, cond_drop_rate: float, patch_nums: Sequence[int],
+                 label_smooth: float):
+        super().__init__(tokenizer)
+        self.Cvae, self.V = tokenizer.channels, tokenizer.vocab_size
+        self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
+        self.num_classes, self.cond_drop_rate = num_classes, cond_drop_rate
+        self.drop_path_rate, self.label_smooth = drop_path_rate, label_smooth
+        self.patch_nums = tuple(patch_nums)
+        self.layout = ScaleLayout(self.patch_nums)
+
+    def build_blocks(self, shared_aln: bool, mlp_ratio: float, drop_rate: float, attn_drop_rate: float,
+                     attn_l2_norm: bool, norm_eps: float, flash_if_available: bool,
+                     fused_if_available: bool) -> None:
+        """Register `shared_ada_lin` and `blocks`."""
+        self.shared_ada_lin = SharedAdaLin(self.D, self.C) if shared_aln else nn.Identity()
+        self.blocks = nn.ModuleList(
+            AdaLNSelfAttn(self.C, self.D, shared_aln, self.num_heads, mlp_ratio, drop_rate, attn_drop_rate,
+                          drop_path, attn_l2_norm, norm_eps, flash_if_available, fused_if_available)
+            for drop_path in np.linspace(0, self.drop_path_rate, self.depth).tolist())
+
+    # ------------------------------------------------------------------------------ upstream names
+    L = property(lambda self: self.layout.total)
+    first_l = property(lambda self: self.layout.lengths[0])
+    begin_ends = property(lambda self: list(self.layout.spans))
+    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
+    prog_si = -1
+    vae_proxy = property(lambda self: (self.tokenizer,))
+    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))
+
+    # ------------------------------------------------------------------------------ forward
+    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
+        """(B, L, C) after all blocks; under autocast the residual stream is in low precision."""
+        modulation, device_type = self.shared_ada_lin(cond_BD), x_BLC.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            x_BLC, modulation, attn_bias = x_BLC.to(dtype), modulation.to(dtype), attn_bias.to(dtype)
+        for block in self.blocks:
+            x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
+        return x_BLC
+
+    def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
+        """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
+        return self.head(self.head_nm(h.float(), cond_BD).float()).float()
+
+    # ------------------------------------------------------------------------------ editing
+    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Per scale, which codes of an edited image stay: (B or 1, l) bool.
+
+        Args:
+            mask_B1HW: 1 where the image is kept, in pixels or in codes of the finest scale.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
+             *, guidance: float, rng: Rng = None, paste: bool = False, **options: Any) -> torch.Tensor:
+        """Draw again what a mask does not keep: in-painting, out-painting, class-conditional editing.
+
+        Codes of the kept parts replace drawn ones at every scale, so that the rest is drawn to fit them. A
+        mask that keeps nothing is plain sampling.
+
+        Args:
+            images_B3HW: in [-1, 1], of the size that the finest scale decodes to.
+            keep: bool, True where pixels stay: (H, W) for all images, or (B, H, W); see `models.editing`.
+            labels: as for `sample`; a negative int is the null class, which leaves guidance without effect.
+            paste: put the kept pixels themselves over the result.
+            options: as for `sample`.
+        Returns:
+            (B, 3, H, W) in [0, 1].
+        Raises:
+            ValueError: the images or the mask have another size.
+        """
+        sizes = as_sizes(options.get('infer_patch_nums', self.patch_nums))
+        height, width = (side * self.tokenizer.stride for side in sizes[-1])
+        if images_B3HW.shape[-2:] != (height, width):
+            given = scale_name(images_B3HW.shape[-2:])
+            raise ValueError('the sides of the code maps must end at the image size: they end at '
+                             f'{height}x{width} pixels, got images of {given}: '
+                             'resize the images, or pass other sides where the model takes them')
+        mask_B1HW = as_mask(keep, images_B3HW)
+        idx_kBl = self.tokenizer.encode(images_B3HW, sizes)
+        kept = list(zip(idx_kBl, self.keep_masks(mask_B1HW, sizes), strict=True))
+        labels_B = self.as_labels(labels, len(images_B3HW), rng)
+        edited = self.sample(labels_B, guidance=guidance, rng=rng, keep=kept, **options)
+        return torch.where(mask_B1HW > 0.5, images_B3HW.add(1).mul(0.5), edited) if paste else edited
+
+    # ------------------------------------------------------------------------------ metrics
+    def scale_metrics(self, logits_BLV: torch.Tensor, target_BL: torch.Tensor,
+                      patch_nums: Sequence[Side]) -> dict[str, torch.Tensor]:
+        """Cross-entropy without smoothing and top-1 accuracy in percent, mean, tail, and per scale.
+
+        Tail is the last scale. Scales are named by their side in pixels. In training also the share of the
+        vocabulary in use.
+        """
+        layout = ScaleLayout(tuple(patch_nums))
+        loss_L = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction='none').mean(0)
+        predicted_BL = logits_BLV.argmax(-1)
+        acc_L = (predicted_BL == target_BL).float().mean(0).mul(100)
+        out = dict(L_mean=loss_L.mean(), acc_mean=acc_L.mean())
+        for (begin, end), (height, _) in zip(layout.spans, layout.sizes, strict=True):
+            side = height * self.tokenizer.stride
+            out[f'L_{side}'], out[f'acc_{side}'] = loss_L[begin:end].mean(), acc_L[begin:end].mean()
+        out |= dict(L_tail=out[f'L_{side}'], acc_tail=out[f'acc_{side}'])
+        if self.training:
+            hit_V = torch.bincount(predicted_BL.flatten(), minlength=self.V).float()
+            dist.allreduce(hit_V)
+            out['z_voc_usage'] = (hit_V / hit_V.sum() > 0.001 / self.V).float().mean() * 100
+        return out
+
+    # ------------------------------------------------------------------------------ weights
+    def init_weights(self, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5, init_head: float = 0.02,
+                     init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
+        """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
+        init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
+
+    @staticmethod
+    def published_sizes(depth: int) -> dict[str, Any]:
+        """Constructor arguments that follow from the depth in every published model."""
+        return dict(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path_rate=0.1 * depth / 24)
+
+    def no_weight_decay(self) -> set[str]:
+        return {'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start',
+                'start_pos', 'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'}
+
+    @staticmethod
+    def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Everything but the sides of the code maps."""
+        width = state['pos_start'].shape[-1]
+        head, q_bias = 'blocks.0.attn.scale_mul_1H11', state['blocks.0.attn.q_bias']
+        depth = 1 + max(int(key.split('.')[1]) for key in state if key.startswith('blocks.'))
+        return dict(num_classes=len(state['class_emb.weight']) - 1, depth=depth, embed_dim=width,
+                    num_heads=state[head].shape[1] if head in state else len(q_bias) // 64,
+                    mlp_ratio=len(state['blocks.0.ffn.fc1.bias']) / width,
+                    shared_aln='shared_ada_lin.1.weight' in state, attn_l2_norm=head in state,
+                    vocab_size=len(state['head.bias']), channels=state['word_embed.weight'].shape[1])
+
+    def extra_repr(self) -> str:
+        return f'patch_nums={self.patch_nums}, drop_path_rate={self.drop_path_rate:g}'

@@ -2,22 +2,58 @@
 
 Letters: K scales, L all tokens, l tokens of one scale.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
+
+Side = int | tuple[int, int]  # of a code map: p for p x p, or (rows, columns)
+
+
+def as_sizes(patch_nums: Sequence[Side]) -> tuple[tuple[int, int], ...]:
+    """Sides as (rows, columns)."""
+    return tuple((side, side) if isinstance(side, int) else tuple(side) for side in patch_nums)
+
+
+def scale_name(size: Sequence[int]) -> str:
+    """'16x16': rows x columns of a code map."""
+    return f'{size[0]}x{size[1]}'
+
+
+def rect_schedule(patch_nums: Sequence[int], height: int, width: int) -> tuple[tuple[int, int], ...]:
+    """Sizes of a square pyramid stretched to end at height x width tokens, each at most once in a row.
+
+    Raises:
+        ValueError: the pyramid is empty, or the result does not begin with 1x1.
+    """
+    if not patch_nums or min(height, width) < 1:
+        raise ValueError(f'expected sides of code maps and a size of at least 1x1, got {tuple(patch_nums)} '
+                         f'and {height}x{width}: pass both')
+    last = patch_nums[-1]
+    sizes = [(max(1, round(side * height / last)), max(1, round(side * width / last))) for side in patch_nums]
+    distinct = tuple(size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1])
+    if distinct[0] != (1, 1):
+        raise ValueError(f'a pyramid must begin with 1x1, got {scale_name(distinct[0])} from stretching '
+                         f'{tuple(patch_nums)} to {height}x{width}: begin with 1')
+    return distinct
 
 
 @dataclass(frozen=True)
 class ScaleLayout:
-    """Lengths, spans and masks that follow from the side lengths of K square token maps, coarse to fine."""
+    """Lengths, spans and masks that follow from the sides of K token maps, coarse to fine."""
 
-    patch_nums: tuple[int, ...]
+    patch_nums: tuple[Side, ...]
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) per scale."""
+        return as_sizes(self.patch_nums)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens per scale."""
-        return tuple(pn * pn for pn in self.patch_nums)
+        return tuple(height * width for height, width in self.sizes)
 
     @cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -47,11 +83,18 @@ class ScaleLayout:
                              f'pass the codes of whole scales of patch_nums {self.patch_nums}')
         return ends.index(num_tokens) + 1
 
-    def level_L(self) -> torch.Tensor:
+    def level_L(self, device: torch.device | str | None = None) -> torch.Tensor:
         """(L,) int64, the scale of every token."""
-        return torch.cat([torch.full((length,), k) for k, length in enumerate(self.lengths)])
+        return torch.cat([torch.full((length,), k, device=device) for k, length in enumerate(self.lengths)])
 
-    def causal_bias(self) -> torch.Tensor:
+    def causal_bias(self, device: torch.device | str | None = None) -> torch.Tensor:
         """(L, L) float32: 0 where the query's scale is not coarser than the key's, else -inf."""
-        level = self.level_L()
+        level = self.level_L(device)
         return torch.where(level[:, None] >= level[None, :], 0., -torch.inf)
+
+
+@lru_cache(maxsize=16)
+def cached_causal_bias(layout: ScaleLayout, device: torch.device) -> torch.Tensor:
+    """`causal_bias` of the latest layouts, (1, 1, L, L); training may use what inference mode made."""
+    with torch.inference_mode(False):
+        return layout.causal_bias(device)[None, None]

@@ -15,14 +15,15 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.nn import functional as F
 
-import dist
 from models.attention import kv_caching
-from models.base import ARModel, Tokenizer
-from models.basic_var import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin, init_transformer
+from models.base import Tokenizer
+from models.basic_var import AdaLNBeforeHead, AdaLNSelfAttn, AdaLNTransformer, SharedAdaLin
+from models.editing import Keep, keep_of_scale, mostly_kept
 from models.helpers import Rng, drop_labels, guide, gumbel_softmax_with_rng, sample_with_top_k_top_p_
-from models.scales import ScaleLayout
 from models.tokenizers.vqvae import VQVAE
 
+__all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 'SharedAdaLin',
+           'gumbel_softmax_with_rng', 'sample_with_top_k_top_p_']
 
 @dataclass(frozen=True)
 class ProgressiveSchedule:
@@ -70,11 +71,11 @@ class ScaleStep(NamedTuple):
     """What sampling one scale produced."""
     k: int
     logits_BlV: torch.Tensor  # guided, before filtering
-    idx_Bl: torch.Tensor      # drawn codes, int64
+    idx_Bl: torch.Tensor      # drawn or kept codes, int64
     f_hat: torch.Tensor       # sum so far, (B, Z, P, P), P = patch_nums[-1]; the next adds to it in place
 
 
-class VAR(ARModel):
+class VAR(AdaLNTransformer):
     """Next-scale transformer with AdaLN conditioning.
 
     Args:
@@ -92,9 +93,6 @@ class VAR(ARModel):
         progressive: arguments of `ProgressiveSchedule` beside num_scales, or None for all scales at once.
     """
 
-    headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
-    selection = 'L_tail'
-
     def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
                  num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0.,
                  attn_drop_rate: float = 0., drop_path_rate: float = 0., norm_eps: float = 1e-6,
@@ -102,15 +100,10 @@ class VAR(ARModel):
                  patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
                  flash_if_available: bool = True, fused_if_available: bool = True, label_smooth: float = 0.,
                  progressive: dict[str, float] | None = None):
-        super().__init__(vae_local)
         # 0. hyper-parameters
-        self.Cvae, self.V = vae_local.channels, vae_local.vocab_size
-        self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
-        self.num_classes, self.cond_drop_rate = num_classes, cond_drop_rate
-        self.drop_path_rate, self.label_smooth = drop_path_rate, label_smooth
-        self.patch_nums = tuple(patch_nums)
+        super().__init__(vae_local, num_classes, depth, embed_dim, num_heads, drop_path_rate, cond_drop_rate,
+                         patch_nums, label_smooth)
         self.progressive = ProgressiveSchedule(len(self.patch_nums), **progressive) if progressive else None
-        self.layout = ScaleLayout(self.patch_nums)
         std = math.sqrt(1 / self.C / 3)
 
         # 1. input: code embedding
@@ -127,12 +120,8 @@ class VAR(ARModel):
         nn.init.trunc_normal_(self.lvl_embed.weight, std=std)
 
         # 4. transformer
-        self.shared_ada_lin = SharedAdaLin(self.D, self.C) if shared_aln else nn.Identity()
-        drop_path = np.linspace(0, drop_path_rate, depth).tolist()
-        self.blocks = nn.ModuleList(
-            AdaLNSelfAttn(embed_dim, self.D, shared_aln, num_heads, mlp_ratio, drop_rate, attn_drop_rate,
-                          drop_path[i], attn_l2_norm, norm_eps, flash_if_available, fused_if_available)
-            for i in range(depth))
+        self.build_blocks(shared_aln, mlp_ratio, drop_rate, attn_drop_rate, attn_l2_norm, norm_eps,
+                          flash_if_available, fused_if_available)
 
         # 5. level of each token, and the block-causal mask of training
         self.register_buffer('lvl_1L', self.layout.level_L()[None])
@@ -141,31 +130,6 @@ class VAR(ARModel):
         # 6. head
         self.head_nm = AdaLNBeforeHead(self.C, self.D, norm_eps)
         self.head = nn.Linear(self.C, self.V)
-
-    # ------------------------------------------------------------------------------ upstream names
-    L = property(lambda self: self.layout.total)
-    first_l = property(lambda self: self.layout.lengths[0])
-    begin_ends = property(lambda self: list(self.layout.spans))
-    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
-    prog_si = -1
-    vae_proxy = property(lambda self: (self.tokenizer,))
-    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))
-
-    @property
-    def rng(self) -> torch.Generator:
-        """Generator on the device of the weights, made on first use."""
-        if getattr(self, '_rng', None) is None or self._rng.device != self.device:
-            self._rng = torch.Generator(self.device)
-        return self._rng
-
-    @rng.setter
-    def rng(self, generator: torch.Generator | None) -> None:
-        self._rng = generator
-
-    @property
-    def uniform_prob(self) -> torch.Tensor:
-        """(1, num_classes), equal weights for drawing a random class."""
-        return torch.full((1, self.num_classes), 1 / self.num_classes, device=self.device)
 
     # ------------------------------------------------------------------------------ training
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
@@ -209,48 +173,14 @@ class VAR(ARModel):
             if x_BLCv_wo_first_l is not None:
                 x_BLC = torch.cat([x_BLC, self.word_embed(x_BLCv_wo_first_l.float())], dim=1)
             x_BLC = x_BLC + self.lvl_embed(self.lvl_1L[:, :L]) + self.pos_1LC[:, :L]
-        modulation = self.shared_ada_lin(cond_BD)
-        attn_bias = self.attn_bias_for_masking[:, :, :L, :L]
-        if torch.is_autocast_enabled(device_type):  # the residual stream is in low precision in training
-            dtype = torch.get_autocast_dtype(device_type)
-            x_BLC, modulation, attn_bias = x_BLC.to(dtype), modulation.to(dtype), attn_bias.to(dtype)
-        for block in self.blocks:
-            x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
+        x_BLC = self.run_blocks(x_BLC, cond_BD, self.attn_bias_for_masking[:, :, :L, :L])
         return self.get_logits(x_BLC, cond_BD)
 
-    def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
-        """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
-        return self.head(self.head_nm(h.float(), cond_BD).float()).float()
-
     # ------------------------------------------------------------------------------ sampling
-    def as_labels(self, label_B: int | Sequence[int] | torch.Tensor | None, B: int, rng: Rng) -> torch.Tensor:
-        """(B,) int64 labels on the model's device.
-
-        Args:
-            label_B: an int for all (negative is the null class), one per image, or None for random classes.
-        Raises:
-            ValueError: wrong number of labels, or one outside [0, num_classes].
-        """
-        if label_B is None:
-            if rng is not None and not isinstance(rng, torch.Generator):
-                raise ValueError('random classes need a torch.Generator, got noise keyed by the image index: '
-                                 'pass the labels')
-            return torch.multinomial(self.uniform_prob, B, replacement=True, generator=rng).reshape(B)
-        if isinstance(label_B, int):
-            label_B = [self.num_classes if label_B < 0 else label_B] * B
-        labels = torch.as_tensor(label_B, dtype=torch.int64, device=self.device)
-        if B < 1 or labels.shape != (B,):
-            raise ValueError(f'expected one label for each of {B} images, got {tuple(labels.shape)}: '
-                             'pass a list or tensor of that length')
-        wrong = labels[(labels < 0) | (labels > self.num_classes)]
-        if len(wrong):
-            raise ValueError(f'expected labels in 0..{self.num_classes} ({self.num_classes} is the null '
-                             f'class), got {wrong[0].item()}: pass class ids of this model')
-        return labels
-
     @torch.no_grad()
     def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
-                      more_smooth: bool = False, rng: Rng = None) -> Iterator[ScaleStep]:
+                      more_smooth: bool = False, rng: Rng = None,
+                      keep: Keep | None = None) -> Iterator[ScaleStep]:
         """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
 
         Args:
@@ -259,6 +189,7 @@ class VAR(ARModel):
             top_k, top_p: see `filter_top_k_top_p_`; 0 is off.
             more_smooth: mix code embeddings by Gumbel softmax: smoother pictures, worse scores.
             rng: a generator, `ImageNoise`, or None for torch's global generator.
+            keep: codes that replace drawn ones; they consume the same noise.
         """
         B, quantize, was_training = len(label_B), self.tokenizer.quantize, self.training
         cond_BD = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)]))
@@ -279,13 +210,14 @@ class VAR(ARModel):
                     logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)
 
                     kept_BlV = logits_BlV.clone()  # filtered in place by the draw
-                    idx_Bl = sample_with_top_k_top_p_(kept_BlV, top_k, top_p, rng)[:, :, 0]
+                    drawn_Bl = sample_with_top_k_top_p_(kept_BlV, top_k, top_p, rng)[:, :, 0]
+                    idx_Bl, given_Bl = keep_of_scale(keep, k, drawn_Bl)
+                    h_BlZ = quantize.lookup(idx_Bl, k)
                     if more_smooth:
                         tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
                         mix_BlV = gumbel_softmax_with_rng(kept_BlV.mul(1 + ratio), tau=tau, rng=rng)
-                        h_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
-                    else:
-                        h_BlZ = quantize.lookup(idx_Bl, k)
+                        smooth_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
+                        h_BlZ = torch.where(given_Bl[..., None], h_BlZ, smooth_BlZ)
                     h_BZpp = h_BlZ.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
                     f_hat, next_BZpp = quantize.get_next_autoregressive_input(
                         k, len(self.patch_nums), f_hat, h_BZpp)
@@ -328,32 +260,26 @@ class VAR(ARModel):
         # codes are drawn from such logits, too, and would make an image that looks like any other
         return images_B3HW.masked_fill_(damaged_B[:, None, None, None], torch.nan)
 
+    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """As published: the finest scale by area, others from it; maps of up to 3 stay if anything does."""
+        finest_B1hw = mostly_kept(mask_B1HW, sizes[-1]).view(-1, 1, *sizes[-1]).float()
+        return [finest_B1hw.amax((2, 3)) > 0 if height * width <= 3 else
+                (F.interpolate(finest_B1hw, size=(height, width), mode='bilinear') > 0.5).flatten(1)
+                for height, width in sizes]
+
     # ------------------------------------------------------------------------------ metrics
     @torch.no_grad()
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Cross-entropy without smoothing and top-1 accuracy in percent.
-
-        Each as mean, of the last scale (tail), and per scale side in pixels; in training also the vocabulary
-        in use and the progressive stage. Tails are -1 while progressive training lacks the finest scale.
-        """
-        logits_BLV, target_BL, stage = aux['logits_BLV'], aux['target_BL'], aux['stage']
-        loss_L = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction='none').mean(0)
-        predicted_BL = logits_BLV.argmax(-1)
-        acc_L = (predicted_BL == target_BL).float().mean(0).mul(100)
-        out = dict(L_mean=loss_L.mean(), acc_mean=acc_L.mean())
-        for (begin, end), pn in zip(self.layout.spans[:stage + 1], self.patch_nums, strict=False):
-            side = pn * self.tokenizer.stride
-            out[f'L_{side}'], out[f'acc_{side}'] = loss_L[begin:end].mean(), acc_L[begin:end].mean()
-        complete = stage == len(self.patch_nums) - 1
-        for name in ('L', 'acc'):
-            out[f'{name}_tail'] = out[f'{name}_{side}'] if complete else torch.full_like(loss_L[0], -1)
+        """See `scale_metrics`; tails are -1 before the last progressive stage, which training adds."""
+        stage = aux['stage']
+        out = self.scale_metrics(aux['logits_BLV'], aux['target_BL'], self.patch_nums[:stage + 1])
+        if stage < len(self.patch_nums) - 1:
+            out |= {name: torch.full_like(out['L_mean'], -1) for name in ('L_tail', 'acc_tail')}
         if self.training:
-            hit_V = torch.bincount(predicted_BL.flatten(), minlength=self.V).float()
-            dist.allreduce(hit_V)
-            out['z_voc_usage'] = (hit_V / hit_V.sum() > 0.001 / self.V).float().mean() * 100
+            side = self.patch_nums[stage] * self.tokenizer.stride
             for name, value in (('prog_si', stage if self.progressive else -1),
                                 ('prog_wp', aux['newest_weight']), ('prog_a_reso', side)):
-                out[name] = torch.full_like(loss_L[0], value)
+                out[name] = torch.full_like(out['L_mean'], value)
         return out
 
     def config_state(self, progress: float) -> dict[str, Any]:
@@ -369,39 +295,15 @@ class VAR(ARModel):
         return config
 
     # ------------------------------------------------------------------------------ weights
-    def init_weights(self, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5, init_head: float = 0.02,
-                     init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
-        """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
-        init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
-
-    @staticmethod
-    def published_sizes(depth: int) -> dict[str, Any]:
-        """Constructor arguments that follow from the depth in every published model."""
-        return dict(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path_rate=0.1 * depth / 24)
-
-    def no_weight_decay(self) -> set[str]:
-        return {'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start',
-                'start_pos', 'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'}
-
     @staticmethod
     def tokenizer_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(v_patch_nums=kwargs['patch_nums'])
 
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-        width = state['pos_start'].shape[-1]
-        head, q_bias = 'blocks.0.attn.scale_mul_1H11', state['blocks.0.attn.q_bias']
-        depth = 1 + max(int(key.split('.')[1]) for key in state if key.startswith('blocks.'))
         lengths = state['lvl_1L'].flatten().bincount().tolist()
-        return dict(num_classes=len(state['class_emb.weight']) - 1, depth=depth, embed_dim=width,
-                    num_heads=state[head].shape[1] if head in state else len(q_bias) // 64,
-                    mlp_ratio=len(state['blocks.0.ffn.fc1.bias']) / width,
-                    shared_aln='shared_ada_lin.1.weight' in state, attn_l2_norm=head in state,
-                    patch_nums=tuple(math.isqrt(length) for length in lengths),
-                    vocab_size=len(state['head.bias']), channels=state['word_embed.weight'].shape[1])
-
-    def extra_repr(self) -> str:
-        return f'patch_nums={self.patch_nums}, drop_path_rate={self.drop_path_rate:g}'
+        return AdaLNTransformer.kwargs_from_state_dict(state) | dict(
+            patch_nums=tuple(math.isqrt(length) for length in lengths))
 
 
 class VARHF(VAR, PyTorchModelHubMixin):

@@ -10,7 +10,8 @@ ENTRIES = {'train', 'sample', 'evaluate', 'utils.doctor'}  # doctor is an entry 
 OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'huggingface_hub.utils',
             'torch.utils.tensorboard', 'torch_fidelity.feature_extractor_inceptionv3',
             'matplotlib.backends.backend_agg', 'matplotlib.figure', 'sklearn.neural_network'}
-ORDER = ['scales', 'attention', 'base', 'helpers', 'basic_var', 'tokenizers', 'var', '']  # inside models
+# inside models
+ORDER = ['scales', 'attention', 'base', 'helpers', 'editing', 'basic_var', 'tokenizers', 'var', 'flexvar', '']
 
 
 def modules():

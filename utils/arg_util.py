@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.recipe import (
+    CROPS,
     PATCH_NUMS,
+    REPO,
     GeneratorRecipe,
     PyramidRecipe,
     Recipe,
@@ -32,10 +34,9 @@ __all__ = ['PATCH_NUMS', 'PRESETS', 'RECIPES', 'SAMPLE_PRESETS', 'SAMPLE_RECIPES
 
 
 @dataclass(frozen=True)
-class VARRecipe(PyramidRecipe, GeneratorRecipe):
-    """VAR on the codes of a frozen VQVAE."""
+class AdaLNRecipe(PyramidRecipe, GeneratorRecipe):
+    """What VAR and FlexVAR have in common."""
 
-    vae_ckpt: str = opt('vae_ch160v4096z32.pth', 'tokenizer weights: a file of any kind, or a published name')
     depth: int = opt(16, 'transformer blocks; heads = depth, width = 64 * depth')
     shared_aln: bool = opt(False, 'one AdaLN projection for all blocks', 'saln')
     attn_l2_norm: bool = opt(True, 'unit queries and keys with a learnt scale', 'anorm')
@@ -46,6 +47,28 @@ class VARRecipe(PyramidRecipe, GeneratorRecipe):
     init_adaln: float = opt(0.5, 'multiplier of the AdaLN weights', 'aln')
     init_adaln_gamma: float = opt(1e-5, 'multiplier of the AdaLN gamma weights', 'alng')
     label_smooth: float = opt(0., 'label smoothing', 'ls')
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        drop_path = self.drop_path if self.drop_path >= 0 else 0.1 * self.depth / 24
+        return dict(depth=self.depth, embed_dim=64 * self.depth, num_heads=self.depth,
+                    drop_path_rate=drop_path, shared_aln=self.shared_aln, attn_l2_norm=self.attn_l2_norm,
+                    patch_nums=self.patch_nums, flash_if_available=self.flash, label_smooth=self.label_smooth)
+
+    def init_kwargs(self) -> dict[str, Any]:
+        return dict(init_adaln=self.init_adaln, init_adaln_gamma=self.init_adaln_gamma,
+                    init_head=self.init_head, init_std=self.init_std)
+
+    def derived(self, world_size: int) -> dict[str, Any]:
+        kwargs, std = self.model_kwargs(1, 1), (1 / (3 * 64 * self.depth)) ** 0.5
+        return super().derived(world_size) | dict(
+            drop_path_rate=kwargs['drop_path_rate'], init_std=self.init_std if self.init_std >= 0 else std)
+
+
+@dataclass(frozen=True)
+class VARRecipe(AdaLNRecipe):
+    """VAR on the codes of a frozen VQVAE."""
+
+    vae_ckpt: str = opt('vae_ch160v4096z32.pth', 'tokenizer weights: a file of any kind, or a published name')
     progressive_until: float = opt(0., 'progressive training until this share of the run; 0 is off', 'pg')
     progressive_first: int = opt(4, 'first progressive stage (scale index)', 'pg0')
     progressive_warmup: float = opt(0., 'warm-up epochs per progressive stage; 0 means epochs / 300', 'pgwp')
@@ -69,32 +92,63 @@ class VARRecipe(PyramidRecipe, GeneratorRecipe):
         return f'VARd{self.depth}__pn{self.pn_list}'
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        drop_path = self.drop_path if self.drop_path >= 0 else 0.1 * self.depth / 24
         progressive = dict(total=total_steps, warmup=self.warmup_epochs * steps_per_epoch,
                            until=self.progressive_until, first_stage=self.progressive_first,
                            stage_warmup=self.progressive_warmup_epochs * steps_per_epoch)
-        return dict(depth=self.depth, embed_dim=64 * self.depth, num_heads=self.depth,
-                    drop_path_rate=drop_path, shared_aln=self.shared_aln, attn_l2_norm=self.attn_l2_norm,
-                    patch_nums=self.patch_nums, flash_if_available=self.flash, label_smooth=self.label_smooth,
-                    progressive=progressive if self.progressive_until > 0 else None)
-
-    def init_kwargs(self) -> dict[str, Any]:
-        return dict(init_adaln=self.init_adaln, init_adaln_gamma=self.init_adaln_gamma,
-                    init_head=self.init_head, init_std=self.init_std)
+        return super().model_kwargs(total_steps, steps_per_epoch) | dict(
+            progressive=progressive if self.progressive_until > 0 else None)
 
     def tokenizer_kwargs(self) -> dict[str, Any]:
         return dict(v_patch_nums=self.patch_nums)
 
     def derived(self, world_size: int) -> dict[str, Any]:
-        kwargs, std = self.model_kwargs(1, 1), (1 / (3 * 64 * self.depth)) ** 0.5
-        return super().derived(world_size) | dict(
-            pgwp=self.progressive_warmup_epochs, drop_path_rate=kwargs['drop_path_rate'],
-            init_std=self.init_std if self.init_std >= 0 else std)
+        return super().derived(world_size) | dict(pgwp=self.progressive_warmup_epochs)
 
 
-RECIPES: dict[str, type[Recipe]] = {'var': VARRecipe} | TOKENIZER_RECIPES
+@dataclass(frozen=True)
+class FlexVARRecipe(AdaLNRecipe):
+    """FlexVAR on the code maps of a frozen FlexVAE."""
 
-# Published runs by model (README of VAR); `recipes/*.sh` holds the same as commands.
+    model: str = opt('flexvar', 'what is trained')
+    vae_ckpt: str = opt('pretrained/FlexVAE.pth', 'tokenizer weights: a file of any kind')
+    depth: int = opt(20, 'transformer blocks; heads = depth, width = 64 * depth')
+    pn: str = opt(PATCH_NUMS['256'], 'sides of the code maps of validation, joined by _ or -; training draws '
+                                     'others up to the last one; 256, 512, 1024 are the published lists')
+    final_reso: int = opt(0, 'pixels per side of the training images; 0 means where --pn ends; larger ones '
+                             'give the same sides, averaged')
+    keep_last: bool = opt(False, 'end every drawn pyramid at the last side of --pn; published: two thirds do')
+    crop: str = opt('adm', CROPS)
+    mid_reso: float = opt(1 / 0.88, 'crop adm: the shorter side is drawn from 1 to this multiple of the crop')
+    hflip: bool = opt(True, 'random horizontal flip')
+    output_dir: str = opt(str(REPO / 'local_output/flexvar'), 'logs and checkpoints', 'local_out_dir_path')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch_nums[0] != 1:
+            raise ValueError(f'--pn of FlexVAR must begin with 1, got {self.pn}')
+        if self.image_size < super().image_size or self.image_size % self.patch_size:
+            raise ValueError(
+                f'--final_reso must be a multiple of the stride {self.patch_size} and at least where --pn '
+                f'ends, {self.patch_nums[-1]} codes or {super().image_size} pixels, got {self.final_reso}')
+
+    @property
+    def image_size(self) -> int:
+        return self.final_reso or super().image_size
+
+    def _model_tag(self) -> str:
+        return f'FlexVARd{self.depth}__pn{self.pn_list}'
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        return super().model_kwargs(total_steps, steps_per_epoch) | dict(keep_last=self.keep_last)
+
+    def derived(self, world_size: int) -> dict[str, Any]:
+        return super().derived(world_size) | dict(final_reso=self.image_size)
+
+
+RECIPES: dict[str, type[Recipe]] = {'var': VARRecipe, 'flexvar': FlexVARRecipe} | TOKENIZER_RECIPES
+
+# Published runs by model (READMEs of VAR and FlexVAR; a script of the latter says depth 20 for d16 by
+# mistake); `recipes/*.sh` holds the same as commands.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
     'var_d16': dict(depth=16, batch_size=768, epochs=200, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
     'var_d20': dict(depth=20, batch_size=768, epochs=250, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
@@ -104,6 +158,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
                     lr_end=0.01, weight_decay_end=0.08),
     'var_d36_512': dict(depth=36, shared_aln=True, pn='512', batch_size=768, epochs=350, base_lr=8e-5,
                         precision=1, init_adaln_gamma=5e-6, lr_end=0.01, weight_decay_end=0.08),
+}, 'flexvar': {
+    'flexvar_d16': dict(depth=16, batch_size=768, epochs=180, precision=1, init_adaln_gamma=1e-3,
+                        lr_end=0.1),
+    'flexvar_d20': dict(depth=20, batch_size=768, epochs=250, precision=1, init_adaln_gamma=1e-3,
+                        lr_end=0.1),
+    'flexvar_d24': dict(depth=24, batch_size=768, epochs=350, base_lr=8e-5, precision=1,
+                        init_adaln_gamma=1e-4, lr_end=0.01),
 }} | TOKENIZER_PRESETS
 
 

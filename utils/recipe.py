@@ -36,7 +36,7 @@ LIMITS = {  # smallest and largest sensible value of a field, of any recipe that
     'disc_lr': (0, INF), 'disc_weight_decay': (0, INF), 'disc_width': (1, INF), 'consistency': (0, INF),
     'lecam': (0, INF), 'ema': (0, 0.999999), 'kl_weight': (0, INF), 'num_sides': (1, INF),
     'min_side': (1, INF), 'image_size': (1, INF), 'count': (1, INF), 'fid_images': (0, 1_000_000),
-    'shuffle': (-1, 2 ** 32 - 1), 'writers': (1, 256),
+    'shuffle': (-1, 2 ** 32 - 1), 'writers': (1, 256), 'maxpn': (0, INF), 'final_reso': (0, INF),
 }
 
 

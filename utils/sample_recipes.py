@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.recipe import REPO, check_limits, opt
+from utils.recipe import REPO, check_limits, ints, opt
 
 
 @dataclass(frozen=True)
 class SampleRecipe:
     """Settings of a sampling job. All but `FREE` decide the images; all are in the manifest."""
 
-    model: str = opt('var', 'family of the generator: var')
+    model: str = opt('var', 'family of the generator: var or flexvar')
     ckpt: str = opt('', 'generator weights: a checkpoint of train.py, a released file, or a published name')
     vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py')
     weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step')
@@ -79,6 +79,13 @@ class SampleRecipe:
         """Arguments of the model's `sample`, beside labels and rng."""
         raise NotImplementedError
 
+    def check_model(self, model: Any) -> None:
+        """Make sure that the settings suit the generator.
+
+        Raises:
+            ValueError: they do not.
+        """
+
     def combinations(self) -> list[dict[str, Any]]:
         """Every combination of the sweep, the last name changing fastest.
 
@@ -127,7 +134,53 @@ class VARSampleRecipe(SampleRecipe):
         return dict(guidance=1 + self.cfg, top_k=self.top_k, top_p=self.top_p, more_smooth=self.more_smooth)
 
 
-SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {'var': VARSampleRecipe}
+@dataclass(frozen=True)
+class FlexVARSampleRecipe(SampleRecipe):
+    """Sampling from FlexVAR."""
+
+    model: str = opt('flexvar', 'family of the generator: var or flexvar')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'var_ckpt')
+    depth: int | None = opt(None, 'blocks of the generator, for a check; None takes those of the file')
+    infer_patch_nums: str = opt('', 'sides of the code maps, joined by _ or -; empty takes those of training')
+    image_size: str = opt('', 'rows x columns in pixels, such as 384x256, to which the sides are stretched; '
+                              'empty ends where they end')
+    maxpn: int = opt(16, 'longer code maps take the most likely codes, with constant guidance')
+    greedy_unseen: bool = opt(True, 'take the most likely codes at sides other than 1-6, 8, 10, 13, 16, 23, '
+                                    '24, 32, too, as published')
+    pos_mode: str = opt('stretch', 'positions of oblong maps: stretch, or crop, which keeps their aspect')
+    used_llamagen_cfg: bool = opt(False, 'the same guidance at every scale; 1 is then off')
+    cfg: float = opt(2.5, 'classifier-free guidance in the unit of the paper')
+    top_k: int = opt(900, 'draw from the k most likely codes; 0 is off')
+    top_p: float = opt(0.95, 'draw from the smallest set of codes with this probability; 0 is off')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pos_mode not in ('stretch', 'crop'):
+            raise ValueError(f'--pos_mode must be stretch or crop, got {self.pos_mode!r}')
+        if not re.fullmatch(r'|[1-9]\d*x[1-9]\d*', self.image_size):
+            raise ValueError(f'--image_size must be rows x columns in pixels, such as 384x256, '
+                             f'got {self.image_size!r}')
+        if self.sides and self.sides[0] != 1:
+            raise ValueError(f'--infer_patch_nums must begin with 1, got {self.infer_patch_nums}')
+
+    @property
+    def sides(self) -> tuple[int, ...] | None:
+        """Sides of the code maps; None means those of training."""
+        return ints(self.infer_patch_nums) if self.infer_patch_nums else None
+
+    def check_model(self, model: Any) -> None:
+        if self.depth not in (None, model.depth):
+            raise ValueError(f'--depth={self.depth}, but {self.ckpt} has {model.depth} blocks: '
+                             'pass the file of that depth, or leave out --depth')
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        size = tuple(map(int, self.image_size.split('x'))) if self.image_size else None
+        return dict(guidance=self.cfg + (not self.used_llamagen_cfg), top_k=self.top_k, top_p=self.top_p,
+                    max_pn=self.maxpn, infer_patch_nums=self.sides, image_size=size, pos_mode=self.pos_mode,
+                    greedy_unseen=self.greedy_unseen, used_llamagen_cfg=self.used_llamagen_cfg)
+
+
+SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {'var': VARSampleRecipe, 'flexvar': FlexVARSampleRecipe}
 
 # Settings of published figures. README and paper of VAR differ; the paper's FIDs are of its later versions.
 _README = dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False, source='README of VAR')
@@ -140,6 +193,12 @@ def _files(size: str) -> dict[str, str]:
     return dict(ckpt=f'var_{size}.pth', vae_ckpt='vae_ch160v4096z32.pth')
 
 
+_FLEXVAR = dict(num_images=50_000, cfg=2.5, top_k=900, top_p=0.95, maxpn=16,
+                infer_patch_nums='1_2_3_4_5_6_8_10_13_16', source='README of FlexVAR, 256 px')
+_13_STEPS = dict(infer_patch_nums='1_2_3_4_5_6_7_8_9_10_12_14_16', source='README of FlexVAR, 13 steps')
+_512 = dict(infer_patch_nums='1_2_3_4_5_6_7_8_9_10_12_14_16_23_32', cfg=3.,
+            source='README of FlexVAR, 512 px zero-shot')
+
 SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
     'fid': _README, 'paper': _PAPER,
     'no_cfg': _PAPER | dict(cfg=0., source='arXiv 2404.02905, table 3, row without guidance'),
@@ -149,4 +208,7 @@ SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
     # candidates for evaluate.py reject: the authors publish neither ratio nor classifier
     'var_d30_re': _README | _files('d30') | dict(num_images=100_000,
                                                  source='README of VAR; ratio 2 is ours, none is published'),
+}, 'flexvar': {
+    'fid': _FLEXVAR, 'steps_13': _FLEXVAR | _13_STEPS, '512': _FLEXVAR | _512,
+    **{f'flexvar_{size}': _FLEXVAR | dict(depth=int(size[1:])) for size in ('d16', 'd20', 'd24')},
 }}

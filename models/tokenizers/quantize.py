@@ -15,19 +15,8 @@ from torch.nn import functional as F
 import dist
 from models.base import at_least_float32
 from models.helpers import draw_rows
+from models.scales import Side, as_sizes, scale_name
 from models.tokenizers.codebook import CodebookUpkeep, float32_matmul, kmeans, nearest, squared_distances
-
-Side = int | tuple[int, int]
-
-
-def as_sizes(patch_nums: Sequence[Side]) -> list[tuple[int, int]]:
-    """Sides as (rows, columns)."""
-    return [(side, side) if isinstance(side, int) else tuple(side) for side in patch_nums]
-
-
-def scale_name(size: Sequence[int]) -> str:
-    """'16x16': rows x columns of a code map."""
-    return f'{size[0]}x{size[1]}'
 
 
 def phi_index(num_phis: int, k: int, num_scales: int) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.base import Reconstruction, Tokenizer, at_least_float32
+from models.scales import Side, as_sizes, scale_name
 from models.tokenizers.codebook import CodebookUpkeep, squared_distances
 from models.tokenizers.conv import (
     LLAMAGEN_LAYOUT,
@@ -22,7 +23,6 @@ from models.tokenizers.conv import (
     read_ch_mult,
     read_towers,
 )
-from models.tokenizers.quantize import Side, as_sizes, scale_name
 
 logger = logging.getLogger(__name__)
 

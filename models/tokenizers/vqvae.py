@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from models.base import Reconstruction, Tokenizer, at_least_float32
+from models.scales import Side, as_sizes, scale_name
 from models.tokenizers.conv import build_towers, in_float32, init_convolutions, read_towers, start_as_identity
-from models.tokenizers.quantize import QuantizerTraining, Side, VectorQuantizer2, as_sizes, scale_name
+from models.tokenizers.quantize import QuantizerTraining, VectorQuantizer2
 
 
 class VQVAE(Tokenizer):

@@ -1,0 +1,70 @@
+"""Masks of image editing, and the codes that sampling keeps. True means: keep what is given.
+
+Letters: B batch, K scales, l tokens of one scale, H W image or canvas in pixels, h w code map.
+"""
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+# per scale, coarse to fine: codes (B, l) int64, and which of them replace the drawn ones, (B or 1, l) bool;
+# scales beyond its end are drawn freely
+Keep = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+def box_mask(size: tuple[int, int], top: float, left: float, bottom: float, right: float,
+             device: torch.device | str | None = None) -> torch.Tensor:
+    """(rows, columns) bool, True inside a box whose borders are shares of height and width, in [0, 1].
+
+    To redraw the box (in-painting) keep `~box_mask(...)`; to draw around it (out-painting) keep the mask.
+    """
+    mask_HW = torch.zeros(size, dtype=torch.bool, device=device)
+    mask_HW[round(top * size[0]):round(bottom * size[0]), round(left * size[1]):round(right * size[1])] = True
+    return mask_HW
+
+
+def place(images_B3HW: torch.Tensor, size: tuple[int, int], corner: tuple[int, int],
+          ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images on a larger canvas, their edges repeated outwards, and the mask (H, W) of where they are.
+
+    Args:
+        size: rows and columns of the canvas in pixels.
+        corner: row and column of the image's upper left corner on it.
+    Raises:
+        ValueError: the image does not fit there.
+    """
+    (height, width), (top, left) = images_B3HW.shape[-2:], corner
+    bottom, right = size[0] - top - height, size[1] - left - width
+    if min(top, left, bottom, right) < 0:
+        raise ValueError(f'an image of {height}x{width} pixels at row {top}, column {left} does not fit on a '
+                         f'canvas of {size[0]}x{size[1]}: pass a larger size or another corner')
+    canvas = F.pad(images_B3HW, (left, right, top, bottom), mode='replicate')
+    mask_HW = torch.zeros(size, dtype=torch.bool, device=images_B3HW.device)
+    mask_HW[top:top + height, left:left + width] = True
+    return canvas, mask_HW
+
+
+def as_mask(keep: torch.Tensor, images_B3HW: torch.Tensor) -> torch.Tensor:
+    """(B or 1, 1, H, W) float of a mask (H, W) or (B, H, W), of booleans or of numbers 0 and 1.
+
+    Raises:
+        ValueError: it has another shape than the images.
+    """
+    B, _, height, width = images_B3HW.shape
+    if keep.shape not in ((height, width), (1, height, width), (B, height, width)):
+        raise ValueError(f'expected a mask of {height}x{width} pixels, one for all or one for each of {B} '
+                         f'images, got shape {tuple(keep.shape)}: make it as large as the images')
+    return keep.to(images_B3HW.device, torch.float32).view(-1, 1, height, width)
+
+
+def mostly_kept(mask_B1HW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, l) bool: which cells of a code map are at least half inside the mask."""
+    return (F.interpolate(mask_B1HW, size=size, mode='area') >= 0.5).flatten(1)
+
+
+def keep_of_scale(keep: Keep | None, k: int, idx_Bl: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (B, l) of scale k with the kept ones in place, and which these are, (B or 1, l) bool."""
+    if keep is None or k >= len(keep):
+        return idx_Bl, torch.zeros_like(idx_Bl, dtype=torch.bool)
+    given_Bl, kept_Bl = keep[k]
+    return torch.where(kept_Bl, given_Bl, idx_Bl), kept_Bl

@@ -1,0 +1,435 @@
+"""FlexVAR: next-scale prediction without residuals, for any number of scales of any size and aspect.
+
+Every scale is a complete code map of the image, so the pyramid may change at each training step and each
+sampling run, and given codes may take the place of drawn ones.
+Letters: B batch, K scales, L all tokens, l tokens of one scale, C width, D condition width, Z tokenizer
+channels, V vocabulary, h w code map, 3HW image. Source: arXiv 2502.20313.
+"""
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.attention import kv_caching
+from models.base import Tokenizer
+from models.basic_var import AdaLNBeforeHead, AdaLNTransformer
+from models.editing import Keep, keep_of_scale, mostly_kept, place
+from models.helpers import Rng, drop_labels, guide, sample_with_top_k_top_p_
+from models.scales import ScaleLayout, Side, as_sizes, cached_causal_bias, rect_schedule, scale_name
+
+GRID = 32  # rows and columns of the position grid, twice the side of the finest published code map
+DRAWN_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)  # at others the published sampler is greedy
+REMOVALS = (0.9, 0.95, 0.98, 0.99)  # a uniform number above each of them removes one more scale
+
+
+@dataclass(frozen=True)
+class ScheduleSampler:
+    """Draws the sides of the code maps of one training step.
+
+    One step in twenty has `patch_nums`; the others 1, 2, some coarse and fine sides and the last one. Up to
+    four of them are then removed, and more until there are no more tokens than in `patch_nums`.
+
+    Args:
+        patch_nums: coarse to fine, beginning with 1. The published list, ending at 16, gives the published
+            sampler; its proportions are carried over to any other.
+        keep_last: never remove the last side. The published sampler does in a third of the steps.
+    """
+
+    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    keep_last: bool = False
+
+    def draw(self, rng: Any = random) -> tuple[int, ...]:
+        """Sides, coarse to fine; `rng` is python's `random` or a `random.Random`."""
+        last = self.patch_nums[-1]
+        coarse, fine = range(3, last * 10 // 16 + 1), range(max(last * 10 // 16 + 1, 3), last)
+        if rng.random() < 0.05:
+            sides = list(self.patch_nums)
+        else:
+            num_inner = max(len(self.patch_nums) - 3, 0)
+            num_coarse = min(round(num_inner * 5 / 7), len(coarse))
+            inner = rng.sample(coarse, num_coarse)
+            inner += rng.sample(fine, min(num_inner - num_coarse, len(fine)))
+            sides = [side for side in (1, 2) if side < last] + sorted(inner) + [last]
+        u = rng.random()
+        for threshold in REMOVALS:
+            if u > threshold and len(sides) > 3:
+                del sides[rng.choice(range(2, len(sides) - 1))]
+        most = ScaleLayout(self.patch_nums).total
+        while ScaleLayout(tuple(sides)).total > most:
+            del sides[rng.choice(range(max(len(sides) - 4, 1), len(sides) - self.keep_last))]
+        return tuple(sides)
+
+
+class ScaleStep(NamedTuple):
+    """What sampling one scale produced."""
+    k: int
+    size: tuple[int, int]
+    logits_BlV: torch.Tensor  # guided, before filtering
+    idx_Bl: torch.Tensor      # drawn or kept codes, int64
+
+
+def sinusoid_grid(width: int) -> torch.Tensor:
+    """(1, C, GRID, GRID): sines of the row in even channels, cosines of the column in odd ones."""
+    frequency = torch.exp(-torch.arange(0, width, 2) * (math.log(10000) / width))
+    angle = torch.arange(GRID)[None] * frequency[:, None]  # (C / 2, GRID)
+    rows, columns = angle.sin()[:, :, None], angle.cos()[:, None]
+    pairs = torch.stack([rows.expand(-1, GRID, GRID), columns.expand(-1, GRID, GRID)], dim=1)
+    return pairs.reshape(1, width, GRID, GRID)
+
+
+class FlexVAR(AdaLNTransformer):
+    """Next-scale transformer over a pyramid of complete code maps.
+
+    Args:
+        vae_local: frozen tokenizer (FlexVAE), kept as a plain reference.
+        num_classes, depth, embed_dim, num_heads, mlp_ratio, drop_rate, attn_drop_rate, drop_path_rate,
+            norm_eps, shared_aln, cond_drop_rate, attn_l2_norm, flash_if_available, fused_if_available,
+            label_smooth: as for VAR.
+        token_dropout_p: accepted for compatibility, without effect in the published code, too.
+        patch_nums: sides of the code maps of validation and of sampling by default, coarse to fine; training
+            draws others, see `ScheduleSampler`.
+        keep_last: see `ScheduleSampler`.
+    Raises:
+        ValueError: `patch_nums` is empty or does not begin with 1, or the width is odd.
+    """
+
+    def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
+                 num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0.,
+                 attn_drop_rate: float = 0., drop_path_rate: float = 0., norm_eps: float = 1e-6,
+                 shared_aln: bool = False, cond_drop_rate: float = 0.1, token_dropout_p: float = 0.05,
+                 attn_l2_norm: bool = False,
+                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+                 flash_if_available: bool = True, fused_if_available: bool = True, label_smooth: float = 0.,
+                 keep_last: bool = False):
+        # 0. hyper-parameters
+        check_sizes(as_sizes(patch_nums))
+        if embed_dim % 2:
+            raise ValueError(f'expected an even width for sines and cosines of positions, got {embed_dim}')
+        super().__init__(vae_local, num_classes, depth, embed_dim, num_heads, drop_path_rate, cond_drop_rate,
+                         patch_nums, label_smooth)
+        self.schedule = ScheduleSampler(self.patch_nums, keep_last)
+        std = (1 / self.C / 3) ** 0.5
+
+        # 1. input: code embedding
+        self.word_embed = nn.Linear(self.Cvae, self.C)
+
+        # 2. class embedding, with the null class as its last row
+        self.class_emb = nn.Embedding(num_classes + 1, self.C)
+        nn.init.trunc_normal_(self.class_emb.weight, std=std)
+        self.pos_start = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, self.C), std=std))
+
+        # 3. one grid of positions, resized to every scale; nothing else tells the scales apart
+        self.pos_1LC = nn.Parameter(sinusoid_grid(self.C))  # (1, C, GRID, GRID) under its published name
+
+        # 4. transformer
+        self.build_blocks(shared_aln, mlp_ratio, drop_rate, attn_drop_rate, attn_l2_norm, norm_eps,
+                          flash_if_available, fused_if_available)
+
+        # 5. head
+        self.head_nm = AdaLNBeforeHead(self.C, self.D, norm_eps)
+        self.head = nn.Linear(self.C, self.V)
+
+    def positions(self, size: tuple[int, int], pos_mode: str = 'stretch') -> torch.Tensor:
+        """(1, h * w, C) positions of a code map; beyond GRID rows or columns, neighbours share one.
+
+        Args:
+            pos_mode: 'stretch' covers the whole grid with any map; 'crop' the part that keeps its aspect.
+        """
+        extent = size if pos_mode == 'stretch' else (max(size),) * 2
+        grid_1Chw = F.interpolate(self.pos_1LC, size=extent, mode='area')
+        return grid_1Chw[:, :, :size[0], :size[1]].flatten(2).transpose(1, 2)
+
+    def next_input(self, idx_Bl: torch.Tensor, size: tuple[int, int], next_size: tuple[int, int],
+                   ) -> torch.Tensor:
+        """(B, next l, Z): the vectors of one scale's codes, resized to the next scale."""
+        code_BZhw = self.tokenizer.quantize.embed(idx_Bl, size)
+        return F.interpolate(code_BZhw, size=next_size, mode='bicubic').flatten(2).transpose(1, 2)
+
+    # ------------------------------------------------------------------------------ training
+    def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
+                      progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Mean cross-entropy of all tokens given the coarser scales; training draws the pyramid anew."""
+        patch_nums = self.schedule.draw() if self.training else self.patch_nums
+        idx_kBl = self.tokenizer.encode(images_B3HW, patch_nums)
+        target_BL = torch.cat(idx_kBl, dim=1)
+        logits_BLV = self(label_B, self.teacher_input(idx_kBl, patch_nums), patch_nums)
+        loss = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=self.label_smooth)
+        return loss, dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, patch_nums=patch_nums)
+
+    @torch.no_grad()
+    def teacher_input(self, idx_kBl: list[torch.Tensor], patch_nums: Sequence[Side]) -> torch.Tensor | None:
+        """Teacher-forcing input for every scale but the first.
+
+        Args:
+            idx_kBl: codes of K scales, (B, l) int64 each.
+        Returns:
+            (B, L - 1, Z) float32; None for a single scale.
+        """
+        sizes = as_sizes(patch_nums)
+        with torch.autocast(idx_kBl[0].device.type, enabled=False):
+            inputs = [self.next_input(idx_Bl, size, next_size)
+                      for idx_Bl, size, next_size in zip(idx_kBl, sizes, sizes[1:], strict=False)]
+        return torch.cat(inputs, dim=1) if inputs else None
+
+    def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None,
+                infer_patch_nums: Sequence[Side] | None = None) -> torch.Tensor:
+        """Teacher-forced logits; labels are dropped in training mode only.
+
+        Args:
+            label_B: (B,) int64 in [0, num_classes].
+            x_BLCv_wo_first_l: see `teacher_input`.
+            infer_patch_nums: sides of its scales, the first one included; None means `patch_nums`.
+        Returns:
+            (B, L, V) float32.
+        Raises:
+            ValueError: the input has another number of tokens than these scales.
+        """
+        layout = ScaleLayout(as_sizes(self.patch_nums if infer_patch_nums is None else infer_patch_nums))
+        check_sizes(layout.sizes)
+        B, given = len(label_B), 0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1]
+        if given != layout.total - 1:
+            raise ValueError(f'expected {layout.total - 1} tokens after the first for scales of '
+                             f'{layout.sizes}, got {given}: pass the sides that the input was made with')
+        with torch.autocast(label_B.device.type, enabled=False):
+            if self.training:
+                label_B = drop_labels(label_B, self.num_classes, self.cond_drop_rate)
+            cond_BD = self.class_emb(label_B)
+            x_BLC = (cond_BD + self.pos_start[0]).view(B, 1, -1)
+            if given:
+                x_BLC = torch.cat([x_BLC, self.word_embed(x_BLCv_wo_first_l.float())], dim=1)
+            x_BLC = x_BLC + torch.cat([self.positions(size) for size in layout.sizes], dim=1)
+        x_BLC = self.run_blocks(x_BLC, cond_BD, cached_causal_bias(layout, x_BLC.device))
+        return self.get_logits(x_BLC, cond_BD)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the blocks alone, once for any number of tokens: the pyramid changes at every step."""
+        self.run_blocks = torch.compile(self.run_blocks, dynamic=True, **options)
+
+    # ------------------------------------------------------------------------------ sampling
+    @torch.no_grad()
+    def sample_scales(self, label_B: torch.Tensor, *, infer_patch_nums: Sequence[Side] | None = None,
+                      cfg: float = 1.5, top_k: int = 0, top_p: float = 0., max_pn: int = 16,
+                      used_llamagen_cfg: bool = False, invalid_ids: Sequence[int] | None = None,
+                      greedy_unseen: bool = True, pos_mode: str = 'stretch', rng: Rng = None,
+                      keep: Keep | None = None) -> Iterator[ScaleStep]:
+        """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
+
+        Args:
+            label_B: (B,) int64, see `as_labels`.
+            infer_patch_nums: sides p, or (rows, columns), of the scales; None means `patch_nums`.
+            cfg: guidance; it grows linearly from 0 at the first scale to `cfg` at the last. Of more than ten
+                scales the tenth has `cfg`, and it grows on from there, as published.
+            top_k, top_p: see `filter_top_k_top_p_`; 0 is off.
+            max_pn: scales longer than this take the most likely codes, with constant `cfg`.
+            used_llamagen_cfg: guide every scale by uncond + cfg * (cond - uncond) instead.
+            invalid_ids: codes that must not be drawn.
+            greedy_unseen: take the most likely codes at sides that are not in DRAWN_SIDES, too.
+            pos_mode: see `positions`.
+            rng: a generator, `ImageNoise`, or None for torch's global generator.
+            keep: codes that replace drawn ones; they consume the same noise.
+        Raises:
+            ValueError: no scales, a first one that is not 1x1, or another pos_mode.
+        """
+        layout = ScaleLayout(as_sizes(self.patch_nums if infer_patch_nums is None else infer_patch_nums))
+        check_sizes(layout.sizes)
+        if pos_mode not in ('stretch', 'crop'):
+            raise ValueError(f"pos_mode must be 'stretch' or 'crop', got {pos_mode!r}")
+        B, num_scales, was_training = len(label_B), len(layout.sizes), self.training
+        cond_BD = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)]))
+        modulation = self.shared_ada_lin(cond_BD)
+        x_BlC = (cond_BD + self.pos_start[0]).view(2 * B, 1, -1) + self.positions((1, 1), pos_mode)
+        self.eval()
+        try:
+            with kv_caching(self.blocks, capacity=layout.total):
+                for k, size in enumerate(layout.sizes):
+                    for block in self.blocks:  # no mask: all that is cached may be seen
+                        x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
+                    logits_BlV = self.get_logits(x_BlC, cond_BD)
+                    if invalid_ids is not None:
+                        logits_BlV[:, :, list(invalid_ids)] = -100.
+                    ratio = k / min(num_scales - 1, 9) if num_scales > 1 else 1.
+                    t = cfg * ratio if max(size) <= max_pn else cfg
+                    logits_BlV = guide(*logits_BlV.chunk(2), cfg if used_llamagen_cfg else 1 + t)
+
+                    greedy = max(size) > max_pn or (greedy_unseen and max(size) not in DRAWN_SIDES)
+                    drawn_Bl = sample_with_top_k_top_p_(logits_BlV.clone(), 1 if greedy else top_k, top_p,
+                                                        rng)[:, :, 0]
+                    idx_Bl, _ = keep_of_scale(keep, k, drawn_Bl)
+                    yield ScaleStep(k, size, logits_BlV, idx_Bl)
+
+                    if k < num_scales - 1:
+                        next_size = layout.sizes[k + 1]
+                        x_BlC = self.word_embed(self.next_input(idx_Bl, size, next_size))
+                        x_BlC = (x_BlC + self.positions(next_size, pos_mode)).repeat(2, 1, 1)
+        finally:
+            self.train(was_training)
+
+    @torch.no_grad()
+    def autoregressive_infer_cfg(self, vqvae: Tokenizer | None, B: int,
+                                 label_B: int | Sequence[int] | torch.Tensor | None,
+                                 infer_patch_nums: Sequence[Side], g_seed: int | None = None,
+                                 cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
+                                 more_smooth: bool = False, max_pn: int = 16, used_llamagen_cfg: bool = False,
+                                 invalid_ids: Sequence[int] | None = None) -> torch.Tensor:
+        """Images (B, 3, H, W), nominally in [-1, 1] but not clamped: the published call.
+
+        Args:
+            vqvae: the tokenizer of this model, or None.
+            label_B: see `as_labels`.
+            g_seed: seeds the model's own generator, so a batch repeats; None draws from torch's global one.
+            others: see `sample_scales`.
+        Raises:
+            ValueError: another tokenizer, or `more_smooth`, which this model does not have.
+        """
+        if vqvae not in (None, self.tokenizer):
+            raise ValueError('expected the tokenizer that this FlexVAR was built with, got another one: '
+                             'pass that one, or None')
+        if more_smooth:
+            raise ValueError('FlexVAR has no more_smooth: leave it out')
+        rng = None if g_seed is None else self.rng.manual_seed(g_seed)
+        return self._pixels(self.as_labels(label_B, B, rng), infer_patch_nums=infer_patch_nums, cfg=cfg,
+                            top_k=top_k, top_p=top_p, max_pn=max_pn, used_llamagen_cfg=used_llamagen_cfg,
+                            invalid_ids=invalid_ids, rng=rng)
+
+    def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 3.5, rng: Rng = None,
+               infer_patch_nums: Sequence[Side] | None = None, image_size: tuple[int, int] | None = None,
+               **options: Any) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1].
+
+        Args:
+            guidance: the published cfg + 1, or cfg itself with `used_llamagen_cfg`.
+            image_size: height and width in pixels; the sides are stretched to it, see `rect_schedule`.
+            others: see `sample_scales`.
+        Raises:
+            ValueError: `image_size` is no multiple of the tokenizer's stride.
+        """
+        if image_size is not None:
+            base = self.patch_nums if infer_patch_nums is None else infer_patch_nums
+            infer_patch_nums = rect_schedule(base, *self.map_size(image_size))
+        cfg = guidance - (not options.get('used_llamagen_cfg', False))
+        pixels = self._pixels(self.as_labels(labels, len(labels), rng), rng=rng, cfg=cfg,
+                              infer_patch_nums=infer_patch_nums, **options)
+        return pixels.clamp_(-1, 1).add_(1).mul_(0.5)
+
+    @torch.no_grad()
+    def _pixels(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
+        damaged_B = torch.zeros_like(label_B, dtype=torch.bool)
+        for step in self.sample_scales(label_B, **options):
+            damaged_B |= ~step.logits_BlV.isfinite().flatten(1).all(1)
+        images_B3HW = self.tokenizer.pixels(self.tokenizer.quantize.embed(step.idx_Bl, step.size))
+        # codes are drawn from such logits, too, and would make an image that looks like any other
+        return images_B3HW.masked_fill_(damaged_B[:, None, None, None], torch.nan)
+
+    def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the finest code map of images of this size in pixels.
+
+        Raises:
+            ValueError: a side is no multiple of the stride.
+        """
+        stride = self.tokenizer.stride
+        if any(side % stride or side < 1 for side in image_size):
+            raise ValueError(f'expected a height and a width that are multiples of the stride {stride}, '
+                             f'got {image_size[0]}x{image_size[1]}: pass such a size')
+        return image_size[0] // stride, image_size[1] // stride
+
+    # ------------------------------------------------------------------------------ image to image
+    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """At every scale, the codes whose cells lie at least half inside the mask."""
+        return [mostly_kept(mask_B1HW, size) for size in sizes]
+
+    def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
+             *, guidance: float, rng: Rng = None, paste: bool = False,
+             infer_patch_nums: Sequence[Side] | None = None, **options: Any) -> torch.Tensor:
+        """As `AdaLNTransformer.edit`, for images of any size.
+
+        Args:
+            infer_patch_nums: sides, which end at the image size; None stretches `patch_nums` to it.
+        """
+        if infer_patch_nums is None:
+            infer_patch_nums = rect_schedule(self.patch_nums, *self.map_size(tuple(images_B3HW.shape[-2:])))
+        check_sizes(as_sizes(infer_patch_nums))
+        return super().edit(images_B3HW, keep, labels, guidance=guidance, rng=rng, paste=paste,
+                            infer_patch_nums=infer_patch_nums, **options)
+
+    def expand(self, images_B3HW: torch.Tensor, size: tuple[int, int], corner: tuple[int, int],
+               labels: int | Sequence[int] | torch.Tensor, **options: Any) -> torch.Tensor:
+        """Draw around images: a larger canvas whose unknown parts start as their repeated edges.
+
+        Args:
+            size: height and width of the canvas in pixels.
+            corner: row and column of the image's upper left corner on it.
+            labels, options: as for `edit`.
+        Returns:
+            (B, 3, *size) in [0, 1].
+        """
+        canvas_B3HW, mask_HW = place(images_B3HW, size, corner)
+        return self.edit(canvas_B3HW, mask_HW, labels, **options)
+
+    @torch.no_grad()
+    def refine(self, images_B3HW: torch.Tensor, labels: int | Sequence[int] | torch.Tensor, *, start: int,
+               guidance: float, rng: Rng = None, image_size: tuple[int, int] | None = None,
+               infer_patch_nums: Sequence[Side] | None = None, **options: Any) -> torch.Tensor:
+        """Draw the fine scales of images again, at the same size or another one.
+
+        Args:
+            start: scales up to this side are those of the images.
+            image_size: height and width of the result in pixels; None means that of the images.
+            infer_patch_nums: sides, stretched to `image_size`; None means `patch_nums`.
+            labels, guidance, rng, options: as for `sample`.
+        Returns:
+            (B, 3, *image_size) in [0, 1].
+        Raises:
+            ValueError: no scale is as small as `start`.
+        """
+        sizes = rect_schedule(self.patch_nums if infer_patch_nums is None else infer_patch_nums,
+                              *self.map_size(image_size or tuple(images_B3HW.shape[-2:])))
+        kept_sizes = [size for size in sizes if max(size) <= start]
+        if not kept_sizes:
+            raise ValueError(f'expected start to be a side of the pyramid, such as 4, got {start}')
+        idx_kBl = self.tokenizer.encode(images_B3HW, kept_sizes)
+        keep = [(idx_Bl, torch.ones_like(idx_Bl, dtype=torch.bool)) for idx_Bl in idx_kBl]
+        return self.sample(self.as_labels(labels, len(images_B3HW), rng), guidance=guidance, rng=rng,
+                           infer_patch_nums=sizes, keep=keep, **options)
+
+    # ------------------------------------------------------------------------------ metrics
+    @torch.no_grad()
+    def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `scale_metrics`; tails are of the last scale of the step, which training draws."""
+        return self.scale_metrics(**aux)
+
+    def config_state(self, progress: float) -> dict[str, Any]:
+        resos = [pn * self.tokenizer.stride for pn in self.patch_nums]
+        return dict(patch_nums=list(self.patch_nums), resos=resos, label_smooth=self.label_smooth)
+
+    # ------------------------------------------------------------------------------ weights
+    @staticmethod
+    def kwargs_from_config(config: dict[str, Any]) -> dict[str, Any]:
+        return dict(patch_nums=tuple(config['patch_nums'])) if 'patch_nums' in config else {}
+
+    @staticmethod
+    def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        _, _, rows, columns = state['pos_1LC'].shape  # VAR has a table there
+        if (rows, columns) != (GRID, GRID):
+            raise ValueError(f'pos_1LC is a grid of {rows}x{columns}')
+        return AdaLNTransformer.kwargs_from_state_dict(state)
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As torch's, but without the mask that published files hold, which belongs to one pyramid."""
+        weights = {name: t for name, t in state_dict.items() if name != 'attn_bias_for_masking'}
+        return super().load_state_dict(weights, strict=strict, assign=assign)
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
+    """Make sure that this is a pyramid.
+
+    Raises:
+        ValueError: it is empty, does not begin with 1x1, or has an empty scale.
+    """
+    if not sizes or sizes[0] != (1, 1) or min(map(min, sizes)) < 1:
+        raise ValueError('expected sides of code maps from 1 on, such as 1, 2, 4, got '
+                         f'{", ".join(map(scale_name, sizes)) or "none"}: pass such a list')
