@@ -22,21 +22,21 @@ def scale_name(size: Sequence[int]) -> str:
 
 
 def rect_schedule(patch_nums: Sequence[int], height: int, width: int) -> tuple[tuple[int, int], ...]:
-    """Sizes of a square pyramid stretched to end at height x width tokens, each at most once in a row.
+    """Sizes of a square pyramid stretched to end at height x width tokens, beginning with 1x1, none twice.
 
     Raises:
-        ValueError: the pyramid is empty, or the result does not begin with 1x1.
+        ValueError: the pyramid or the size is empty.
     """
-    if not patch_nums or min(height, width) < 1:
+    if not patch_nums or min(height, width, *patch_nums) < 1:
         raise ValueError(f'expected sides of code maps and a size of at least 1x1, got {tuple(patch_nums)} '
                          f'and {height}x{width}: pass both')
     last = patch_nums[-1]
-    sizes = [(max(1, round(side * height / last)), max(1, round(side * width / last))) for side in patch_nums]
-    distinct = tuple(size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1])
-    if distinct[0] != (1, 1):
-        raise ValueError(f'a pyramid must begin with 1x1, got {scale_name(distinct[0])} from stretching '
-                         f'{tuple(patch_nums)} to {height}x{width}: begin with 1')
-    return distinct
+    sizes = [(1, 1)]
+    for side in patch_nums:
+        size = max(1, round(side * height / last)), max(1, round(side * width / last))
+        if size != sizes[-1]:
+            sizes.append(size)
+    return tuple(sizes)
 
 
 @dataclass(frozen=True)
