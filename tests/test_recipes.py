@@ -69,20 +69,18 @@ def test_both_spellings_and_boolean_forms():
     assert parse_recipe(['--local-rank=3', '--local_rank=1']) == parse_recipe([])
 
 
-@pytest.mark.parametrize('name', sorted(PRESETS['var']))
+@pytest.mark.parametrize('name', sorted(PRESETS['var'] | PRESETS['flexvar']))
 def test_recipe_script_equals_preset(name):
-    assert parse_recipe([f'--preset={name}']) == parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
-
-
-def test_recipe_script_names_match_depth():
-    for name, values in PRESETS['var'].items():
-        assert int(re.match(r'var_d(\d+)', name)[1]) == values['depth']
-        assert (REPO / 'recipes' / f'{name}.sh').is_file()
+    model = name.split('_')[0]
+    preset = parse_recipe([f'--model={model}', f'--preset={name}'])
+    assert preset == parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
+    assert preset.depth == int(re.match(r'\w+_d(\d+)', name)[1])
 
 
 @pytest.mark.parametrize(('name', 'parameters'), [
     ('var_d16', 310_283_520), ('var_d20', 600_917_136), ('var_d24', 1_033_399_360),
-    ('var_d30', 2_010_020_356), ('var_d36_512', 2_353_893_904)])
+    ('var_d30', 2_010_020_356), ('var_d36_512', 2_353_893_904),
+    ('flexvar_d16', 315_561_936), ('flexvar_d20', 607_513_952), ('flexvar_d24', 1_041_314_576)])
 def test_dry_run_of_the_published_commands(name, parameters):
     recipe = parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
     printed = json.loads(json.dumps(describe(recipe, world_size=8)))
@@ -140,6 +138,10 @@ def fails(argv, capsys, parse=parse_recipe):
     (['--model=gan'], ['gan', 'vqvae']),
     (['--preset=var_d99'], ['var_d99', 'var_d16']),
     (['--model=vqvae', '--preset=var_d16'], ['var_d16', 'vqvae']),
+    (['--model=flexvar', '--pn=2_4'], ['--pn', 'begin with 1', '2_4']),
+    (['--model=flexvar', '--final_reso=250'], ['--final_reso', 'multiple of the stride 16', '250']),
+    (['--model=flexvar', '--final_reso=128'], ['where --pn', '16 codes or 256 pixels', '128']),
+    (['--model=flexvar', '--pg=0.5'], ['--pg', 'nearest']),
     (['--model=vqvae', '--ch=40'], ['--ch', '32', '40']),
     (['--model=vqvae', '--ch_mult=1_2'], ['stride 2', '--patch_size=2']),
     (['--model=vqvae', '--fp16=1'], ['float16', '--fp16=2']),
@@ -171,6 +173,29 @@ def test_fid_preset_is_the_published_protocol():
     assert (recipe.num_images, recipe.cfg, recipe.top_k, recipe.top_p,
             recipe.more_smooth) == (50_000, 1.5, 900, 0.96, False)
     assert recipe.sample_kwargs()['guidance'] == 2.5
+
+
+@pytest.mark.parametrize(('preset', 'sides', 'cfg'), [
+    ('fid', (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2.5),
+    ('steps_13', (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16), 2.5),
+    ('512', (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 23, 32), 3.)])
+def test_flexvar_presets_are_the_published_commands(preset, sides, cfg):
+    """The flags of the published evaluation, with the checkpoint that its README leaves out."""
+    argv = ['--model=flexvar', '--var_ckpt=x', f'--infer_patch_nums={"_".join(map(str, sides))}',
+            f'--cfg={cfg}', '--top_k=900', '--maxpn=16']
+    by_flags = parse_sample_recipe([*argv, '--batch_size=16', '--depth=20'])
+    by_preset = parse_sample_recipe(['--model=flexvar', '--ckpt=x', f'--preset={preset}'])
+    assert by_flags.sample_kwargs() == by_preset.sample_kwargs() == dict(
+        guidance=1 + cfg, top_k=900, top_p=0.95, max_pn=16, infer_patch_nums=sides, image_size=None,
+        pos_mode='stretch', greedy_unseen=True, used_llamagen_cfg=False)
+    assert parse_sample_recipe([*argv, '--used_llamagen_cfg']).sample_kwargs()['guidance'] == cfg
+
+
+def test_flexvar_trains_at_256_pixels_on_random_crops():
+    recipe = parse_recipe(['--model=flexvar', '--preset=flexvar_d24'])
+    assert (recipe.image_size, recipe.crop, recipe.hflip) == (256, 'adm', True)
+    assert recipe.peak_lr(32) == pytest.approx(2.4e-4)
+    assert parse_recipe(['--model=flexvar', '--final_reso=512']).image_size == 512
 
 
 def test_indivisible_batch():

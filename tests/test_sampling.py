@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models.editing import box_mask
 from models.helpers import ImageNoise, gumbel_softmax_with_rng, sample_with_top_k_top_p_
 from models.scales import ScaleLayout
 from models.var import AdaLNSelfAttn
@@ -178,6 +179,70 @@ def test_keeping_everything_reconstructs_the_input(models):
     _, f_hat = autoregressive_infer_cfg_with_mask(models['sep_l2'], 2, -1, 0, edit_mask=mask,
                                                   input_img_tokens=[vqvae[f'idx.{k}'] for k in range(4)])
     assert_within(f_hat, vqvae['fhat.3'], 1e-4)
+
+
+# ------------------------------------------------------------ the same by the project's own `edit`
+@pytest.mark.parametrize('row', EDIT['masks'], ids=range(len(EDIT['masks'])))
+def test_keep_masks(models, row):
+    """Equal to the published ones, whether the mask counts pixels or codes."""
+    var, box = models['sep_l2'], [row[name] for name in ('y0', 'x0', 'y1', 'x1')]
+    codes = box_mask((4, 4), *box)
+    codes = ~codes if row['inpainting'] else codes
+    assert codes.int().tolist() == row['mask']
+    pixels = codes.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    for mask in (codes, pixels):
+        masks = var.keep_masks(mask[None, None].float(), var.layout.sizes)
+        for side, kept_Bl, expected in zip(PATCH_NUMS, masks, row['keep_per_scale'], strict=True):
+            assert kept_Bl.view(side, side).int().tolist() == expected
+
+
+@pytest.mark.parametrize('case', EDIT['cases'], ids=[case['key'] for case in EDIT['cases']])
+def test_keep(models, case):
+    if case['top_k'] != 1:
+        golden.needs_rng()
+    var, t, vqvae = models[case['model']], golden.load_tensors('edit'), golden.load_tensors('vqvae')
+    mask = box_mask((4, 4), *[case[name] for name in ('y0', 'x0', 'y1', 'x1')])
+    mask = ~mask if case['inpainting'] else mask
+    masks = var.keep_masks(mask[None, None].float(), var.layout.sizes)
+    given = [vqvae[f'idx.{k}'] for k in range(4)]
+    rng = torch.Generator().manual_seed(case['g_seed'])
+    options = {name: case[name] for name in ('cfg', 'top_k', 'top_p', 'more_smooth')}
+    steps = list(var.sample_scales(var.as_labels(case['label'], case['B'], rng), rng=rng,
+                                   keep=list(zip(given, masks, strict=True)), **options))
+    drawn = golden.split_scales(t[f'{case["key"]}.tokens'], PATCH_NUMS)
+    for step, drawn_Bl, given_Bl, kept_Bl in zip(steps, drawn, given, masks, strict=True):
+        assert torch.equal(step.idx_Bl, torch.where(kept_Bl, given_Bl, drawn_Bl))
+    assert_within(steps[-1].f_hat, t[f'{case["key"]}.fhat'], tolerance(case, 5e-4))
+
+
+@pytest.mark.parametrize('more_smooth', [False, True])
+def test_edit(models, more_smooth):
+    """All kept is reconstruction, nothing kept is sampling, and pasted pixels are those of the image."""
+    var = models['sep_l2']
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    options = dict(guidance=3., top_k=20, more_smooth=more_smooth)
+
+    def edit(mask, **more):
+        return var.edit(images, mask, [1, 2], rng=ImageNoise(0, [0, 1]), **options, **more)
+    everything = edit(torch.ones(64, 64))
+    assert_within(everything, var.tokenizer.decode(var.tokenizer.encode(images)).add(1).mul(0.5), 1e-5)
+    plain = var.sample([1, 2], rng=ImageNoise(0, [0, 1]), **options)
+    assert torch.equal(edit(torch.zeros(2, 64, 64)), plain)
+    mask = torch.zeros(2, 64, 64, dtype=torch.bool)
+    mask[1] = box_mask((64, 64), 0.5, 0., 1., 1.)
+    edited = edit(mask, paste=True)
+    assert torch.equal(edited[0], plain[0]) and not torch.equal(edited[1], plain[1])
+    assert torch.equal(edited[1, :, 32:], images[1, :, 32:].add(1).mul(0.5))
+
+
+@pytest.mark.parametrize(('shape', 'mask_shape', 'message'), [
+    ((2, 3, 48, 64), (48, 64), 'end at 64x64 pixels, got images of 48x64: resize'),
+    ((2, 3, 64, 64), (4, 4), r'mask of 64x64 pixels.*one for each of 2 images, got shape \(4, 4\)'),
+    ((2, 3, 64, 64), (3, 64, 64), r'got shape \(3, 64, 64\): make it as large as the images'),
+])
+def test_edit_errors(models, shape, mask_shape, message):
+    with pytest.raises(ValueError, match=message):
+        models['sep_l2'].edit(torch.zeros(shape), torch.ones(mask_shape), 0, guidance=1.)
 
 
 # ------------------------------------------------------------ noise keyed by the image

@@ -22,6 +22,7 @@ from models.tokenizers.conv import (
     read_towers,
 )
 from models.tokenizers.vq_model import FlexVAE, VectorQuantizer, VQ_models, VQModel, entropy_loss
+from tests import flexvar_vectors
 from tests.golden import assert_within
 
 DATA = Path(__file__).parent / 'data'
@@ -60,23 +61,6 @@ def llamagen_fill(name, shape, salt='npp-dev'):
     if len(shape) > 1:
         return r * np.sqrt(3 * shape[0] / r.size)
     return 0.1 * r + name.endswith('weight')
-
-
-def flexvar_fill(seed):
-    """See tests/data/flexvar/README.md."""
-    def fill(name, shape):
-        rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2 ** 32)
-        a = rng.standard_normal(shape).astype(np.float32)
-        if name.endswith('bias'):
-            return 0.05 * a
-        if name == 'quantize.embedding.weight':
-            return a
-        return 1 + 0.1 * a if len(shape) == 1 else a * (np.prod(shape[1:], dtype=int) ** -0.5)
-    return fill
-
-
-def flexvar_images(seed, shape):
-    return torch.from_numpy(np.random.RandomState(seed).uniform(-1, 1, shape).astype(np.float32))
 
 
 # ------------------------------------------------------------ LlamaGen
@@ -212,14 +196,14 @@ def flex(request):
     model = build(lambda: FlexVAE(config['V'], config['dim'], ch=config['ch'] or 128, z_channels=config['z'],
                                   encoder_ch_mult=config['ch_mult'], decoder_ch_mult=config['ch_mult'],
                                   entropy_loss_ratio=config['ent']),
-                  flexvar_fill(info['config']['wseed'])).eval()
+                  flexvar_vectors.fill(info['config']['wseed'])).eval()
     return info, vectors, model
 
 
 @pytest.fixture
 def flex_images(flex):
     config = flex[0]['config']
-    return flexvar_images(config['xseed'], config['xshape'])
+    return flexvar_vectors.images(config['xseed'], config['xshape'])
 
 
 def test_weights_follow_the_rule(flex):
@@ -277,7 +261,7 @@ def test_pictures_of_every_side(flex, flex_images):
 def test_oblong_images(flex):
     info, vectors, model = flex
     config, s = info['config'], info['config']['stride']
-    images = flexvar_images(config['xseed'] + 1, config['rshape'])
+    images = flexvar_vectors.images(config['xseed'] + 1, config['rshape'])
     assert_within(model.features(images), vectors['rect_conti'], 2e-5)
     size = tuple(vectors['rect_conti'].shape[2:])
     idx_kBl = model.encode(images, [1, size])

@@ -142,8 +142,8 @@ class FlexVARSampleRecipe(SampleRecipe):
     ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'var_ckpt')
     depth: int | None = opt(None, 'blocks of the generator, for a check; None takes those of the file')
     infer_patch_nums: str = opt('', 'sides of the code maps, joined by _ or -; empty takes those of training')
-    image_size: str = opt('', 'rows x columns in pixels, such as 384x256, to which the sides are stretched; '
-                              'empty ends where they end')
+    size: str = opt('', 'rows x columns in pixels, such as 384x256, to which the sides are stretched; empty '
+                        'ends where they end')
     maxpn: int = opt(16, 'longer code maps take the most likely codes, with constant guidance')
     greedy_unseen: bool = opt(True, 'take the most likely codes at sides other than 1-6, 8, 10, 13, 16, 23, '
                                     '24, 32, too, as published')
@@ -157,9 +157,8 @@ class FlexVARSampleRecipe(SampleRecipe):
         super().__post_init__()
         if self.pos_mode not in ('stretch', 'crop'):
             raise ValueError(f'--pos_mode must be stretch or crop, got {self.pos_mode!r}')
-        if not re.fullmatch(r'|[1-9]\d*x[1-9]\d*', self.image_size):
-            raise ValueError(f'--image_size must be rows x columns in pixels, such as 384x256, '
-                             f'got {self.image_size!r}')
+        if not re.fullmatch(r'|[1-9]\d*x[1-9]\d*', self.size):
+            raise ValueError(f'--size must be rows x columns in pixels, such as 384x256, got {self.size!r}')
         if self.sides and self.sides[0] != 1:
             raise ValueError(f'--infer_patch_nums must begin with 1, got {self.infer_patch_nums}')
 
@@ -174,7 +173,7 @@ class FlexVARSampleRecipe(SampleRecipe):
                              'pass the file of that depth, or leave out --depth')
 
     def sample_kwargs(self) -> dict[str, Any]:
-        size = tuple(map(int, self.image_size.split('x'))) if self.image_size else None
+        size = tuple(map(int, self.size.split('x'))) if self.size else None
         return dict(guidance=self.cfg + (not self.used_llamagen_cfg), top_k=self.top_k, top_p=self.top_p,
                     max_pn=self.maxpn, infer_patch_nums=self.sides, image_size=size, pos_mode=self.pos_mode,
                     greedy_unseen=self.greedy_unseen, used_llamagen_cfg=self.used_llamagen_cfg)

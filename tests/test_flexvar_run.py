@@ -1,0 +1,146 @@
+"""FlexVAR through train.py and sample.py: exact resume, accumulation, sizes and steps by flags."""
+import json
+import logging
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from models import FlexVAE
+from tests.runs import BATCH, launch, make_folder, read
+from utils.log import one_line_errors
+
+PYRAMID = (1, 2, 3, 4, 6)
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.fixture(scope='module')
+def flags(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    torch.manual_seed(0)
+    torch.save(FlexVAE(24, 8, z_channels=16, net='tiny').state_dict(), root / 'vae.pth')
+    return ['--model=flexvar', f'--data_path={make_folder(root / "images")}',
+            f'--vae_ckpt={root / "vae.pth"}', '--pn=1_2_3_4_6', '--patch_size=8', f'--bs={BATCH}',
+            '--workers=0', '--seed=3', '--depth=1', '--alng=1e-2', '--tblr=1e-2', '--drop_path=0.2']
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Run an entry point in this process."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def run(script, *argv):
+        monkeypatch.setattr(sys, 'argv', [script.__file__, *map(str, argv)])
+        sample.load_generator.cache_clear()
+        with one_line_errors(script.__name__):
+            script.main()
+    yield run
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+@pytest.fixture(scope='module')
+def trained(flags, tmp_path_factory):
+    """A training of two epochs with averaged weights."""
+    folder = tmp_path_factory.mktemp('trained')
+    launch('train.py', [*flags, '--ep=2', '--ema=0.9', f'--output_dir={folder}'])
+    return folder
+
+
+def largest_difference(a, b):
+    return max((t - b['trainer']['var_wo_ddp'][name]).abs().max().item()
+               for name, t in a['trainer']['var_wo_ddp'].items())
+
+
+def test_resume_is_exact(flags, here, trained, tmp_path, monkeypatch):
+    """Also of the pyramids, which follow from seed and step."""
+    step = train.Run.train_step
+
+    def interrupted(self, images, labels, number):
+        if number == 7:
+            raise Interrupt
+        return step(self, images, labels, number)
+    settings = (*flags, '--ep=2', '--ema=0.9', '--save_every=3', f'--output_dir={tmp_path}')
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(train.Run, 'train_step', interrupted)
+        here(train, *settings)
+    assert read(tmp_path)['iter'] == 1
+    here(train, *settings)
+    final, expected = read(tmp_path), read(trained)
+    for key in ('var_wo_ddp', 'var_ema'):
+        assert all(torch.equal(t, expected['trainer'][key][name])
+                   for name, t in final['trainer'][key].items())
+    logged = [json.loads(line) for line in (tmp_path / 'steps.jsonl').read_text().splitlines()]
+    pyramids = {tuple(key for key in line if key.startswith('L_')) for line in logged}
+    assert len(pyramids) > 3, 'the pyramid changes from step to step'
+
+
+def test_micro_steps_share_the_pyramid(flags, here, trained, tmp_path):
+    here(train, *flags, '--ep=2', '--ema=0.9', '--ac=4', f'--output_dir={tmp_path}')
+    assert largest_difference(read(tmp_path), read(trained)) < 1e-6
+
+
+@pytest.mark.slow
+def test_ranks_share_the_pyramid(flags, trained, tmp_path):
+    launch('train.py', [*flags, '--ep=2', '--ema=0.9', f'--output_dir={tmp_path}'], nproc=2)
+    assert largest_difference(read(tmp_path), read(trained)) < 1e-6
+
+
+def test_larger_training_images(flags, here, trained, tmp_path):
+    """--final_reso averages the same sides over more pixels: another training of the same model."""
+    here(train, *flags, '--ep=1', '--final_reso=64', '--keep_last=1', f'--output_dir={tmp_path}')
+    assert read(tmp_path)['trainer']['config']['patch_nums'] == list(PYRAMID)
+    assert largest_difference(read(tmp_path), read(trained)) > 1e-3
+
+
+def drawn(here, trained, output, *more):
+    """Images by index, and the manifest."""
+    here(sample, '--model=flexvar', f'--var_ckpt={trained / "ar-ckpt-last.pth"}', '--num_images=6',
+         '--shuffle=-1', '--top_k=20', f'--output={output}', *more)
+    return np.load(f'{output}.npz')['arr_0'], json.loads(output.with_suffix('.json').read_text())
+
+
+def test_images_do_not_depend_on_the_batch(here, trained, tmp_path):
+    """Without a list of sides, those of the checkpoint."""
+    six, manifest = drawn(here, trained, tmp_path / 'a', '--maxpn=16', '--cfg=2.5', '--depth=1')
+    assert six.shape == (6, 48, 48, 3)
+    assert manifest['settings']['maxpn'] == 16 and manifest['weights'] == 'ema'
+    one, _ = drawn(here, trained, tmp_path / 'b', '--batch_size=1', '--infer_patch_nums=1-2-3-4-6')
+    difference = np.abs(six.astype(int) - one.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize(('more', 'size'), [
+    (['--infer_patch_nums=1_3'], (24, 24)),
+    (['--infer_patch_nums=1_2_3_4_5_6_7_8_9', '--greedy_unseen=0'], (72, 72)),
+    (['--size=16x56', '--pos_mode=crop'], (16, 56)),
+])
+def test_steps_and_sizes(here, trained, tmp_path, more, size):
+    images, _ = drawn(here, trained, tmp_path / 'a', *more)
+    assert images.shape == (6, *size, 3) and len(np.unique(images.reshape(6, -1), axis=0)) > 3
+
+
+@pytest.mark.parametrize(('more', 'message'), [
+    ('--depth=2', r'--depth=2, but .*ar-ckpt-last.pth has 1 blocks: pass the file of that depth'),
+    ('--infer_patch_nums=2_4', 'must begin with 1, got 2_4'),
+    ('--infer_patch_nums=1_two', "joined by \"_\".*got '1_two'"),
+    ('--size=48', "rows x columns in pixels, such as 384x256, got '48'"),
+    ('--size=48x50', 'multiples of the stride 8, got 48x50'),
+    ('--pos_mode=tile', "stretch or crop, got 'tile'"),
+    ('--maxpn=-1', '--maxpn must be at least 0'),
+    ('--more_smooth=1', '--more_smooth'),
+])
+def test_bad_sampling_flags(here, trained, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as stop:
+        drawn(here, trained, tmp_path / 'a', more)
+    error = capsys.readouterr().err or stop.value.code  # flags are refused by the parser, the rest later
+    assert re.search(message, error) and len(error.splitlines()) == 1, error
+    assert not (tmp_path / 'a.npz').exists()
