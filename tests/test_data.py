@@ -265,6 +265,25 @@ def test_folder_classes_are_sorted(tmp_path):
     assert image.shape == (3, 16, 16) and label == 0
 
 
+def test_listed_images(tmp_path):
+    """Flat folders with a list of paths and classes; class folders win over a list."""
+    for split in ('train', 'val'):
+        (tmp_path / split).mkdir()
+        for i, name in enumerate(('b.png', 'a c.png')):
+            Image.new('RGB', (16, 16), (80 * i, 0, 0)).save(tmp_path / split / name)
+        (tmp_path / f'{split}.txt').write_text('b.png 2\na c.png 0\n')
+    num_classes, train_set, _ = build_dataset(str(tmp_path), 16, mid_reso=1.)
+    assert num_classes == 3 and len(train_set) == 2
+    (first, label), (second, other) = train_set
+    assert (label, other) == (2, 0) and first[0].mean() < second[0].mean()
+    for text, message in (('b.png 2\nb.png\n', "line 2 of .*train.txt, got 'b.png'"), ('', 'empty list')):
+        (tmp_path / 'train.txt').write_text(text)
+        with pytest.raises(ValueError, match=message):
+            build_dataset(str(tmp_path), 16)
+    write_images(tmp_path)
+    assert build_dataset(str(tmp_path), 16)[1].classes != ['0', '1', '2']
+
+
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=r'train.*--data_path'):
         build_dataset(str(tmp_path / 'nowhere'), 16)

@@ -218,7 +218,8 @@ def open_split(data_path: str, split: str, transform: Callable | None = None) ->
     """One split, 'train' or 'val', of a data set; its items are (image, class id).
 
     Args:
-        data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits' or 'toy'.
+        data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits' or 'toy'; or with
+            `train.txt`, `val.txt` and images anywhere in `train/` and `val/`, see `ListedImages`.
         transform: PIL image -> tensor.
     Raises:
         ValueError: the folder is missing or empty.
@@ -229,6 +230,9 @@ def open_split(data_path: str, split: str, transform: Callable | None = None) ->
     if not folder.is_dir():
         raise ValueError(f'expected class folders in {folder}, found no such folder: '
                          'pass --data_path=ROOT with ROOT/train and ROOT/val, --data_path=digits or toy')
+    listing = folder.with_suffix('.txt')
+    if listing.is_file() and not any(path.is_dir() for path in folder.iterdir()):
+        return ListedImages(listing, folder, transform)
     try:
         return ClassFolders(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS, transform=transform)
     except FileNotFoundError as error:
@@ -265,6 +269,38 @@ class ClassFolders(DatasetFolder):
         if not classes:
             raise FileNotFoundError(f'{directory} holds no class folder')
         return classes, {name: i for i, name in enumerate(classes)}
+
+
+class ListedImages(Dataset):
+    """Images named in a text file, one `path class` per line: how the published FlexVAR reads ImageNet.
+
+    Args:
+        listing: the text file; classes are integers from 0 on.
+        folder: the paths are relative to it.
+        transform: PIL image -> tensor.
+    Raises:
+        ValueError: a line is not of this form, or there is none.
+    """
+
+    def __init__(self, listing: Path, folder: Path, transform: Callable | None = None):
+        self.paths, self.targets, self.transform = [], [], transform
+        for number, line in enumerate(listing.read_text().splitlines(), start=1):
+            path, _, label = line.strip().rpartition(' ')
+            if not path or not label.isdecimal():
+                raise ValueError(f'expected "path class" in line {number} of {listing}, got {line!r}: '
+                                 'correct it, or use class folders without the list')
+            self.paths.append(str(folder / path))
+            self.targets.append(int(label))
+        if not self.paths:
+            raise ValueError(f'expected images in {listing}, got an empty list: use class folders without it')
+        self.classes = [str(label) for label in range(max(self.targets) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple:
+        image = pil_loader(self.paths[index])
+        return self.transform(image) if self.transform else image, self.targets[index]
 
 
 class KeyedAugmentation(Dataset):
