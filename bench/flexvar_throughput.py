@@ -82,7 +82,8 @@ def main() -> None:
     report = dict(
         command=' '.join(['python', 'bench/flexvar_throughput.py', *sys.argv[1:]]),
         device=device_name(device), versions=versions(), threads=torch.get_num_threads(),
-        depth=args.depth, batch=args.batch, pyramids=len(set(mixed)), mean_tokens=statistics.mean(lengths), fixed=fixed,
+        depth=args.depth, batch=args.batch, pyramids=len(set(mixed)),
+        mean_tokens=statistics.mean(lengths), fixed=fixed,
         tokens_per_second_mixed=round(rate_mixed), tokens_per_second_fixed=round(rate_fixed),
         ratio=round(rate_mixed / rate_fixed, 3),
         mask_share_of_step=round(mask * args.steps / sum(t for t, _ in times), 5), compiled=args.compile,

@@ -7,6 +7,7 @@ the attention kernels that ran, images/s, peak memory, and NCCL with one process
 GPU: `--device=cpu --depth=1 --batch=2`.
 """
 import argparse
+import copy
 import json
 import os
 import re
@@ -19,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist
-from models import VAR, VQVAE, VectorQuantizer2, build_loss, build_vae_var
+from models import VAR, VQVAE, FlexVAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import ImageNoise, filter_top_k_top_p
-from tests import golden
+from tests import flexvar_vectors, golden
 from trainer import TokenizerTrainer, Trainer
 from utils.amp_sc import AmpOptimizer
 from utils.doctor import report
@@ -117,6 +118,33 @@ class Vectors:
         here, there = (ImageNoise(5, [3, 9]).exponential_like(t) for t in (shape, shape.to(self.device)))
         self.compare('noise by image index', there, here, 2e-6)
 
+    def flexvar(self) -> None:
+        for name in ('teacher_forced_l2norm', 'teacher_forced_shared_aln'):
+            info, vectors = flexvar_vectors.load_json(name), flexvar_vectors.load_tensors(name)
+            model = self.flexvar_model(name)
+            for i, case in enumerate(info['config']['cases']):
+                images = flexvar_vectors.images(case['xseed'], case['xshape']).to(self.device)
+                idx_kBl = model.tokenizer.encode(images, case['patch_nums'])
+                self.compare('flexvar codes', torch.cat(idx_kBl, dim=1), vectors[f'{i}.gt_idx'], 0)
+                label_B = torch.tensor(info[f'case{i}']['labels_after_drop'], device=self.device)
+                logits_BLV = model(label_B, model.teacher_input(idx_kBl, case['patch_nums']),
+                                   case['patch_nums'])
+                self.compare('flexvar logits', logits_BLV[:, ::case['lstep']], vectors[f'{i}.logits'], 5e-4)
+        model = self.flexvar_model('sample_tiny')
+        sizes, here = ((1, 1), (2, 3), (4, 7), (5, 9)), flexvar_vectors.build('sample_tiny')
+        for options in (dict(top_k=20), dict(top_k=20, greedy_unseen=False, pos_mode='crop')):
+            there_idx, here_idx = (
+                torch.cat([step.idx_Bl for step in each.sample_scales(
+                    each.as_labels([1, 2], 2, None), infer_patch_nums=sizes, rng=ImageNoise(0, [0, 1]),
+                    **options)], dim=1) for each in (model, here))
+            self.compare('flexvar drawn codes', there_idx, here_idx, 0)
+
+    def flexvar_model(self, name: str) -> FlexVAR:
+        """A copy on the device: the original is cached on the CPU."""
+        model = copy.deepcopy(flexvar_vectors.build(name)).to(self.device)
+        object.__setattr__(model, 'tokenizer', copy.deepcopy(model.tokenizer).to(self.device))
+        return model
+
     def training(self) -> None:
         vectors = golden.load_tensors('trainer')
         batches = [(golden.images(vectors[f'batch.{i}.images_u8']).to(self.device),
@@ -138,7 +166,7 @@ class Vectors:
 
     def run(self) -> dict[str, dict]:
         allow_tf32(False)
-        for group in (self.tokenizer, self.transformer, self.sampling, self.training):
+        for group in (self.tokenizer, self.transformer, self.sampling, self.flexvar, self.training):
             group()
         return self.rows
 

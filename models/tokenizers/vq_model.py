@@ -201,6 +201,8 @@ class VQModel(Tokenizer):
         """(B, Z, h, w) in float32, what the quantizer sees."""
         return in_float32(self.quant_conv, self.encoder(images_B3HW))
 
+    encode_conti = features  # its published name
+
     def pixels(self, quant_BZhw: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in float32 of quantised features, not clamped."""
         return at_least_float32(self.decoder(in_float32(self.post_quant_conv, quant_BZhw)))
