@@ -1,11 +1,12 @@
 # make demo: train a tokenizer and a VAR on this machine, draw digits, score them    make test: the tests
+# make demo-flexvar: the same with FlexVAR, at several numbers of steps, sizes and shapes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint
-demo:
-	began=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/ready && PYTHON=$(CURDIR)/$(BIN)/python BEGAN=$$began bash recipes/demo.sh
+.PHONY: demo demo-flexvar test test-slow lint
+demo demo-flexvar:
+	began=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/ready && PYTHON=$(CURDIR)/$(BIN)/python BEGAN=$$began bash recipes/$(subst -,_,$@).sh
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest

@@ -25,12 +25,26 @@ from matplotlib import pyplot as plt
 
 # lowest acceptable values
 BARS = dict(class_accuracy=0.95, diversity=0.7, tokenizer_psnr=22., svm_real_accuracy=0.96)
+# of a curve: folder of the log, key in it, title
+CURVES = [('vqvae', 'psnr', 'tokenizer: PSNR [dB]'), ('var', 'L_mean', 'VAR: cross-entropy'),
+          ('var', 'acc_mean', 'VAR: token accuracy [%]')]
 
 
 def stack(dataset) -> tuple[torch.Tensor, np.ndarray]:
     """All images (N, 3, H, W) in [-1, 1] and labels (N,) of a data set."""
     images, labels = zip(*dataset, strict=True)
     return torch.stack(images), np.array(labels)
+
+
+def read_samples(path: Path) -> tuple[torch.Tensor, np.ndarray]:
+    """Images (N, 3, H, W) in [-1, 1] and the classes (N,) they were to show, of an npz of sample.py."""
+    packed = np.load(path)
+    return torch.from_numpy(packed['arr_0']).permute(0, 3, 1, 2).float().div(127.5).sub(1), packed['arr_1']
+
+
+def fit_judge(images: torch.Tensor, labels: np.ndarray) -> SVC:
+    """A classifier of `grey` digits."""
+    return SVC(gamma='scale', C=10).fit(grey(images), labels)
 
 
 def grey(images: torch.Tensor) -> np.ndarray:
@@ -66,12 +80,16 @@ def save_figure(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_curves(path: Path, folder: Path) -> None:
+def psnr(images: torch.Tensor, targets: torch.Tensor) -> float:
+    """Mean over the images (N, 3, H, W) in [-1, 1], in dB."""
+    error_N = (images - targets).div(2).square().flatten(1).mean(1)
+    return float(-10 * error_N.log10().mean())
+
+
+def draw_curves(path: Path, folder: Path, curves: list[tuple[str, str, str]] = CURVES) -> None:
     """Training curves of both models from their log.txt."""
-    panels = [('vqvae', 'psnr', 'tokenizer: PSNR [dB]'), ('var', 'L_mean', 'VAR: cross-entropy'),
-              ('var', 'acc_mean', 'VAR: token accuracy [%]')]
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), dpi=120)
-    for axis, (model, key, title) in zip(axes, panels, strict=True):
+    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3.2), dpi=120)
+    for axis, (model, key, title) in zip(axes, curves, strict=True):
         epochs = [json.loads(line) for line in (folder / model / 'log.txt').read_text().splitlines()]
         epochs = [values for values in epochs if key in values]
         axis.plot([values['it'] for values in epochs], [values[key] for values in epochs], label='training')
@@ -86,20 +104,31 @@ def draw_curves(path: Path, folder: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--dir', type=Path, default=Path('local_output/demo'))
+def parse_args(description: str, folder: str) -> argparse.Namespace:
+    """The command line of a report, `folder` being where its demo writes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('--dir', type=Path, default=Path(folder))
     parser.add_argument('--began', type=float, default=None, help='Unix time at which the demo began')
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def conclude(path: Path, report: dict, bars: dict[str, float]) -> None:
+    """Write the report, print what counts, and exit: with 1 if a bar is missed."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + '\n')
+    print(json.dumps({name: report[name] for name in (*bars, 'seconds')}, indent=2))
+    missed = [f'{name} {report[name]:.3f} < {bar}' for name, bar in bars.items() if report[name] < bar]
+    sys.exit(f'demo: {", ".join(missed)}' if missed else 0)
+
+
+def main() -> None:
+    args = parse_args(__doc__, 'local_output/demo')
     _, train_set, val_set = build_dataset('digits', 32, mid_reso=1.)
     (train_images, train_labels), (val_images, val_labels) = stack(train_set), stack(val_set)
-    packed = np.load(args.dir / 'samples.npz')
-    samples_u8, wanted = packed['arr_0'], packed['arr_1']
-    samples = torch.from_numpy(samples_u8).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    samples, wanted = read_samples(args.dir / 'samples.npz')
 
     # 1. do the samples show the digits they were asked for, as variously as real ones?
-    judge = SVC(gamma='scale', C=10).fit(grey(train_images), train_labels)
+    judge = fit_judge(train_images, train_labels)
     predicted = judge.predict(grey(samples))
     diversity = (within_class_distance(grey(samples), wanted)
                  / within_class_distance(grey(val_images), val_labels))
@@ -112,17 +141,14 @@ def main() -> None:
     steps = vae.idxBl_to_img(idx_kBl, same_shape=True)
     usage, sides = CodeUsage(vae.vocab_size), vae.quantize.v_patch_nums
     usage.add({f'{side}x{side}': idx_Bl for side, idx_Bl in zip(sides, idx_kBl, strict=True)})
-    error_N = (steps[-1] - val_images).div(2).square().flatten(1).mean(1)
 
     report = dict(class_accuracy=float((predicted == wanted).mean()), diversity=diversity,
-                  tokenizer_psnr=float(-10 * error_N.log10().mean()),
+                  tokenizer_psnr=psnr(steps[-1], val_images),
                   svm_real_accuracy=float(judge.score(grey(val_images), val_labels)),
                   num_samples=len(samples), codebook_usage=usage.metrics(),
                   accuracy_per_class=[float((predicted == wanted)[wanted == digit].mean())
                                       for digit in range(10)],
                   seconds=round(time.time() - args.began) if args.began else None)
-    with atomic_path(args.dir / 'report.json') as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + '\n')
 
     draw_rows(args.dir / 'samples.png', [samples[wanted == digit][:16] for digit in range(10)],
               [str(digit) for digit in range(10)], 'digits drawn on request, one class per row')
@@ -131,10 +157,7 @@ def main() -> None:
               ['real', *(f'scale {pn}x{pn}' for pn in vae.quantize.v_patch_nums)],
               'held-out digits, coarse to fine')
     draw_curves(args.dir / 'curves.png', args.dir)
-
-    print(json.dumps({name: report[name] for name in (*BARS, 'seconds')}, indent=2))
-    missed = [f'{name} {report[name]:.3f} < {bar}' for name, bar in BARS.items() if report[name] < bar]
-    sys.exit(f'demo: {", ".join(missed)}' if missed else 0)
+    conclude(args.dir / 'report.json', report, BARS)
 
 
 if __name__ == '__main__':

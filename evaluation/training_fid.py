@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import dist
@@ -71,7 +72,7 @@ def build_training_fid(recipe: GeneratorRecipe, model: ARModel, val_loader: Data
                          f'got {", ".join(useless)}: leave it out')
     settings = cls(**flags, model=recipe.model, ckpt='in training', num_images=recipe.fid_images)
     with torch.no_grad():  # what the model refuses is news before the first epoch
-        model.sample([0], rng=ImageNoise(0, [0]), **settings.sample_kwargs())
+        size = model.sample([0], rng=ImageNoise(0, [0]), **settings.sample_kwargs()).shape[2:]
     feature_settings = FeatureSettings(features=recipe.fid_features, offline=True,
                                        inception_weights=recipe.inception_weights)
     try:
@@ -87,6 +88,8 @@ def build_training_fid(recipe: GeneratorRecipe, model: ARModel, val_loader: Data
     features = FeatureSet(network, len(val_loader.dataset), model.device)
     seen = 0
     for images_B3HW, _ in val_loader:
+        if images_B3HW.shape[2:] != size:  # a generator may train on larger images than it draws
+            images_B3HW = F.interpolate(images_B3HW, size=size, mode='area')
         features.add(to_uint8(images_B3HW), seen)
         seen += len(images_B3HW)
     features.reduce()

@@ -233,18 +233,29 @@ class AdaLNTransformer(ARModel):
         """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
         return self.head(self.head_nm(h.float(), cond_BD).float()).float()
 
+    @staticmethod
+    def mark_damaged(images_B3HW: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
+        """Nan pixels for images whose logits were not finite.
+
+        Codes are drawn from such logits, too, and would make an image that looks like any other.
+        """
+        return images_B3HW.masked_fill_(~finite_B[:, None, None, None], torch.nan)
+
     # ------------------------------------------------------------------------------ editing
-    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],
+                   keep_share: float = 0.5) -> list[torch.Tensor]:
         """Per scale, which codes of an edited image stay: (B or 1, l) bool.
 
         Args:
             mask_B1HW: 1 where the image is kept, in pixels or in codes of the finest scale.
+            keep_share: see `edit`.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
-             *, guidance: float, rng: Rng = None, paste: bool = False, **options: Any) -> torch.Tensor:
+             *, guidance: float, rng: Rng = None, paste: bool = False, keep_share: float = 0.5,
+             **options: Any) -> torch.Tensor:
         """Draw again what a mask does not keep: in-painting, out-painting, class-conditional editing.
 
         Codes of the kept parts replace drawn ones at every scale, so that the rest is drawn to fit them. A
@@ -255,12 +266,15 @@ class AdaLNTransformer(ARModel):
             keep: bool, True where pixels stay: (H, W) for all images, or (B, H, W); see `models.editing`.
             labels: as for `sample`; a negative int is the null class, which leaves guidance without effect.
             paste: put the kept pixels themselves over the result.
+            keep_share: of the area of a code, or more, that must be kept for the code to stay.
             options: as for `sample`.
         Returns:
             (B, 3, H, W) in [0, 1].
         Raises:
             ValueError: the images or the mask have another size.
         """
+        if 'image_size' in options:
+            raise ValueError('edited images keep their size, got image_size: resize them first')
         sizes = as_sizes(options.get('infer_patch_nums', self.patch_nums))
         height, width = (side * self.tokenizer.stride for side in sizes[-1])
         if images_B3HW.shape[-2:] != (height, width):
@@ -270,7 +284,7 @@ class AdaLNTransformer(ARModel):
                              'resize the images, or pass other sides where the model takes them')
         mask_B1HW = as_mask(keep, images_B3HW)
         idx_kBl = self.tokenizer.encode(images_B3HW, sizes)
-        kept = list(zip(idx_kBl, self.keep_masks(mask_B1HW, sizes), strict=True))
+        kept = list(zip(idx_kBl, self.keep_masks(mask_B1HW, sizes, keep_share), strict=True))
         labels_B = self.as_labels(labels, len(images_B3HW), rng)
         edited = self.sample(labels_B, guidance=guidance, rng=rng, keep=kept, **options)
         return torch.where(mask_B1HW > 0.5, images_B3HW.add(1).mul(0.5), edited) if paste else edited

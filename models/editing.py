@@ -17,7 +17,13 @@ def box_mask(size: tuple[int, int], top: float, left: float, bottom: float, righ
     """(rows, columns) bool, True inside a box whose borders are shares of height and width, in [0, 1].
 
     To redraw the box (in-painting) keep `~box_mask(...)`; to draw around it (out-painting) keep the mask.
+
+    Raises:
+        ValueError: a border lies outside [0, 1], or a pair is in the wrong order.
     """
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise ValueError('expected 0 <= top < bottom <= 1 and 0 <= left < right <= 1, shares of height and '
+                         f'width, got {top}, {left}, {bottom}, {right}: divide pixels by the size')
     mask_HW = torch.zeros(size, dtype=torch.bool, device=device)
     mask_HW[round(top * size[0]):round(bottom * size[0]), round(left * size[1]):round(right * size[1])] = True
     return mask_HW
@@ -45,26 +51,38 @@ def place(images_B3HW: torch.Tensor, size: tuple[int, int], corner: tuple[int, i
 
 
 def as_mask(keep: torch.Tensor, images_B3HW: torch.Tensor) -> torch.Tensor:
-    """(B or 1, 1, H, W) float of a mask (H, W) or (B, H, W), of booleans or of numbers 0 and 1.
+    """(B or 1, 1, H, W) float of a mask (H, W) or (B, H, W), of booleans or of numbers in [0, 1].
 
     Raises:
-        ValueError: it has another shape than the images.
+        ValueError: it has another shape than the images, or other values.
     """
     B, _, height, width = images_B3HW.shape
+    keep = torch.as_tensor(keep, device=images_B3HW.device)
     if keep.shape not in ((height, width), (1, height, width), (B, height, width)):
         raise ValueError(f'expected a mask of {height}x{width} pixels, one for all or one for each of {B} '
                          f'images, got shape {tuple(keep.shape)}: make it as large as the images')
-    return keep.to(images_B3HW.device, torch.float32).view(-1, 1, height, width)
+    if keep.dtype != torch.bool and not ((keep >= 0) & (keep <= 1)).all():
+        raise ValueError('expected a mask of booleans or of numbers in [0, 1], got '
+                         f'{keep.min().item():g}..{keep.max().item():g}: compare it with a threshold first')
+    return keep.float().view(-1, 1, height, width)
 
 
-def mostly_kept(mask_B1HW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, l) bool: which cells of a code map are at least half inside the mask."""
-    return (F.interpolate(mask_B1HW, size=size, mode='area') >= 0.5).flatten(1)
+def mostly_kept(mask_B1HW: torch.Tensor, size: tuple[int, int], share: float = 0.5) -> torch.Tensor:
+    """(B, l) bool: the cells of a code map that lie inside the mask by at least this share of their area."""
+    return (F.interpolate(mask_B1HW, size=size, mode='area') >= share - 1e-6).flatten(1)
 
 
 def keep_of_scale(keep: Keep | None, k: int, idx_Bl: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (B, l) of scale k with the kept ones in place, and which these are, (B or 1, l) bool."""
+    """Codes (B, l) of scale k with the kept ones in place, and which these are, (B or 1, l) bool.
+
+    Raises:
+        ValueError: the codes or the mask of this scale have another shape.
+    """
     if keep is None or k >= len(keep):
         return idx_Bl, torch.zeros_like(idx_Bl, dtype=torch.bool)
     given_Bl, kept_Bl = keep[k]
+    if given_Bl.shape != idx_Bl.shape or kept_Bl.shape not in (idx_Bl.shape, idx_Bl[:1].shape):
+        raise ValueError(f'expected codes to keep, and their mask, of shape {tuple(idx_Bl.shape)} at scale '
+                         f'{k}, got {tuple(given_Bl.shape)} and {tuple(kept_Bl.shape)}: '
+                         'encode the images with the sides that are drawn')
     return torch.where(kept_Bl, given_Bl, idx_Bl), kept_Bl

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from models.base import Tokenizer
 from models.basic_var import AdaLNBeforeHead, AdaLNTransformer
 from models.editing import Keep, keep_of_scale, mostly_kept, place
 from models.helpers import Rng, drop_labels, guide, sample_with_top_k_top_p_
-from models.scales import ScaleLayout, Side, as_sizes, cached_causal_bias, rect_schedule, scale_name
+from models.scales import ScaleLayout, Side, as_sizes, cached_causal_bias, check_sizes, rect_schedule
 
 GRID = 32  # rows and columns of the position grid, twice the side of the finest published code map
 DRAWN_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)  # at others the published sampler is greedy
@@ -35,7 +36,7 @@ class ScheduleSampler:
     four of them are then removed, and more until there are no more tokens than in `patch_nums`.
 
     Args:
-        patch_nums: coarse to fine, beginning with 1. The published list, ending at 16, gives the published
+        patch_nums: rising from 1. The published list, ending at 16, gives the published
             sampler; its proportions are carried over to any other.
         keep_last: never remove the last side. The published sampler does in a third of the steps.
     """
@@ -47,21 +48,23 @@ class ScheduleSampler:
         """Sides, coarse to fine; `rng` is python's `random` or a `random.Random`."""
         last = self.patch_nums[-1]
         coarse, fine = range(3, last * 10 // 16 + 1), range(max(last * 10 // 16 + 1, 3), last)
+        first = [side for side in self.patch_nums[:-1] if side < 3]  # 1 and 2
         if rng.random() < 0.05:
             sides = list(self.patch_nums)
         else:
-            num_inner = max(len(self.patch_nums) - 3, 0)
+            num_inner = len(self.patch_nums) - len(first) - 1
             num_coarse = min(round(num_inner * 5 / 7), len(coarse))
             inner = rng.sample(coarse, num_coarse)
             inner += rng.sample(fine, min(num_inner - num_coarse, len(fine)))
-            sides = [side for side in (1, 2) if side < last] + sorted(inner) + [last]
+            sides = first + sorted(inner) + [last]
         u = rng.random()
         for threshold in REMOVALS:
             if u > threshold and len(sides) > 3:
                 del sides[rng.choice(range(2, len(sides) - 1))]
         most = ScaleLayout(self.patch_nums).total
         while ScaleLayout(tuple(sides)).total > most:
-            del sides[rng.choice(range(max(len(sides) - 4, 1), len(sides) - self.keep_last))]
+            keep_last = self.keep_last or len(sides) < 4
+            del sides[rng.choice(range(max(len(sides) - 4, 1), len(sides) - keep_last))]
         return tuple(sides)
 
 
@@ -95,7 +98,7 @@ class FlexVAR(AdaLNTransformer):
             draws others, see `ScheduleSampler`.
         keep_last: see `ScheduleSampler`.
     Raises:
-        ValueError: `patch_nums` is empty or does not begin with 1, or the width is odd.
+        ValueError: `patch_nums` do not rise from 1, or the width is odd.
     """
 
     def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
@@ -107,11 +110,14 @@ class FlexVAR(AdaLNTransformer):
                  flash_if_available: bool = True, fused_if_available: bool = True, label_smooth: float = 0.,
                  keep_last: bool = False):
         # 0. hyper-parameters
-        check_sizes(as_sizes(patch_nums))
+        sides = [height for height, width in as_sizes(patch_nums) if height == width]
+        if len(sides) != len(patch_nums) or sides[:1] != [1] or sides != sorted(set(sides)):
+            raise ValueError(f'expected sides of square code maps that rise from 1, got {tuple(patch_nums)}: '
+                             'oblong ones are for sampling')
         if embed_dim % 2:
             raise ValueError(f'expected an even width for sines and cosines of positions, got {embed_dim}')
         super().__init__(vae_local, num_classes, depth, embed_dim, num_heads, drop_path_rate, cond_drop_rate,
-                         patch_nums, label_smooth)
+                         sides, label_smooth)
         self.schedule = ScheduleSampler(self.patch_nums, keep_last)
         std = (1 / self.C / 3) ** 0.5
 
@@ -219,6 +225,8 @@ class FlexVAR(AdaLNTransformer):
                       keep: Keep | None = None) -> Iterator[ScaleStep]:
         """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
 
+        Until it is exhausted or closed, the model keeps a cache and serves nothing else.
+
         Args:
             label_B: (B,) int64, see `as_labels`.
             infer_patch_nums: sides p, or (rows, columns), of the scales; None means `patch_nums`.
@@ -318,12 +326,11 @@ class FlexVAR(AdaLNTransformer):
 
     @torch.no_grad()
     def _pixels(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
-        damaged_B = torch.zeros_like(label_B, dtype=torch.bool)
+        finite_B = torch.ones_like(label_B, dtype=torch.bool)
         for step in self.sample_scales(label_B, **options):
-            damaged_B |= ~step.logits_BlV.isfinite().flatten(1).all(1)
-        images_B3HW = self.tokenizer.pixels(self.tokenizer.quantize.embed(step.idx_Bl, step.size))
-        # codes are drawn from such logits, too, and would make an image that looks like any other
-        return images_B3HW.masked_fill_(damaged_B[:, None, None, None], torch.nan)
+            finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
+        last_BZhw = self.tokenizer.quantize.embed(step.idx_Bl, step.size)
+        return self.mark_damaged(self.tokenizer.pixels(last_BZhw), finite_B)
 
     def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the finest code map of images of this size in pixels.
@@ -338,9 +345,10 @@ class FlexVAR(AdaLNTransformer):
         return image_size[0] // stride, image_size[1] // stride
 
     # ------------------------------------------------------------------------------ image to image
-    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """At every scale, the codes whose cells lie at least half inside the mask."""
-        return [mostly_kept(mask_B1HW, size) for size in sizes]
+    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],
+                   keep_share: float = 0.5) -> list[torch.Tensor]:
+        """At every scale, the codes whose cells lie far enough inside the mask."""
+        return [mostly_kept(mask_B1HW, size, keep_share) for size in sizes]
 
     def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
              *, guidance: float, rng: Rng = None, paste: bool = False,
@@ -358,7 +366,7 @@ class FlexVAR(AdaLNTransformer):
 
     def expand(self, images_B3HW: torch.Tensor, size: tuple[int, int], corner: tuple[int, int],
                labels: int | Sequence[int] | torch.Tensor, **options: Any) -> torch.Tensor:
-        """Draw around images: a larger canvas whose unknown parts start as their repeated edges.
+        """Draw around images, on a larger canvas; codes stay where all of their area is known.
 
         Args:
             size: height and width of the canvas in pixels.
@@ -368,7 +376,7 @@ class FlexVAR(AdaLNTransformer):
             (B, 3, *size) in [0, 1].
         """
         canvas_B3HW, mask_HW = place(images_B3HW, size, corner)
-        return self.edit(canvas_B3HW, mask_HW, labels, **options)
+        return self.edit(canvas_B3HW, mask_HW, labels, **dict(keep_share=1.) | options)
 
     @torch.no_grad()
     def refine(self, images_B3HW: torch.Tensor, labels: int | Sequence[int] | torch.Tensor, *, start: int,
@@ -388,7 +396,7 @@ class FlexVAR(AdaLNTransformer):
         """
         sizes = rect_schedule(self.patch_nums if infer_patch_nums is None else infer_patch_nums,
                               *self.map_size(image_size or tuple(images_B3HW.shape[-2:])))
-        kept_sizes = [size for size in sizes if max(size) <= start]
+        kept_sizes = list(takewhile(lambda size: max(size) <= start, sizes))
         if not kept_sizes:
             raise ValueError(f'expected start to be a side of the pyramid, such as 4, got {start}')
         idx_kBl = self.tokenizer.encode(images_B3HW, kept_sizes)
@@ -401,6 +409,19 @@ class FlexVAR(AdaLNTransformer):
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
         """See `scale_metrics`; tails are of the last scale of the step, which training draws."""
         return self.scale_metrics(**aux)
+
+    def training_state(self) -> dict[str, Any]:
+        return dict(patch_nums=list(self.patch_nums))
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Refuse another pyramid: validation scores would not compare.
+
+        Raises:
+            ValueError: the training was begun with other sides.
+        """
+        if state['patch_nums'] != list(self.patch_nums):
+            raise ValueError(f'the checkpoint was trained with the sides {state["patch_nums"]}, got '
+                             f'{list(self.patch_nums)}: pass the same --pn, or another output folder')
 
     def config_state(self, progress: float) -> dict[str, Any]:
         resos = [pn * self.tokenizer.stride for pn in self.patch_nums]
@@ -422,14 +443,3 @@ class FlexVAR(AdaLNTransformer):
         """As torch's, but without the mask that published files hold, which belongs to one pyramid."""
         weights = {name: t for name, t in state_dict.items() if name != 'attn_bias_for_masking'}
         return super().load_state_dict(weights, strict=strict, assign=assign)
-
-
-def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
-    """Make sure that this is a pyramid.
-
-    Raises:
-        ValueError: it is empty, does not begin with 1x1, or has an empty scale.
-    """
-    if not sizes or sizes[0] != (1, 1) or min(map(min, sizes)) < 1:
-        raise ValueError('expected sides of code maps from 1 on, such as 1, 2, 4, got '
-                         f'{", ".join(map(scale_name, sizes)) or "none"}: pass such a list')

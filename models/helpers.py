@@ -51,7 +51,9 @@ def exponential_like(t: torch.Tensor, rng: Rng) -> torch.Tensor:
     return torch.empty_like(t, memory_format=torch.legacy_contiguous_format).exponential_(generator=rng)
 
 
-_rows = (0, None)  # (first row of this batch, rows) of the global batch; rows None: as many as here
+# (first row of this batch, rows) of the global batch; rows None: as many as here. The first row is a tensor,
+# so that compiled code serves every micro-step
+_rows = (torch.tensor(0), None)
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def global_rows(start: int, total: int) -> Iterator[None]:
     rank give every image the same draws for any number of ranks and accumulation steps.
     """
     global _rows
-    outer, _rows = _rows, (start, total)
+    outer, _rows = _rows, (torch.tensor(start), total)
     try:
         yield
     finally:
@@ -73,7 +75,8 @@ def draw_rows(batch: int, device: torch.device, fill: Callable[[torch.Tensor], t
               shape: tuple[int, ...] = ()) -> torch.Tensor:
     """(batch, *shape) numbers of this rank; `fill` draws them for the global batch into an empty tensor."""
     start, total = _rows
-    return fill(torch.empty(total or batch, *shape, device=device))[start:start + batch]
+    drawn = fill(torch.empty(total or batch, *shape, device=device))
+    return drawn if total is None else drawn[start + torch.arange(batch, device=device)]
 
 
 # ---------------------------------------------------------------------------------------------- sampling

@@ -5,6 +5,7 @@ Letters: K scales, L all tokens, l tokens of one scale.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import index
 
 import torch
 
@@ -12,8 +13,28 @@ Side = int | tuple[int, int]  # of a code map: p for p x p, or (rows, columns)
 
 
 def as_sizes(patch_nums: Sequence[Side]) -> tuple[tuple[int, int], ...]:
-    """Sides as (rows, columns)."""
-    return tuple((side, side) if isinstance(side, int) else tuple(side) for side in patch_nums)
+    """Sides as (rows, columns).
+
+    Raises:
+        ValueError: one is neither an integer nor a pair of integers.
+    """
+    try:
+        pairs = [side if isinstance(side, tuple | list) else (side, side) for side in patch_nums]
+        return tuple((index(height), index(width)) for height, width in pairs)
+    except (TypeError, ValueError):
+        raise ValueError('expected sides of code maps, each p or (rows, columns) in whole numbers, got '
+                         f'{patch_nums!r}: pass such a list') from None
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
+    """Make sure that this is a pyramid.
+
+    Raises:
+        ValueError: it is empty, does not begin with 1x1, or has an empty scale.
+    """
+    if not sizes or sizes[0] != (1, 1) or min(map(min, sizes)) < 1:
+        raise ValueError('expected sides of code maps from 1 on, such as 1, 2, 4, got '
+                         f'{", ".join(map(scale_name, sizes)) or "none"}: pass such a list')
 
 
 def scale_name(size: Sequence[int]) -> str:
@@ -21,19 +42,20 @@ def scale_name(size: Sequence[int]) -> str:
     return f'{size[0]}x{size[1]}'
 
 
-def rect_schedule(patch_nums: Sequence[int], height: int, width: int) -> tuple[tuple[int, int], ...]:
-    """Sizes of a square pyramid stretched to end at height x width tokens, beginning with 1x1, none twice.
+def rect_schedule(patch_nums: Sequence[Side], height: int, width: int) -> tuple[tuple[int, int], ...]:
+    """Sizes of a pyramid stretched to end at height x width tokens, beginning with 1x1, none twice in a row.
 
     Raises:
         ValueError: the pyramid or the size is empty.
     """
-    if not patch_nums or min(height, width, *patch_nums) < 1:
+    given = as_sizes(patch_nums)
+    if not given or min(height, width, *map(min, given)) < 1:
         raise ValueError(f'expected sides of code maps and a size of at least 1x1, got {tuple(patch_nums)} '
                          f'and {height}x{width}: pass both')
-    last = patch_nums[-1]
+    last_rows, last_columns = given[-1]
     sizes = [(1, 1)]
-    for side in patch_nums:
-        size = max(1, round(side * height / last)), max(1, round(side * width / last))
+    for rows, columns in given:
+        size = max(1, round(rows * height / last_rows)), max(1, round(columns * width / last_columns))
         if size != sizes[-1]:
             sizes.append(size)
     return tuple(sizes)
@@ -93,7 +115,7 @@ class ScaleLayout:
         return torch.where(level[:, None] >= level[None, :], 0., -torch.inf)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # micro-steps of one training step, and validation; long pyramids take 100 MB each
 def cached_causal_bias(layout: ScaleLayout, device: torch.device) -> torch.Tensor:
     """`causal_bias` of the latest layouts, (1, 1, L, L); training may use what inference mode made."""
     with torch.inference_mode(False):

@@ -183,6 +183,8 @@ class VAR(AdaLNTransformer):
                       keep: Keep | None = None) -> Iterator[ScaleStep]:
         """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
 
+        Until it is exhausted or closed, the model keeps a cache and serves nothing else.
+
         Args:
             label_B: (B,) int64, see `as_labels`.
             cfg: guidance at the last scale; it grows linearly from 0 at the first.
@@ -252,17 +254,16 @@ class VAR(AdaLNTransformer):
 
     @torch.no_grad()
     def _images(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
-        damaged_B = torch.zeros_like(label_B, dtype=torch.bool)
+        finite_B = torch.ones_like(label_B, dtype=torch.bool)
         for step in self.sample_scales(label_B, **options):
             f_hat = step.f_hat
-            damaged_B |= ~step.logits_BlV.isfinite().flatten(1).all(1)
-        images_B3HW = self.tokenizer.fhat_to_img(f_hat).add_(1).mul_(0.5)
-        # codes are drawn from such logits, too, and would make an image that looks like any other
-        return images_B3HW.masked_fill_(damaged_B[:, None, None, None], torch.nan)
+            finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
+        return self.mark_damaged(self.tokenizer.fhat_to_img(f_hat).add_(1).mul_(0.5), finite_B)
 
-    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],
+                   keep_share: float = 0.5) -> list[torch.Tensor]:
         """As published: the finest scale by area, others from it; maps of up to 3 stay if anything does."""
-        finest_B1hw = mostly_kept(mask_B1HW, sizes[-1]).view(-1, 1, *sizes[-1]).float()
+        finest_B1hw = mostly_kept(mask_B1HW, sizes[-1], keep_share).view(-1, 1, *sizes[-1]).float()
         return [finest_B1hw.amax((2, 3)) > 0 if height * width <= 3 else
                 (F.interpolate(finest_B1hw, size=(height, width), mode='bilinear') > 0.5).flatten(1)
                 for height, width in sizes]

@@ -266,7 +266,7 @@ def test_folder_classes_are_sorted(tmp_path):
 
 
 def test_listed_images(tmp_path):
-    """Flat folders with a list of paths and classes; class folders win over a list."""
+    """A list of paths and classes decides, in flat folders and in class folders."""
     for split in ('train', 'val'):
         (tmp_path / split).mkdir()
         for i, name in enumerate(('b.png', 'a c.png')):
@@ -280,8 +280,17 @@ def test_listed_images(tmp_path):
         (tmp_path / 'train.txt').write_text(text)
         with pytest.raises(ValueError, match=message):
             build_dataset(str(tmp_path), 16)
+    (tmp_path / 'train.txt').unlink()
     write_images(tmp_path)
-    assert build_dataset(str(tmp_path), 16)[1].classes != ['0', '1', '2']
+    with pytest.raises(ValueError, match='both train.txt and val.txt in .*, or neither, found one'):
+        build_dataset(str(tmp_path), 16)
+    (tmp_path / 'val.txt').unlink()
+    names = build_dataset(str(tmp_path), 16)[1].classes
+    for split in ('train', 'val'):  # as published: paths with the folders of the classes
+        lines = [f'{names[0]}/{path.name} 7\n' for path in (tmp_path / split / names[0]).iterdir()]
+        (tmp_path / f'{split}.txt').write_text(''.join(lines))
+    num_classes, train_set, _ = build_dataset(str(tmp_path), 16)
+    assert num_classes == 8 and {label for _, label in train_set} == {7}
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -1,36 +1,83 @@
 """The demo: its commands parse, its scores mean what they say, and (slow) all of it meets its bars."""
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.test_imports import REPO
 from utils.arg_util import parse_recipe, parse_sample_recipe
 
 sys.path.insert(0, str(REPO / 'bench'))
+import demo_flexvar_report
 import demo_report
 
 
+def commands(script: str) -> list[list[str]]:
+    """Script and flags of every torchrun command of a demo, in order."""
+    env = {**os.environ, 'PYTHON': 'echo', 'OUT': 'out'}
+    echoed = subprocess.run(['bash', str(REPO / 'recipes' / script)], env=env, check=True,
+                            capture_output=True, text=True).stdout
+    return [line.split('--nproc_per_node=2 ')[1].split() for line in echoed.splitlines()
+            if 'torch.distributed.run' in line]
+
+
 def test_commands_parse_and_fit_together():
-    text = (REPO / 'recipes' / 'demo.sh').read_text().replace('\\\n', ' ')
-    shared = next(line.split('"')[1] for line in text.splitlines() if line.startswith('digits='))
-    text = text.replace('$digits', shared).replace('"$OUT', '"out')
-    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith('torchrun ')]
-    assert [script for script, *_ in commands] == ['train.py', 'train.py', 'sample.py']
-    trainings = vqvae, var = [parse_recipe(flags) for _, *flags in commands[:2]]
+    scripts, flags = zip(*((script, rest) for script, *rest in commands('demo.sh')), strict=True)
+    assert scripts == ('train.py', 'train.py', 'sample.py')
+    trainings = vqvae, var = [parse_recipe(f) for f in flags[:2]]
     assert (vqvae.model, var.model) == ('vqvae', 'var')
     assert vqvae.patch_nums == var.patch_nums and vqvae.image_size == var.image_size == 32
     assert Path(var.vae_ckpt).parent == Path(vqvae.output_dir)
     for recipe in trainings:
         recipe.check_batch(world_size=2)
-    sampling = parse_sample_recipe(commands[2][1:])
+    sampling = parse_sample_recipe(flags[2])
     assert sampling.num_images >= 1000 and sampling.cfg == 1.5
     assert Path(sampling.ckpt).parent == Path(var.output_dir)
+
+
+def test_flexvar_commands_parse_and_fit_together():
+    scripts, flags = zip(*((script, rest) for script, *rest in commands('demo_flexvar.sh')), strict=True)
+    assert scripts == ('train.py',) * 2 + ('sample.py',) * len(demo_flexvar_report.SETTINGS)
+    trainings = flexvae, flexvar = [parse_recipe(f) for f in flags[:2]]
+    assert (flexvae.model, flexvar.model) == ('flexvae', 'flexvar')
+    assert flexvae.stride == flexvar.patch_size
+    assert Path(flexvar.vae_ckpt).parent == Path(flexvae.output_dir)
+    for recipe in trainings:
+        recipe.check_batch(world_size=2)
+    jobs = {Path(job.output).name: job for job in map(parse_sample_recipe, flags[2:])}
+    assert jobs.keys() == demo_flexvar_report.SETTINGS.keys()
+    for job in jobs.values():
+        assert Path(job.ckpt).parent == Path(flexvar.output_dir)
+        assert job.cfg == demo_flexvar_report.GUIDANCE - 1
+    assert jobs['samples'].num_images >= 1000 and jobs['samples'].sides is None
+    assert [len(jobs[name].sides) for name in ('steps_4', 'steps_6')] == [4, 6]
+    assert len(flexvar.patch_nums) == 5 and jobs['large'].sides[-1] == 1.5 * flexvar.patch_nums[-1]
+    assert (jobs['tall'].size, jobs['wide'].size) == ('72x48', '48x72')
+
+
+def test_judge_sees_images_of_any_size_as_its_own():
+    small = torch.rand(2, 3, 32, 32) * 2 - 1
+    tall = small.repeat_interleave(3, dim=2).repeat_interleave(2, dim=3)
+    assert np.array_equal(demo_flexvar_report.judged(small), demo_report.grey(small))
+    flat = torch.tensor([-1., 0.5]).view(2, 1, 1, 1).expand(2, 3, 72, 48)
+    assert np.allclose(demo_flexvar_report.judged(flat), [[0.], [0.75]], atol=1e-6)
+    assert np.corrcoef(demo_flexvar_report.judged(tall).ravel(), demo_report.grey(small).ravel())[0, 1] > 0.8
+
+
+def test_strips_of_any_tile_width_are_aligned_by_class():
+    for width, per_class in ((48, 3), (72, 2)):
+        wanted = np.tile(np.arange(10), per_class + 1)
+        samples = torch.from_numpy(wanted / 10).float().view(-1, 1, 1, 1).expand(-1, 3, 8, width)
+        strip = demo_flexvar_report.class_strip(samples, wanted)
+        assert strip.shape == (3, 8, 1554)
+        for digit in range(10):
+            block = strip[0, 0, digit * 156:digit * 156 + 150]
+            assert block[0] == torch.tensor(digit / 10) and (block < 1).sum() == per_class * width
 
 
 def test_within_class_distance_ignores_other_classes():
@@ -49,12 +96,27 @@ def test_curves_of_logs_with_rare_validations(tmp_path):
     assert (tmp_path / 'curves.png').stat().st_size > 10_000
 
 
+def run_demo(script: str, folder: Path, bars: dict[str, float], pictures: tuple[str, ...]) -> dict:
+    """The report of a demo, which meets its bars and leaves its pictures."""
+    env = {**os.environ, 'PYTHON': sys.executable, 'OUT': str(folder)}
+    subprocess.run(['bash', str(REPO / 'recipes' / script)], env=env, check=True)
+    report = json.loads((folder / 'report.json').read_text())
+    assert all(report[name] >= bar for name, bar in bars.items())
+    assert report['seconds'] > 0
+    for name in pictures:
+        assert (folder / name).stat().st_size > 10_000
+    return report
+
+
 @pytest.mark.slow
 def test_demo_meets_its_bars(tmp_path):
-    env = {**os.environ, 'PYTHON': sys.executable, 'OUT': str(tmp_path)}
-    subprocess.run(['bash', str(REPO / 'recipes' / 'demo.sh')], env=env, check=True)
-    report = json.loads((tmp_path / 'report.json').read_text())
-    assert all(report[name] >= bar for name, bar in demo_report.BARS.items())
-    assert report['num_samples'] >= 1000 and report['seconds'] > 0
-    for name in ('samples.png', 'reconstructions.png', 'curves.png'):
-        assert (tmp_path / name).stat().st_size > 10_000
+    report = run_demo('demo.sh', tmp_path, demo_report.BARS,
+                      ('samples.png', 'reconstructions.png', 'curves.png'))
+    assert report['num_samples'] >= 1000
+
+
+@pytest.mark.slow
+def test_flexvar_demo_meets_its_bars(tmp_path):
+    report = run_demo('demo_flexvar.sh', tmp_path, demo_flexvar_report.BARS,
+                      ('samples.png', 'inpainted.png', 'reconstructions.png', 'curves.png'))
+    assert report['num_samples']['samples'] >= 1000

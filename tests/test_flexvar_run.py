@@ -2,16 +2,21 @@
 import json
 import logging
 import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import sample
 import train
-from models import FlexVAE
+from evaluation.features import FeatureSet
+from evaluation.training_fid import build_training_fid
+from models import FlexVAE, FlexVAR
 from tests.runs import BATCH, launch, make_folder, read
+from utils.arg_util import parse_recipe
 from utils.log import one_line_errors
 
 PYRAMID = (1, 2, 3, 4, 6)
@@ -101,6 +106,31 @@ def test_larger_training_images(flags, here, trained, tmp_path):
     assert largest_difference(read(tmp_path), read(trained)) > 1e-3
 
 
+def test_distance_is_to_images_of_the_sampled_size(monkeypatch):
+    """Training may see larger images than it draws; the reference of the distance has the smaller size."""
+    model = FlexVAR(FlexVAE(24, 8, z_channels=16, net='tiny', test_mode=True), num_classes=10,
+                    patch_nums=(1, 2, 4), **FlexVAR.published_sizes(1)).eval()
+    sizes, add = [], FeatureSet.add
+    monkeypatch.setattr(FeatureSet, 'add',
+                        lambda self, images, first: sizes.append(images.shape) or add(self, images, first))
+    recipe = parse_recipe(['--model=flexvar', '--fid_images=4', '--fid_features=digits',
+                           '--fid_flags=--top_k=0'])
+    loader = DataLoader([(torch.rand(3, 64, 64), 0)] * 4, batch_size=2)
+    assert build_training_fid(recipe, model, loader).name == 'fid_0.004k'
+    assert sizes == [(2, 3, 32, 32)] * 2
+
+
+def test_another_pyramid_is_refused_on_resume(flags, here, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'a')
+    with pytest.raises(SystemExit, match=r'with the sides \[1, 2, 3, 4, 6\], got \[1, 2, 4, 6\]: pass'):
+        here(train, *flags, '--ep=3', '--ema=0.9', '--pn=1_2_4_6', f'--output_dir={tmp_path / "a"}')
+
+
+def test_spelling_and_checks_are_no_other_job(here, trained, tmp_path):
+    drawn(here, trained, tmp_path / 'a', '--infer_patch_nums=1_2_3')
+    drawn(here, trained, tmp_path / 'a', '--infer-patch-nums=1-2-3', '--depth=1')
+
+
 def drawn(here, trained, output, *more):
     """Images by index, and the manifest."""
     here(sample, '--model=flexvar', f'--var_ckpt={trained / "ar-ckpt-last.pth"}', '--num_images=6',
@@ -137,10 +167,11 @@ def test_steps_and_sizes(here, trained, tmp_path, more, size):
     ('--pos_mode=tile', "stretch or crop, got 'tile'"),
     ('--maxpn=-1', '--maxpn must be at least 0'),
     ('--more_smooth=1', '--more_smooth'),
+    ('--sweep=depth=1,2', 'name=value,value with a name of'),
 ])
 def test_bad_sampling_flags(here, trained, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as stop:
-        drawn(here, trained, tmp_path / 'a', more)
+        drawn(here, trained, tmp_path / 'a', more, '--ref=x.npz')
     error = capsys.readouterr().err or stop.value.code  # flags are refused by the parser, the rest later
     assert re.search(message, error) and len(error.splitlines()) == 1, error
     assert not (tmp_path / 'a.npz').exists()

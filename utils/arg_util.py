@@ -124,8 +124,9 @@ class FlexVARRecipe(AdaLNRecipe):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.patch_nums[0] != 1:
-            raise ValueError(f'--pn of FlexVAR must begin with 1, got {self.pn}')
+        sides = list(self.patch_nums)
+        if sides[0] != 1 or len(sides) < 2 or sides != sorted(set(sides)):
+            raise ValueError(f'--pn of FlexVAR must rise from 1, such as 1_2_4, got {self.pn}')
         if self.image_size < super().image_size or self.image_size % self.patch_size:
             raise ValueError(
                 f'--final_reso must be a multiple of the stride {self.patch_size} and at least where --pn '

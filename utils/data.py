@@ -219,7 +219,7 @@ def open_split(data_path: str, split: str, transform: Callable | None = None) ->
 
     Args:
         data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits' or 'toy'; or with
-            `train.txt`, `val.txt` and images anywhere in `train/` and `val/`, see `ListedImages`.
+            `train.txt` and `val.txt`, lists of the images in `train/` and `val/`, see `ListedImages`.
         transform: PIL image -> tensor.
     Raises:
         ValueError: the folder is missing or empty.
@@ -231,7 +231,7 @@ def open_split(data_path: str, split: str, transform: Callable | None = None) ->
         raise ValueError(f'expected class folders in {folder}, found no such folder: '
                          'pass --data_path=ROOT with ROOT/train and ROOT/val, --data_path=digits or toy')
     listing = folder.with_suffix('.txt')
-    if listing.is_file() and not any(path.is_dir() for path in folder.iterdir()):
+    if listing.is_file():
         return ListedImages(listing, folder, transform)
     try:
         return ClassFolders(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS, transform=transform)
@@ -253,10 +253,13 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso
     """
     train_aug, val_aug = build_transforms(final_reso, hflip, mid_reso, crop)
     train_set, val_set = open_split(data_path, 'train', train_aug), open_split(data_path, 'val', val_aug)
+    if isinstance(train_set, ListedImages) != isinstance(val_set, ListedImages):
+        raise ValueError(f'expected both train.txt and val.txt in {data_path}, or neither, found one: '
+                         'list the images of both, or rename the list to use class folders')
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))
         raise ValueError(f'train/ and val/ of {data_path} must hold the same classes, '
-                         f'they differ in {odd[:5]} ({len(odd)} in all): add or remove these folders')
+                         f'they differ in {odd[:5]} ({len(odd)} in all): add or remove these')
     return len(train_set.classes), train_set, val_set
 
 

@@ -43,7 +43,7 @@ class SampleRecipe:
 
     FREE: typing.ClassVar[tuple[str, ...]] = (  # these do not decide the pixels of an image
         'num_images', 'batch_size', 'output', 'pack', 'format', 'shuffle', 'writers', 'sweep', 'ref', 'score',
-        'keep', 'source')
+        'keep', 'source', 'depth')
 
     def __post_init__(self):
         if not self.ckpt:
@@ -97,7 +97,7 @@ class SampleRecipe:
         axes: list[list[tuple[str, Any]]] = []
         for axis in self.sweep.split():
             name, _, values = axis.partition('=')
-            name = by_flag.get(name, name)
+            name = by_flag.get(name.replace('-', '_'), name.replace('-', '_'))
             if any(name == known for (known, _), *_ in axes):
                 raise ValueError(f'--sweep expects every name once, got {name} again: join its values by ","')
             if name not in kinds or name in (*self.FREE, 'FREE', 'model'):
@@ -155,6 +155,7 @@ class FlexVARSampleRecipe(SampleRecipe):
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, 'infer_patch_nums', self.infer_patch_nums.replace('-', '_'))
         if self.pos_mode not in ('stretch', 'crop'):
             raise ValueError(f'--pos_mode must be stretch or crop, got {self.pos_mode!r}')
         if not re.fullmatch(r'|[1-9]\d*x[1-9]\d*', self.size):
@@ -165,7 +166,10 @@ class FlexVARSampleRecipe(SampleRecipe):
     @property
     def sides(self) -> tuple[int, ...] | None:
         """Sides of the code maps; None means those of training."""
-        return ints(self.infer_patch_nums) if self.infer_patch_nums else None
+        try:
+            return ints(self.infer_patch_nums) if self.infer_patch_nums else None
+        except ValueError as error:
+            raise ValueError(f'--infer_patch_nums: {error}') from None
 
     def check_model(self, model: Any) -> None:
         if self.depth not in (None, model.depth):
