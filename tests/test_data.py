@@ -282,7 +282,7 @@ def test_listed_images(tmp_path):
             build_dataset(str(tmp_path), 16)
     (tmp_path / 'train.txt').unlink()
     write_images(tmp_path)
-    with pytest.raises(ValueError, match='both train.txt and val.txt in .*, or neither, found one'):
+    with pytest.raises(ValueError, match=r'both train.txt and val.txt in .*, or neither'):
         build_dataset(str(tmp_path), 16)
     (tmp_path / 'val.txt').unlink()
     names = build_dataset(str(tmp_path), 16)[1].classes
