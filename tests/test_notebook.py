@@ -115,6 +115,7 @@ def check_shared(variables, pictures):
     assert not np.array_equal(pixels[:row], pixels[row:2 * row])
 
 
+@pytest.mark.slow
 def test_editing_notebook_runs(tmp_path, monkeypatch, without_hub):
     save_checkpoint(build_flexvar(), tmp_path / DIGITS_FLEXVAR)
     monkeypatch.setenv('MODEL', 'digits-flexvar')

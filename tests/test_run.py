@@ -178,6 +178,7 @@ def test_tokenizer_resume_is_exact(train_here, tmp_path, monkeypatch, stop_at):
     assert_equal(final['trainer'], expected['trainer'])
 
 
+@pytest.mark.slow
 def test_killed_tokenizer_training_equals_straight(data, tmp_path):
     """SIGKILL at any moment of a run with deferral, k-means, restarts, GAN and averaged weights."""
     nproc = 2

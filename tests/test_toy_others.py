@@ -27,6 +27,15 @@ def test_vq(toy, steps, bar):
 
 
 def test_flexvae(toy):
+    """Every size of map learns from the first steps. Measured: 0.40 to 0.43 of the first loss."""
+    run = toy('flexvae', '--steps=90', '--num_sides=4')
+    for scale in SCALES:
+        first, last = run.mean(f'l2_{scale}', 0, 40), run.mean(f'l2_{scale}', 50, 90)
+        assert last <= 0.6 * first, (scale, first, last)
+
+
+@pytest.mark.slow
+def test_flexvae_with_drawn_sides(toy):
     """Measured: 0.35 to 0.40 of the first loss."""
     run = toy('flexvae', '--steps=200')
     for scale in SCALES:  # smaller sides are drawn in two of three steps
