@@ -45,7 +45,12 @@ RULES = dict(  # what the manifest says of how the images follow from the settin
 @lru_cache(maxsize=1)  # a sweep draws from the same weights again and again
 def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
                    device: torch.device) -> tuple[ARModel, dict[str, Any]]:
-    """The generator, and its origin: kind of weights and, on the master, SHA-256 of its files by flag."""
+    """The generator, and its origin: kind of weights and, on the master, SHA-256 of its files by flag.
+
+    Args:
+        model: its family. ckpt, vae_ckpt: files; the latter may be empty if the former holds the tokenizer.
+        weights: 'ema', where there are any, or 'raw'.
+    """
     paths = {flag: fetch(name) for flag, name in (('ckpt', ckpt), ('vae_ckpt', vae_ckpt)) if name}
     files, prefer_ema = [load_file(path) for path in paths.values()], weights == 'ema'
     tokenizer_state, config = tokenizer_weights(files[-1], prefer_ema)

@@ -50,7 +50,11 @@ def build_tokenizer(cls: type[Tokenizer], state: State, source: str, device: tor
     """
     shape_kwargs = read_kwargs(cls, state, source)
     with torch.device(device):
-        tokenizer = cls(**shape_kwargs | kwargs)
+        try:
+            tokenizer = cls(**shape_kwargs | kwargs)
+        except TypeError as error:  # files of two tokenizers may only differ in what they say beside weights
+            raise ValueError(f'{source} holds no {cls.__name__} weights ({error}): '
+                             'pass a checkpoint of that model') from None
     load_weights(tokenizer, state, source)
     return tokenizer.eval().requires_grad_(False)
 
@@ -66,8 +70,12 @@ def build_generator(name: str, state: State, tokenizer_state: State, source: str
         tokenizer_config, config: what the weights of both do not tell, see `config_state`.
         source: where the weights come from, for error messages.
     Raises:
-        ValueError: the weights are not of this family, or generator and tokenizer do not belong together.
+        ValueError: there is no such family, the weights are not of it, or generator and tokenizer do not
+            belong together.
     """
+    generators = [family for family, (_, tokenizer_class) in FAMILIES.items() if tokenizer_class]
+    if name not in generators:
+        raise ValueError(f'expected a generator, one of {", ".join(generators)}, got {name!r}')
     cls, tokenizer_class = FAMILIES[name]
     kwargs = read_kwargs(cls, state, source) | cls.kwargs_from_config(config or {})
     codes = {attribute: kwargs.pop(attribute) for attribute in ('vocab_size', 'channels')}

@@ -273,6 +273,9 @@ class AdaLNTransformer(ARModel):
         Raises:
             ValueError: the images or the mask have another size.
         """
+        if not (images_B3HW.is_floating_point() and (images_B3HW.abs() <= 1.5).all()):  # bicubic overshoots 1
+            raise ValueError('expected images in [-1, 1], got '
+                             f'{images_B3HW.min().item():g}..{images_B3HW.max().item():g}: scale them')
         if 'image_size' in options:
             raise ValueError('edited images keep their size, got image_size: resize them first')
         sizes = as_sizes(options.get('infer_patch_nums', self.patch_nums))

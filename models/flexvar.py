@@ -392,13 +392,14 @@ class FlexVAR(AdaLNTransformer):
         Returns:
             (B, 3, *image_size) in [0, 1].
         Raises:
-            ValueError: no scale is as small as `start`.
+            ValueError: no scale is as small as `start`, or none is finer.
         """
         sizes = rect_schedule(self.patch_nums if infer_patch_nums is None else infer_patch_nums,
                               *self.map_size(image_size or tuple(images_B3HW.shape[-2:])))
         kept_sizes = list(takewhile(lambda size: max(size) <= start, sizes))
-        if not kept_sizes:
-            raise ValueError(f'expected start to be a side of the pyramid, such as 4, got {start}')
+        if not 0 < len(kept_sizes) < len(sizes):
+            raise ValueError(f'expected start in 1..{max(sizes[-1]) - 1}, so that some scales are kept and '
+                             f'some are drawn, got {start}')
         idx_kBl = self.tokenizer.encode(images_B3HW, kept_sizes)
         keep = [(idx_Bl, torch.ones_like(idx_Bl, dtype=torch.bool)) for idx_Bl in idx_kBl]
         return self.sample(self.as_labels(labels, len(images_B3HW), rng), guidance=guidance, rng=rng,

@@ -14,8 +14,8 @@ import sample
 import train
 from evaluation.features import FeatureSet
 from evaluation.training_fid import build_training_fid
-from models import FlexVAE, FlexVAR
-from tests.runs import BATCH, launch, make_folder, read
+from models import VQVAE, FlexVAE, FlexVAR
+from tests.runs import BATCH, TINY_VQVAE, launch, make_folder, read
 from utils.arg_util import parse_recipe
 from utils.log import one_line_errors
 
@@ -126,6 +126,22 @@ def test_another_pyramid_is_refused_on_resume(flags, here, trained, tmp_path):
         here(train, *flags, '--ep=3', '--ema=0.9', '--pn=1_2_4_6', f'--output_dir={tmp_path / "a"}')
 
 
+def test_tokenizer_of_var_is_refused(flags, here, tmp_path):
+    """Its file looks like that of a FlexVAE until one reads what it says beside the weights."""
+    vae = VQVAE(**TINY_VQVAE)
+    torch.save(dict(trainer=dict(vae_local=vae.state_dict(), vae_config=vae.config_state(1.))),
+               tmp_path / 'vqvae.pth')
+    with pytest.raises(SystemExit, match=r'vqvae\.pth holds no FlexVAE weights'):
+        here(train, *flags, f'--vae_ckpt={tmp_path / "vqvae.pth"}', f'--output_dir={tmp_path / "a"}')
+
+
+def test_larger_images_than_in_training_are_announced(here, trained, tmp_path, capsys):
+    drawn(here, trained, tmp_path / 'a', '--infer_patch_nums=1_2_4_8')
+    assert 'ends at 8, the model was trained up to 6' in ''.join(capsys.readouterr())
+    images, _ = drawn(here, trained, tmp_path / 'b', '--preset=fid', '--num_images=2')
+    assert images.shape == (2, 48, 48, 3) and 'trained up to' not in ''.join(capsys.readouterr())
+
+
 def test_spelling_and_checks_are_no_other_job(here, trained, tmp_path):
     drawn(here, trained, tmp_path / 'a', '--infer_patch_nums=1_2_3')
     drawn(here, trained, tmp_path / 'a', '--infer-patch-nums=1-2-3', '--depth=1')
@@ -134,7 +150,7 @@ def test_spelling_and_checks_are_no_other_job(here, trained, tmp_path):
 def drawn(here, trained, output, *more):
     """Images by index, and the manifest."""
     here(sample, '--model=flexvar', f'--var_ckpt={trained / "ar-ckpt-last.pth"}', '--num_images=6',
-         '--shuffle=-1', '--top_k=20', f'--output={output}', *more)
+         '--shuffle=-1', f'--output={output}', *more, '--top_k=20')
     return np.load(f'{output}.npz')['arr_0'], json.loads(output.with_suffix('.json').read_text())
 
 
@@ -160,7 +176,8 @@ def test_steps_and_sizes(here, trained, tmp_path, more, size):
 
 @pytest.mark.parametrize(('more', 'message'), [
     ('--depth=2', r'--depth=2, but .*ar-ckpt-last.pth has 1 blocks: pass the file of that depth'),
-    ('--infer_patch_nums=2_4', 'must begin with 1, got 2_4'),
+    ('--infer_patch_nums=2_4', 'must begin with 1 and .*got 2_4'),
+    ('--infer_patch_nums=1_3_2', 'from coarse to fine, got 1_3_2'),
     ('--infer_patch_nums=1_two', "joined by \"_\".*got '1_two'"),
     ('--size=48', "rows x columns in pixels, such as 384x256, got '48'"),
     ('--size=48x50', 'multiples of the stride 8, got 48x50'),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
+from models import FlexVAR
 from tests.golden import load_json
 from train import describe
 from utils.arg_util import PRESETS, RECIPES, VARRecipe, flag_of, parse_recipe, parse_sample_recipe
@@ -138,6 +139,8 @@ def fails(argv, capsys, parse=parse_recipe):
     (['--model=gan'], ['gan', 'vqvae']),
     (['--preset=var_d99'], ['var_d99', 'var_d16']),
     (['--model=vqvae', '--preset=var_d16'], ['var_d16', 'vqvae']),
+    (['--preset=flexvar_d16'], ['flexvar_d16', '--model=flexvar']),
+    (['--model=flexvar', '--final_reso=-1'], ['--final_reso', 'at least 0', '-1']),
     (['--model=flexvar', '--pn=2_4'], ['--pn', 'rise from 1', '2_4']),
     (['--model=flexvar', '--pn=1'], ['--pn', 'rise from 1']),
     (['--model=flexvar', '--final_reso=250'], ['--final_reso', 'multiple of the stride 16', '250']),
@@ -185,8 +188,11 @@ def test_flexvar_presets_are_the_published_commands(preset, sides, cfg):
     argv = ['--model=flexvar', '--var_ckpt=x', f'--infer_patch_nums={"_".join(map(str, sides))}',
             f'--cfg={cfg}', '--top_k=900', '--maxpn=16']
     by_flags = parse_sample_recipe([*argv, '--batch_size=16', '--depth=20'])
-    by_preset = parse_sample_recipe(['--model=flexvar', '--ckpt=x', f'--preset={preset}'])
-    assert by_flags.sample_kwargs() == by_preset.sample_kwargs() == dict(
+    by_preset = parse_sample_recipe(['--model=flexvar', '--ckpt=x', f'--preset={preset}']).sample_kwargs()
+    if preset == 'fid':  # takes the sides of training, which for published files are these
+        assert by_preset['infer_patch_nums'] is None
+        by_preset['infer_patch_nums'] = FlexVAR.__init__.__defaults__[13]
+    assert by_flags.sample_kwargs() == by_preset == dict(
         guidance=1 + cfg, top_k=900, top_p=0.95, max_pn=16, infer_patch_nums=sides, image_size=None,
         pos_mode='stretch', greedy_unseen=True, used_llamagen_cfg=False)
     assert parse_sample_recipe([*argv, '--used_llamagen_cfg']).sample_kwargs()['guidance'] == cfg

@@ -246,7 +246,10 @@ def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: di
                                     f'--preset of {chosen.model} is one of: {names}.')
     values = parser.parse(rest)
     if chosen.preset not in presets:
-        parser.error(f'unknown --preset={chosen.preset} of --model={chosen.model}: it has {names}')
+        others = [f'; pass --model={model} for that one' for model in all_presets
+                  if chosen.preset in all_presets[model]]
+        parser.error(f'unknown --preset={chosen.preset} of --model={chosen.model}: it has {names}'
+                     + ''.join(others[:1]))
     try:
         return cls(**{**presets[chosen.preset], **values, 'model': chosen.model})
     except ValueError as error:

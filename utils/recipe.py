@@ -67,8 +67,9 @@ def check_limits(recipe: Any) -> None:
     Raises:
         ValueError: one lies outside.
     """
+    fields = {f.name for f in dataclasses.fields(recipe)}
     for name, (low, high) in LIMITS.items():
-        value = getattr(recipe, name, None)
+        value = getattr(recipe, name) if name in fields else None
         if value is not None and not low <= value <= high:
             bounds = f'at least {low:g}' if high == INF else f'in [{low:g}, {high:g}]'
             raise ValueError(f'--{flag_of(recipe, name)} must be {bounds}, got {value:g}')

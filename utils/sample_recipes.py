@@ -4,6 +4,7 @@ Only the standard library is needed here.
 """
 import dataclasses
 import itertools
+import logging
 import re
 import typing
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.recipe import REPO, check_limits, ints, opt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class FlexVARSampleRecipe(SampleRecipe):
     pos_mode: str = opt('stretch', 'positions of oblong maps: stretch, or crop, which keeps their aspect')
     used_llamagen_cfg: bool = opt(False, 'the same guidance at every scale; 1 is then off')
     cfg: float = opt(2.5, 'classifier-free guidance in the unit of the paper')
-    top_k: int = opt(900, 'draw from the k most likely codes; 0 is off')
+    top_k: int = opt(0, 'draw from the k most likely codes; 0 is off; published: 900')
     top_p: float = opt(0.95, 'draw from the smallest set of codes with this probability; 0 is off')
 
     def __post_init__(self):
@@ -160,8 +163,9 @@ class FlexVARSampleRecipe(SampleRecipe):
             raise ValueError(f'--pos_mode must be stretch or crop, got {self.pos_mode!r}')
         if not re.fullmatch(r'|[1-9]\d*x[1-9]\d*', self.size):
             raise ValueError(f'--size must be rows x columns in pixels, such as 384x256, got {self.size!r}')
-        if self.sides and self.sides[0] != 1:
-            raise ValueError(f'--infer_patch_nums must begin with 1, got {self.infer_patch_nums}')
+        if self.sides and (self.sides[0] != 1 or list(self.sides) != sorted(self.sides)):
+            raise ValueError('--infer_patch_nums must begin with 1 and go from coarse to fine, '
+                             f'got {self.infer_patch_nums}')
 
     @property
     def sides(self) -> tuple[int, ...] | None:
@@ -175,6 +179,9 @@ class FlexVARSampleRecipe(SampleRecipe):
         if self.depth not in (None, model.depth):
             raise ValueError(f'--depth={self.depth}, but {self.ckpt} has {model.depth} blocks: '
                              'pass the file of that depth, or leave out --depth')
+        if self.sides and self.sides[-1] > model.patch_nums[-1]:
+            logger.warning('--infer_patch_nums ends at %d, the model was trained up to %d: these images are '
+                           'larger than in training', self.sides[-1], model.patch_nums[-1])
 
     def sample_kwargs(self) -> dict[str, Any]:
         size = tuple(map(int, self.size.split('x'))) if self.size else None
@@ -196,8 +203,8 @@ def _files(size: str) -> dict[str, str]:
     return dict(ckpt=f'var_{size}.pth', vae_ckpt='vae_ch160v4096z32.pth')
 
 
-_FLEXVAR = dict(num_images=50_000, cfg=2.5, top_k=900, top_p=0.95, maxpn=16,
-                infer_patch_nums='1_2_3_4_5_6_8_10_13_16', source='README of FlexVAR, 256 px')
+_FLEXVAR = dict(num_images=50_000, cfg=2.5, top_k=900, top_p=0.95, maxpn=16,  # with the sides of training
+                source='README of FlexVAR, 256 px')
 _13_STEPS = dict(infer_patch_nums='1_2_3_4_5_6_7_8_9_10_12_14_16', source='README of FlexVAR, 13 steps')
 _512 = dict(infer_patch_nums='1_2_3_4_5_6_7_8_9_10_12_14_16_23_32', cfg=3.,
             source='README of FlexVAR, 512 px zero-shot')
