@@ -36,8 +36,8 @@ class ScheduleSampler:
     four of them are then removed, and more until there are no more tokens than in `patch_nums`.
 
     Args:
-        patch_nums: rising from 1. The published list, ending at 16, gives the published
-            sampler; its proportions are carried over to any other.
+        patch_nums: rising from 1. The published list, ending at 16, gives the published sampler; its
+            proportions are carried over to any other.
         keep_last: never remove the last side. The published sampler does in a third of the steps.
     """
 
