@@ -162,7 +162,7 @@ def load_images(settings: TokenizerSettings, tokenizer: Tokenizer) -> tuple[Data
     if size != (fixed or size):
         raise ValueError(f'the pyramid {tokenizer.quantize.v_patch_nums} at stride {tokenizer.stride} is for '
                          f'images of {fixed} pixels, got --image_size={size}: pass the --pn of this size')
-    tokenizer.check_size(torch.empty(1, 3, size, size))
+    tokenizer.map_size(size, size)
     images = open_split(settings.data_path, settings.split, build_transforms(size, crop='adm')[1])
     count = min(settings.num_images or len(images), len(images))
     return Subset(images, np.linspace(0, len(images), count, endpoint=False, dtype=int).tolist()), size

@@ -226,10 +226,18 @@ class Tokenizer(Trainable):
         Raises:
             ValueError: a side is no multiple of the stride.
         """
-        height, width = images_B3HW.shape[-2:]
-        if height % self.stride or width % self.stride or not height * width:
+        self.map_size(*images_B3HW.shape[-2:])
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the finest code map of images of this size in pixels.
+
+        Raises:
+            ValueError: a side is no multiple of the stride.
+        """
+        if height % self.stride or width % self.stride or min(height, width) < 1:
             raise ValueError(f'expected images whose sides are multiples of the stride {self.stride}, '
                              f'got {height}x{width}: resize or crop them')
+        return height // self.stride, width // self.stride
 
 
 class ARModel(Trainable):

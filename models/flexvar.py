@@ -318,7 +318,7 @@ class FlexVAR(AdaLNTransformer):
         """
         if image_size is not None:
             base = self.patch_nums if infer_patch_nums is None else infer_patch_nums
-            infer_patch_nums = rect_schedule(base, *self.map_size(image_size))
+            infer_patch_nums = rect_schedule(base, *self.tokenizer.map_size(*image_size))
         cfg = guidance - (not options.get('used_llamagen_cfg', False))
         pixels = self._pixels(self.as_labels(labels, len(labels), rng), rng=rng, cfg=cfg,
                               infer_patch_nums=infer_patch_nums, **options)
@@ -331,18 +331,6 @@ class FlexVAR(AdaLNTransformer):
             finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
         last_BZhw = self.tokenizer.quantize.embed(step.idx_Bl, step.size)
         return self.mark_damaged(self.tokenizer.pixels(last_BZhw), finite_B)
-
-    def map_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the finest code map of images of this size in pixels.
-
-        Raises:
-            ValueError: a side is no multiple of the stride.
-        """
-        stride = self.tokenizer.stride
-        if any(side % stride or side < 1 for side in image_size):
-            raise ValueError(f'expected a height and a width that are multiples of the stride {stride}, '
-                             f'got {image_size[0]}x{image_size[1]}: pass such a size')
-        return image_size[0] // stride, image_size[1] // stride
 
     # ------------------------------------------------------------------------------ image to image
     def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],
@@ -359,7 +347,8 @@ class FlexVAR(AdaLNTransformer):
             infer_patch_nums: sides, which end at the image size; None stretches `patch_nums` to it.
         """
         if infer_patch_nums is None:
-            infer_patch_nums = rect_schedule(self.patch_nums, *self.map_size(tuple(images_B3HW.shape[-2:])))
+            size = self.tokenizer.map_size(*images_B3HW.shape[-2:])
+            infer_patch_nums = rect_schedule(self.patch_nums, *size)
         check_sizes(as_sizes(infer_patch_nums))
         return super().edit(images_B3HW, keep, labels, guidance=guidance, rng=rng, paste=paste,
                             infer_patch_nums=infer_patch_nums, **options)
@@ -395,7 +384,7 @@ class FlexVAR(AdaLNTransformer):
             ValueError: no scale is as small as `start`, or none is finer.
         """
         sizes = rect_schedule(self.patch_nums if infer_patch_nums is None else infer_patch_nums,
-                              *self.map_size(image_size or tuple(images_B3HW.shape[-2:])))
+                              *self.tokenizer.map_size(*image_size or images_B3HW.shape[-2:]))
         kept_sizes = list(takewhile(lambda size: max(size) <= start, sizes))
         if not 0 < len(kept_sizes) < len(sizes):
             raise ValueError(f'expected start in 1..{max(sizes[-1]) - 1}, so that some scales are kept and '
