@@ -112,6 +112,10 @@ class KVCache:
         self.length = end
         return self.storage[0, :, :end], self.storage[1, :, :end]
 
+    def keep(self, rows: int) -> None:
+        """Forget all images but the first `rows`."""
+        self.storage = self.storage[:, :rows]
+
 
 @contextmanager
 def kv_caching(blocks: Iterable[nn.Module], capacity: int) -> Iterator[None]:

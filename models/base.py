@@ -55,6 +55,10 @@ class Trainable(nn.Module):
     headline: dict[str, str] = {}  # name in the progress line -> key of the metrics
     selection: str = ''            # key of the metrics whose lowest value marks the best checkpoint
 
+    def warm_start(self, state: dict[str, torch.Tensor], source: str) -> None:
+        """Begin training from the weights of an earlier one; see `load_weights`."""
+        load_weights(self, state, source)
+
     def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
         """Called on every rank after each optimizer step, for what no optimizer moves.
 
@@ -176,6 +180,11 @@ class Tokenizer(Trainable):
     def _encode(self, images_B3HW: torch.Tensor, *args) -> Any:
         raise NotImplementedError
 
+    @torch.no_grad()
+    def precompute(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """What `extract.py` stores of images; `encode` takes it in their place."""
+        return self.encode(images_B3HW)
+
     def decode(self, tokens: Any) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] of what `encode` returns."""
         raise NotImplementedError
@@ -202,10 +211,6 @@ class Tokenizer(Trainable):
 
     def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
         """Measure on training images (local batches) what a generator must know; every rank calls it."""
-
-    def warm_start(self, state: dict[str, torch.Tensor], source: str) -> None:
-        """Begin training from the weights of an earlier one; see `load_weights`."""
-        load_weights(self, state, source)
 
     def freeze_codes(self) -> None:
         """Train what follows the codes alone, so that every image keeps its codes."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 # ---------------------------------------------------------------------------------------------- noise
 class ImageNoise:
-    """Exponential(1) noise that is a function of (seed, image index, draw, element) and of nothing else.
+    """Noise that is a function of (seed, image index, draw, element) and of nothing else.
 
     Every image owns a SplitMix64 stream per draw (Steele et al., OOPSLA 2014), evaluated at all its counters
     at once: image i gets the same noise in any batch, rank and device. Pass it where a generator is taken.
@@ -28,6 +28,14 @@ class ImageNoise:
 
     def exponential_like(self, t: torch.Tensor) -> torch.Tensor:
         """Fresh float32 noise of t's shape and device; dim 0 is the image."""
+        return self.uniform_like(t).log_().neg_()
+
+    def normal_like(self, t: torch.Tensor) -> torch.Tensor:
+        """As `exponential_like`, N(0, 1), by the inverse of its distribution function."""
+        return self.uniform_like(t).mul_(2).sub_(1).erfinv_().mul_(2 ** 0.5)
+
+    def uniform_like(self, t: torch.Tensor) -> torch.Tensor:
+        """As `exponential_like`, uniform in (0, 1)."""
         keys = [np.random.SeedSequence([self.seed, i, self.num_draws]).generate_state(1, np.uint64)[0]
                 for i in self.index_B]
         self.num_draws += 1
@@ -37,8 +45,7 @@ class ImageNoise:
             x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
         x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
         # 23 high bits: adding 0.5 stays exact, so never 0 or 1; noise 0 would let removed codes win the draw
-        uniform = (x >> 41).bitwise_and_((1 << 23) - 1).float().add_(0.5).mul_(2. ** -23)
-        return uniform.log_().neg_().view_as(t)
+        return (x >> 41).bitwise_and_((1 << 23) - 1).float().add_(0.5).mul_(2. ** -23).view_as(t)
 
 
 Rng = torch.Generator | ImageNoise | None
@@ -51,9 +58,16 @@ def exponential_like(t: torch.Tensor, rng: Rng) -> torch.Tensor:
     return torch.empty_like(t, memory_format=torch.legacy_contiguous_format).exponential_(generator=rng)
 
 
+def normal_like(t: torch.Tensor, rng: Rng) -> torch.Tensor:
+    """N(0, 1) noise of t's shape from `rng`; None is torch's global generator."""
+    if isinstance(rng, ImageNoise):
+        return rng.normal_like(t)
+    return torch.empty_like(t).normal_(generator=rng)
+
+
 # (first row of this batch, rows) of the global batch; rows None: as many as here. The first row is a tensor,
 # so that compiled code serves every micro-step
-_rows = (torch.tensor(0), None)
+_rows = (torch.tensor(0, device='cpu'), None)
 
 
 @contextmanager
@@ -64,7 +78,7 @@ def global_rows(start: int, total: int) -> Iterator[None]:
     rank give every image the same draws for any number of ranks and accumulation steps.
     """
     global _rows
-    outer, _rows = _rows, (torch.tensor(start), total)
+    outer, _rows = _rows, (torch.tensor(start, device='cpu'), total)
     try:
         yield
     finally:
@@ -77,6 +91,16 @@ def draw_rows(batch: int, device: torch.device, fill: Callable[[torch.Tensor], t
     start, total = _rows
     drawn = fill(torch.empty(total or batch, *shape, device=device))
     return drawn if total is None else drawn[start + torch.arange(batch, device=device)]
+
+
+def part_ways() -> None:
+    """Inside `global_rows`: from here on torch's generators differ between ranks and micro-steps.
+
+    For dropout: masks of a global batch would be too large to draw, and equal ones would average badly.
+    """
+    start, total = _rows
+    if total is not None:
+        torch.manual_seed(torch.randint(2 ** 62, (), device='cpu').item() + start.item())
 
 
 # ---------------------------------------------------------------------------------------------- sampling

@@ -4,6 +4,7 @@ import torch
 
 from models.helpers import (
     DropPath,
+    draw_rows,
     drop_labels,
     exponential_like,
     filter_top_k_top_p,
@@ -11,6 +12,7 @@ from models.helpers import (
     global_rows,
     guide,
     gumbel_softmax_with_rng,
+    part_ways,
     sample_with_top_k_top_p_,
 )
 from tests import golden
@@ -220,6 +222,28 @@ def test_draws_of_several_ranks_are_those_of_one(parts):
         begin += part
     for whole, pieces in zip(single, zip(*ranks, strict=True), strict=True):
         assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_dropout_differs_between_ranks_and_repeats():
+    """Equal seeds on every rank: shared draws, then draws of their own, the same at a second time."""
+    def draws(begin):
+        torch.manual_seed(6)
+        with global_rows(begin, 8):
+            shared = draw_rows(2, 'cpu', lambda t: t.uniform_())
+            part_ways()
+            return shared, torch.rand(3)
+    parts = [draws(begin) for begin in (0, 2, 4, 6)]
+    assert len(torch.cat([shared for shared, _ in parts]).unique()) == 8
+    assert len(torch.cat([own for _, own in parts]).unique()) == 12
+    assert torch.equal(draws(4)[1], parts[2][1])
+
+
+def test_outside_of_a_global_batch_nobody_parts():
+    torch.manual_seed(6)
+    part_ways()
+    after = torch.rand(1)
+    torch.manual_seed(6)
+    assert torch.equal(after, torch.rand(1))
 
 
 def test_global_rows_end_with_their_context():

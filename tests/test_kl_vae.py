@@ -1,13 +1,9 @@
 """KL-16: the published outputs, and what training here adds."""
 import functools
-import json
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -15,39 +11,23 @@ import dist
 from models import load_weights
 from models.helpers import global_rows
 from models.tokenizers.kl_vae import AutoencoderKL, Posterior
+from tests.flowar_vectors import filled, load_json, load_tensors
 from tests.golden import assert_within
 
-DATA = Path(__file__).parent / 'data' / 'flowar'
 SMALL = dict(embed_dim=4, net='tiny')
-
-
-def filled(shapes, seed):
-    """See tests/data/flowar/README.md."""
-    state = {}
-    for name, shape in shapes.items():
-        rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2 ** 32)
-        v = 2 * rng.random_sample(tuple(shape)) - 1
-        if name.endswith('.bias'):
-            v *= 0.2
-        elif len(shape) == 1:
-            v = 1 + 0.2 * v
-        else:
-            v *= 0.75 * np.sqrt(3 / np.prod(shape[1:]))
-        state[name] = torch.from_numpy(v.astype(np.float32))
-    return state
 
 
 @functools.cache
 def published(name):
     """(description, vectors, model in eval mode)."""
-    info = json.loads((DATA / f'{name}.json').read_text())
+    info = load_json(name)
     config = info['config']
     with torch.device('meta'):
         model = AutoencoderKL(config['embed_dim'], config['ch_mult'], ch=config['ch'],
                               num_res_blocks=config['num_res_blocks'], test_mode=True)
     state = filled({key: t.shape for key, t in model.state_dict().items()}, info['weight_seed'])
     model.load_state_dict(state, assign=True)
-    return info, load_file(DATA / f'{name}.safetensors'), model
+    return info, load_tensors(name), model
 
 
 def images_of(side, batch=2):
@@ -56,7 +36,7 @@ def images_of(side, batch=2):
 
 # ------------------------------------------------------------ against the reference
 def test_published_keys():
-    info = json.loads((DATA / 'state_dict_keys.json').read_text())['kl16_vae']
+    info = load_json('state_dict_keys')['kl16_vae']
     with torch.device('meta'):
         model = AutoencoderKL()
     state = model.state_dict()

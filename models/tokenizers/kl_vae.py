@@ -124,10 +124,28 @@ class AutoencoderKL(Tokenizer):
             nn.init.constant_(self.encoder.conv_out.bias[self.channels:], FIRST_LOGVAR)
 
     # ------------------------------------------------------------------------------ inference
+    def moments(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """Means and log-variances (B, 2 Z, h, w) of the unscaled latent, in float32 under any autocast."""
+        return in_float32(self.quant_conv, self.encoder(images_B3HW))
+
+    @torch.no_grad()
+    def precompute(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """The moments: a latent is drawn from them anew whenever `encode` takes them."""
+        self.check_size(images_B3HW)
+        return self.moments(images_B3HW)
+
     def posterior(self, images_B3HW: torch.Tensor) -> Posterior:
-        """Distribution of the unscaled latent, in float32 whatever autocast says."""
-        moments = in_float32(self.quant_conv, self.encoder(images_B3HW))
+        """Distribution of the unscaled latent."""
+        return self._posterior(self.moments(images_B3HW))
+
+    def _posterior(self, moments: torch.Tensor) -> Posterior:
         return Posterior(*moments.chunk(2, dim=1)) if self.use_variational else Posterior(moments)
+
+    def encode(self, images_B3HW: torch.Tensor, *args) -> torch.Tensor:
+        """As `Tokenizer.encode`; takes `moments` that were stored in the place of images, too."""
+        if images_B3HW.shape[1] == self.quant_conv.out_channels:
+            return self.scaling_factor * self._posterior(images_B3HW.float()).sample()
+        return super().encode(images_B3HW, *args)
 
     def _encode(self, images_B3HW: torch.Tensor, mode: bool = False) -> torch.Tensor:
         posterior = self.posterior(images_B3HW)
@@ -223,6 +241,8 @@ class AutoencoderKL(Tokenizer):
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Everything but `config_state`."""
+        if 'quantize.embedding.weight' in state:
+            raise ValueError('they have a codebook')
         embed_dim = state['post_quant_conv.weight'].shape[0]
         return dict(embed_dim=embed_dim, use_variational=len(state['quant_conv.weight']) == 2 * embed_dim,
                     decoder_attn=any(key.startswith('decoder.up.') and '.attn.' in key for key in state),
