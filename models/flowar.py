@@ -1,0 +1,531 @@
+"""FlowAR: next-scale prediction of a continuous latent; a flow-matching head draws the tokens of each scale.
+
+Letters: B batch, K scales, L all tokens, l tokens of one scale, n side of a scale, C width of the trunk,
+W width of the head, H heads, d head dim, Z latent channels, 3HW image. Time t runs from 1, noise, to 0, data.
+Source: arXiv 2412.15205; step annealing arXiv 2505.20297; loss weighting after arXiv 2310.08442.
+"""
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import KVCache, attend, kv_caching
+from models.base import ARModel, Tokenizer
+from models.helpers import Rng, draw_rows, drop_labels, guide, normal_like, part_ways
+from models.layers import RMSNorm, Rope2d, rotate, sinusoid
+from models.scales import ScaleLayout, scale_name
+
+TIMES = 1000     # times are told apart in steps of 1 / TIMES
+SINUSOID = 256   # width of a time's sinusoid
+LOSS_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    'uniform': torch.ones_like,
+    # 1 / sqrt(SNR) on the error of the noise, carried over to the velocity and scaled to mean 1
+    'debiased': lambda t: 6 * t * (1 - t),
+}
+
+
+def grid_positions(n: int, extent: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """(n * n, 2) rows and columns of a scale, rescaled so that every scale spans [0, extent)."""
+    ticks = torch.arange(n, device=device) * (extent / n)
+    return torch.cartesian_prod(ticks, ticks)
+
+
+def to_tokens(x_BZnn: torch.Tensor) -> torch.Tensor:
+    """(B, n * n, Z), row by row."""
+    return x_BZnn.flatten(2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------- parts
+class Attention(nn.Module):
+    """Multi-head attention with 2-D rotary positions; `cache` is the slot that `kv_caching` fills."""
+
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool, attn_drop: float = 0.,
+                 proj_drop: float = 0.):
+        super().__init__()
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.rope = Rope2d(width // num_heads)
+        self.cache: KVCache | None = None
+
+    def forward(self, x_BLC: torch.Tensor, positions_L2: torch.Tensor,
+                attn_bias: torch.Tensor | None = None) -> torch.Tensor:
+        B, L, C = x_BLC.shape
+        q, k, v = self.qkv(x_BLC).view(B, L, 3, self.num_heads, -1).unbind(2)  # (B, L, H, d)
+        table_2Lp = self.rope(positions_L2)
+        q, k = rotate(q, table_2Lp), rotate(k, table_2Lp)
+        if self.cache is not None:
+            k, v = self.cache.append(k, v)
+        out = attend(q, k, v, bias=attn_bias, dropout_p=self.attn_drop if self.training else 0.)
+        return self.proj_drop(self.proj(out.reshape(B, L, C)))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the head's tokens to the trunk's conditions of the same scale."""
+
+    def __init__(self, width: int, cond_width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(cond_width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.rope = Rope2d(width // num_heads)
+
+    def forward(self, x_BlW: torch.Tensor, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> torch.Tensor:
+        B, l, W = x_BlW.shape
+        q = self.q(x_BlW).view(B, l, self.num_heads, -1)
+        k, v = self.kv(z_BlC).view(B, l, 2, self.num_heads, -1).unbind(2)
+        table_2lp = self.rope(positions_l2)
+        out = attend(rotate(q, table_2lp), rotate(k, table_2lp), v)
+        return self.proj(out.reshape(B, l, W))
+
+
+class GatedMLP(nn.Module):
+    """fc2(gelu(fc1_g(x)) * fc1_x(x)), hidden width int(8 / 3 width) at a ratio of 4."""
+
+    def __init__(self, width: int, mlp_ratio: float, drop: float = 0.):
+        super().__init__()
+        hidden = int(width * mlp_ratio * 2 / 3.)
+        self.fc1_g, self.fc1_x = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.fc2, self.drop = nn.Linear(hidden, width), nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1_g(x)) * self.fc1_x(x))))
+
+
+def modulated(block: nn.Module, x_BLC: torch.Tensor, modulation: torch.Tensor, positions_L2: torch.Tensor,
+              attn_bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x after `block.attn` and `block.mlp`, each normalised, scaled and shifted before, gated behind.
+
+    Args:
+        modulation: (B, 1 or L, 6 C): two gates, two scales, two shifts.
+    """
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
+    x_BLC = x_BLC + gamma1 * block.attn(block.norm(x_BLC) * (1 + scale1) + shift1, positions_L2, attn_bias)
+    return x_BLC + gamma2 * block.mlp(block.norm(x_BLC) * (1 + scale2) + shift2)
+
+
+class TrunkBlock(nn.Module):
+    """A block of the trunk: the class embedding modulates all tokens alike."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float):
+        super().__init__()
+        self.norm = RMSNorm(width, affine=False)
+        self.attn = Attention(width, num_heads, True, attn_drop, proj_drop)
+        self.mlp = GatedMLP(width, mlp_ratio, proj_drop)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x_BLC: torch.Tensor, cond_BC: torch.Tensor, positions_L2: torch.Tensor,
+                attn_bias: torch.Tensor | None = None) -> torch.Tensor:
+        return modulated(self, x_BLC, self.ada_lin(cond_BC)[:, None], positions_L2, attn_bias)
+
+
+class AttnMLP(nn.Module):
+    """The head's first kind of block: time and condition modulate every token."""
+
+    def __init__(self, width: int, cond_width: int, num_heads: int):
+        super().__init__()
+        self.norm = RMSNorm(width, affine=False)
+        self.attn = Attention(width, num_heads, qkv_bias=False)
+        self.mlp = GatedMLP(width, 4.)
+        self.ada_lin = nn.Linear(width, 6 * width)
+
+    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor, z_BlC: torch.Tensor,
+                positions_l2: torch.Tensor) -> torch.Tensor:
+        return modulated(self, x_BlW, self.ada_lin(F.silu(t_B1W + c_BlW)), positions_l2)
+
+
+class AttnCrossAttnMLP(nn.Module):
+    """The head's second kind of block: time modulates the attention, which cross-attention to z follows."""
+
+    def __init__(self, width: int, cond_width: int, num_heads: int):
+        super().__init__()
+        self.norm = RMSNorm(width, affine=False)
+        self.attn = Attention(width, num_heads, qkv_bias=False)
+        self.crossattn = CrossAttention(width, cond_width, num_heads)
+        self.norm2_1, self.norm2_2 = RMSNorm(width), RMSNorm(cond_width)
+        self.mlp = GatedMLP(width, 4.)
+        self.ada_lin_attn, self.ada_lin_mlp = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
+
+    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor, z_BlC: torch.Tensor,
+                positions_l2: torch.Tensor) -> torch.Tensor:
+        gamma1, scale1, shift1 = self.ada_lin_attn(F.silu(t_B1W)).chunk(3, dim=-1)
+        gamma2, scale2, shift2 = self.ada_lin_mlp(F.silu(t_B1W + c_BlW)).chunk(3, dim=-1)
+        x = x_BlW + gamma1 * self.attn(self.norm(x_BlW) * (1 + scale1) + shift1, positions_l2)
+        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z_BlC), positions_l2)
+        return x + gamma2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+
+
+class TimeEmbedder(nn.Module):
+    """(B, W) of times in [0, 1], which are told apart in steps of 1 / TIMES."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(SINUSOID, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: torch.Tensor) -> torch.Tensor:
+        index_B = (t_B.float() * TIMES).long()  # in float32 on purpose: 0.65 is 650 there, 649 in float64
+        return self.mlp(sinusoid(index_B, SINUSOID))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection to the latent's channels."""
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(width, affine=False)
+        self.linear = nn.Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x_BlW: torch.Tensor, cond_BlW: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(cond_BlW).chunk(2, dim=-1)
+        return self.linear(self.norm(x_BlW) * (1 + scale) + shift)
+
+
+class FlowHead(nn.Module):
+    """Velocity of the noisy tokens of one scale, given the time and the trunk's conditions.
+
+    Args:
+        channels: Z. width: W. cond_width: C. depth: blocks.
+        cross: blocks with cross-attention (L and H) instead of plain ones (S).
+    """
+
+    def __init__(self, channels: int, width: int, cond_width: int, depth: int, cross: bool):
+        super().__init__()
+        num_heads = max(width // 64, 1)
+        self.time_embed = TimeEmbedder(width)
+        self.cond_embed = nn.Linear(cond_width, width)
+        self.input_proj = nn.Linear(channels, width)
+        block = AttnCrossAttnMLP if cross else AttnMLP
+        self.res_blocks = nn.ModuleList(block(width, cond_width, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(width, channels)
+
+    def forward(self, x_BlZ: torch.Tensor, t_B: torch.Tensor, z_BlC: torch.Tensor,
+                positions_l2: torch.Tensor) -> torch.Tensor:
+        """(B, l, Z)."""
+        t_B1W, c_BlW, x_BlW = self.time_embed(t_B)[:, None], self.cond_embed(z_BlC), self.input_proj(x_BlZ)
+        for block in self.res_blocks:
+            x_BlW = block(x_BlW, t_B1W, c_BlW, z_BlC, positions_l2)
+        return self.final_layer(x_BlW, t_B1W + c_BlW)
+
+
+class ScaleStep(NamedTuple):
+    """What sampling one scale produced."""
+    k: int
+    latent_BZnn: torch.Tensor
+    evaluations: tuple[int, int]  # of the head: conditional, null
+
+
+def time_grid(num_steps: int) -> torch.Tensor:
+    """Times of the Euler solver, float64, from 1 to 0.
+
+    Fifty steps are uniform; any other number takes half of them from 1 to 0.3 and the rest from 0.25 to 0, so
+    that an odd number makes one step less.
+
+    Raises:
+        ValueError: fewer than two steps, which would return noise.
+    """
+    if num_steps < 2:
+        raise ValueError(f'expected at least 2 steps of the flow head, got {num_steps}: pass 25 or so')
+    if num_steps == 50:
+        return torch.linspace(1, 0, 51, dtype=torch.float64)
+    half = num_steps // 2
+    return torch.cat([torch.linspace(1, 0.3, half, dtype=torch.float64),
+                      torch.linspace(0.25, 0, half + 1, dtype=torch.float64)])
+
+
+def annealed_steps(upper: int, lower: int, num_scales: int) -> list[int]:
+    """Steps per scale, falling linearly from `upper` at the first to `lower` at the last (DiSA)."""
+    last = num_scales - 1
+    return [int((upper - lower) * (last - k) / max(last, 1) + lower) for k in range(num_scales)]
+
+
+# ---------------------------------------------------------------------------------------------- model
+class FlowAR(ARModel):
+    """Scale-wise transformer with a flow-matching head.
+
+    Args:
+        vae_local: frozen tokenizer (KL-16), kept as a plain reference.
+        num_classes: classes; index num_classes is the null class of classifier-free guidance.
+        encoder_embed_dim, encoder_depth, encoder_num_heads, decoder_embed_dim, decoder_depth,
+            decoder_num_heads, mlp_ratio: of the two stacks of the trunk, which have one width.
+        label_drop_prob: share of labels replaced by the null class in training.
+        attn_dropout, proj_dropout: of the trunk.
+        diffloss_d, diffloss_w, cross: depth, width and kind of the head, see `FlowHead`.
+        scale: sides of the scales, coarse to fine; published: powers of two.
+        use_checkpoint: recompute the trunk's blocks in the backward pass, to save memory.
+        loss_weighting: a key of `LOSS_WEIGHTS`.
+        buffer_size, patch_size: other values than 0 and 1 never worked in the published code.
+    Raises:
+        ValueError: unequal widths, sides that do not rise from 1, or an unsupported value.
+    """
+
+    headline = {'L': 'L_mean', 'Lt': 'L_tail'}
+    selection = 'L_mean'
+
+    def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, encoder_embed_dim: int = 1024,
+                 encoder_depth: int = 16, encoder_num_heads: int = 16, decoder_embed_dim: int = 1024,
+                 decoder_depth: int = 16, decoder_num_heads: int = 16, mlp_ratio: float = 4.,
+                 label_drop_prob: float = 0.1, attn_dropout: float = 0., proj_dropout: float = 0.,
+                 diffloss_d: int = 3, diffloss_w: int = 1024, scale: Sequence[int] = (1, 2, 4, 8, 16),
+                 cross: bool = False, use_checkpoint: bool = False, loss_weighting: str = 'uniform',
+                 buffer_size: int = 0, patch_size: int = 1):
+        super().__init__(vae_local)
+        # 0. hyper-parameters
+        if encoder_embed_dim != decoder_embed_dim:
+            raise ValueError('the class embedding modulates both stacks: expected equal widths, got '
+                             f'{encoder_embed_dim} and {decoder_embed_dim}')
+        if buffer_size or patch_size != 1:
+            raise ValueError(f'only buffer_size=0 and patch_size=1 are supported, got {buffer_size} and '
+                             f'{patch_size}: leave them out')
+        if not scale or scale[0] != 1 or list(scale) != sorted(set(scale)):
+            raise ValueError(f'expected sides of scales that rise from 1, got {tuple(scale)}')
+        if loss_weighting not in LOSS_WEIGHTS:
+            raise ValueError(f'loss_weighting must be one of {", ".join(LOSS_WEIGHTS)}, '
+                             f'got {loss_weighting!r}')
+        self.num_classes, self.label_drop_prob = num_classes, label_drop_prob
+        self.loss_weighting, self.use_checkpoint = loss_weighting, use_checkpoint
+        self.C, self.Z = encoder_embed_dim, vae_local.channels
+        self.layout = ScaleLayout(tuple(scale))
+
+        # 1. input: class token, then the resized coarser scale
+        self.class_emb = nn.Embedding(num_classes + 1, self.C)
+        self.z_proj, self.z_proj_ln = nn.Linear(self.Z, self.C), RMSNorm(self.C)
+
+        # 2. absolute positions of every token, before each stack and after the last
+        def positions() -> nn.Parameter:
+            return nn.Parameter(torch.empty(1, self.layout.total, self.C))
+        self.encoder_pos_embed_learned, self.decoder_pos_embed_learned = positions(), positions()
+        self.diffusion_pos_embed_learned = positions()
+
+        # 3. trunk
+        def stack(depth: int, num_heads: int) -> nn.ModuleList:
+            return nn.ModuleList(TrunkBlock(self.C, num_heads, mlp_ratio, attn_dropout, proj_dropout)
+                                 for _ in range(depth))
+        self.encoder_blocks, self.encoder_norm = stack(encoder_depth, encoder_num_heads), RMSNorm(self.C)
+        self.decoder_embed = nn.Linear(self.C, self.C)
+        self.decoder_blocks, self.decoder_norm = stack(decoder_depth, decoder_num_heads), RMSNorm(self.C)
+        self.register_buffer('mask', self.layout.causal_bias()[None, None])
+
+        # 4. flow head
+        self.flownet = FlowHead(self.Z, diffloss_w, self.C, diffloss_d, cross)
+        self.init_weights()
+
+    # ------------------------------------------------------------------------------ scales
+    def pyramid(self, latent_BZhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets (B, L, Z) of all scales, and inputs (B, L - 1, Z) of all but the first.
+
+        Raises:
+            ValueError: the latent has another size than the last scale.
+        """
+        side = self.layout.patch_nums[-1]
+        if latent_BZhw.shape[2:] != (side, side):
+            given = scale_name(latent_BZhw.shape[2:])
+            raise ValueError(f'expected latents of {side}x{side}, got {given}: train on images or a cache of '
+                             'that size, or pass --img_size')
+        targets = [F.interpolate(latent_BZhw, size=(n, n), mode='area') for n in self.layout.patch_nums]
+        inputs = [latent_BZhw.new_empty(len(latent_BZhw), 0, self.Z)]  # of the first scale
+        inputs += [self.next_input(x, k) for k, x in enumerate(targets[:-1])]
+        return torch.cat([*map(to_tokens, targets)], dim=1), torch.cat(inputs, dim=1)
+
+    def next_input(self, x_BZnn: torch.Tensor, k: int) -> torch.Tensor:
+        """(B, next l, Z): scale k brought to full size, then averaged to the size of the next scale."""
+        full, n = self.layout.patch_nums[-1], self.layout.patch_nums[k + 1]
+        large = F.interpolate(x_BZnn, size=(full, full), mode='bicubic')
+        return to_tokens(F.interpolate(large, size=(n, n), mode='area'))
+
+    def positions(self, k: int | None = None) -> torch.Tensor:
+        """(l, 2) positions of scale k, or (L, 2) of all."""
+        sides = self.layout.patch_nums if k is None else self.layout.patch_nums[k:k + 1]
+        return torch.cat([grid_positions(n, self.layout.patch_nums[-1], self.device) for n in sides])
+
+    # ------------------------------------------------------------------------------ training
+    def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
+                      progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Squared error of the velocity at random times; every token counts the same."""
+        latent_BZhw = self.tokenizer.encode(images_B3HW)
+        target_BLZ, teacher_BLZ = self.pyramid(latent_BZhw)
+        if self.training:
+            label_B = drop_labels(label_B, self.num_classes, self.label_drop_prob)
+        B, device = len(label_B), label_B.device
+        draws = [(draw_rows(B, device, lambda t: t.uniform_()),
+                  draw_rows(B, device, lambda t: t.normal_(), (length, self.Z)))
+                 for length in self.layout.lengths]
+        t_KB, noise_BLZ = torch.stack([t for t, _ in draws]), torch.cat([noise for _, noise in draws], dim=1)
+        part_ways()
+        z_BLC = self(label_B, teacher_BLZ)
+        error_KB = self.velocity_error(target_BLZ, z_BLC, t_KB, noise_BLZ)
+        return self.total_loss(error_KB, t_KB), dict(error_KB=error_KB.detach(), t_KB=t_KB)
+
+    def velocity_error(self, target_BLZ: torch.Tensor, z_BLC: torch.Tensor, t_KB: torch.Tensor,
+                       noise_BLZ: torch.Tensor) -> torch.Tensor:
+        """(K, B) mean squared error of the head's velocity on x_t = (1 - t) x + t noise."""
+        errors = []
+        for k, ((begin, end), t_B) in enumerate(zip(self.layout.spans, t_KB, strict=True)):
+            x, noise, t_B11 = target_BLZ[:, begin:end], noise_BLZ[:, begin:end], t_B[:, None, None]
+            v = self.flownet((1 - t_B11) * x + t_B11 * noise, t_B, z_BLC[:, begin:end], self.positions(k))
+            errors.append((v.float() - (noise - x)).square().mean((1, 2)))
+        return torch.stack(errors)
+
+    def total_loss(self, error_KB: torch.Tensor, t_KB: torch.Tensor) -> torch.Tensor:
+        """Sum over scales, weighted by their tokens over those of the last, times the weight of the time."""
+        share_K1 = error_KB.new_tensor(self.layout.lengths)[:, None] / self.layout.lengths[-1]
+        return (share_K1 * LOSS_WEIGHTS[self.loss_weighting](t_KB) * error_KB).sum(0).mean()
+
+    def forward(self, label_B: torch.Tensor, teacher_BLZ: torch.Tensor) -> torch.Tensor:
+        """Conditions z (B, L, C) of the flow head, one per token.
+
+        Args:
+            label_B: (B,) int64 in [0, num_classes].
+            teacher_BLZ: inputs of all scales but the first, see `pyramid`.
+        """
+        cond_BC = self.class_emb(label_B)
+        x_BLC = torch.cat([cond_BC[:, None], self.z_proj(teacher_BLZ)], dim=1)
+        return self.trunk(x_BLC, cond_BC, self.positions(), slice(None), self.mask)
+
+    def trunk(self, x_BlC: torch.Tensor, cond_BC: torch.Tensor, positions_l2: torch.Tensor, span: slice,
+              attn_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Both stacks over the tokens `span` of the sequence."""
+        x_BlC = self.z_proj_ln(x_BlC + self.encoder_pos_embed_learned[:, span])
+        x_BlC = self.encoder_norm(self.run(self.encoder_blocks, x_BlC, cond_BC, positions_l2, attn_bias))
+        x_BlC = self.decoder_embed(x_BlC) + self.decoder_pos_embed_learned[:, span]
+        x_BlC = self.decoder_norm(self.run(self.decoder_blocks, x_BlC, cond_BC, positions_l2, attn_bias))
+        return x_BlC + self.diffusion_pos_embed_learned[:, span]
+
+    def run(self, blocks: nn.ModuleList, x_BlC: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
+        """`x_BlC` after all blocks, which are recomputed in the backward pass where asked."""
+        for block in blocks:
+            x_BlC = checkpoint(block, x_BlC, *args, use_reentrant=False) \
+                if self.use_checkpoint and self.training else block(x_BlC, *args)
+        return x_BlC
+
+    # ------------------------------------------------------------------------------ sampling
+    @torch.no_grad()
+    def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1., guidance_until: float = 0.9,
+                      num_steps: int = 25, lower_steps: int | None = None,
+                      rng: Rng = None) -> Iterator[ScaleStep]:
+        """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
+
+        Args:
+            label_B: (B,) int64, see `as_labels`.
+            cfg: guidance scale s at the last scale; it grows linearly from 1, off, at the first. 1 and less
+                guide nothing.
+            guidance_until: times from 0 to this one are guided; published as `guidance`.
+            num_steps: of the solver, see `time_grid`.
+            lower_steps: of the last scale, see `annealed_steps`; None anneals nothing.
+            rng: a generator, `ImageNoise`, or None for torch's global generator.
+        """
+        num_scales, was_training = len(self.layout.patch_nums), self.training
+        steps = annealed_steps(num_steps, num_steps if lower_steps is None else lower_steps, num_scales)
+        grids, B = [time_grid(n) for n in steps], len(label_B)
+        both = 2 if cfg > 1 else 1  # the null class takes no part without guidance
+        cond_BC = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)])[:both * B])
+        x_BlC = cond_BC[:, None]
+        self.eval()
+        try:
+            with kv_caching([*self.encoder_blocks, *self.decoder_blocks], capacity=self.layout.total):
+                for k, n in enumerate(self.layout.patch_nums):
+                    span, scale = slice(*self.layout.spans[k]), 1 + (cfg - 1) * self.layout.ratio(k)
+                    z_BlC = self.trunk(x_BlC, cond_BC, self.positions(k), span)  # no mask: all cached is seen
+                    noise_BlZ = normal_like(x_BlC.new_empty(B, n * n, self.Z, dtype=torch.float32), rng)
+                    tokens_BlZ, evaluations = self.integrate(noise_BlZ, z_BlC, k, scale, guidance_until,
+                                                             grids[k])
+                    latent_BZnn = tokens_BlZ.transpose(1, 2).reshape(B, self.Z, n, n)
+                    yield ScaleStep(k, latent_BZnn, evaluations)
+                    if k < num_scales - 1:
+                        x_BlC = self.z_proj(self.next_input(latent_BZnn, k)).repeat(both, 1, 1)
+        finally:
+            self.train(was_training)
+
+    def integrate(self, x_BlZ: torch.Tensor, z_BlC: torch.Tensor, k: int, scale: float,
+                  guidance_until: float, grid: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Euler's method from noise to the tokens of scale k, in float64.
+
+        The published sampler also moves a state of the null class, which never reaches the result: here the
+        null class is evaluated where it guides, and nowhere else.
+
+        Args:
+            z_BlC: conditions of the labels, followed by those of the null class if there is guidance.
+        Returns:
+            (tokens (B, l, Z) float32, evaluations of the head with label and without).
+        """
+        B, positions_l2, x, num_null = len(x_BlZ), self.positions(k), x_BlZ.double(), 0
+        for t, t_next in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+            guided = scale > 1 and t <= guidance_until
+            z = z_BlC if guided else z_BlC[:B]
+            x_in, t_in = x.float().repeat(len(z) // B, 1, 1), torch.full((len(z),), t, device=x.device)
+            v = self.flownet(x_in, t_in, z, positions_l2).double()
+            if guided:
+                v, num_null = guide(*v.chunk(2), scale), num_null + 1
+            x = x + (t_next - t) * v
+        return x.float(), (len(grid) - 1, num_null)
+
+    def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 1., rng: Rng = None,
+               **options: Any) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1]; guidance is the published cfg; options: see `sample_scales`."""
+        label_B = self.as_labels(labels, len(labels), rng)
+        for step in self.sample_scales(label_B, cfg=guidance, rng=rng, **options):
+            latent = step.latent_BZnn
+        return self.tokenizer.decode(latent).add(1).mul(0.5)
+
+    # ------------------------------------------------------------------------------ metrics
+    @torch.no_grad()
+    def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The loss without weighting by time, and the error of every scale, named by its side in pixels."""
+        error_K = aux['error_KB'].mean(1)
+        share_K = error_K.new_tensor(self.layout.lengths) / self.layout.lengths[-1]
+        sides = [n * self.tokenizer.stride for n in self.layout.patch_nums]
+        per_scale = {f'L_{side}': error for side, error in zip(sides, error_K, strict=True)}
+        return dict(L_mean=(share_K * error_K).sum(), L_tail=error_K[-1], **per_scale)
+
+    # ------------------------------------------------------------------------------ weights
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Xavier-uniform matrices, zero biases, N(0, 0.02) embeddings.
+
+        Upstream parity: the head's own zero start of its last layer is overwritten by this, too.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for table in (self.class_emb.weight, self.encoder_pos_embed_learned, self.decoder_pos_embed_learned,
+                      self.diffusion_pos_embed_learned):
+            nn.init.normal_(table, std=0.02)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self, self.flownet]
+
+    def no_weight_decay(self) -> set[str]:
+        """As published: it exempts a head of another name, so the matrices of this one do decay."""
+        return {'diffloss'}
+
+    @staticmethod
+    def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        width, freqs = state['class_emb.weight'].shape[1], 'blocks.0.attn.rope.freqs'
+
+        def depth(prefix: str) -> int:
+            return 1 + max(int(key[len(prefix):].split('.')[0]) for key in state if key.startswith(prefix))
+        visible = (state['mask'][0, 0] == 0).sum(1).unique().tolist()  # tokens up to each scale
+        lengths = [end - begin for begin, end in zip([0, *visible], visible, strict=False)]
+        hidden = len(state['encoder_blocks.0.mlp.fc1_g.bias'])
+        ratio = 4. if hidden == int(width * 4. * 2 / 3.) else (hidden + 0.5) * 3 / (2 * width)
+        return dict(num_classes=len(state['class_emb.weight']) - 1, encoder_embed_dim=width,
+                    encoder_depth=depth('encoder_blocks.'), decoder_embed_dim=width,
+                    encoder_num_heads=width // 4 // len(state[f'encoder_{freqs}']),
+                    decoder_depth=depth('decoder_blocks.'),
+                    decoder_num_heads=width // 4 // len(state[f'decoder_{freqs}']), mlp_ratio=ratio,
+                    diffloss_d=depth('flownet.res_blocks.'),
+                    diffloss_w=len(state['flownet.input_proj.bias']),
+                    cross='flownet.res_blocks.0.crossattn.q.weight' in state,
+                    scale=tuple(math.isqrt(length) for length in lengths),
+                    vocab_size=None, channels=state['z_proj.weight'].shape[1])
+
+    def extra_repr(self) -> str:
+        return f'scale={self.layout.patch_nums}, loss_weighting={self.loss_weighting}'
