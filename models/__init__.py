@@ -6,6 +6,8 @@ import torch
 
 from models.base import ARModel, Reconstruction, Tokenizer, Trainable, load_weights, read_kwargs
 from models.flexvar import FlexVAR
+from models.flowar import FlowAR
+from models.npp import NPP
 from models.tokenizers.discriminators import DINODiscriminator, PatchGAN, StyleGAN
 from models.tokenizers.kl_vae import AutoencoderKL
 from models.tokenizers.losses import LPIPS, GANSettings, PyramidLoss, TokenizerLoss
@@ -15,10 +17,10 @@ from models.tokenizers.vq_model import VQ_8, VQ_16, FlexVAE, VQ_models, VQModel
 from models.tokenizers.vqvae import VQVAE
 from models.var import VAR, VARHF
 
-__all__ = ['FAMILIES', 'LPIPS', 'VAR', 'VARHF', 'VQVAE', 'VQ_8', 'VQ_16', 'ARModel', 'AutoencoderKL',
-           'CodeUsage', 'Family', 'FlexVAE', 'FlexVAR', 'Reconstruction', 'Tokenizer', 'TokenizerLoss',
-           'Trainable', 'VQModel', 'VQ_models', 'VectorQuantizer2', 'build_flexvar', 'build_generator',
-           'build_loss', 'build_tokenizer', 'build_vae_var', 'load_weights']
+__all__ = ['FAMILIES', 'LPIPS', 'NPP', 'VAR', 'VARHF', 'VQVAE', 'VQ_8', 'VQ_16', 'ARModel', 'AutoencoderKL',
+           'CodeUsage', 'Family', 'FlexVAE', 'FlexVAR', 'FlowAR', 'Reconstruction', 'Tokenizer',
+           'TokenizerLoss', 'Trainable', 'VQModel', 'VQ_models', 'VectorQuantizer2', 'build_flexvar',
+           'build_generator', 'build_loss', 'build_tokenizer', 'build_vae_var', 'load_weights']
 
 State = dict[str, torch.Tensor]
 
@@ -32,6 +34,8 @@ class Family(NamedTuple):
 FAMILIES = {
     'var': Family(VAR, VQVAE),
     'flexvar': Family(FlexVAR, FlexVAE),
+    'flowar': Family(FlowAR, AutoencoderKL),
+    'npp': Family(NPP, VQModel),
     'vqvae': Family(VQVAE, None),
     'vq16': Family(VQModel, None),
     'vq8': Family(VQModel, None),
@@ -78,7 +82,8 @@ def build_generator(name: str, state: State, tokenizer_state: State, source: str
         raise ValueError(f'expected a generator, one of {", ".join(generators)}, got {name!r}')
     cls, tokenizer_class = FAMILIES[name]
     kwargs = read_kwargs(cls, state, source) | cls.kwargs_from_config(config or {})
-    codes = {attribute: kwargs.pop(attribute) for attribute in ('vocab_size', 'channels')}
+    codes = {attribute: kwargs.pop(attribute) for attribute in ('vocab_size', 'channels')
+             if attribute in kwargs}
     tokenizer = build_tokenizer(tokenizer_class, tokenizer_state, f'the tokenizer of {source}', device,
                                 **(tokenizer_config or {}) | cls.tokenizer_kwargs(kwargs))
     for attribute, value in codes.items():

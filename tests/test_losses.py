@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import logging
-import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -39,12 +38,12 @@ from models.tokenizers.losses import (
     discriminator_loss,
     generator_loss,
 )
+from tests import npp_vectors
 from trainer import distributed
 from utils import hub
 from utils.hub import dino_state, lpips_state
 
 DATA = Path(__file__).parent / 'data' / 'npp'
-SALT = 'npp-dev'
 FP32 = nullcontext()
 
 
@@ -54,46 +53,16 @@ def golden():
     return json.loads((DATA / 'vq_loss.json').read_text()), load_file(DATA / 'vq_loss.safetensors')
 
 
-def raw(name, shape):
-    """The stored files' uniform numbers in [-1, 1) for a name: SplitMix64 keyed by its CRC-32."""
-    n = int(np.prod(shape))
-    with np.errstate(over='ignore'):
-        z = np.arange(1, n + 1, dtype=np.uint64)
-        z += np.uint64(zlib.crc32(f'{SALT}:{name}'.encode()) << 32)
-        z *= np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            z = (z ^ z >> np.uint64(shift)) * np.uint64(factor)
-        z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(40)) * 2. ** -23 - 1).reshape(shape)
-
-
-def fill(name, shape):
-    """Their weights: fan-in scaled, 1-D ones around 1 (`weight`) or 0."""
-    r = raw(name, shape)
-    if len(shape) > 1:
-        r *= np.sqrt(3 * shape[0] / r.size)
-    else:
-        r = 1 + 0.1 * r if name.endswith('weight') else 0.1 * r
-    return torch.from_numpy(r.astype(np.float32))
-
-
-def filled(module, prefix=''):
-    """`module` with the parameters of its own keys; buffers stay."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(fill(prefix + name, parameter.shape))
-    return module
-
-
 def filled_lpips(prefix=''):
     lpips, keys = LPIPS(), golden()[0]['lpips']['keys']
-    lpips.load_published({key: fill(prefix + key, shape) for key, shape in keys.items()}, 'the stored keys')
+    lpips.load_published({key: torch.from_numpy(npp_vectors.weight(prefix + key, shape))
+                          for key, shape in keys.items()}, 'the stored keys')
     return lpips
 
 
 def inputs():
     """(image, its reconstruction)."""
-    image, noise = (torch.from_numpy(raw(f'input.{name}', (2, 3, 64, 64)).astype(np.float32))
+    image, noise = (torch.from_numpy(npp_vectors.raw(f'input.{name}', (2, 3, 64, 64)).astype(np.float32))
                     for name in ('vl_img', 'vl_noise'))
     return image, 0.7 * image + 0.3 * noise
 
@@ -112,16 +81,9 @@ def close(actual, expected, rtol=1e-4, atol=1e-6):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
 
 
-def test_fill_rule():
-    for name, stored in load_file(DATA / 'fill_check.safetensors').items():
-        made = torch.from_numpy(raw(name, stored.shape).astype(np.float32)) if name.startswith('input') \
-            else fill(name, stored.shape)
-        assert torch.equal(made, stored), name
-
-
 def test_patchgan_is_the_published_one():
     info, vectors = golden()
-    patchgan = filled(PatchGAN())
+    patchgan = npp_vectors.filled(PatchGAN())
     assert list(shapes(patchgan).items()) == list(info['patchgan']['keys'].items())
     image, _ = inputs()
     close(patchgan.train()(image), vectors['patchgan_train'])
@@ -140,7 +102,7 @@ def test_patchgan_initialisation():
 
 def test_stylegan_is_the_published_one():
     info, vectors = golden()
-    stylegan = filled(StyleGAN(64))
+    stylegan = npp_vectors.filled(StyleGAN(64))
     assert shapes(stylegan) == info['stylegan64']['keys']
     close(stylegan(inputs()[0]), vectors['stylegan_out_img64'])
     assert num_params(lambda: StyleGAN(64)) == info['stylegan64']['n_params'] == 34_619_905
@@ -177,7 +139,7 @@ class PublishedForward(PatchGAN):
 
 @pytest.fixture(scope='module')
 def published_parts():
-    return filled(PublishedForward(), 'discriminator.'), filled_lpips('perceptual_loss.')
+    return npp_vectors.filled(PublishedForward(), 'discriminator.'), filled_lpips('perceptual_loss.')
 
 
 @pytest.mark.parametrize('row', golden()[0]['vqloss'],
@@ -189,7 +151,7 @@ def test_whole_loss_is_the_published_one(row, published_parts):
                               gan=GANSettings(0.5, start=0.5, ramp=0., half=True, adaptive=row['adaptive']))
     progress = row['global_step'] / 40_000
     image, rec = inputs()
-    last = nn.Parameter(torch.from_numpy(raw('input.lastlayer', (3, 3, 1, 1)).astype(np.float32)))
+    last = nn.Parameter(torch.from_numpy(npp_vectors.raw('input.lastlayer', (3, 3, 1, 1)).astype(np.float32)))
     rec = Reconstruction([(image, F.conv2d(rec, last))], torch.tensor(0.11 + 0.022 + 0.003), {}, {})
     logged = row['logged_generator']
     loss, parts = criterion.generator(rec, progress, last, FP32)

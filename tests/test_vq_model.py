@@ -2,7 +2,6 @@
 import functools
 import json
 import logging
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from models.tokenizers.conv import (
     read_towers,
 )
 from models.tokenizers.vq_model import FlexVAE, VectorQuantizer, VQ_models, VQModel, entropy_loss
-from tests import flexvar_vectors
+from tests import flexvar_vectors, npp_vectors
 from tests.golden import assert_within
 
 DATA = Path(__file__).parent / 'data'
@@ -48,21 +47,6 @@ def build(make, fill):
     return model
 
 
-def llamagen_fill(name, shape, salt='npp-dev'):
-    """See tests/data/npp/README.md."""
-    z = np.arange(1, np.prod(shape, dtype=int) + 1, dtype=np.uint64)
-    z += np.uint64(zlib.crc32(f'{salt}:{name}'.encode()) << 32)
-    z *= np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= z >> np.uint64(shift)
-        z *= np.uint64(factor)
-    z ^= z >> np.uint64(31)
-    r = (2 * ((z >> np.uint64(40)) * 2. ** -24) - 1).reshape(shape)
-    if len(shape) > 1:
-        return r * np.sqrt(3 * shape[0] / r.size)
-    return 0.1 * r + name.endswith('weight')
-
-
 # ------------------------------------------------------------ LlamaGen
 @pytest.fixture(scope='module')
 def vq():
@@ -73,7 +57,7 @@ def vq():
 def tiny_state():
     with torch.device('meta'):
         state = VQModel(**load('npp/vq')[0]['tiny']['config']).state_dict()
-    return filled({key: t.shape for key, t in state.items()}, llamagen_fill)
+    return filled({key: t.shape for key, t in state.items()}, npp_vectors.weight)
 
 
 def build_tiny(**overrides):
@@ -131,7 +115,7 @@ def build_quantizer(info):
     info = info['quantizer']
     quantize = VectorQuantizer(info['n_e'], info['e_dim'], info['beta'], info['entropy_ratio'], info['l2'])
     quantize.load_state_dict(filled({key: t.shape for key, t in quantize.state_dict().items()},
-                                    lambda name, shape: llamagen_fill('q.' + name, shape)))
+                                    lambda name, shape: npp_vectors.weight('q.' + name, shape)))
     return quantize
 
 
@@ -164,7 +148,7 @@ def test_entropy_loss(vq):
 @pytest.mark.parametrize('name', ['VQ-16', 'VQ-8'])
 def test_published_size(vq, name):
     info, vectors = vq
-    model = build(VQ_models[name], llamagen_fill).eval()
+    model = build(VQ_models[name], npp_vectors.weight).eval()
     assert sum(p.numel() for p in model.parameters()) == info[name]['n_params']
     images = vectors[f'{name}.img']
     with torch.no_grad():

@@ -1,0 +1,336 @@
+"""NPP: a GPT over the codes of an image in raster order, trained on patches of codes that shrink to one code.
+
+Letters: B batch, G side of the code map, N = G * G codes, p side of a patch in codes, P = (G / p)^2 patches,
+M = p * p codes of a patch, L sequence, C width, H heads, d head dim, V vocabulary, 3HW image.
+Source: arXiv 2412.15321, on the transformer of arXiv 2406.06525 (LlamaGen), under the names of its weights.
+"""
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.attention import KVCache, attend, kv_caching
+from models.base import ARModel, Tokenizer
+from models.helpers import DropPath, Rng, drop_labels, guide, part_ways, sample_with_top_k_top_p_
+from models.layers import RMSNorm, Rope2d, rotate
+
+# heads of the published widths, which weights do not tell
+NUM_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
+
+
+def patches(t_BN: torch.Tensor, p: int) -> torch.Tensor:
+    """(B, P, M, ...) of codes, or whatever stands for them, (B, N, ...): blocks of p x p, all row by row.
+
+    Raises:
+        ValueError: the map is not square, or p does not divide its side.
+    """
+    side = math.isqrt(t_BN.shape[1])
+    if side * side != t_BN.shape[1] or side % p:
+        raise ValueError(f'expected a square map of codes whose side is a multiple of the patch, got '
+                         f'{t_BN.shape[1]} codes and patches of {p}x{p}: choose another image size or patch')
+    blocks = t_BN.unflatten(1, (side // p, p, side // p, p)).transpose(2, 3)
+    return blocks.flatten(1, 2).flatten(2, 3)
+
+
+def patch_loss(logits_BPV: torch.Tensor, idx_BPM: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each code of a patch under the one distribution predicted for the patch.
+
+    The normaliser is computed once per patch and the codes are gathered: logits are never repeated.
+    """
+    logits_BPM = logits_BPV.gather(2, idx_BPM)
+    return (logits_BPV.logsumexp(2, keepdim=True) - logits_BPM).mean()
+
+
+def ffn_width(dim: int, multiple_of: int = 256, multiplier: float = 1.) -> int:
+    """Hidden width of the feed-forward network: 8 / 3 of `dim`, rounded up."""
+    return -(-int(multiplier * int(8 * dim / 3)) // multiple_of) * multiple_of
+
+
+# ---------------------------------------------------------------------------------------------- parts
+class LabelEmbedder(nn.Module):
+    """Class tokens (B, 1, C); the last row is the null class."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, label_B: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table(label_B)[:, None]
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped heads; `cache` is what `kv_caching` fills."""
+
+    def __init__(self, dim: int, n_head: int, n_kv_head: int, attn_drop: float, resid_drop: float):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.attn_drop = n_head, n_kv_head, attn_drop
+        self.wqkv = nn.Linear(dim, (n_head + 2 * n_kv_head) * (dim // n_head), bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        self.resid_dropout = nn.Dropout(resid_drop)
+        self.cache: KVCache | None = None
+
+    def forward(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
+        B, L, C = x_BLC.shape
+        heads = self.wqkv(x_BLC).view(B, L, self.n_head + 2 * self.n_kv_head, -1)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)  # (B, L, H, d)
+        q, k = rotate(q, table_2Lp), rotate(k, table_2Lp)
+        if self.cache is not None:
+            k, v = self.cache.append(k, v)
+        if self.n_kv_head < self.n_head:
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=2) for t in (k, v))
+        out = attend(q, k, v, causal=L > 1, dropout_p=self.attn_drop if self.training else 0.)
+        return self.resid_dropout(self.wo(out.reshape(B, L, C)))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden: int, drop: float):
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.ffn_dropout = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward network, each normalised and added."""
+
+    def __init__(self, dim: int, n_head: int, n_kv_head: int, hidden: int, eps: float, attn_drop: float,
+                 resid_drop: float, ffn_drop: float, drop_path: float):
+        super().__init__()
+        self.attention = Attention(dim, n_head, n_kv_head, attn_drop, resid_drop)
+        self.feed_forward = FeedForward(dim, hidden, ffn_drop)
+        self.attention_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.drop_path = DropPath(drop_path)
+
+    @property
+    def attn(self) -> Attention:
+        """What `kv_caching` looks for."""
+        return self.attention
+
+    def forward(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
+        x_BLC = x_BLC + self.drop_path(self.attention(self.attention_norm(x_BLC), table_2Lp))
+        return x_BLC + self.drop_path(self.feed_forward(self.ffn_norm(x_BLC)))
+
+
+# ---------------------------------------------------------------------------------------------- model
+class NPP(ARModel):
+    """Next-patch prediction; in the last phase, and at sampling time, plain next-token prediction.
+
+    Args:
+        vae_local: frozen tokenizer (VQ-16), kept as a plain reference.
+        num_classes: classes; index num_classes is the null class of classifier-free guidance.
+        dim, n_layer, n_head: width, blocks, heads. n_kv_head: groups of heads that share keys and values.
+        ffn_dim: hidden width of the feed-forward networks; None follows `ffn_width`.
+        rope_base, norm_eps: of the rotary positions, of the norms.
+        token_dropout_p, attn_dropout_p, resid_dropout_p, ffn_dropout_p, class_dropout_prob: in training.
+        drop_path_rate: of the last block; as published, any other than 0 replaces resid and ffn dropout.
+        grid: G, side of the code maps of training.
+        phases: (share of the training at which it ends, p) of every phase, in order.
+    Raises:
+        ValueError: heads that do not divide the width, or phases that do not end with p = 1 at share 1.
+    """
+
+    headline = {'L': 'L_mean', 'Acc': 'acc_mean'}
+    selection = 'L_mean'
+
+    def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, dim: int = 768, n_layer: int = 12,
+                 n_head: int = 12, n_kv_head: int | None = None, ffn_dim: int | None = None,
+                 rope_base: float = 10000., norm_eps: float = 1e-5, token_dropout_p: float = 0.1,
+                 attn_dropout_p: float = 0., resid_dropout_p: float = 0.1, ffn_dropout_p: float = 0.1,
+                 class_dropout_prob: float = 0.1, drop_path_rate: float = 0., grid: int = 16,
+                 phases: Sequence[tuple[float, int]] = ((1., 1),)):
+        super().__init__(vae_local)
+        # 0. hyper-parameters
+        n_kv_head = n_kv_head or n_head
+        if dim % n_head or n_head % n_kv_head:
+            raise ValueError(f'expected heads that divide the width and groups that divide the heads, got '
+                             f'width {dim}, {n_head} heads, {n_kv_head} groups: choose other numbers')
+        ends, sides = zip(*phases, strict=True) if phases else ((0,), (1,))
+        if list(ends) != sorted({*ends}) or ends[0] <= 0 or ends[-1] != 1 or sides[-1] != 1 \
+                or any(p < 1 or grid % p for p in sides):
+            raise ValueError('expected phases (share at which it ends, side of a patch that divides '
+                             f'{grid}) that rise to (1, 1), got {tuple(phases)}: see --epoch_rate and '
+                             '--patch_level')
+        if drop_path_rate:
+            resid_dropout_p = ffn_dropout_p = 0.
+        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        self.grid, self.phases, self.vocab_size = grid, tuple(phases), vae_local.vocab_size
+        self.n_head, self.n_kv_head = n_head, n_kv_head
+
+        # 1. input: class token, then patches of codes
+        self.cls_embedding = LabelEmbedder(num_classes, dim)
+        self.tok_embeddings = nn.Embedding(self.vocab_size, dim)
+        self.tok_dropout = nn.Dropout(token_dropout_p)
+
+        # 2. positions, 3. transformer
+        self.rope = Rope2d(dim // n_head, rope_base, persistent=False)
+        rates = torch.linspace(0, drop_path_rate, n_layer, device='cpu').tolist()
+        self.layers = nn.ModuleList(
+            TransformerBlock(dim, n_head, n_kv_head, ffn_dim or ffn_width(dim), norm_eps, attn_dropout_p,
+                             resid_dropout_p, ffn_dropout_p, rate) for rate in rates)
+
+        # 4. head
+        self.norm = RMSNorm(dim, norm_eps)
+        self.output = nn.Linear(dim, self.vocab_size, bias=False)
+        self.init_weights()
+
+    # ------------------------------------------------------------------------------ training
+    def patch_side(self, progress: float) -> int:
+        """p at this share of the training; patches shrink from phase to phase."""
+        return next((p for end, p in self.phases if progress < end), 1)
+
+    def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
+                      progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Cross-entropy of every code given the class and the patches before its own."""
+        idx_BN, p = self.tokenizer.encode(images_B3HW), self.patch_side(progress)
+        if self.training:
+            label_B = drop_labels(label_B, self.num_classes, self.class_dropout_prob)
+            part_ways()
+        logits_BPV, idx_BPM = self(label_B, idx_BN, p), patches(idx_BN, p)
+        loss = patch_loss(logits_BPV, idx_BPM)
+        return loss, dict(loss=loss.detach(), hit=logits_BPV.argmax(2, keepdim=True) == idx_BPM, p=p)
+
+    def forward(self, label_B: torch.Tensor, idx_BN: torch.Tensor, p: int = 1) -> torch.Tensor:
+        """Logits (B, P, V) of every patch, float32, each from the class and the patches before it.
+
+        Args:
+            label_B: (B,) int64 in [0, num_classes].
+            idx_BN: (B, N) codes, int64 in [0, V), row by row.
+            p: side of a patch; it is read as the mean of its codes' embeddings.
+        """
+        x_BPC = patches(self.tok_embeddings(idx_BN), p).mean(2)
+        x_BPC = torch.cat([self.cls_embedding(label_B), x_BPC[:, :-1]], dim=1)
+        x_BPC, table_2Lp = self.tok_dropout(x_BPC), self.rope_table(math.isqrt(x_BPC.shape[1]))
+        return self.transform(x_BPC, table_2Lp[:, :x_BPC.shape[1]])
+
+    def transform(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, V) in float32 of what follows each token."""
+        for block in self.layers:
+            x_BLC = block(x_BLC, table_2Lp)
+        return self.output(self.norm(x_BLC)).float()
+
+    def rope_table(self, side: int) -> torch.Tensor:
+        """(2, 1 + side^2, d / 2) cosines and sines of the class token and of a map.
+
+        Upstream parity: those of the class token are 0, no rotation at all, so its query and key vanish; it
+        sees itself alone, and everything sees it with score 0.
+        """
+        ticks = torch.arange(side, device=self.device)
+        return F.pad(self.rope(torch.cartesian_prod(ticks, ticks)), (0, 0, 1, 0))
+
+    # ------------------------------------------------------------------------------ sampling
+    @torch.no_grad()
+    def sample_tokens(self, label_B: torch.Tensor, *, guidance: float = 1., cfg_interval: int = -1,
+                      temperature: float = 1., top_k: int = 0, top_p: float = 1., greedy: bool = False,
+                      grid: int | None = None, rng: Rng = None) -> torch.Tensor:
+        """Codes (B, N) drawn one by one; in eval mode whatever the model's mode is.
+
+        Args:
+            label_B: (B,) int64, see `as_labels`.
+            guidance: scale s; 1 and less are off.
+            cfg_interval: codes after the first that are guided, and the next; -1 guides all.
+            temperature: divides the logits.
+            top_k: draw from the k likeliest codes; 0, or more than V, is off.
+            top_p: draw from the smallest set of this probability; 1 is off, 0 takes the likeliest code.
+            greedy: take the likeliest code.
+            grid: side of the map; None is that of training.
+            rng: a generator, `ImageNoise`, or None for torch's global generator.
+        """
+        B, num_codes, was_training = len(label_B), (grid or self.grid) ** 2, self.training
+        null_B = torch.full_like(label_B, self.num_classes)
+        x_B1C = self.cls_embedding(torch.cat([label_B, null_B]) if guidance > 1 else label_B)
+        table_2Lp, codes = self.rope_table(grid or self.grid), []
+        self.eval()
+        try:
+            with kv_caching(self.layers, capacity=num_codes):
+                for i in range(num_codes):
+                    logits_B1V = self.transform(x_B1C, table_2Lp[:, i:i + 1])
+                    if len(logits_B1V) > B:
+                        logits_B1V = guide(*logits_B1V.chunk(2), guidance)
+                    idx_B1 = self.draw(logits_B1V, temperature, top_k, top_p, greedy, rng)
+                    codes.append(idx_B1)
+                    if cfg_interval == i - 1 >= 0:  # the last code that is guided: the null class may go
+                        for block in self.layers:
+                            block.attn.cache.keep(B)
+                        x_B1C = x_B1C[:B]
+                    x_B1C = self.tok_embeddings(idx_B1).repeat(len(x_B1C) // B, 1, 1)
+        finally:
+            self.train(was_training)
+        return torch.cat(codes, dim=1)
+
+    def draw(self, logits_B1V: torch.Tensor, temperature: float, top_k: int, top_p: float, greedy: bool,
+             rng: Rng) -> torch.Tensor:
+        """(B, 1) codes; see `sample_tokens`."""
+        if greedy or top_p <= 0:
+            return logits_B1V.argmax(2)
+        logits_B1V = logits_B1V / max(temperature, 1e-5)
+        top_k, top_p = min(top_k, self.vocab_size), top_p if top_p < 1 else 0.  # 0 is off there
+        return sample_with_top_k_top_p_(logits_B1V, top_k, top_p, rng)[:, :, 0]
+
+    def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 1., rng: Rng = None,
+               image_size: int | None = None, image_size_eval: int | None = None,
+               **options: Any) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1].
+
+        Args:
+            labels: one per image. guidance, rng, options: see `sample_tokens`.
+            image_size: pixels per side of what is drawn; None is that of training.
+            image_size_eval: pixels per side to which the images are then resized; None leaves them.
+        """
+        label_B = self.as_labels(labels, len(labels), rng)
+        grid = self.grid if image_size is None else self.tokenizer.map_size(image_size, image_size)[0]
+        idx_BN = self.sample_tokens(label_B, guidance=guidance, grid=grid, rng=rng, **options)
+        images = self.tokenizer.decode_code(idx_BN, (len(label_B), self.tokenizer.channels, grid, grid))
+        if image_size_eval not in (None, images.shape[-1]):  # before clamping, as published
+            images = F.interpolate(images, (image_size_eval, image_size_eval), mode='bicubic')
+        return images.clamp(-1, 1).add(1).mul(0.5)
+
+    # ------------------------------------------------------------------------------ metrics
+    @torch.no_grad()
+    def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Loss and accuracy in percent; losses of different p do not compare."""
+        return dict(L_mean=aux['loss'], acc_mean=100 * aux['hit'].float().mean(),
+                    prog_patch=torch.tensor(float(aux['p'])))
+
+    # ------------------------------------------------------------------------------ weights
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """N(0, 0.02) everywhere but in the head, which is zero: the first loss is ln V."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        self.output.weight.zero_()
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As torch's, without the table of positions that old published files hold."""
+        weights = {key: t for key, t in state_dict.items() if key != 'freqs_cis'}
+        return super().load_state_dict(weights, strict=strict, assign=assign)
+
+    def config_state(self, progress: float) -> dict[str, Any]:
+        """What the weights do not tell."""
+        return dict(n_head=self.n_head, n_kv_head=self.n_kv_head, grid=self.grid)
+
+    @staticmethod
+    def kwargs_from_config(config: dict[str, Any]) -> dict[str, Any]:
+        return {name: config[name] for name in ('n_head', 'n_kv_head', 'grid') if name in config}
+
+    @staticmethod
+    def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Everything but `config_state`, whose heads are those of the published width or 64 channels wide."""
+        vocab_size, dim = state['tok_embeddings.weight'].shape
+        n_head = NUM_HEADS.get(dim, max(dim // 64, 1))
+        kv_width = (len(state['layers.0.attention.wqkv.weight']) - dim) // 2
+        return dict(num_classes=len(state['cls_embedding.embedding_table.weight']) - 1, dim=dim,
+                    n_layer=1 + max(int(key.split('.')[1]) for key in state if key.startswith('layers.')),
+                    n_head=n_head, n_kv_head=kv_width * n_head // dim,
+                    ffn_dim=len(state['layers.0.feed_forward.w1.weight']), vocab_size=vocab_size)
+
+    def extra_repr(self) -> str:
+        return f'grid={self.grid}, phases={self.phases}'
