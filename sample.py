@@ -55,20 +55,23 @@ def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
     files, prefer_ema = [load_file(path) for path in paths.values()], weights == 'ema'
     tokenizer_state, config = tokenizer_weights(files[-1], prefer_ema)
     trainer = files[0].get('trainer', {})
+    config = trainer.get('vae_config', {}) | config  # a bare file of the same tokenizer does not tell it
     generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state,
                                 str(paths['ckpt']), device, config, trainer.get('config'))
     return generator, dict(
-        weights='ema' if prefer_ema and 'var_ema' in trainer else 'raw',
+        weights='ema' if prefer_ema and {'var_ema', 'model_ema', 'ema'} & {*trainer, *files[0]} else 'raw',
         weights_sha256={flag: sha256_of(path) for flag, path in paths.items()} if dist.is_master() else {})
 
 
 def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
-    """(N,) int64 class of every image: as listed, or the classes in turn.
+    """(N,) int64 class of every image: as listed, at random, or the classes in turn.
 
     Raises:
         ValueError: the list cannot be read, has another length, or names no class.
     """
-    if not recipe.labels:
+    if recipe.labels == 'random':
+        labels_N = np.random.RandomState(recipe.seed % 2 ** 32).randint(num_classes, size=recipe.num_images)
+    elif not recipe.labels:
         class_ids = np.array(recipe.class_ids or range(num_classes), dtype=np.int64)
         labels_N = class_ids[np.arange(recipe.num_images) % len(class_ids)]
     else:

@@ -30,11 +30,12 @@ from utils.checkpoint import (
     atomic_path,
     load_file,
     lock_folder,
+    model_weights,
     newest_checkpoint,
     save_checkpoint,
     tokenizer_weights,
 )
-from utils.data import KeyedAugmentation, build_dataset
+from utils.data import KeyedAugmentation, build_dataset, build_transforms, open_split
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
 from utils.hub import fetch
 from utils.log import (
@@ -48,14 +49,17 @@ from utils.log import (
 from utils.lr_control import lr_wd_annealing
 from utils.misc import allow_tf32, mix_seed, seed_everything
 from utils.pictures import reconstruction_rows, usage_heat_map
-from utils.tokenizer_recipes import TokenizerRecipe
+from utils.token_cache import TokenCache, weights_digest
 
 logger = logging.getLogger(__name__)
 # may change between two starts of one training
 FREE_SETTINGS = ('seed', 'output_dir', 'exp_name', 'workers', 'save_every', 'eval_every', 'vae_ckpt',
-                 'log_every', 'picture_every', 'lpips_vgg', 'lpips_lin', 'lpips_path', 'allow_download',
-                 'dino_path', 'init_from', 'fid_images', 'fid_ref', 'fid_flags', 'fid_features',
-                 'inception_weights')
+                 'log_every', 'picture_every', 'lpips_vgg', 'lpips_lin',
+                 'lpips_path', 'allow_download', 'dino_path', 'init_from', 'fid_images', 'fid_ref',
+                 'fid_flags', 'fid_features', 'inception_weights', 'use_checkpoint', 'batch_per_process',
+                 'resume')
+NOT_FINITE = ('{what} is not finite at step {step}: lower the learning rate or train with --fp16=0, '
+              'and continue from the last checkpoint, if there is one')
 NO_SCORE = 999.  # "best so far" before the first evaluation, as published
 NUM_PICTURES = 8            # validation images drawn in TensorBoard
 CALIBRATION_IMAGES = 10_000  # training images that a tokenizer is calibrated on
@@ -76,18 +80,22 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
         args.append(load_tokenizer(recipe, tokenizer_class, device))
         kwargs['num_classes'] = num_classes
     on_meta, state = torch.device(device).type == 'meta', None
-    if isinstance(recipe, TokenizerRecipe) and recipe.init_from and not on_meta:
+    if recipe.init_from and not on_meta:
         path = fetch(recipe.init_from)
-        state, config = tokenizer_weights(load_file(path))
-        kwargs = config | kwargs
+        checkpoint = load_file(path)
+        if tokenizer_class is None:
+            state, config = tokenizer_weights(checkpoint)
+            kwargs = config | kwargs
+        else:
+            state = model_weights(checkpoint)
     with torch.device(device):
         model = model_class(*args, **kwargs)
     if not on_meta:
         model.init_weights(**recipe.init_kwargs())
     if state is not None:
         model.warm_start(state, str(path))
-        if recipe.train_only:
-            model.freeze_codes()
+    if getattr(recipe, 'train_only', '') and state is not None:
+        model.freeze_codes()
     return model
 
 
@@ -108,8 +116,32 @@ def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | 
     tokenizer = build_tokenizer(cls, state, str(path), device, **config | recipe.tokenizer_kwargs())
     if tokenizer.stride != recipe.patch_size:
         raise ValueError(f'the tokenizer of {path} has stride {tokenizer.stride}, the recipe expects '
-                         f'{recipe.patch_size}: pass --patch_size={tokenizer.stride}')
+                         f'{recipe.patch_size}: pass --{flag_of(recipe, "patch_size")}={tokenizer.stride}')
     return tokenizer
+
+
+def build_data(recipe: Recipe) -> tuple[int, Dataset, Dataset]:
+    """(number of classes, training set, validation set), of images or of stored tokens in their place.
+
+    Raises:
+        ValueError: a folder is missing, or caches are of other images or of another tokenizer.
+    """
+    if not getattr(recipe, 'cached_path', ''):
+        return build_dataset(recipe.data_path, recipe.image_size, recipe.hflip, recipe.mid_reso, recipe.crop)
+    train_set = TokenCache(recipe.cached_path, recipe.hflip)
+    if recipe.cached_val_path:
+        val_set = TokenCache(recipe.cached_val_path, fixed=True)
+    else:  # the training images need not be there
+        _, val_transform = build_transforms(recipe.image_size, False, recipe.mid_reso, recipe.crop)
+        val_set = open_split(recipe.data_path, 'val', val_transform)
+    numbers = [str(label) for label in range(len(val_set.classes))]  # imported codes know no names
+    if train_set.classes not in (list(val_set.classes), numbers):
+        odd = sorted(set(train_set.classes) ^ set(val_set.classes)) or ['their order']
+        raise ValueError(f'{recipe.cached_path} holds {len(train_set.classes)} classes, those of validation '
+                         f'are {len(val_set.classes)} and differ in {odd[:5]}: pass caches and images of one '
+                         'data set')
+    logger.info('training reads the tokens in %s', recipe.cached_path)
+    return len(val_set.classes), train_set, val_set
 
 
 def build_loaders(recipe: Recipe, train_set: Dataset, val_set: Dataset, seed: int,
@@ -158,8 +190,7 @@ class Run:
         seed_everything(mix_seed(seed))
 
         # 2. data
-        num_classes, train_set, val_set = build_dataset(recipe.data_path, recipe.image_size, recipe.hflip,
-                                                        recipe.mid_reso, recipe.crop)
+        num_classes, train_set, val_set = build_data(recipe)
         if recipe.num_classes not in (0, num_classes):
             raise ValueError(f'--num_classes={recipe.num_classes}, but {recipe.data_path} holds '
                              f'{num_classes} classes: correct one of them')
@@ -170,11 +201,15 @@ class Run:
         if recipe.steps:
             recipe = dataclasses.replace(recipe, epochs=-(-recipe.steps // steps_per_epoch))
         self.recipe, self.peak_lr = recipe, recipe.peak_lr(world_size)
+        self.lr_end = recipe.final_lr_ratio(world_size)
         self.total_steps = recipe.steps or recipe.epochs * steps_per_epoch
 
         # 3. model, optimizer, and what the checkpoint says of them
         self.model = build_model(recipe, num_classes, self.total_steps, steps_per_epoch, self.device)
         self.is_tokenizer = isinstance(self.model, Tokenizer)
+        for split, tokens in (('train', train_set), ('val', val_set)):
+            if isinstance(tokens, TokenCache):
+                tokens.check(weights_digest(self.model.tokenizer.state_dict()), recipe.image_size, split)
         self.trainer = build_trainer(recipe, self.model, self.total_steps)
         if path:
             self._resume(path, checkpoint)
@@ -186,7 +221,8 @@ class Run:
                                     every=recipe.log_every)
         self.last_save = time.time()
         if recipe.tlr is not None:
-            logger.warning('--tlr is ignored: the peak follows from --tblr and is %g', self.peak_lr)
+            logger.warning('--tlr is ignored: the peak follows from --%s and is %g',
+                           flag_of(recipe, 'base_lr'), self.peak_lr)
         logger.info('%s: %.2fM parameters, %s x %d, %d + %d images of %d classes, '
                     '%d steps per epoch, seed %d',
                     recipe.model, count_parameters(self.model) / 1e6, self.device, world_size, len(train_set),
@@ -295,9 +331,10 @@ class Run:
         if self.is_tokenizer:
             decay = recipe.disc_weight_decay
             settings.append((recipe.disc_lr or self.peak_lr, decay, decay))
+        step, total_steps = recipe.lr_phase(step, self.total_steps, self.state.steps_per_epoch)
         rates = [lr_wd_annealing(recipe.lr_schedule, optimizer, *values, step,
-                                 recipe.warmup_epochs * self.state.steps_per_epoch, self.total_steps,
-                                 wp0=recipe.warmup_start, wpe=recipe.lr_end)
+                                 recipe.warmup_epochs * self.state.steps_per_epoch, total_steps,
+                                 wp0=recipe.warmup_start, wpe=self.lr_end)
                  for optimizer, values in zip(self.trainer.optimizers, settings, strict=False)]
         return rates[0]
 
@@ -327,8 +364,7 @@ class Run:
         """
         values = self.trainer.metrics(info.aux)
         if not all(map(math.isfinite, values.values())):
-            raise ValueError(f'the loss is not finite at step {step}: lower --tblr or train with --fp16=0, '
-                             'and continue from the last checkpoint, if there is one')
+            raise ValueError(NOT_FINITE.format(what='the loss', step=step))
         meters.update(tnm=info.grad_norm,
                       **{name: values.get(key) for name, key in self.model.headline.items()})
         tb, clip, (min_lr, max_lr, min_wd, max_wd) = self.tb, self.recipe.clip, rates
@@ -354,6 +390,7 @@ class Run:
         if self.is_tokenizer and self.model.needs_calibration and not self.recipe.train_only:
             with self.trainer.averaged():
                 self.model.calibrate(self.calibration_images())
+        seed_everything(mix_seed(self.state.seed, 0, dist.get_rank()))  # the same noise at every evaluation
         self.state.validation = values = self.trainer.eval_epoch(self.val_loader)
         is_best = values[self.model.selection] < self.state.best
         self.state.best = min(self.state.best, values[self.model.selection])
@@ -420,10 +457,17 @@ class Run:
                 torch.save(content, temporary)
 
     def save(self, epoch: int, step: int, is_best: bool = False) -> None:
-        """Checkpoint at `step` of `epoch`; the master alone writes."""
+        """Checkpoint at `step` of `epoch`; the master alone writes.
+
+        Raises:
+            ValueError: a weight is nan or infinite, on every rank; the checkpoints before stay.
+        """
+        steps = epoch * self.state.steps_per_epoch + step
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise ValueError(NOT_FINITE.format(what='a weight', step=steps))
         self.last_save = time.time()
         if dist.is_master():
-            progress = (epoch * self.state.steps_per_epoch + step) / self.total_steps
+            progress = steps / self.total_steps
             save_checkpoint(dict(epoch=epoch, iter=step, trainer=self.trainer.state_dict(progress),
                                  args=vars(self.recipe), run=vars(self.state), classes=self.classes),
                             self.folder, self.recipe.CHECKPOINT_PREFIX, is_best)

@@ -34,6 +34,7 @@ from utils.tokenizer_recipes import TokenizerRecipe
 
 logger = logging.getLogger(__name__)
 STRUCTURE = ('v_patch_nums', 'using_znorm', 'codebook_l2_norm')  # of a tokenizer, which weights do not tell
+CODES = (*STRUCTURE, 'scaling_factor')                            # and what else decides its codes
 COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
 
 
@@ -93,12 +94,14 @@ class Trainer:
 
     Args:
         ema_decay: of the averaged weights, which evaluation and sampling use; 0 is off.
+        ema_warmup: see `WeightEMA`.
     """
 
-    def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decay: float = 0.):
+    def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decay: float = 0.,
+                 ema_warmup: bool = True):
         self.model, self.optimizer = model, optimizer
         self.loss_module = distributed(LossModule(model))
-        self.ema = WeightEMA(model, ema_decay) if ema_decay else None
+        self.ema = WeightEMA(model, ema_decay, warmup=ema_warmup) if ema_decay else None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -173,11 +176,14 @@ class Trainer:
             ValueError: other model, other architecture or other tokenizer, named in one line.
         """
         load_own_weights(self.model, state, 'var_wo_ddp', source)
-        saved = state.get('vae_local', {})
-        for name, parameter in self.model.tokenizer.named_parameters():
-            if name in saved and not torch.equal(parameter.cpu(), saved[name].cpu()):
-                raise ValueError(f'{source} was trained on the codes of another tokenizer ({name} differs): '
-                                 'pass the same --vae_ckpt, or start in another output folder')
+        saved, config = state.get('vae_local', {}), state.get('vae_config', {})
+        here = self.model.tokenizer.config_state(1.)
+        differing = [name for name, parameter in self.model.tokenizer.named_parameters()
+                     if name in saved and not torch.equal(parameter.cpu(), saved[name].cpu())]
+        differing += [name for name in CODES if name in config and config[name] != here.get(name)]
+        if differing:
+            raise ValueError(f'{source} was trained on the codes of another tokenizer ({differing[0]} '
+                             'differs): pass the same --vae_ckpt, or start in another output folder')
         if self.ema and 'var_ema' not in state:
             raise ValueError(f'{source} holds no averaged weights: leave out --ema, or start in another '
                              'output folder')
@@ -389,7 +395,7 @@ def build_trainer(recipe: Recipe, model: Trainable, total_steps: int) -> Trainer
         model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
     optimizer = build_optimizer(recipe, model, model.no_weight_decay())
     if isinstance(model, ARModel):
-        return Trainer(model, optimizer, recipe.ema)
+        return Trainer(model, optimizer, recipe.ema, recipe.ema_warmup)
     criterion = build_criterion(recipe, total_steps, next(model.parameters()).device)
     disc_optimizer = None
     if criterion.discriminator is not None:

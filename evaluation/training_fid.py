@@ -63,6 +63,9 @@ def build_training_fid(recipe: GeneratorRecipe, model: ARModel, val_loader: Data
     """
     if not recipe.fid_images:
         return None
+    if getattr(recipe, 'cached_val_path', '') and not recipe.fid_ref:
+        raise ValueError('--fid_images compares with the validation images, --cached_val_path holds none: '
+                         'pass --fid_ref=FILE.npz')
     cls = SAMPLE_RECIPES[recipe.model]
     flags = parse_flags(cls, '--fid_flags', recipe.fid_flags)
     of_the_family = {f.name for f in fields(cls)} - {f.name for f in fields(SampleRecipe)}

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-ENTRIES = {'train', 'sample', 'evaluate', 'utils.doctor'}  # doctor is an entry point that lives in utils
+ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'utils.doctor'}  # doctor is one that lives in utils
 OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'huggingface_hub.utils',
             'torch.utils.tensorboard', 'torch_fidelity.feature_extractor_inceptionv3',
             'matplotlib.backends.backend_agg', 'matplotlib.figure', 'sklearn.neural_network'}
 # inside models
-ORDER = ['scales', 'attention', 'base', 'helpers', 'editing', 'basic_var', 'tokenizers', 'var', 'flexvar', '']
+ORDER = ['scales', 'attention', 'base', 'helpers', 'layers', 'editing', 'basic_var', 'tokenizers', 'var',
+         'flexvar', 'flowar', 'npp', '']
 
 
 def modules():

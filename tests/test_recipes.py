@@ -1,17 +1,30 @@
 """Command lines: published flags, defaults and derived values, presets, clear errors."""
+import dataclasses
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import extract
 import train
 from models import FlexVAR
 from tests.golden import load_json
 from train import describe
-from utils.arg_util import PRESETS, RECIPES, VARRecipe, flag_of, parse_recipe, parse_sample_recipe
+from utils.arg_util import (
+    PRESETS,
+    RECIPES,
+    SAMPLE_PRESETS,
+    VARRecipe,
+    flag_of,
+    make_parser,
+    parse_recipe,
+    parse_sample_recipe,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 # state or derived, no settings
@@ -20,13 +33,57 @@ RUNTIME = {'cmd', 'branch', 'commit_id', 'commit_msg', 'acc_mean', 'acc_tail', '
            'cur_ep', 'remain_time', 'finish_time', 'tb_log_dir_path', 'log_txt_path', 'last_ckpt_path',
            'device', 'local_debug', 'dbg_nan', 'batch_size', 'glb_batch_size', 'patch_nums', 'resos',
            'data_load_reso'}
+# published flags of FlowAR with their defaults: of training, of sampling, and those without effect here
+FLOWAR_TRAINING = dict(
+    epochs=400, img_size=256, vae_path='pretrained_models/vae/kl16.ckpt', vae_stride=16, patch_size=1,
+    label_drop_prob=0.1, weight_decay=0.02, blr=1e-4, min_lr=1e-5, lr_schedule='cosine', warmup_epochs=100,
+    ema_rate=0.9999, grad_clip=3., attn_dropout=0.1, proj_dropout=0.1, buffer_size=0, diffloss_d=12,
+    diffloss_w=1536, temperature=1., cfg_schedule='linear')
+FLOWAR_SAMPLING = dict(num_step=25, guidance=0.9, num_images=50_000, cfg=1., eval_bsz=64, temperature=1.,
+                       cfg_schedule='linear')
+FLOWAR_IGNORED = {  # automatic here, told by files and folders, or of another command
+    'vae_embed_dim', 'save_last_freq', 'online_eval', 'log_dir', 'device', 'start_epoch', 'pin_mem',
+    'no_pin_mem', 'world_size', 'dist_on_itp', 'dist_url'}
+FLOWAR_RUN = """--img_size 256 --vae_path X/kl16.ckpt --vae_embed_dim 16 --vae_stride 16 --patch_size 1
+    --epochs 400 --warmup_epochs 100 --blr 5e-5 --ema_rate 0.9999 --grad_clip 3.0 --attn_dropout 0.1
+    --proj_dropout 0.1 --label_drop_prob 0.1 --use_cached --cached_path X --data_path Y --num_workers 10
+    --seed 1 --output_dir O --resume O"""
+# the same of NPP, where ours are the published ones
+NPP_TRAINING = dict(
+    gpt_model='GPT-B', dropout_p=0.1, token_dropout_p=0.1, drop_path_rate=0., image_size=256,
+    downsample_size=16, epochs=300, lr=1e-4, weight_decay=5e-2, beta1=0.9, beta2=0.95, max_grad_norm=1.,
+    global_batch_size=256, mixed_precision='bf16', epoch_rate=0.5, patch_level=2, decay_ratio=0.2,
+    end_lr=1e-5, warmup_epochs=1)
+NPP_SAMPLING = dict(cfg_scale=1.5, cfg_interval=-1, per_proc_batch_size=32, num_fid_samples=50_000,
+                    global_seed=0, top_k=0, temperature=1., top_p=1.)
+NPP_IGNORED = {
+    'train.py': '--cloud-save-path S --no-local-save --gpt-type c2i --vocab-size 16384 --cls-token-num 1 '
+                '--no-compile --dataset imagenet_code --gradient-accumulation-steps 1 --vq-model VQ-16',
+    'sample.py': '--gpt-type c2i --from-fsdp --cls-token-num 1 --compile --vq-model VQ-16 '
+                 '--codebook-size 16384 --codebook-embed-dim 8 --downsample-size 16 --num-classes 1000',
+    'extract.py': '--vq-model VQ-16 --codebook-size 16384 --codebook-embed-dim 8 --dataset imagenet '
+                  '--global-seed 0 --debug'}
+
+NPP_RUN = '--cloud-save-path S --code-path C --image-size 256 --gpt-model GPT-B --epoch-rate 0.5 ' \
+          '--patch-level 2 --scheduler'
+NPP_JOB = '--vq-ckpt F --gpt-ckpt c2i_B_256.pt --gpt-model GPT-B --image-size 256 ' \
+          '--image-size-eval 256 --cfg-scale 2.0'
 
 
 def shell_flags(path):
     """The flags of the train.py command in a recipe script."""
     command = path.read_text().replace('\\\n', ' ').split('train.py')[1]
     return [flag for flag in shlex.split(command)
-            if flag.startswith('--') and not flag.startswith('--data_path')]
+            if flag.startswith('--') and not flag.startswith(('--data_path', '--code_path'))]
+
+
+def parse_extraction(argv):
+    return extract.ExtractSettings(**make_parser(extract.ExtractSettings, 'extract.py', '').parse(argv))
+
+
+PARSERS = {'train.py': (parse_recipe, ['--model=npp']),
+           'sample.py': (parse_sample_recipe, ['--model=npp', '--ckpt=x']),
+           'extract.py': (parse_extraction, ['--model=npp', '--vq_ckpt=x', '--code_path=y'])}
 
 
 def settings(recipe):
@@ -61,6 +118,105 @@ def test_derived_values(case):
         assert value == expected, name
 
 
+@pytest.mark.parametrize(('parse', 'argv', 'defaults'), [
+    (parse_recipe, ['--model=flowar'], FLOWAR_TRAINING),
+    (parse_sample_recipe, ['--model=flowar', '--ckpt=x'], FLOWAR_SAMPLING),
+    (parse_recipe, ['--model=npp'], NPP_TRAINING),
+    (parse_sample_recipe, ['--model=npp', '--ckpt=x'], NPP_SAMPLING)])
+def test_published_defaults(parse, argv, defaults):
+    for flag, value in defaults.items():
+        spaced = parse([*argv, f'--{flag.replace("_", "-")}', str(value)])
+        assert parse([*argv, f'--{flag}={value}']) == spaced == parse(argv), flag
+
+
+def test_published_flags_without_effect_are_named(capsys):
+    plain = ['--model=flowar', '--size=large']
+    assert parse_recipe(['--model', 'flowar_large']) == parse_recipe(plain)
+    for flag in FLOWAR_IGNORED:
+        for argv in ([f'--{flag}'], [f'--{flag}=x'], [f'--{flag}', 'x']):
+            assert parse_recipe([*plain, *argv]) == parse_recipe(plain)
+            assert f'--{flag} is ignored: ' in capsys.readouterr().err
+    ours = parse_recipe([*plain, '--eval_every=40', '--num_classes=7', '--workers=3'])
+    theirs = '--eval_freq=40', '--class_num=7', '--num_workers=3', '--local_rank', '-1'
+    assert parse_recipe([*plain, *theirs]) == ours
+    sampling = ['--model=flowar', '--ckpt=x', '--output=y']
+    assert parse_sample_recipe([*sampling, '--evaluate', '--class_num=1000', '--diffloss_d=12']) \
+        == parse_sample_recipe(['--model=flowar_large', '--resume=x', '--output_dir=y'])
+    assert '--diffloss_d is ignored: the files tell it' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('script', NPP_IGNORED)
+def test_published_flags_of_npp_without_effect_are_named(script, capsys):
+    parse, argv = PARSERS[script]
+    plain, flags = parse(argv), shlex.split(NPP_IGNORED[script])
+    for spelt in (flags, [flag.replace('-', '_').replace('__', '--', 1) for flag in flags]):
+        assert parse([*argv, *spelt]) == plain
+        named = re.findall(r'^\S+ --(\w+) is ignored: ', capsys.readouterr().err, flags=re.M)
+        assert sorted(named) == sorted(
+            flag[2:].replace('-', '_') for flag in flags if flag.startswith('--'))
+
+
+def test_published_commands_of_npp(capsys):
+    """Of its README: training, sampling, extraction with both crop ranges."""
+    recipe = parse_recipe(['--model=npp', *NPP_RUN.split()])
+    assert recipe == parse_recipe(['--model=npp', '--preset=npp_b', '--cached_path=C'])
+    assert recipe.phases == ((150, 2), (300, 1)) and recipe.use_cached
+    by_preset = parse_sample_recipe(['--model=npp', '--preset=npp_b', '--ckpt=c2i_B_256.pt', '--vae_ckpt=F'])
+    assert parse_sample_recipe(['--model=npp', *NPP_JOB.split()]) == dataclasses.replace(
+        by_preset, image_size_eval=256, source='')
+    command = '--vq-ckpt F --data-path T --code-path C --ten-crop --crop-range {} --image-size 384'
+    for crop_range in (1.1, 1.05):
+        assert parse_extraction(['--model=npp', *command.format(crop_range).split()]) == \
+            extract.ExtractSettings(model='npp', vae_ckpt='F', data_path='T', cached_path='C', ten_crop=True,
+                                    crop_range=crop_range, image_size=384)
+
+
+def test_words_of_npp():
+    for word, precision in (('none', 0), ('fp16', 1), ('bf16', 2)):
+        assert parse_recipe(['--model=npp', f'--mixed-precision={word}']).precision == precision
+        assert parse_sample_recipe(['--model=npp', '--ckpt=x', f'--precision={word}']).precision == precision
+    assert parse_recipe(['--model=npp', '--ema']).ema == 0.9999
+    assert parse_recipe(['--model=npp', '--ema', '0.99', '--ckpt-every', '250000']).ema == 0.99
+    for key, weights in (('model', 'raw'), ('ema', 'ema')):
+        assert parse_sample_recipe(['--model=npp', '--ckpt=x', f'--ckpt-key={key}']).weights == weights
+
+
+@pytest.mark.parametrize(('preset', 'flags', 'nodes'), [
+    ('flowar_s', '--diffloss_d 2 --diffloss_w 1024 --batch_size 64', 4),
+    ('flowar_l', '--diffloss_d 12 --diffloss_w 1024 --batch_size 64 --use_checkpoint', 4),
+    ('flowar_h', '--diffloss_d 12 --diffloss_w 1536 --batch_size 32 --use_checkpoint', 8)])
+def test_published_training_of_flowar(preset, flags, nodes):
+    """Its commands are the presets on that many ranks."""
+    size = dict(s='small', l='large', h='huge')[preset[-1]]
+    pairs = [flag.split() for flag in f' {FLOWAR_RUN} {flags}'.split(' --')[1:]]
+    pairs = [(f'--{name}', *value) for name, *value in pairs]
+    model = [f'--model=flowar_{size}']
+    recipe = parse_recipe([*model, *map('='.join, pairs)])
+    assert recipe == parse_recipe([*model, *(part for pair in pairs for part in pair)])
+    own = parse_recipe(['--model=flowar', f'--preset={preset}', '--vae_path=X/kl16.ckpt', '--cached_path=X',
+                        '--use_cached', '--data_path=Y', '--seed=1', '--output_dir=O', '--resume=./O'])
+    assert {**vars(recipe), 'batch_per_process': 0, 'workers': -1, 'resume': './O'} == vars(own)
+    for each in (recipe, own):
+        each.check_batch(8 * nodes)
+        ours = each.derived(8 * nodes)
+        assert (ours['bs'], ours['tlr']) == (2048, pytest.approx(4e-4))
+        assert (ours['wp'], ours['sche'], ours['data_load_reso']) == (100, 'cosine', 256)
+    assert own.peak_lr(1) == own.peak_lr(32) == pytest.approx(4e-4)
+
+
+def test_learning_rates_of_flowar():
+    """Follow from the images per step, given for all ranks, or per rank and micro-step as published."""
+    def peak(*flags, world_size=1):
+        return parse_recipe(['--model=flowar', '--blr=5e-5', *flags]).peak_lr(world_size)
+    assert peak('--batch_size=64', world_size=32) == pytest.approx(4e-4)
+    assert peak('--batch_size=64', '--ac=32') == pytest.approx(4e-4)
+    assert peak('--batch_size=64') == pytest.approx(4e-4 / 32)
+    assert peak('--bs=1024', world_size=32) == pytest.approx(2e-4)
+    assert peak('--batch_size=64', '--lr=3e-4', world_size=32) == 3e-4
+    recipe = parse_recipe(['--model=flowar', '--lr=1e-4', '--min_lr=2e-5'])
+    assert recipe.final_lr_ratio(1) == recipe.final_lr_ratio(32) == pytest.approx(0.2)
+
+
 def test_both_spellings_and_boolean_forms():
     assert parse_recipe(['--base_lr=2e-4']) == parse_recipe(['--tblr=2e-4'])
     for text in ('1', 'true', 'T', 'True', 'tr'):
@@ -70,12 +226,30 @@ def test_both_spellings_and_boolean_forms():
     assert parse_recipe(['--local-rank=3', '--local_rank=1']) == parse_recipe([])
 
 
-@pytest.mark.parametrize('name', sorted(PRESETS['var'] | PRESETS['flexvar']))
+@pytest.mark.parametrize('name', sorted(
+    name for model in ('var', 'flexvar', 'flowar', 'npp') for name in PRESETS[model]))
 def test_recipe_script_equals_preset(name):
-    model = name.split('_')[0]
+    model, size, *_ = name.split('_')
     preset = parse_recipe([f'--model={model}', f'--preset={name}'])
     assert preset == parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
-    assert preset.depth == int(re.match(r'\w+_d(\d+)', name)[1])
+    named = dict(flowar=lambda: preset.size[0], npp=lambda: preset.gpt_model.removeprefix('GPT-').lower())
+    assert size == named.get(model, lambda: f'd{preset.depth}')()
+
+
+def test_recipe_script_of_npp_finds_its_folders(tmp_path):
+    """Relative ones, too, of codes several."""
+    (tmp_path / 'torchrun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / 'torchrun').chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', CODES='codes,/more')
+    call = ['bash', str(REPO / 'recipes' / 'npp_b.sh'), 'my images', '--seed=1']
+    printed = subprocess.run(call, env=env, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    recipe = parse_recipe(printed.split('train.py\n')[1].splitlines())
+    assert (recipe.data_path, recipe.cached_path) == (f'{tmp_path}/my images', f'{tmp_path}/codes,/more')
+    assert recipe.seed == 1
+    del env['CODES']
+    stopped = subprocess.run(call, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert stopped.returncode and not stopped.stdout
+    assert 'expected the codes of extract.py' in stopped.stderr
 
 
 @pytest.mark.parametrize(('name', 'parameters'), [
@@ -90,6 +264,23 @@ def test_dry_run_of_the_published_commands(name, parameters):
     assert printed['tlr'] == pytest.approx(recipe.base_lr * recipe.batch_size / 256)
     assert printed['wp'] == recipe.epochs / 50
     assert tuple(printed['patch_nums']) == recipe.patch_nums
+
+
+@pytest.mark.parametrize(('name', 'parameters'), [
+    ('flowar_s', 171_718_072), ('flowar_l', 586_862_912), ('flowar_h', 1_913_316_880)])
+def test_dry_run_of_the_published_commands_of_flowar(name, parameters):
+    printed = describe(parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh')), world_size=8)
+    assert json.loads(json.dumps(printed))['num_parameters'] == parameters
+    assert (printed['batch_size'], printed['bs'], printed['wp']) == (256, 2048, 100)
+    assert printed['tlr'] == pytest.approx(4e-4) and printed['use_checkpoint'] == (name != 'flowar_s')
+
+
+def test_dry_run_of_the_published_command_of_npp():
+    printed = describe(parse_recipe(shell_flags(REPO / 'recipes' / 'npp_b.sh')), world_size=8)
+    printed = json.loads(json.dumps(printed))
+    assert printed['num_parameters'] == 110_888_448 and printed['tlr'] == 1e-4
+    assert (printed['batch_size'], printed['bs'], printed['wp'], printed['sche']) == (32, 256, 1, 'tail0.2')
+    assert (printed['patch_sides'], printed['phase_ends']) == ([2, 1], [150, 300])
 
 
 def test_dry_run_prints_json_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -146,6 +337,35 @@ def fails(argv, capsys, parse=parse_recipe):
     (['--model=flexvar', '--final_reso=250'], ['--final_reso', 'multiple of the stride 16', '250']),
     (['--model=flexvar', '--final_reso=128'], ['where --pn', '16 codes or 256 pixels', '128']),
     (['--model=flexvar', '--pg=0.5'], ['--pg', 'nearest']),
+    (['--model=flowar_tiny'], ['flowar_tiny', "'flowar_large'"]),
+    (['--model=flowar', '--preset=small'], ['small', 'flowar_s']),
+    (['--model=flowar', '--size=medium'], ['--size', 'small or large or huge', 'medium']),
+    (['--model=flowar', '--buffer_size=64'], ['--buffer_size', '0', '64']),
+    (['--model=flowar', '--patch_size=2'], ['--patch_size', '1', '2']),
+    (['--model=flowar', '--cfg_schedule=constant'], ['--cfg_schedule', 'linear', 'constant']),
+    (['--model=flowar', '--temperature=0.9'], ['--temperature', '1', '0.9']),
+    (['--model=flowar', '--lr_schedule=lin0'], ['--lr_schedule', 'cosine or constant', 'lin0']),
+    (['--model=flowar', '--img_size=240'], ['--img_size', '--vae_stride=16 times 2, 4, 8', '240']),
+    (['--model=flowar', '--img_size=16'], ['--img_size', '--vae_stride=16 times 2, 4, 8']),
+    (['--model=flowar', '--diffloss_w=100'], ['--diffloss_w', '64', '100']),
+    (['--model=flowar', '--width=100'], ['--width', '64', '100']),
+    (['--model=flowar', '--loss_weighting=snr'], ['--loss_weighting', 'debiased', 'snr']),
+    (['--model=flowar', '--use_cached'], ['--use_cached', '--cached_path']),
+    (['--model=flowar', '--resume=x', '--output_dir=y'], ['output folder, y', '--resume=x', '--output_dir']),
+    (['--model=flowar', '--tblr=1'], ['--tblr', 'nearest']),
+    (['--model=npp', '--gpt_model=GPT-S'], ['--gpt_model', 'GPT-B, GPT-L', "'GPT-S'"]),
+    (['--model=npp', '--patch-level=5'], ['--patch_level', '[1, 4]', '5']),
+    (['--model=npp', '--patch_level=4', '--image_size=448'], ['--image_size', '=16 times', '8 codes', '448']),
+    (['--model=npp', '--image_size=250'], ['--image_size', '--downsample_size=16', '250']),
+    (['--model=npp', '--patch_level=1', '--image_size=0'], ['--image_size', '0']),
+    (['--model=npp', '--epochs=7', '--patch_level=4'], ['[0, 1, 3, 7]', '--epoch_rate', 'more epochs']),
+    (['--model=npp', '--epochs=3', '--patch_level=4'], ['[0, 0, 1, 3]', '--epoch_rate', 'more epochs']),
+    (['--model=npp', '--epochs=5', '--epoch_rate=1'], ['[5, 5]', '--epoch_rate=1', 'each must last']),
+    (['--model=npp', '--epoch_rate=1.5'], ['--epoch_rate', '[0, 1]', '1.5']),
+    (['--model=npp', '--scheduler', '--epochs=10', '--warmup_epochs=5'], ['--warmup_epochs=5', 'at most 4']),
+    (['--model=npp', '--width=100'], ['--width', '64', '100']),
+    (['--model=npp', '--mixed_precision=fp8'], ['--mixed_precision', 'fp8']),
+    (['--model=npp', '--use_cached'], ['--use_cached', '--cached_path']),
     (['--model=vqvae', '--ch=40'], ['--ch', '32', '40']),
     (['--model=vqvae', '--ch_mult=1_2'], ['stride 2', '--patch_size=2']),
     (['--model=vqvae', '--fp16=1'], ['float16', '--fp16=2']),
@@ -163,6 +383,12 @@ def test_bad_flags_are_one_clear_line(argv, words, capsys):
     assert all(word in error for word in words), error
 
 
+@pytest.mark.parametrize(('model', 'preset'), [(model, preset) for model, presets in SAMPLE_PRESETS.items()
+                                               for preset in ('', *presets)])
+def test_sampling_needs_a_checkpoint_alone(model, preset):
+    assert parse_sample_recipe([f'--model={model}', f'--preset={preset}', '--ckpt=x']).ckpt == 'x'
+
+
 def test_bad_sampling_flags(capsys):
     assert '--ckpt' in fails([], capsys, parse_sample_recipe)
     assert '--seed' in fails(['--ckpt=x', '--seed=-1'], capsys, parse_sample_recipe)
@@ -170,6 +396,33 @@ def test_bad_sampling_flags(capsys):
     assert '--cfg' in fails(['--ckpt=x', '--cfg=nan'], capsys, parse_sample_recipe)
     assert '--top_p' in fails(['--ckpt=x', '--top_p=1.5'], capsys, parse_sample_recipe)
     assert '--top_k' in fails(['--ckpt=x', '--topk=1'], capsys, parse_sample_recipe)
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--num_step=1'], ['--num_step', 'at least 2', '1']),
+    (['--flow_upper_steps=-3'], ['--flow_upper_steps', 'at least 0', '-3']),
+    (['--flow_upper_steps=50', '--flow_lower_steps=1'], ['--flow_lower_steps', 'at least 2', '50 to 1']),
+    (['--flow_upper_steps=50'], ['both --flow_upper_steps and --flow_lower_steps', '50 and 0']),
+    (['--flow_lower_steps=15'], ['both --flow_upper_steps and --flow_lower_steps', '0 and 15']),
+    (['--guidance=2'], ['--guidance', '[0, 1]', '2', '--cfg']),
+    (['--cfg_schedule=constant'], ['--cfg_schedule', 'linear', 'constant']),
+    (['--temperature=0.9'], ['--temperature', '1', '0.9']),
+    (['--top_k=900'], ['--top_k', 'nearest'])])
+def test_bad_sampling_flags_of_flowar(flags, words, capsys):
+    error = fails(['--model=flowar', '--ckpt=x', *flags], capsys, parse_sample_recipe)
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--gpt_model=GPT-S'], ['--gpt_model', 'GPT-B, GPT-L', "'GPT-S'"]),
+    (['--temperature=0'], ['--temperature', 'above 0', '0']),
+    (['--top-p=1.5'], ['--top_p', '[0, 1]', '1.5']),
+    (['--cfg_interval=-2'], ['--cfg_interval', 'at least -1', '-2']),
+    (['--ckpt_key=best'], ['best']),
+    (['--labels=random', '--classes=1_2'], ['--classes or --labels'])])
+def test_bad_sampling_flags_of_npp(flags, words, capsys):
+    error = fails(['--model=npp', '--ckpt=x', *flags], capsys, parse_sample_recipe)
+    assert all(word in error for word in words), error
 
 
 def test_fid_preset_is_the_published_protocol():
@@ -196,6 +449,30 @@ def test_flexvar_presets_are_the_published_commands(preset, sides, cfg):
         guidance=1 + cfg, top_k=900, top_p=0.95, max_pn=16, infer_patch_nums=sides, image_size=None,
         pos_mode='stretch', greedy_unseen=True, used_llamagen_cfg=False)
     assert parse_sample_recipe([*argv, '--used_llamagen_cfg']).sample_kwargs()['guidance'] == cfg
+
+
+@pytest.mark.parametrize(('preset', 'num_step', 'cfg', 'guidance'), [
+    ('flowar_s', 25, 4.3, 0.9), ('flowar_l', 25, 2.4, 0.9), ('flowar_h', 50, 2.4, 0.7)])
+def test_flowar_presets_are_the_published_commands(preset, num_step, cfg, guidance):
+    """Its README gives steps, guidance and images; DiSA anneals the steps in place of `num_step`."""
+    argv = ['--model=flowar', '--ckpt=x', '--vae_path', 'X/kl16.ckpt']
+    command = f'--num_step {num_step} --cfg {cfg} --guidance {guidance} --eval_bsz 256 --num_images 50000'
+    by_flags = parse_sample_recipe([*argv, *command.split()])
+    by_preset = parse_sample_recipe([*argv, f'--preset={preset}', '--eval_bsz=256'])
+    assert by_flags == dataclasses.replace(by_preset, source='')
+    expected = dict(guidance=cfg, guidance_until=guidance, num_steps=num_step, lower_steps=num_step)
+    assert by_preset.sample_kwargs() == expected
+    annealed = parse_sample_recipe([*argv, f'--preset={preset}', '--flow_upper_steps', '50',
+                                    '--flow_lower_steps=15'])
+    assert annealed.sample_kwargs() == expected | dict(num_steps=50, lower_steps=15)
+
+
+@pytest.mark.parametrize(('size', 'cfg'), [('b', 2.), ('l', 1.75), ('xl', 1.70), ('xxl', 1.65)])
+def test_npp_presets_are_the_published_scores(size, cfg):
+    recipe = parse_sample_recipe(['--model=npp', '--ckpt=x', f'--preset=npp_{size}'])
+    assert (recipe.gpt_model, recipe.num_images) == (f'GPT-{size.upper()}', 50_000)
+    assert recipe.sample_kwargs() == dict(guidance=cfg, cfg_interval=-1, temperature=1., top_k=0, top_p=1.,
+                                          image_size=256, image_size_eval=None)
 
 
 def test_flexvar_trains_at_256_pixels_on_random_crops():

@@ -1,6 +1,7 @@
 """Whole trainings: kill and resume, ranks, accumulation, logs, tokenizer into generator, and bad input."""
 import json
 import logging
+import os
 import random
 import resource
 import signal
@@ -322,7 +323,7 @@ def message(run, capsys):
     (['--num_classes=5'], ['--num_classes=5', '4 classes']),
     (['--num_clases=4'], ['--num_clases', '--num_classes']),
     (['--bs=9', '--ac=2'], ['--bs=9', '--bs=8']),
-    (['--vae_ckpt=/nowhere.pth'], ['/nowhere.pth', 'vae_ch160v4096z32.pth']),
+    (['--vae_ckpt=vae_ch160v4096z3.pth'], ['vae_ch160v4096z3.pth', 'vae_ch160v4096z32.pth']),
     (['--patch_size=8'], ['stride 4', '--patch_size=4']),
     (['--output_dir=/proc/nowhere'], ['/proc/nowhere', 'another one'])])
 def test_bad_settings(train_here, tmp_path, capsys, flags, words):
@@ -452,7 +453,7 @@ def test_file_systems_without_hard_links_and_leftovers_of_a_kill(train_here, tmp
 
 def test_non_finite_loss_stops_with_a_line(train_here, tmp_path, capsys):
     text = message(lambda: train_here(tmp_path, '--ep=2', '--tblr=1e12', '--tclip=0'), capsys)
-    assert 'not finite' in text and '--tblr' in text
+    assert 'not finite' in text and 'lower the learning rate' in text
 
 
 def test_other_batch_size_within_an_epoch(train_here, tmp_path, capsys, monkeypatch):
@@ -539,3 +540,13 @@ def test_flags_of_the_distance_are_checked_first(train_here, tmp_path, capsys, f
         train_here(tmp_path, '--ep=1', '--fid_images=20', features, flag)
     assert word in capsys.readouterr().err + str(stop.value)
     assert not (tmp_path / 'ar-ckpt-last.pth').exists()
+
+
+def test_a_copied_folder_continues_from_its_last_checkpoint(tmp_path):
+    """Copies have other times than the originals."""
+    for epoch, name in enumerate(('best', 'prev', 'last')):
+        torch.save(dict(epoch=epoch), tmp_path / f'ar-ckpt-{name}.pth')
+        os.utime(tmp_path / f'ar-ckpt-{name}.pth', ns=(10 ** 18 - epoch, 10 ** 18 - epoch))
+    for name in ('last', 'prev', 'best'):
+        assert newest_checkpoint(tmp_path, 'ar-ckpt*.pth')[0].stem == f'ar-ckpt-{name}'
+        (tmp_path / f'ar-ckpt-{name}.pth').unlink()

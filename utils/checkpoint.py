@@ -93,6 +93,10 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
     except ImportError:
         raise
     except Exception as error:  # foreign bytes make the unpickler raise anything
+        if 'argparse.Namespace' in str(error):
+            raise ValueError(f'{path} holds a pickled argparse.Namespace beside its weights, and pickled '
+                             "objects are not read: if you trust it, save the dict without 'args', once, "
+                             'with torch.load(path, weights_only=False)') from None
         raise ValueError(f'{path} cannot be read: the file is truncated or no checkpoint') from error
     if not isinstance(content, dict) or not isinstance(content.get('trainer', {}), dict):
         raise ValueError(f'expected a checkpoint or a state dict in {path}, got something else: check it')
@@ -106,8 +110,9 @@ def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True) -> dict[s
         prefer_ema: take averaged weights where there are any.
     """
     trainer = checkpoint.get('trainer', {})
-    averaged = trainer.get('var_ema') if prefer_ema else None
-    return averaged or trainer.get('var_wo_ddp') or checkpoint.get('model', checkpoint)
+    averaged = ((trainer, 'var_ema'), (checkpoint, 'model_ema'), (checkpoint, 'ema')) if prefer_ema else ()
+    plain = (trainer, 'var_wo_ddp'), *((checkpoint, key) for key in ('model', 'module', 'state_dict'))
+    return next((holder[key] for holder, key in (*averaged, *plain) if holder.get(key)), checkpoint)
 
 
 def tokenizer_weights(checkpoint: dict[str, Any], prefer_ema: bool = True,
@@ -136,8 +141,9 @@ def newest_checkpoint(folder: str | os.PathLike, pattern: str) -> tuple[Path | N
     Raises:
         ValueError: there are checkpoints, and none can be read: starting anew would hide the loss.
     """
-    files = sorted(Path(folder).glob(pattern), reverse=True,
-                   key=lambda path: (path.stat().st_mtime_ns, path.stem.endswith('-last')))  # best is a copy
+    def age(path: Path) -> tuple:  # by name where it tells: a copied folder has other times
+        return path.stem.endswith('-last'), path.stem.endswith('-prev'), path.stat().st_mtime_ns
+    files = sorted(Path(folder).glob(pattern), reverse=True, key=age)
     for path in files:
         try:
             return path, load_file(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
 from torchvision.transforms import (
@@ -21,6 +21,7 @@ from torchvision.transforms import (
     Resize,
     ToTensor,
 )
+from torchvision.transforms.functional import ten_crop, to_tensor
 
 from utils.misc import mix_seed
 
@@ -212,6 +213,23 @@ def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.1
     train, val = crops[crop]
     finish = [ToTensor(), normalize_01_into_pm1]
     return Compose([RandomHorizontalFlip()] * hflip + train + finish), Compose(val + finish)
+
+
+def crop_views(image: Image.Image, size: int, crop_range: float = 0.) -> torch.Tensor:
+    """All views (A, 3, size, size) of an image in [-1, 1], those of its mirror image last.
+
+    Args:
+        size: side of a view in pixels.
+        crop_range: 0 is the centre crop of ADM; any other number is for the four corners and the centre of a
+            centre crop that is as many times larger, in the order top left, top right, bottom left, bottom
+            right, centre.
+    """
+    if crop_range:
+        views = ten_crop(adm_center_crop(image, int(size * crop_range)), [size])
+    else:
+        view = adm_center_crop(image, size)
+        views = view, ImageOps.mirror(view)
+    return torch.stack([normalize_01_into_pm1(to_tensor(view)) for view in views])
 
 
 def open_split(data_path: str, split: str, transform: Callable | None = None) -> Dataset:

@@ -9,17 +9,19 @@ from torch import nn
 class WeightEMA:
     """Averages the trained parameters; all other entries of the state dict are copied.
 
-    The decay of update t = 0, 1, ... is min(decay, (h + 1) / (h + 10)), h = t // 2, so that the average is of
-    use from the first steps on.
+    With a warm-up the decay of update t = 0, 1, ... is min(decay, (h + 1) / (h + 10)), h = t // 2, so that
+    the average is of use from the first steps on.
 
     Args:
         model: its parameters give the first value.
         decay: of the average per optimizer step.
         copied: names of parameters that are copied, too.
+        warmup: see above.
     """
 
-    def __init__(self, model: nn.Module, decay: float, copied: set[str] = frozenset()):
-        self.model, self.decay, self.num_updates = model, decay, 0
+    def __init__(self, model: nn.Module, decay: float, copied: set[str] = frozenset(),
+                 warmup: bool = True):
+        self.model, self.decay, self.warmup, self.num_updates = model, decay, warmup, 0
         self.averaged = {name for name, parameter in model.named_parameters()
                          if parameter.requires_grad} - set(copied)
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -28,7 +30,7 @@ class WeightEMA:
     def update(self) -> None:
         """Take in the model's weights; once per optimizer step."""
         half = self.num_updates // 2
-        decay = min(self.decay, (half + 1) / (half + 10))
+        decay = min(self.decay, (half + 1) / (half + 10)) if self.warmup else self.decay
         self.num_updates += 1
         for name, value in self.model.state_dict().items():
             if name in self.averaged:

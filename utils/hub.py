@@ -1,4 +1,5 @@
 """Published checkpoints by name: a local file first, else the model hub through huggingface_hub."""
+import difflib
 import hashlib
 import logging
 from pathlib import Path
@@ -36,10 +37,10 @@ def fetch(name: str, sha256: str = '') -> Path:
     """
     path = Path(name)
     if not path.is_file():
-        repo = PUBLISHED.get(name)
+        repo, near = PUBLISHED.get(name), difflib.get_close_matches(name, PUBLISHED)
         if repo is None:
-            raise ValueError(f'expected a checkpoint, found no file {name}: '
-                             f'pass a path or one of {sorted(PUBLISHED)}')
+            raise ValueError(f'expected a checkpoint, found no file {name}: pass a path'
+                             f'{f" or one of {near}" if near else ""}')
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging as hub_logging
         hub_logging.set_verbosity_error()  # retries are no news, their outcome is

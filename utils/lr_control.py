@@ -11,17 +11,18 @@ def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, en
 
     Args:
         schedule: cos; lin, lin0 (flat for 15 or 5 %, then linear); lin00 (linear at once); lin<T> (gently
-            falling until share T, then steeper); exp; flat (constant); flat<T> (constant until share T, then
-            as cos).
+            falling until share T, then steeper); exp; flat or constant; flat<T> (constant until share T, then
+            as cos); cosine (as cos, but reaching `end` one step after the last); tail<T> (constant, then
+            linear over the last share T of all steps, reaching `end` one step after the last).
         step, warmup, total: in micro-steps. start, end: ratio at the first and last step.
     Raises:
         NotImplementedError: unknown schedule.
     """
     if step < warmup:
         return start + (1 - start) * step / warmup
-    p = (step - warmup) / max(total - 1 - warmup, 1)
+    p = (step - warmup) / max(total - (schedule != 'cosine') - warmup, 1)
     rest = 1 - p
-    if schedule == 'cos':
+    if schedule in ('cos', 'cosine'):
         return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * p))
     if schedule in ('lin', 'lin0'):
         flat = 0.15 if schedule == 'lin' else 0.05
@@ -31,6 +32,11 @@ def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, en
     if schedule == 'exp':
         flat = 0.15
         return 1. if p < flat else math.exp((p - flat) / (1 - flat) * math.log(end))
+    if schedule == 'constant':
+        return 1.
+    if schedule.startswith('tail'):
+        tail = float(schedule[4:]) * total
+        return end + (1 - end) * min(1., (total - step) / tail) if tail else 1.
     if schedule.startswith('flat'):
         knee = float(schedule[4:] or 1)
         return 1. if p < knee or knee == 1 else \

@@ -17,6 +17,10 @@ PATCH_NUMS = {
 }
 SCHEDULES = 'cos, lin, lin0, lin00, lin<number>, exp, flat or flat<share before a cosine>'
 CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm'
+GPT_SIZES = {  # blocks, heads, width of the published sizes of NPP
+    'GPT-B': (12, 12, 768), 'GPT-L': (24, 16, 1024), 'GPT-XL': (36, 20, 1280), 'GPT-XXL': (48, 24, 1536),
+    'GPT-XXXL': (48, 40, 2560), 'GPT-1B': (22, 32, 2048), 'GPT-3B': (24, 32, 3200), 'GPT-7B': (32, 32, 4096),
+}
 REPO = Path(__file__).resolve().parent.parent
 
 INF = float('inf')
@@ -37,16 +41,26 @@ LIMITS = {  # smallest and largest sensible value of a field, of any recipe that
     'lecam': (0, INF), 'ema': (0, 0.999999), 'kl_weight': (0, INF), 'num_sides': (1, INF),
     'min_side': (1, INF), 'image_size': (1, INF), 'count': (1, INF), 'fid_images': (0, 1_000_000),
     'shuffle': (-1, 2 ** 32 - 1), 'writers': (1, 256), 'maxpn': (0, INF), 'final_reso': (0, INF),
+    'img_size': (0, INF), 'image_size_eval': (0, INF), 'cfg_interval': (-1, INF), 'width': (64, INF),
+    'diffloss_d': (1, INF), 'diffloss_w': (64, INF), 'lr': (0, INF), 'min_lr': (0, INF),
+    'label_drop_prob': (0, 1), 'attn_dropout': (0, 0.999), 'proj_dropout': (0, 0.999),
+    'batch_per_process': (0, INF), 'flow_upper_steps': (0, INF), 'flow_lower_steps': (0, INF),
+    'patch_level': (1, 4), 'epoch_rate': (0, 1), 'decay_ratio': (0, 1), 'end_lr': (0, INF),
+    'dropout_p': (0, 0.999), 'token_dropout_p': (0, 0.999), 'drop_path_rate': (0, 0.999),
 }
 
 
-def opt(default: Any, text: str, flag: str = '', positional: bool = False) -> Any:
-    """A field with its help text and, where it differs from the field's name, the published flag.
+def opt(default: Any, text: str, flag: str = '', positional: bool = False,
+        words: dict[str, Any] | None = None) -> Any:
+    """A field with its help text and, where they differ from the field's name, its published flags.
 
     Args:
+        flag: joined by spaces where there are several.
         positional: the command line takes it by its place, without a flag.
+        words: values that have a name; '' is the flag alone.
     """
-    return field(default=default, metadata=dict(help=text, flag=flag, positional=positional))
+    return field(default=default,
+                 metadata=dict(help=text, flag=flag, positional=positional, words=words or {}))
 
 
 def ints(text: str) -> tuple[int, ...]:
@@ -82,11 +96,13 @@ class Recipe:
     model: str = opt('var', 'what is trained')
     # data
     data_path: str = opt('/path/to/imagenet', 'root with train/ and val/ class folders, or "digits"')
-    num_classes: int = opt(0, 'classes; 0 takes the number of folders, any other number must agree with it')
+    num_classes: int = opt(0, 'classes; 0 takes the number of folders, any other number must agree with it',
+                           'num_classes class_num')
     mid_reso: float = opt(1.125, 'images are resized to this multiple of the crop before cropping')
     hflip: bool = opt(False, 'random horizontal flip')
     crop: str = opt('resize', CROPS)
-    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, 0 loads in the main process')
+    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, 0 loads in the main process',
+                       'workers num_workers')
     # run
     exp_name: str = opt('text', 'name written to the log header')
     output_dir: str = opt(str(REPO / 'local_output'), 'logs and checkpoints', 'local_out_dir_path')
@@ -123,10 +139,12 @@ class Recipe:
     compile_model: int = opt(0, 'as vfast, for the model', 'tfast')
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
+    IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
 
     def __post_init__(self):
         check_limits(self)
-        if not re.fullmatch(r'cos|lin|lin00|lin\d*\.?\d+|exp|flat|flat0?\.\d+', self.schedule.strip()):
+        if not re.fullmatch(r'cos|lin|lin00|lin\d*\.?\d+|exp|flat|flat0?\.\d+|cosine|constant|tail0?\.?\d+',
+                            self.schedule.strip()):
             raise ValueError(f'--sche must be {SCHEDULES}, got {self.schedule!r}')
         if self.crop not in ('resize', 'adm', 'vae'):
             raise ValueError(f'--crop must be resize, adm or vae, got {self.crop!r}')
@@ -166,6 +184,14 @@ class Recipe:
 
     def peak_lr(self, world_size: int) -> float:
         return self.accumulate * self.base_lr * self.micro_batch(world_size) / 256
+
+    def lr_phase(self, step: int, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+        """(step within its phase, steps of that phase): the learning rate begins anew with every phase."""
+        return step, total_steps
+
+    def final_lr_ratio(self, world_size: int) -> float:
+        """Learning rate at the last step over the peak."""
+        return self.lr_end
 
     @property
     def final_weight_decay(self) -> float:
@@ -232,7 +258,10 @@ class Recipe:
 class GeneratorRecipe(Recipe):
     """What all generators have in common."""
 
+    init_from: str = opt('', 'weights to begin with in place of random ones; checkpoints in the output '
+                             'folder come first')
     ema: float = opt(0., 'decay of averaged weights, for evaluation and sampling; 0 keeps none')
+    ema_warmup: bool = opt(True, 'average over few steps at the beginning, so that it follows the start fast')
     fid_images: int = opt(0, 'images to draw at every evaluation, logged as fid_<n>k; 0 is off')
     fid_ref: str = opt('', 'npz with mu and sigma to compare them with; empty takes the validation images')
     fid_flags: str = opt('', 'flags of sample.py for them, such as "--cfg=1.5 --top_k=900"')
@@ -243,6 +272,22 @@ class GeneratorRecipe(Recipe):
         super().__post_init__()
         if self.fid_images == 1:
             raise ValueError('--fid_images must be 0 or at least 2, got 1: draw some thousand')
+
+
+@dataclass(frozen=True)
+class CachedRecipe(GeneratorRecipe):
+    """A generator that can train on the tokens that `extract.py` stored."""
+
+    use_cached: bool = opt(False, 'train on stored tokens; follows from --cached_path')
+    cached_path: str = opt('', 'folder of the tokens that extract.py wrote, or several joined by commas, of '
+                               'which every access picks one', 'cached_path code_path')
+    cached_val_path: str = opt('', 'the same of the validation images; empty reads those of --data_path')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_cached and not self.cached_path:
+            raise ValueError('--use_cached needs the folder of the tokens: pass --cached_path=FOLDER')
+        object.__setattr__(self, 'use_cached', bool(self.cached_path))
 
 
 @dataclass(frozen=True)
@@ -284,4 +329,4 @@ class PyramidRecipe(Recipe):
 def flag_of(recipe: Recipe | type[Recipe], name: str) -> str:
     """The published flag of a field, or its own name."""
     by_name = {f.name: f.metadata['flag'] or f.name for f in dataclasses.fields(recipe)}
-    return by_name[name]
+    return by_name[name].split()[0]

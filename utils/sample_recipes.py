@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.recipe import REPO, check_limits, ints, opt
+from utils.recipe import GPT_SIZES, REPO, check_limits, ints, opt
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class SampleRecipe:
     """Settings of a sampling job. All but `FREE` decide the images; all are in the manifest."""
 
-    model: str = opt('var', 'family of the generator: var or flexvar')
+    model: str = opt('var', 'family of the generator')
     ckpt: str = opt('', 'generator weights: a checkpoint of train.py, a released file, or a published name')
     vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py')
     weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step')
@@ -28,7 +28,7 @@ class SampleRecipe:
     output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it')
     num_images: int = opt(50_000, 'images, spread evenly over the classes')
     classes: str = opt('', 'class ids joined by "_"; empty takes all')
-    labels: str = opt('', 'class of every image: .npy, or .txt with one per line')
+    labels: str = opt('', 'class of every image: .npy, or .txt with one per line, or random')
     seed: int = opt(0, 'the noise of image i is a function of (seed, i)')
     cfg: float = opt(1.5, 'classifier-free guidance in the unit of the paper')
     precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16')
@@ -44,6 +44,7 @@ class SampleRecipe:
     score: str = opt('', 'sweep: further flags of evaluate.py, such as "--metrics=fid,is"')
     keep: bool = opt(True, 'sweep: keep the npz of every setting after it was scored')
 
+    IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
     FREE: typing.ClassVar[tuple[str, ...]] = (  # these do not decide the pixels of an image
         'num_images', 'batch_size', 'output', 'pack', 'format', 'shuffle', 'writers', 'sweep', 'ref', 'score',
         'keep', 'source', 'depth')
@@ -96,7 +97,7 @@ class SampleRecipe:
             ValueError: it is no list of settings that decide the images.
         """
         kinds = typing.get_type_hints(type(self))
-        by_flag = {f.metadata['flag']: f.name for f in dataclasses.fields(self) if f.metadata['flag']}
+        by_flag = {flag: f.name for f in dataclasses.fields(self) for flag in f.metadata['flag'].split()}
         axes: list[list[tuple[str, Any]]] = []
         for axis in self.sweep.split():
             name, _, values = axis.partition('=')
@@ -141,7 +142,7 @@ class VARSampleRecipe(SampleRecipe):
 class FlexVARSampleRecipe(SampleRecipe):
     """Sampling from FlexVAR."""
 
-    model: str = opt('flexvar', 'family of the generator: var or flexvar')
+    model: str = opt('flexvar', 'family of the generator')
     ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'var_ckpt')
     depth: int | None = opt(None, 'blocks of the generator, for a check; None takes those of the file')
     infer_patch_nums: str = opt('', 'sides of the code maps, joined by _ or -; empty takes those of training')
@@ -190,7 +191,112 @@ class FlexVARSampleRecipe(SampleRecipe):
                     greedy_unseen=self.greedy_unseen, used_llamagen_cfg=self.used_llamagen_cfg)
 
 
-SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {'var': VARSampleRecipe, 'flexvar': FlexVARSampleRecipe}
+@dataclass(frozen=True)
+class FlowARSampleRecipe(SampleRecipe):
+    """Sampling from FlowAR. Flags are those of the published script."""
+
+    IGNORED: typing.ClassVar[dict[str, str]] = {
+        'evaluate': 'this command samples, evaluate.py scores', 'data_path': 'no images are read',
+        **dict.fromkeys(('device', 'num_workers', 'log_dir', 'online_eval', 'eval_freq', 'save_last_freq',
+                         'start_epoch', 'pin_mem', 'no_pin_mem'), 'it is of training'),
+        **dict.fromkeys(('class_num', 'img_size', 'vae_embed_dim', 'vae_stride', 'patch_size', 'diffloss_d',
+                         'diffloss_w'), 'the files tell it')}
+
+    model: str = opt('flowar', 'family of the generator')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'resume ckpt')
+    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it',
+                      'output_dir output')
+    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside the checkpoint', 'vae_path')
+    batch_size: int = opt(64, 'images per batch; batches are cut by image index', 'eval_bsz bs')
+    cfg: float = opt(1., 'classifier-free guidance at the last scale; 1 and less are off')
+    guidance: float = opt(0.9, 'times from 0 to this one are guided: a limit, no strength')
+    num_step: int = opt(25, 'steps of the flow head per scale; an odd number makes one less')
+    flow_upper_steps: int = opt(0, 'in place of num_step: steps at the first scale, falling to (DiSA)')
+    flow_lower_steps: int = opt(0, 'those at the last one; pass both')
+    temperature: float = opt(1., 'accepted; only 1 works')
+    cfg_schedule: str = opt('linear', 'accepted; only linear works')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature != 1 or self.cfg_schedule != 'linear':
+            raise ValueError('--temperature must be 1 and --cfg_schedule linear, as in the published sampler,'
+                             f' got {self.temperature} and {self.cfg_schedule}: leave them out')
+        if not 0 <= self.guidance <= 1:
+            raise ValueError(f'--guidance is a time in [0, 1], got {self.guidance}: the strength is --cfg')
+        if bool(self.flow_upper_steps) != bool(self.flow_lower_steps):
+            raise ValueError('expected both --flow_upper_steps and --flow_lower_steps, or neither, got '
+                             f'{self.flow_upper_steps} and {self.flow_lower_steps}: pass both')
+        if min(self.upper_steps, self.lower_steps) < 2:
+            raise ValueError('--num_step, --flow_upper_steps and --flow_lower_steps must be at least 2, got '
+                             f'{self.upper_steps} to {self.lower_steps}')
+
+    @property
+    def upper_steps(self) -> int:
+        return self.flow_upper_steps or self.num_step
+
+    @property
+    def lower_steps(self) -> int:
+        return self.flow_lower_steps or self.num_step
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        return dict(guidance=self.cfg, guidance_until=self.guidance, num_steps=self.upper_steps,
+                    lower_steps=self.lower_steps)
+
+
+@dataclass(frozen=True)
+class NPPSampleRecipe(SampleRecipe):
+    """Sampling from NPP. Flags are those of the published script."""
+
+    IGNORED: typing.ClassVar[dict[str, str]] = {
+        **dict.fromkeys(('gpt_type', 'cls_token_num'), 'there is one class token'),
+        **dict.fromkeys(('compile', 'no_compile'), 'sampling is not compiled'),
+        **dict.fromkeys(('from_fsdp', 'vq_model', 'codebook_size', 'codebook_embed_dim', 'downsample_size',
+                         'num_classes'), 'the files tell it')}
+
+    model: str = opt('npp', 'family of the generator')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'gpt_ckpt ckpt')
+    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside the checkpoint', 'vq_ckpt vae_ckpt')
+    weights: str = opt('ema', 'ema: averaged weights where the file has them; model: those of the last step',
+                       'ckpt_key weights', words=dict(model='raw'))
+    gpt_model: str = opt('', 'size of the generator, for a check; empty takes that of the file')
+    img_size: int = opt(0, 'pixels per side of what is drawn; 0 takes those of training, or 256 where the '
+                           'file does not tell', 'image_size')
+    image_size_eval: int = opt(0, 'pixels per side to which the images are resized; 0 leaves them')
+    batch_size: int = opt(32, 'images per batch; batches are cut by image index', 'per_proc_batch_size bs')
+    num_images: int = opt(50_000, 'images, spread evenly over the classes', 'num_fid_samples num_images')
+    seed: int = opt(0, 'the noise of image i is a function of (seed, i)', 'global_seed seed')
+    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it',
+                      'sample_dir output')
+    precision: int = opt(0, 'none, fp16 or bf16', 'precision fp16', words=dict(none=0, fp16=1, bf16=2))
+    cfg: float = opt(1.5, 'classifier-free guidance scale; 1 is off', 'cfg_scale cfg')
+    cfg_interval: int = opt(-1, 'codes after the first, and the next, that are guided; -1 guides all')
+    temperature: float = opt(1., 'divides the logits')
+    top_k: int = opt(0, 'draw from the k most likely codes; 0 is off')
+    top_p: float = opt(1., 'draw from the smallest set of codes with this probability; 1 is off')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f'--temperature must be above 0, got {self.temperature:g}')
+        if self.gpt_model and self.gpt_model not in GPT_SIZES:
+            raise ValueError(f'--gpt_model must be one of {", ".join(GPT_SIZES)}, got {self.gpt_model!r}')
+
+    def check_model(self, model: Any) -> None:
+        depth, _, width = GPT_SIZES.get(self.gpt_model, (0, 0, 0))
+        if self.gpt_model and (len(model.layers), model.tok_embeddings.embedding_dim) != (depth, width):
+            raise ValueError(f'--gpt_model={self.gpt_model} has {depth} blocks of width {width}, {self.ckpt} '
+                             f'{len(model.layers)} of {model.tok_embeddings.embedding_dim}: pass the file of '
+                             'that size, or leave out --gpt_model')
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        return dict(guidance=self.cfg, cfg_interval=self.cfg_interval, temperature=self.temperature,
+                    top_k=self.top_k, top_p=self.top_p, image_size=self.img_size or None,
+                    image_size_eval=self.image_size_eval or None)
+
+
+SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {
+    'var': VARSampleRecipe, 'flexvar': FlexVARSampleRecipe, 'flowar': FlowARSampleRecipe,
+    'npp': NPPSampleRecipe}
 
 # Settings of published figures. README and paper of VAR differ; the paper's FIDs are of its later versions.
 _README = dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False, source='README of VAR')
@@ -221,4 +327,12 @@ SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
 }, 'flexvar': {
     'fid': _FLEXVAR, 'steps_13': _FLEXVAR | _13_STEPS, '512': _FLEXVAR | _512,
     **{f'flexvar_{size}': _FLEXVAR | dict(depth=int(size[1:])) for size in ('d16', 'd20', 'd24')},
+}, 'flowar': {
+    'flowar_s': dict(num_images=50_000, num_step=25, cfg=4.3, guidance=0.9, source='README of FlowAR, S'),
+    'flowar_l': dict(num_images=50_000, num_step=25, cfg=2.4, guidance=0.9, source='README of FlowAR, L'),
+    'flowar_h': dict(num_images=50_000, num_step=50, cfg=2.4, guidance=0.7, source='README of FlowAR, H'),
+}, 'npp': {
+    f'npp_{size}': dict(gpt_model=f'GPT-{size.upper()}', num_images=50_000, cfg=cfg, img_size=256,
+                        source=f'README of NPP, {size.upper()}')
+    for size, cfg in (('b', 2.), ('l', 1.75), ('xl', 1.7), ('xxl', 1.65))
 }}
