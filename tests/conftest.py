@@ -1,10 +1,14 @@
-"""One thread and a fixed seed for every test, so that float32 sums and draws repeat."""
+"""One thread and a fixed seed for every test, so that float32 sums and draws repeat; commands in process."""
+import logging
 import os
+import sys
 
 import pytest
 import torch
 
+import sample
 from tests.runs import ToyRun
+from utils.log import one_line_errors
 
 os.environ['OMP_NUM_THREADS'] = '1'  # of processes that tests start, too
 torch.set_num_threads(1)
@@ -13,6 +17,34 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Run an entry point in this process: `here(train, '--depth=1', ...)`."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def run(script, *argv):
+        monkeypatch.setattr(sys, 'argv', [script.__file__, *map(str, argv)])
+        sample.load_generator.cache_clear()
+        with one_line_errors(script.__name__):
+            script.main()
+    yield run
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+@pytest.fixture
+def stops(here):
+    """The one line with which an entry point ends."""
+    def run(script, *argv):
+        with pytest.raises(SystemExit) as stop:
+            here(script, *argv)
+        message = str(stop.value)
+        assert message.startswith(f'{script.__name__}: ') and len(message.splitlines()) == 1
+        return message
+    return run
 
 
 @pytest.fixture(scope='session')

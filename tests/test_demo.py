@@ -1,4 +1,5 @@
 """The demo: its commands parse, its scores mean what they say, and (slow) all of it meets its bars."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from extract import ExtractSettings
 from tests.test_imports import REPO
-from utils.arg_util import parse_recipe, parse_sample_recipe
+from utils.arg_util import make_parser, parse_recipe, parse_sample_recipe
 
 sys.path.insert(0, str(REPO / 'bench'))
 import demo_flexvar_report
+import demo_flowar_report
+import demo_npp_report
 import demo_report
 
 
@@ -58,6 +62,66 @@ def test_flexvar_commands_parse_and_fit_together():
     assert [len(jobs[name].sides) for name in ('steps_4', 'steps_6')] == [4, 6]
     assert len(flexvar.patch_nums) == 5 and jobs['large'].sides[-1] == 1.5 * flexvar.patch_nums[-1]
     assert (jobs['tall'].size, jobs['wide'].size) == ('72x48', '48x72')
+
+
+def test_flowar_commands_parse_and_fit_together():
+    scripts, flags = zip(*((script, rest) for script, *rest in commands('demo_flowar.sh')), strict=True)
+    weightings = demo_flowar_report.WEIGHTINGS
+    assert scripts == ('train.py',) + ('train.py', 'sample.py') * len(weightings)
+    kl, *trainings = map(parse_recipe, [flags[0], *flags[1::2]])
+    jobs = list(map(parse_sample_recipe, flags[2::2]))
+    assert kl.model == 'kl16' and {recipe.model for recipe in (*trainings, *jobs)} == {'flowar'}
+    assert tuple(recipe.loss_weighting for recipe in trainings) == weightings
+    for recipe, job in zip(trainings, jobs, strict=True):
+        assert dataclasses.replace(recipe, loss_weighting='uniform', output_dir=trainings[0].output_dir) \
+            == trainings[0], 'they differ in nothing else'
+        assert (recipe.patch_size, recipe.image_size) == (kl.stride, kl.image_size)
+        assert Path(recipe.vae_ckpt).parent == Path(kl.output_dir) == Path('out/kl')
+        assert Path(job.ckpt).parent == Path(recipe.output_dir) == Path('out') / recipe.loss_weighting
+        assert Path(job.output) == Path('out') / f'samples_{recipe.loss_weighting}'
+        assert job.num_images >= 1000 and job.cfg == demo_flowar_report.GUIDANCE
+        assert job.weights == 'ema' and recipe.ema
+    assert jobs[0].seed == jobs[1].seed
+    for recipe in (kl, *trainings):
+        recipe.check_batch(world_size=2)
+
+
+def test_npp_commands_parse_and_fit_together():
+    scripts, flags = zip(*((script, rest) for script, *rest in commands('demo_npp.sh')), strict=True)
+    assert scripts == ('train.py',) + ('extract.py',) * 2 + ('train.py',) * 2 + ('sample.py',) * 2
+    vq, npp, plain = trainings = [parse_recipe(flags[i]) for i in (0, 3, 4)]
+    assert (vq.model, npp.model, plain.model) == ('vq16', 'npp', 'npp')
+    parser = make_parser(ExtractSettings, 'extract.py', '')
+    extractions = train_codes, val_codes = [ExtractSettings(**parser.parse(f)) for f in flags[1:3]]
+    for settings in (*extractions, npp, plain):
+        assert Path(settings.vae_ckpt).parent == Path(vq.output_dir)
+        assert settings.image_size == vq.image_size and settings.model == 'npp'
+    assert (train_codes.split, val_codes.split) == ('train', 'val')
+    for recipe in (npp, plain):
+        assert recipe.cached_path == train_codes.cached_path == 'out/codes'
+        assert recipe.cached_val_path == val_codes.cached_path
+        assert recipe.patch_size == vq.stride and not recipe.hflip, 'mirrored digits are none'
+    assert dataclasses.replace(npp, patch_level=1, epochs=plain.epochs, output_dir=plain.output_dir) == plain
+    assert [p for _, p in npp.phases] == [2, 1] and plain.epochs < npp.epochs
+    jobs = list(map(parse_sample_recipe, flags[5:]))
+    for name, recipe, job in zip(demo_npp_report.NAMES, (npp, plain), jobs, strict=True):
+        assert Path(job.ckpt).parent == Path(recipe.output_dir) == Path('out') / name
+        assert Path(job.output) == Path('out') / f'samples_{name}' and job.num_images >= 1000
+    assert (jobs[0].cfg, jobs[0].seed) == (jobs[1].cfg, jobs[1].seed)
+    for recipe in trainings:
+        recipe.check_batch(world_size=2)
+
+
+@pytest.mark.parametrize(('epochs', 'expected'), [
+    (4, [(10., 5.), (30., 3.)]), (5, [(10., 5.), (30., 3.), (40., 2.)])])
+def test_npp_curves_are_by_the_cost_of_each_phase(tmp_path, epochs, expected):
+    """Two epochs of patches, which cost less, then codes; the end of the training is always there."""
+    recipe = parse_recipe(['--model=npp', f'--epochs={epochs}', '--eval_every=2'])
+    torch.save(dict(args=vars(recipe), run=dict(steps_per_epoch=10)), tmp_path / 'ar-ckpt-last.pth')
+    losses = {4: [None, 5., 5., 3.], 5: [None, 5., 5., 3., 2.]}[epochs]  # or the last known
+    lines = [dict(it=10 * epoch, vL_mean=loss) for epoch, loss in enumerate(losses, start=1)]
+    (tmp_path / 'log.txt').write_text('\n'.join(map(json.dumps, [dict(name='run'), *lines])))
+    assert demo_npp_report.history(tmp_path, {2: 0.5, 1: 1.}) == expected
 
 
 def test_judge_sees_images_of_any_size_as_its_own():
@@ -120,3 +184,17 @@ def test_flexvar_demo_meets_its_bars(tmp_path):
     report = run_demo('demo_flexvar.sh', tmp_path, demo_flexvar_report.BARS,
                       ('samples.png', 'inpainted.png', 'reconstructions.png', 'curves.png'))
     assert report['num_samples']['samples'] >= 1000
+
+
+@pytest.mark.slow
+def test_flowar_demo_meets_its_bars(tmp_path):
+    report = run_demo('demo_flowar.sh', tmp_path, demo_flowar_report.BARS,
+                      ('comparison.png', 'samples_uniform.png', 'samples_debiased.png', 'curves.png'))
+    assert report['num_samples'] >= 1000 and report['weightings'].keys() == {'uniform', 'debiased'}
+
+
+@pytest.mark.slow
+def test_npp_demo_meets_its_bars(tmp_path):
+    report = run_demo('demo_npp.sh', tmp_path, demo_npp_report.BARS,
+                      ('comparison.png', 'samples.png', 'curves.png'))
+    assert report['num_samples'] >= 1000 and report['validation_loss'].keys() == {'npp', 'plain'}

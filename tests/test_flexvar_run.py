@@ -1,9 +1,7 @@
 """FlexVAR through train.py and sample.py: exact resume, accumulation, sizes and steps by flags."""
 import json
-import logging
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from evaluation.training_fid import build_training_fid
 from models import VQVAE, FlexVAE, FlexVAR
 from tests.runs import BATCH, TINY_VQVAE, launch, make_folder, read
 from utils.arg_util import parse_recipe
-from utils.log import one_line_errors
 
 PYRAMID = (1, 2, 3, 4, 6)
 
@@ -34,22 +31,6 @@ def flags(tmp_path_factory):
     return ['--model=flexvar', f'--data_path={make_folder(root / "images")}',
             f'--vae_ckpt={root / "vae.pth"}', '--pn=1_2_3_4_6', '--patch_size=8', f'--bs={BATCH}',
             '--workers=0', '--seed=3', '--depth=1', '--alng=1e-2', '--tblr=1e-2', '--drop_path=0.2']
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Run an entry point in this process."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-
-    def run(script, *argv):
-        monkeypatch.setattr(sys, 'argv', [script.__file__, *map(str, argv)])
-        sample.load_generator.cache_clear()
-        with one_line_errors(script.__name__):
-            script.main()
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope='module')

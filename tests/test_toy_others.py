@@ -18,12 +18,12 @@ def test_kl(toy, steps, bar):
     assert run.steps[-1]['alarm_collapse'] == 0 and run.steps[-1]['kl'] > 0
 
 
-@pytest.mark.parametrize(('steps', 'bar'), [(250, 19.), pytest.param(400, 19.8, marks=pytest.mark.slow)])
-def test_vq(toy, steps, bar):
-    """Measured: 19.6 dB, 456 codes, perplexity 311; 20.9 dB, 485 codes, perplexity 346."""
-    run = toy('vq16', f'--steps={steps}')
-    assert run.scores['psnr'] >= bar
-    assert run.scores['distinct_4x4'] >= (400 if steps < 400 else 450) and run.scores['perplexity_4x4'] >= 200
+@pytest.mark.slow
+def test_vq(toy):
+    """Measured: 20.9 dB, 485 codes, perplexity 346."""
+    run = toy('vq16', '--steps=400')
+    assert run.scores['psnr'] >= 19.8
+    assert run.scores['distinct_4x4'] >= 450 and run.scores['perplexity_4x4'] >= 200
 
 
 def test_flexvae(toy):
