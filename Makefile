@@ -1,11 +1,13 @@
 # make demo: train a tokenizer and a VAR on this machine, draw digits, score them    make test: the tests
 # make demo-flexvar: the same with FlexVAR, at several numbers of steps, sizes and shapes
+# make demo-flowar: the same with FlowAR, two weightings of its loss compared
+# make demo-npp: the same with NPP, against next-token training of equal time
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-flexvar test test-slow lint
-demo demo-flexvar:
+.PHONY: demo demo-flexvar demo-flowar demo-npp test test-slow lint
+demo demo-flexvar demo-flowar demo-npp:
 	began=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/ready && PYTHON=$(CURDIR)/$(BIN)/python BEGAN=$$began bash recipes/$(subst -,_,$@).sh
 
 test: $(VENV)/ready

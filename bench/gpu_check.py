@@ -3,8 +3,9 @@
     python bench/gpu_check.py --out=bench/results
 
 Reference vectors in float32, VAR-d16 training and sampling at 256 px in bf16 and fp16 with random weights,
-the attention kernels that ran, images/s, peak memory, and NCCL with one process. To try the script without a
-GPU: `--device=cpu --depth=1 --batch=2`.
+FlowAR-S in TF32 and bf16, what FlowAR saves of sampling time and of memory, the attention kernels that ran,
+images/s, peak memory, and NCCL with one process. To try the script without a GPU: `--device=cpu --depth=1
+--batch=2`.
 """
 import argparse
 import copy
@@ -13,19 +14,23 @@ import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from published_solver import both_halves
+
 import dist
-from models import VAR, VQVAE, FlexVAR, VectorQuantizer2, build_loss, build_vae_var
+from models import VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import ImageNoise, filter_top_k_top_p
-from tests import flexvar_vectors, golden
+from tests import flexvar_vectors, flowar_vectors, golden, npp_vectors
 from trainer import TokenizerTrainer, Trainer
 from utils.amp_sc import AmpOptimizer
 from utils.doctor import report
+from utils.generator_recipes import GENERATOR_PRESETS, FlowARRecipe
 from utils.lr_control import filter_params, lr_wd_annealing
 from utils.misc import allow_tf32
 
@@ -117,6 +122,8 @@ class Vectors:
         shape = torch.empty(2, 7, 96)
         here, there = (ImageNoise(5, [3, 9]).exponential_like(t) for t in (shape, shape.to(self.device)))
         self.compare('noise by image index', there, here, 2e-6)
+        here, there = (ImageNoise(5, [3, 9]).normal_like(t) for t in (shape, shape.to(self.device)))
+        self.compare('normal noise by image index', there, here, 1e-5)
 
     def flexvar(self) -> None:
         for name in ('teacher_forced_l2norm', 'teacher_forced_shared_aln'):
@@ -145,6 +152,53 @@ class Vectors:
         object.__setattr__(model, 'tokenizer', copy.deepcopy(model.tokenizer).to(self.device))
         return model
 
+    def flowar(self) -> None:
+        for name in ('attn_mlp', 'attn_crossattn_mlp'):
+            file = f'{name}_train'
+            info, vectors = flowar_vectors.load_json(file), flowar_vectors.load_tensors(file)
+            model = flowar_vectors.build(file).to(self.device)
+            latent, t_KB, noise_BLZ = (vectors[key].to(self.device) for key in ('latent', 't', 'noise'))
+            target_BLZ, teacher_BLZ = model.pyramid(latent)
+            z_BLC = model(torch.tensor(info['effective_labels'], device=self.device), teacher_BLZ)
+            error_KB = model.velocity_error(target_BLZ, z_BLC, t_KB, noise_BLZ)
+            loss = model.total_loss(error_KB, t_KB)
+            loss.backward()
+            self.compare('flowar conditions', z_BLC, vectors['z'], 1e-4)
+            self.compare('flowar velocity errors', error_KB, vectors['per_sample_scale_mse'], 1e-4)
+            self.relative('flowar loss', loss.item(), info['loss'], 1e-5)
+            for key, norm in info['grad_norms'].items():
+                if norm > 1e-6:
+                    self.relative('flowar gradients', model.get_parameter(key).grad.norm().item(), norm, 1e-3)
+            self.flowar_latents(model, f'{name}_sample')
+
+    def flowar_latents(self, model: FlowAR, name: str) -> None:
+        """Published cases, and the first one with the null class moving along."""
+        info, vectors = flowar_vectors.load_json(name), flowar_vectors.load_tensors(name)
+        label_B = torch.tensor(info['labels'], device=self.device)
+
+        def draw(case: dict) -> torch.Tensor:
+            noise = [t.to(self.device) for t in flowar_vectors.given_noise(name).tensors]
+            *_, last = model.sample_scales(
+                label_B, cfg=case['cfg'], guidance_until=case['guidance'], num_steps=case['flow_upper_steps'],
+                lower_steps=case['flow_lower_steps'], rng=flowar_vectors.GivenNoise(noise))
+            return last.latent_BZnn
+        for case in info['cases']:
+            self.compare('flowar latents', draw(case), vectors[case['key']], 5e-4)
+        with both_halves(model):
+            self.compare('flowar latents, both halves', draw(info['cases'][0]), vectors['out0'], 5e-4)
+
+    def npp(self) -> None:
+        vectors, here = npp_vectors.load_tensors('gpt_forward'), npp_vectors.build()
+        there = copy.deepcopy(here).to(self.device)
+        label_B, idx_BN = vectors['cond'].to(self.device), vectors['idx'].to(self.device)
+        for p in (1, 2, 4, 8):
+            self.compare('npp logits', there(label_B, idx_BN, p), vectors[f'logits_p{p}'], 5e-4)
+        for options in (dict(), dict(guidance=2., cfg_interval=5), dict(guidance=2., top_k=20, top_p=0.9)):
+            there_idx, here_idx = (model.sample_tokens(model.as_labels([1, 2], 2, None),
+                                                       rng=ImageNoise(0, [0, 1]), **options)
+                                   for model in (there, here))
+            self.compare('npp drawn codes', there_idx, here_idx, 0)
+
     def training(self) -> None:
         vectors = golden.load_tensors('trainer')
         batches = [(golden.images(vectors[f'batch.{i}.images_u8']).to(self.device),
@@ -166,13 +220,14 @@ class Vectors:
 
     def run(self) -> dict[str, dict]:
         allow_tf32(False)
-        for group in (self.tokenizer, self.transformer, self.sampling, self.flexvar, self.training):
+        for group in (self.tokenizer, self.transformer, self.sampling, self.flexvar, self.flowar, self.npp,
+                      self.training):
             group()
         return self.rows
 
 
 # ---------------------------------------------------------------------------------------------- speed
-def make_trainer(model: VAR, precision: int, clip: float = 2., accumulate: int = 1) -> Trainer:
+def make_trainer(model: ARModel, precision: int, clip: float = 2., accumulate: int = 1) -> Trainer:
     names, params, groups = filter_params(model, model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0., fused=True)
     return Trainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate))
@@ -256,6 +311,70 @@ def speed(device: torch.device, depth: int, batch: int, repeats: int) -> dict[st
     return rows
 
 
+def make_flowar(preset: str, device: torch.device) -> FlowAR:
+    """A published size with random weights; a tiny one on the CPU, which only tries the script."""
+    tiny = dict(depth=1, width=64, diffloss_d=1, diffloss_w=64) if device.type == 'cpu' else {}
+    recipe = FlowARRecipe(**GENERATOR_PRESETS['flowar'][preset] | tiny)
+    with torch.device(device):
+        return FlowAR(flowar_vectors.Latents(), **recipe.model_kwargs(1, 1))
+
+
+def flowar_speed(device: torch.device, batch: int, repeats: int) -> dict[str, dict]:
+    """FlowAR on latents of 256 px, without its tokenizer: training and sampling of S, the trunk of L.
+
+    Training is float32 with TF32 and bf16; sampling is bf16. The trunk runs forward and backward at a quarter
+    of the batch, with all activations and with checkpointing.
+    """
+    allow_tf32(True)
+    torch.manual_seed(0)
+    meter, rows = Meter(device), {}
+    latent_BZhw = torch.randn(batch, 16, 16, 16, device=device)
+    label_B = torch.randint(0, 1000, (batch,), device=device)
+    model = make_flowar('flowar_s', device)
+    for name, precision in (('tf32', 0), ('bf16', 2)):
+        trainer, losses = make_trainer(model, precision), []
+
+        def train_step(trainer=trainer, losses=losses):
+            losses.append(trainer.train_step(latent_BZhw, label_B, 0.5).loss)
+        rows[name] = meter.measure(train_step, batch, repeats)
+        assert torch.stack(losses).isfinite().all()
+        del trainer, train_step
+    measured = {f'flowar_s train {name}': row for name, row in over_first(rows).items()}
+
+    rows = {}
+    for name, solver, options in (
+            ('both halves at every step', both_halves, {}), ('null class where it guides', nullcontext, {}),
+            ('the same, 25 to 15 steps', nullcontext, dict(lower_steps=15))):
+        def draw(options=options):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                *_, last = model.sample_scales(label_B, cfg=4.3, rng=ImageNoise(0, range(batch)), **options)
+            assert last.latent_BZnn.isfinite().all()
+        with solver(model):
+            rows[name] = meter.measure(draw, batch, repeats)
+        rows[name]['seconds_per_image'] = rows[name]['median_seconds'] / batch
+    measured |= {f'flowar_s sample bf16, {name}': row for name, row in over_first(rows).items()}
+
+    rows, model, share = {}, make_flowar('flowar_l', device), slice(-(-batch // 4))
+    teacher_BLZ = model.pyramid(latent_BZhw[share])[1]
+    for name, use_checkpoint in (('kept', False), ('recomputed', True)):
+        model.use_checkpoint = use_checkpoint
+
+        def trunk_step():
+            model(label_B[share], teacher_BLZ).square().mean().backward()
+            model.zero_grad()
+        rows[name] = meter.measure(trunk_step, len(teacher_BLZ), repeats)
+    return measured | {f'flowar_l trunk, activations {name}': row for name, row in over_first(rows).items()}
+
+
+def over_first(rows: dict[str, dict]) -> dict[str, dict]:
+    """`rows` with the seconds and the peak memory of each over those of the first."""
+    first = next(iter(rows.values())).copy()
+    for row in rows.values():
+        for key in ('median_seconds', 'peak_memory_gib'):
+            row[f'{key}_over_first'] = first[key] and round(row[key] / first[key], 3)
+    return rows
+
+
 def one_process_group(device: torch.device) -> dict[str, str]:
     """NCCL (gloo on CPU) with one process: collectives and a training step under DDP."""
     os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29533')
@@ -289,6 +408,7 @@ def main() -> None:
     result = dict(device=name, command=' '.join(['python', *sys.argv]), doctor=report())
     result['vectors'] = Vectors(device).run()
     result['speed'] = speed(device, args.depth, args.batch, args.repeats)
+    result['speed'] |= flowar_speed(device, args.batch, args.repeats)
     result['process_group'] = one_process_group(device)
     result['seconds'] = round(time.time() - begin)
     failed = [group for group, row in result['vectors'].items() if not row['error'] <= row['tolerance']]
