@@ -1,7 +1,7 @@
 # make demo: train a tokenizer and a VAR on this machine, draw digits, score them    make test: the tests
 # make demo-flexvar: the same with FlexVAR, at several numbers of steps, sizes and shapes
 # make demo-flowar: the same with FlowAR, two weightings of its loss compared
-# make demo-npp: the same with NPP, against next-token training of equal time
+# make demo-npp: the same with NPP, against next-token training of at least equal time
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -2,7 +2,7 @@
 
 Runs without torchrun, too. Writes the tokens of every training image and of its mirror image: moments of the
 KL-16 posterior for FlowAR, codes of VQ-16 for NPP, there also of ten crops. `train.py --cached_path=OUT` then
-needs no encoder. A killed job continues by the same command.
+needs no encoder. A killed job continues by the same command; an import begins anew.
 """
 import hashlib
 import logging
@@ -63,7 +63,7 @@ class ExtractSettings:
     crop_range: float = opt(1.1, 'ten_crop: how much larger; published: 1.1, then 1.05 into another folder')
     layout: str = opt('packed', 'packed: one array; files: one npz per image, as published with MAR')
     import_codes: str = opt('', 'pack the codes in this folder: one file per image, as published')
-    batch_size: int = opt(128, 'images per batch')
+    batch_size: int = opt(128, 'views per batch')
     workers: int = opt(10, 'loader processes per rank', 'num_workers')
     tf32: bool = opt(True, 'allow TF32 products on CUDA')
 
@@ -84,6 +84,11 @@ class ExtractSettings:
         if not (self.vae_ckpt or self.import_codes):
             raise ValueError('expected the weights of a tokenizer: pass --vae_path=FILE')
 
+    @property
+    def num_views(self) -> int:
+        """Of every image."""
+        return 10 if self.ten_crop else 2
+
 
 def image_names(images: Dataset, root: Path) -> list[str]:
     """`<class>/<path>` of every image, the path being that below its class folder, or else below `root`."""
@@ -98,8 +103,8 @@ def image_names(images: Dataset, root: Path) -> list[str]:
 def tokens_of(tokenizer: Tokenizer, views_BA3HW: torch.Tensor) -> np.ndarray:
     """(B, A, ...) float32, or unsigned integers as small as the vocabulary allows; a view at a time."""
     tokens = torch.stack([tokenizer.precompute(view_B3HW) for view_B3HW in views_BA3HW.unbind(1)], dim=1)
-    largest = 0. if tokenizer.vocab_size is None else tokenizer.vocab_size - 1
-    return tokens.cpu().numpy().astype(np.min_scalar_type(largest) if largest else np.float32, copy=False)
+    kind = np.float32 if tokenizer.vocab_size is None else np.min_scalar_type(tokenizer.vocab_size - 1)
+    return tokens.cpu().numpy().astype(kind, copy=False)
 
 
 def extract(settings: ExtractSettings) -> None:
@@ -142,8 +147,8 @@ def encode(settings: ExtractSettings, tokenizer: Tokenizer, writer: PackedWriter
            images: Dataset, mine: list[int]) -> None:
     """Store the tokens of these images."""
     device = next(tokenizer.parameters()).device
-    loader = DataLoader(Subset(images, mine), settings.batch_size, num_workers=settings.workers,
-                        pin_memory=device.type == 'cuda')
+    loader = DataLoader(Subset(images, mine), max(1, settings.batch_size // settings.num_views),
+                        num_workers=settings.workers, pin_memory=device.type == 'cuda')
     done = 0
     with torch.inference_mode(), progress_bar(len(mine), settings.cached_path) as bar:
         for views_BA3HW, _ in loader:
@@ -159,17 +164,20 @@ def open_writer(settings: ExtractSettings, folder: Path, names: list[str], token
     """Where the tokens go; the shape of those of an image is that of a black one."""
     if settings.layout == 'files':
         return FilesWriter(folder, names)
-    num_views, side = 10 if settings.ten_crop else 2, settings.image_size
+    side = settings.image_size
     example = tokens_of(tokenizer, torch.zeros(1, 1, 3, side, side, device=device))
-    return PackedWriter(folder, len(names), (num_views, *example.shape[2:]), example.dtype)
+    return PackedWriter(folder, len(names), (settings.num_views, *example.shape[2:]), example.dtype)
 
 
 def import_codes(settings: ExtractSettings) -> None:
     """Pack published codes, of which nobody knows the tokenizer and the names of the classes."""
     files, folder = CodeFiles(Path(settings.import_codes), settings.image_size), Path(settings.cached_path)
-    description = dict(tokenizer=None, image_size=settings.image_size, count=files.count)
+    description = dict(tokenizer=None, image_size=settings.image_size, count=files.count,
+                       import_codes=str(Path(settings.import_codes).resolve()))
     with lock_folder(folder), progress_bar(files.count, str(folder)) as bar:
-        claim(folder, description, dict(import_codes=settings.import_codes))
+        if (folder / MANIFEST).is_file():
+            raise ValueError(f'{folder} holds a complete cache: pass another folder')
+        claim(folder, description, {})
         writer, labels = None, []
         for index, (codes_AL, label) in enumerate(files):
             if writer is None:

@@ -209,7 +209,8 @@ class Run:
         self.is_tokenizer = isinstance(self.model, Tokenizer)
         for split, tokens in (('train', train_set), ('val', val_set)):
             if isinstance(tokens, TokenCache):
-                tokens.check(weights_digest(self.model.tokenizer.state_dict()), recipe.image_size, split)
+                tokens.check(weights_digest(self.model.tokenizer.state_dict()), recipe.image_size, split,
+                             self.model.tokenizer.shape_of_stored(recipe.image_size))
         self.trainer = build_trainer(recipe, self.model, self.total_steps)
         if path:
             self._resume(path, checkpoint)

@@ -3,7 +3,7 @@
     python bench/demo_npp_report.py --dir=local_output/demo_npp
 
 Writes report.json, comparison.png, samples.png and curves.png: the patch curriculum against next-token
-training of equal time. Steps of both patch sizes are timed here, in turn: a busy machine hits both.
+training of at least equal time. Steps of both patch sizes are timed here, in turn: a busy machine hits both.
 """
 import json
 import statistics

@@ -185,6 +185,11 @@ class Tokenizer(Trainable):
         """What `extract.py` stores of images; `encode` takes it in their place."""
         return self.encode(images_B3HW)
 
+    def shape_of_stored(self, image_size: int) -> tuple[int, ...]:
+        """Of what `precompute` gives for a square image of that many pixels per side."""
+        parameter = next(self.parameters())
+        return tuple(self.precompute(parameter.new_zeros(1, 3, image_size, image_size)).shape[1:])
+
     def decode(self, tokens: Any) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] of what `encode` returns."""
         raise NotImplementedError

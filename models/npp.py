@@ -152,12 +152,12 @@ class NPP(ARModel):
         if dim % n_head or n_head % n_kv_head:
             raise ValueError(f'expected heads that divide the width and groups that divide the heads, got '
                              f'width {dim}, {n_head} heads, {n_kv_head} groups: choose other numbers')
-        ends, sides = zip(*phases, strict=True) if phases else ((0,), (1,))
-        if list(ends) != sorted({*ends}) or ends[0] <= 0 or ends[-1] != 1 or sides[-1] != 1 \
+        ends, sides = [end for end, _ in phases], [p for _, p in phases]
+        if not phases or ends != sorted({*ends}) or ends[0] <= 0 or (ends[-1], sides[-1]) != (1, 1) \
                 or any(p < 1 or grid % p for p in sides):
             raise ValueError('expected phases (share at which it ends, side of a patch that divides '
-                             f'{grid}) that rise to (1, 1), got {tuple(phases)}: see --epoch_rate and '
-                             '--patch_level')
+                             f'{grid}) of which the last is (1, 1), got {tuple(phases)}: see --epoch_rate '
+                             'and --patch_level')
         if drop_path_rate:
             resid_dropout_p = ffn_dropout_p = 0.
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
@@ -235,7 +235,7 @@ class NPP(ARModel):
         Args:
             label_B: (B,) int64, see `as_labels`.
             guidance: scale s; 1 and less are off.
-            cfg_interval: codes after the first that are guided, and the next; -1 guides all.
+            cfg_interval: codes 0 to cfg_interval + 1 are guided; -1 guides all.
             temperature: divides the logits.
             top_k: draw from the k likeliest codes; 0, or more than V, is off.
             top_p: draw from the smallest set of this probability; 1 is off, 0 takes the likeliest code.
@@ -256,7 +256,7 @@ class NPP(ARModel):
                         logits_B1V = guide(*logits_B1V.chunk(2), guidance)
                     idx_B1 = self.draw(logits_B1V, temperature, top_k, top_p, greedy, rng)
                     codes.append(idx_B1)
-                    if cfg_interval == i - 1 >= 0:  # the last code that is guided: the null class may go
+                    if 0 <= cfg_interval == i - 1:  # the last code that is guided: the null class may go
                         for block in self.layers:
                             block.attn.cache.keep(B)
                         x_B1C = x_B1C[:B]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# NPP on a laptop: a VQ tokenizer for the embedded digits at 64x64 pixels, its codes extracted once, and two GPTs of equal
-# training time: one by patches of 2x2 codes, then by codes, the other by codes alone; then 1,000 drawn digits of each.
+# NPP on a laptop: a VQ tokenizer for the embedded digits at 64x64 pixels, its codes extracted once, and two GPTs, one
+# trained by patches of 2x2 codes, then by codes, the other by codes alone for at least as long; then 1,000 drawn digits of each.
 # Every step resumes or is skipped when it is done. PYTHON and OUT may be set; see `make demo-npp`.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -231,7 +231,7 @@ def test_patches_of_every_epoch(row):
     epochs, ends = row['epochs'], itertools.accumulate(length for _, length in row['run_lengths'])
     phases = [(end / epochs, p) for end, p in zip(ends, row['p'], strict=True)]
     if row['p'][-1] != 1:
-        with pytest.raises(ValueError, match=r'rise to \(1, 1\)'):
+        with pytest.raises(ValueError, match=r'the last is \(1, 1\)'):
             small(grid=8, phases=phases)
         return
     model = small(grid=8, phases=phases)
@@ -697,11 +697,11 @@ def test_sample_decodes_the_codes(model, monkeypatch):
     (lambda m: small(n_head=5), 'heads that divide the width .*got width 32, 5 heads, 5 groups'),
     (lambda m: small(n_kv_head=3), 'groups that divide the heads, got width 32, 4 heads, 3 groups'),
     (lambda m: small(dim=24), 'a head width that is a multiple of 4, got 6'),
-    (lambda m: small(phases=((0.5, 2), (0.9, 1))), r'rise to \(1, 1\), got \(\(0.5, 2\), \(0.9, 1\)\)'),
-    (lambda m: small(phases=((0.5, 1), (1., 2))), r'rise to \(1, 1\)'),
-    (lambda m: small(phases=((0.5, 4), (0.5, 2), (1., 1))), r'rise to \(1, 1\)'),
-    (lambda m: small(phases=((0.5, 4), (0.25, 2), (1., 1))), r'rise to \(1, 1\)'),
-    (lambda m: small(phases=((0., 2), (1., 1))), r'rise to \(1, 1\)'),
+    (lambda m: small(phases=((0.5, 2), (0.9, 1))), r'the last is \(1, 1\), got \(\(0.5, 2\), \(0.9, 1\)\)'),
+    (lambda m: small(phases=((0.5, 1), (1., 2))), r'the last is \(1, 1\)'),
+    (lambda m: small(phases=((0.5, 4), (0.5, 2), (1., 1))), r'the last is \(1, 1\)'),
+    (lambda m: small(phases=((0.5, 4), (0.25, 2), (1., 1))), r'the last is \(1, 1\)'),
+    (lambda m: small(phases=((0., 2), (1., 1))), r'the last is \(1, 1\)'),
     (lambda m: small(phases=((0.5, 3), (1., 1))), 'side of a patch that divides 4'),
     (lambda m: m.sample([6]), r'expected labels in 0\.\.5 .*got 6'),
     (lambda m: m.sample([0], image_size=72), 'multiples of the stride 16, got 72x72'),

@@ -351,6 +351,8 @@ def fails(argv, capsys, parse=parse_recipe):
     (['--model=flowar', '--width=100'], ['--width', '64', '100']),
     (['--model=flowar', '--loss_weighting=snr'], ['--loss_weighting', 'debiased', 'snr']),
     (['--model=flowar', '--use_cached'], ['--use_cached', '--cached_path']),
+    (['--model=flowar', '--cached_val_path=x'], ['--cached_val_path', '--cached_path', 'both']),
+    (['--model=npp', '--scheduler', '--lr=1e-6'], ['--end_lr', '--lr=1e-06', '1e-05']),
     (['--model=flowar', '--resume=x', '--output_dir=y'], ['output folder, y', '--resume=x', '--output_dir']),
     (['--model=flowar', '--tblr=1'], ['--tblr', 'nearest']),
     (['--model=npp', '--gpt_model=GPT-S'], ['--gpt_model', 'GPT-B, GPT-L', "'GPT-S'"]),

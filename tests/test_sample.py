@@ -245,7 +245,7 @@ def test_more_smooth_and_precision_change_images_little(sample_here, tmp_path):
     (['--top_k=33'], ['top_k', '0..32', '33']),
     (['--classes=0_9'], ['classes 0..3', '9', '--classes']),
     (['--labels=nowhere.txt'], ['nowhere.txt', 'one per line']),
-    (['--ckpt=nowhere.pth'], ['nowhere.pth', 'var_d16.pth']),
+    (['--ckpt=var_d17.pth'], ['var_d17.pth', 'var_d16.pth']),
     (['--vae_ckpt={flat}'], ['holds no VQVAE'])])
 def test_bad_input_is_one_line(sample_here, tmp_path, weights, flags, words):
     with pytest.raises(SystemExit) as stop:

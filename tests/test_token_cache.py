@@ -53,7 +53,7 @@ def flags(made, folder, *more, model='flowar'):
     """Of extract.py, as users of each model spell them."""
     weights, output, size = SPELLINGS[model]
     return [f'--model={model}', f'--data_path={made[0]}', f'--{weights}={made[1]}', f'--{output}={folder}',
-            f'--{size}={SIDE}', '--workers=0', '--batch_size=16', *more]
+            f'--{size}={SIDE}', '--workers=0', '--batch_size=32', *more]
 
 
 def training(made, folder, *more, model='flowar'):
@@ -558,6 +558,14 @@ def test_published_codes_are_imported(families, here, stops, tmp_path, monkeypat
     assert np.load(folder / 'tokens.npy').dtype == np.uint16
     here(train, *training(made, tmp_path / 'out', f'--code_path={folder}', '--num_classes=4', model='npp'))
     assert 'does not say which tokenizer' in (tmp_path / 'out' / 'stdout.txt').read_text()
+
+    again = stops(extract, *import_flags(tmp_path / 'flip', folder))
+    assert f'{folder} holds a complete cache: pass another folder' in again
+    note = json.loads((folder / 'manifest.json').read_text())
+    (folder / 'manifest.json').write_text(json.dumps(note | dict(image_size=64)))
+    line = stops(train, *training(made, tmp_path / 'b', f'--code_path={folder}', '--image_size=64',
+                                  model='npp'))
+    assert 'holds tokens of (16,), this tokenizer gives (64,) for 64 pixels' in line
 
 
 @pytest.mark.parametrize(('change', 'message'), [

@@ -329,6 +329,8 @@ class NPPRecipe(CachedRecipe):
             raise ValueError(f'--epoch_rate={self.epoch_rate:g} and --patch_level={self.patch_level} make '
                              f'phases of {self.epochs} epochs that end at {ends}, each must last one at '
                              'least: pass more epochs, another rate or fewer levels')
+        if self.scheduler and self.end_lr > self.base_lr:
+            raise ValueError(f'--end_lr must be at most --lr={self.base_lr:g}, got {self.end_lr:g}')
         longest = (1 - self.decay_ratio) * min(end - begin for begin, end in itertools.pairwise([0, *ends]))
         if self.scheduler and self.warmup > longest:
             raise ValueError(f'--warmup_epochs={self.warmup:g} does not fit into the shortest phase beside '

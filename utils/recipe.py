@@ -287,6 +287,8 @@ class CachedRecipe(GeneratorRecipe):
         super().__post_init__()
         if self.use_cached and not self.cached_path:
             raise ValueError('--use_cached needs the folder of the tokens: pass --cached_path=FOLDER')
+        if self.cached_val_path and not self.cached_path:
+            raise ValueError('--cached_val_path goes with --cached_path: pass both')
         object.__setattr__(self, 'use_cached', bool(self.cached_path))
 
 

@@ -269,7 +269,7 @@ class NPPSampleRecipe(SampleRecipe):
                       'sample_dir output')
     precision: int = opt(0, 'none, fp16 or bf16', 'precision fp16', words=dict(none=0, fp16=1, bf16=2))
     cfg: float = opt(1.5, 'classifier-free guidance scale; 1 is off', 'cfg_scale cfg')
-    cfg_interval: int = opt(-1, 'codes after the first, and the next, that are guided; -1 guides all')
+    cfg_interval: int = opt(-1, 'codes 0 to this plus one are guided; -1 guides all')
     temperature: float = opt(1., 'divides the logits')
     top_k: int = opt(0, 'draw from the k most likely codes; 0 is off')
     top_p: float = opt(1., 'draw from the smallest set of codes with this probability; 1 is off')

@@ -221,11 +221,12 @@ class TokenCache(Dataset):
                              'copy the whole folder, or extract again')
         return files
 
-    def check(self, digest: str, image_size: int, split: str) -> None:
+    def check(self, digest: str, image_size: int, split: str, shape: tuple[int, ...]) -> None:
         """Make sure that the tokens are of this tokenizer, size and split, as far as the caches tell.
 
         Args:
             digest: see `weights_digest`. split: train or val.
+            shape: of the tokens of a view.
         Raises:
             ValueError: they are not.
         """
@@ -241,6 +242,9 @@ class TokenCache(Dataset):
             if manifest.get('image_size', image_size) != image_size:
                 raise ValueError(f'{folder} holds tokens of images of {manifest["image_size"]} pixels, this '
                                  f'training has {image_size}: pass that size, or extract the cache again')
+        if self.parts[0].read(0, 0).shape != shape:
+            raise ValueError(f'{self.folders[0]} holds tokens of {self.parts[0].read(0, 0).shape}, this '
+                             f'tokenizer gives {shape} for {image_size} pixels: extract the cache again')
 
     def __len__(self) -> int:
         return len(self.targets)
