@@ -144,6 +144,14 @@ def build_data(recipe: Recipe) -> tuple[int, Dataset, Dataset]:
     return len(val_set.classes), train_set, val_set
 
 
+def check_caches(tokenizer: Tokenizer, image_size: int, train_set: TokenCache, val_set: Dataset) -> None:
+    """See `TokenCache.check`; the tokenizer is hashed and asked once for both."""
+    digest, shape = weights_digest(tokenizer.state_dict()), tokenizer.shape_of_stored(image_size)
+    train_set.check(digest, image_size, 'train', shape)
+    if isinstance(val_set, TokenCache):
+        val_set.check(digest, image_size, 'val', shape)
+
+
 def build_loaders(recipe: Recipe, train_set: Dataset, val_set: Dataset, seed: int,
                   start: tuple[int, int]) -> tuple[Iterator, DataLoader, int]:
     """(endless training batches from `start` = (epoch, step), validation loader, steps per epoch).
@@ -207,10 +215,8 @@ class Run:
         # 3. model, optimizer, and what the checkpoint says of them
         self.model = build_model(recipe, num_classes, self.total_steps, steps_per_epoch, self.device)
         self.is_tokenizer = isinstance(self.model, Tokenizer)
-        for split, tokens in (('train', train_set), ('val', val_set)):
-            if isinstance(tokens, TokenCache):
-                tokens.check(weights_digest(self.model.tokenizer.state_dict()), recipe.image_size, split,
-                             self.model.tokenizer.shape_of_stored(recipe.image_size))
+        if isinstance(train_set, TokenCache):
+            check_caches(self.model.tokenizer, recipe.image_size, train_set, val_set)
         self.trainer = build_trainer(recipe, self.model, self.total_steps)
         if path:
             self._resume(path, checkpoint)
