@@ -6,10 +6,10 @@ the settings, the seed and i alone: not on ranks or restarts, nor on batches but
 continues by the same command. `--sweep` does this for every combination of some settings and scores each.
 """
 import dataclasses
-import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,8 @@ from models.helpers import ImageNoise
 from utils.amp_sc import autocast
 from utils.arg_util import SampleRecipe, parse_flags, parse_sample_recipe
 from utils.batches import read_labels, shuffled, write_npz
-from utils.checkpoint import atomic_path, load_file, lock_folder, model_weights, tokenizer_weights
+from utils.checkpoint import atomic_path, load_on_all_ranks, lock_folder, model_weights, tokenizer_weights
+from utils.files import read_json
 from utils.hub import fetch, sha256_of
 from utils.image_store import STORES, ImageStore
 from utils.log import one_line_errors, progress_bar, setup_logging
@@ -45,14 +46,24 @@ RULES = dict(  # what the manifest says of how the images follow from the settin
 @lru_cache(maxsize=1)  # a sweep draws from the same weights again and again
 def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
                    device: torch.device) -> tuple[ARModel, dict[str, Any]]:
-    """The generator, and its origin: kind of weights and, on the master, SHA-256 of its files by flag.
+    """The generator, and its origin; every rank calls it, and all of them get the same weights.
 
     Args:
         model: its family. ckpt, vae_ckpt: files; the latter may be empty if the former holds the tokenizer.
         weights: 'ema', where there are any, or 'raw'.
+    Returns:
+        (generator in eval mode, its origin: `weights`, the kind of weights; `weights_sha256`, the digests by
+        flag of the very files that were loaded; `classes`, the names of all classes, or () if unknown).
+    Raises:
+        ValueError: a file cannot be read, or holds no such weights.
     """
     paths = {flag: fetch(name) for flag, name in (('ckpt', ckpt), ('vae_ckpt', vae_ckpt)) if name}
-    files, prefer_ema = [load_file(path) for path in paths.values()], weights == 'ema'
+    prefer_ema = weights == 'ema'
+    files = []
+    digests = {}
+    for flag, path in paths.items():
+        content, digests[flag] = load_on_all_ranks(path)
+        files.append(content)
     tokenizer_state, config = tokenizer_weights(files[-1], prefer_ema)
     trainer = files[0].get('trainer', {})
     config = trainer.get('vae_config', {}) | config  # a bare file of the same tokenizer does not tell it
@@ -60,7 +71,15 @@ def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
                                 str(paths['ckpt']), device, config, trainer.get('config'))
     return generator, dict(
         weights='ema' if prefer_ema and {'var_ema', 'model_ema', 'ema'} & {*trainer, *files[0]} else 'raw',
-        weights_sha256={flag: sha256_of(path) for flag, path in paths.items()} if dist.is_master() else {})
+        weights_sha256=digests, classes=class_names(files[0], generator.num_classes))
+
+
+def class_names(checkpoint: dict[str, Any], num_classes: int) -> tuple[str, ...]:
+    """The names of all classes in the order of their ids; () where the checkpoint does not tell."""
+    names = checkpoint.get('classes')
+    if not isinstance(names, list | tuple) or len(names) != num_classes:
+        return ()
+    return tuple(map(str, names))
 
 
 def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
@@ -85,6 +104,8 @@ def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
 def describe(recipe: SampleRecipe, origin: dict[str, Any], labels_N: np.ndarray) -> dict[str, Any]:
     """What decides the images; two jobs of equal description draw the same ones.
 
+    Names of classes are left out: they decide nothing.
+
     Args:
         origin: of the weights, see `load_generator`.
     """
@@ -92,7 +113,16 @@ def describe(recipe: SampleRecipe, origin: dict[str, Any], labels_N: np.ndarray)
     settings = {name: value for name, value in vars(recipe).items() if name not in recipe.FREE + by_content}
     if recipe.labels:
         settings['labels'] = labels_N.tolist()
-    return dict(settings=settings, **origin, rules=RULES)
+    return dict(settings=settings, weights=origin['weights'], weights_sha256=origin['weights_sha256'],
+                rules=RULES)
+
+
+def names_of(labels_N: np.ndarray, classes: Sequence[str]) -> dict[str, dict[int, str]]:
+    """The manifest's entry `classes`: the names of the classes that were drawn, by id; none if unknown."""
+    if not classes:
+        return {}
+    drawn = [label for label in np.unique(labels_N).tolist() if label < len(classes)]  # the last: no class
+    return dict(classes={label: classes[label] for label in drawn})
 
 
 def claim(note: Path, description: dict[str, Any], is_empty: bool) -> None:
@@ -104,13 +134,16 @@ def claim(note: Path, description: dict[str, Any], is_empty: bool) -> None:
         ValueError: it was made with others, or nobody knows with which.
     """
     try:
-        same = is_empty or json.loads(note.read_text()) == description
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{note.parent} holds images of unknown settings (cannot read {note}: '
-                         f'{type(error).__name__}): pass another --output, or remove the folder') from None
+        same = is_empty or read_json(note) == description
+    except FileNotFoundError:
+        raise ValueError(f'{str(note.parent)!r} holds images of unknown settings, since {note.name} is '
+                         'missing: pass another --output, or remove the folder') from None
+    except ValueError as error:
+        raise ValueError(f'{str(note.parent)!r} holds images of unknown settings (cannot read {note.name}: '
+                         f'{error}): pass another --output, or remove the folder') from None
     if not same:
-        raise ValueError(f'{note.parent} was begun with other settings or weights (see {note}): '
-                         'pass another --output, or remove the folder')
+        raise ValueError(f'{str(note.parent)!r} was begun with other settings or weights (see {note.name} '
+                         'there): pass another --output, or remove the folder')
     write_json(note, description)
 
 
@@ -194,6 +227,7 @@ def sample(recipe: SampleRecipe) -> Path:
         if dist.is_master() and recipe.pack:
             pack(recipe, store, labels_N, target)
             write_json(manifest_path, description | extent | dict(
+                **names_of(labels_N, origin['classes']),
                 source=recipe.source, ckpt=recipe.ckpt, vae_ckpt=recipe.vae_ckpt,
                 batch_size=recipe.batch_size, npz=target.name, npz_sha256=sha256_of(target),
                 git_commit=git_commit(), versions=versions(), device=device_name(device),
@@ -209,8 +243,8 @@ def sample(recipe: SampleRecipe) -> Path:
 def is_complete(manifest_path: Path, target: Path, expected: dict[str, Any]) -> bool:
     """Whether the npz of such a job is there, and still what its manifest says."""
     try:
-        manifest = json.loads(manifest_path.read_text())
-    except (OSError, ValueError):
+        manifest = read_json(manifest_path)
+    except (FileNotFoundError, ValueError):
         return False
     return {name: manifest.get(name) for name in expected} == expected and target.is_file() \
         and sha256_of(target) == manifest.get('npz_sha256')
@@ -230,6 +264,22 @@ def score_settings(recipe: SampleRecipe, npz: str) -> ScoreSettings:
     return ScoreSettings(**dict(allow_any_count=True) | flags, ref=recipe.ref, sample=npz)
 
 
+def load_for(job: SampleRecipe, hashes: dict[str, str] | None = None) -> tuple[ARModel, dict[str, Any]]:
+    """`load_generator` for one setting of a sweep.
+
+    Args:
+        hashes: SHA-256 that files must have, by flag.
+    Raises:
+        ValueError: a file has been replaced since the sweep began.
+    """
+    model, origin = load_generator(job.model, job.ckpt, job.vae_ckpt, job.weights, dist.get_device())
+    for flag, digest in (hashes or {}).items():
+        if origin['weights_sha256'].get(flag) != digest:
+            raise ValueError(f'{getattr(job, flag)!r} was replaced during the sweep: restore the '
+                             'file, or copy the new one, and pass the copy with another --output')
+    return model, origin
+
+
 def sweep(recipe: SampleRecipe) -> None:
     """Sample and score every combination; `<output>.csv` and `<output>.png` grow row by row.
 
@@ -242,24 +292,29 @@ def sweep(recipe: SampleRecipe) -> None:
     settings = score_settings(recipe, recipe.output)
     reference = open_set(recipe.ref, needs_images=False)
     network = load_network(settings)
+    _, origin = load_for(recipe.at(combinations[0]))
+    hashes = {flag: digest for flag, digest in origin['weights_sha256'].items() if flag not in swept}
+    hash_of_labels = {}
+    if recipe.labels and 'labels' not in swept:
+        hash_of_labels = dict(labels=sha256_of(recipe.labels))
     with lock_folder(folder) if dist.is_master() else nullcontext():
         table = ScoreTable(folder, swept)
         if dist.is_master():
             fixed = {name: value for name, value in vars(recipe).items() if name not in swept and name not in
                      {*recipe.FREE, 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}}
-            hashes = {flag: sha256_of(fetch(getattr(recipe, flag))) for flag in ('ckpt', 'vae_ckpt', 'labels')
-                      if getattr(recipe, flag) and flag not in swept}
             claim(folder / 'sweep.json', dict(
-                swept=swept, settings=fixed, sha256=hashes, network=network.digest,
+                swept=swept, settings=fixed, sha256=hashes | hash_of_labels, network=network.digest,
                 reference_sha256=reference.describe()['sha256']), is_empty=not table.rows)
         for combination in combinations:  # what the model refuses is news before hours of drawing
             job = recipe.at(combination)
-            model, _ = load_generator(job.model, job.ckpt, job.vae_ckpt, job.weights, dist.get_device())
+            model, _ = load_for(job, hashes)
             draw(model, job, range(1), image_labels(job, model.num_classes)[:1])
         for combination in combinations:
             if dist.allgather_object(table.has(combination))[0]:
                 continue
-            npz = sample(recipe.at(combination))
+            job = recipe.at(combination)
+            load_for(job, hashes)  # `sample` takes the same weights from the cache
+            npz = sample(job)
             report = score_images(dataclasses.replace(settings, sample=str(npz)), network)
             if report:
                 table.add(combination | report['scores'])

@@ -47,15 +47,15 @@ CACHE_VERSION = 2  # of extraction and of what is kept; a new one forgets what i
 class ScoreSettings(FeatureSettings):
     """Settings of `evaluate.py REF SAMPLE`."""
 
-    ref: str = opt('', 'reference: npz or folder of PNG files', positional=True)
-    sample: str = opt('', 'images to score: npz or folder of PNG files', positional=True)
+    ref: str = opt('', 'reference: npz or folder of PNG files', positional=True, path=True)
+    sample: str = opt('', 'images to score: npz or folder of PNG files', positional=True, path=True)
     metrics: str = opt('', f'{",".join(METRICS)} or some of them; empty takes all that the files allow')
     pr_mode: str = opt('adm', 'precision and recall: adm (float16 as the original) or fp32')
     fd_method: str = opt('eigh', 'Frechet distance: eigh, or scipy (sqrtm as the original)')
     split_size: int = opt(5000, 'images per chunk of the Inception Score')
     expected_count: int = opt(STANDARD_COUNT, 'number of images that the sample must hold')
     allow_any_count: bool = opt(False, 'score any number of images')
-    json: str = opt('', 'file for scores, settings, hashes and versions')
+    json: str = opt('', 'file for scores, settings, hashes and versions', path=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,10 +144,10 @@ def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
         manifest = json.loads(manifest_path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f'expected the manifest of sample.py at {manifest_path}, cannot read it ({error}): '
-                         'restore or remove it') from None
-    if not isinstance(manifest, dict) or 'npz_sha256' not in manifest:
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f'expected the manifest of sample.py at {str(manifest_path)!r}, cannot read it '
+                         f'({error}): restore or remove it') from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get('npz_sha256'), str):
         return None  # somebody else's file
     if path.suffix == '.npz' and manifest['npz_sha256'] != digest:
         raise ValueError(f'{path} has SHA-256 {digest[:16]}..., its manifest {manifest_path} says '

@@ -1,11 +1,14 @@
 """Sets of images on disk: every layout and defect of npz files and folders, packing, memory, full disks."""
 import hashlib
+import io
+import os
 import resource
 import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -16,7 +19,9 @@ import pytest
 from PIL import Image
 
 from utils import batches
-from utils.batches import npz_keys, open_batch, pack_folder, shuffled, write_npz
+from utils.batches import npz_keys, open_batch, pack_folder, read_labels, shuffled, write_npz
+from utils.image_store import PieceStore, PngStore
+from utils.metrics import read_statistics
 from utils.misc import create_npz_from_sample_folder
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (7, 4, 6, 3), dtype=np.uint8)
@@ -194,6 +199,70 @@ def test_damage_anywhere_is_an_error_of_one_line(tmp_path, save):
             assert read_all(path).shape[3] == 3
         except ValueError as error:
             assert 'a.npz' in str(error) and '\n' not in str(error)
+
+
+def damage(path, how, monkeypatch):
+    """Make a good PNG one that cannot be read."""
+    content = path.read_bytes()
+    if how == 'bomb':
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2)
+    elif how == 'text':
+        text = b'zTXtk\0\0' + zlib.compress(b'a' * 2 ** 21)
+        piece = struct.pack('>I', len(text) - 4) + text + struct.pack('>I', zlib.crc32(text))
+        path.write_bytes(content[:33] + piece + content[33:])
+    elif how == 'link':
+        path.unlink()
+        path.symlink_to('nowhere.png')
+    else:
+        header = content[:20] + b'\0' * 40
+        path.write_bytes(dict(empty=b'', cut=content[:60], text_file=b'hello', header=header)[how])
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('how', ['bomb', 'text', 'link', 'empty', 'cut', 'text_file', 'header'])
+def test_samples_that_cannot_be_read_are_named_in_one_line(tmp_path, monkeypatch, how):
+    folder = write_folder(tmp_path / 'a\nb')
+    for i in range(7):
+        (folder / f'{i:04d}.png').rename(folder / f'{i:06d}.png')
+    path = folder / '000003.png'
+    damage(path, how, monkeypatch)
+    with pytest.raises(ValueError, match='remove the file and sample again') as of_folder:
+        list(open_batch(folder).blocks())
+    with PngStore(folder) as store, pytest.raises(ValueError, match='remove the file and run') as of_store:
+        store.get(3)
+    for caught in (of_folder, of_store):
+        message = str(caught.value)
+        named = path if how != 'bomb' or caught is of_store else folder / '000000.png'
+        assert repr(str(named)) in message and message.isprintable()
+
+
+def test_pipes_hidden_files_and_lack_of_memory(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / 'samples')
+    (folder / '._0000.png').write_bytes(b'x')
+    assert open_batch(folder).count == 7
+
+    def no_memory(*_, **__):
+        raise MemoryError
+    with monkeypatch.context() as patch:  # the file may be good
+        patch.setattr(Image, 'open', no_memory)
+        with pytest.raises(MemoryError):
+            open_batch(folder)
+        with PngStore(folder) as store, pytest.raises(MemoryError):
+            store.get(0)
+    os.mkfifo(folder / 'pipe.png')
+    with pytest.raises(ValueError, match=r'pipe\.png. \(it is no file\)'):
+        open_batch(folder)
+
+
+def test_pieces_that_cannot_be_read_are_named_in_one_line(tmp_path):
+    with PieceStore(tmp_path) as store:
+        store.put(np.arange(3), IMAGES[:3])
+    (tmp_path / 'pixels-000000-000003.npy').write_bytes(b'x\ny')
+    store = PieceStore(tmp_path)
+    store.stored(3)
+    with pytest.raises(ValueError, match=r'cannot read .*pixels-000000-000003\.npy.*remove') as caught:
+        store.get(1)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -500,3 +569,41 @@ def test_upstream_packer_keeps_order_and_has_no_labels(tmp_path):
     np.save(folder / 'labels.npy', np.arange(3))  # not even looked at
     path = create_npz_from_sample_folder(str(folder), num_images=7)
     assert open_batch(path).sha256() == plain and npz_keys(path) == ('arr_0',)
+
+
+# ---------------------------------------------------------------------------------------------- absurd sizes
+def header_of(shape, descr='<i8'):
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, dict(descr=descr, fortran_order=False, shape=shape))
+    return stream.getvalue()
+
+
+def peak_of(call, match):
+    """Bytes that a refused call takes."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=match):
+            call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_memory_is_taken_for_what_a_header_only_claims(tmp_path):
+    labels = tmp_path / 'labels.npy'
+    labels.write_bytes(header_of((10 ** 13,)))
+    assert peak_of(lambda: read_labels(labels, 10), 'truncated') < 2 ** 20
+    np.save(labels, np.array([dict(a=1)], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match='objects, which are not read'):
+        read_labels(labels, 1)
+
+    statistics = tmp_path / 'statistics.npz'
+    with zipfile.ZipFile(statistics, 'w') as archive:
+        archive.writestr('mu.npy', header_of((10 ** 13,), '<f8'))
+        archive.writestr('sigma.npy', header_of((4, 4), '<f8') + bytes(128))
+    assert peak_of(lambda: read_statistics(statistics, 4), r'got \(10000000000000,\)') < 2 ** 20
+    with zipfile.ZipFile(statistics, 'w', zipfile.ZIP_DEFLATED) as archive:  # 64 MiB of zeros in 64 KiB
+        archive.writestr('mu.npy', header_of((2 ** 23,), '<f8') + bytes(2 ** 26))
+        archive.writestr('sigma.npy', header_of((4, 4), '<f8') + bytes(128))
+    assert statistics.stat().st_size < 2 ** 17
+    assert peak_of(lambda: read_statistics(statistics, 4), 'of shape') < 2 ** 20

@@ -211,7 +211,7 @@ def test_named_file_does_not_fall_through(published, hub, tmp_path):
 @pytest.mark.parametrize('content', [models.squeezenet1_1().state_dict(), torch.zeros(3), dict(a=1)])
 def test_weights_of_another_network(content, tmp_path):
     torch.save(content, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=f'other.pth(, got| holds no weights of {NET} )') as error:
+    with pytest.raises(ValueError, match=f"other.pth'(, got| holds no weights of {NET} )") as error:
         load_classifier(NET, str(tmp_path / 'other.pth'))
     assert '\n' not in str(error.value) and len(str(error.value)) < 500
 

@@ -1,4 +1,6 @@
 """The Inception network against stored features, and how its weights are found, fetched and verified."""
+import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -170,7 +172,7 @@ def test_other_content_is_refused(state, tmp_path):
                             (missing | {'fc.bias': zero.expand(1000)}, r'mismatch for fc\.bias'),
                             (shaped | {'fc.bias': 'text'}, r'fc\.bias'), ({1: zero}, '')):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=f'other.pth holds no Inception weights.*{reason}') as raised:
+        with pytest.raises(ValueError, match=f"other.pth' holds no Inception weights.*{reason}") as raised:
             InceptionFeatures(str(path), allow_unverified=True)
         assert '\n' not in str(raised.value)
     torch.save(shaped, path)
@@ -277,6 +279,17 @@ def test_second_address_where_the_first_fails(tmp_path, monkeypatch):
         monkeypatch.setattr(inception, 'WEIGHTS', dict(zip(NAMES, addresses, strict=True)))
         cache = tmp_path / f'cache_{first}'
         assert find_weights(cache=str(cache), download=True).read_bytes() == b'weights'
+
+
+def test_downloads_need_no_locks(tmp_path, monkeypatch, caplog):
+    """File systems of clusters may have none."""
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    (tmp_path / 'source').write_bytes(b'weights')
+    serve(monkeypatch, tmp_path / 'source', hashlib.sha256(b'weights').hexdigest())
+    monkeypatch.setattr(fcntl, 'lockf', no_locks)
+    path = find_weights(cache=str(tmp_path / 'cache'), download=True)
+    assert path.read_bytes() == b'weights' and 'has no locks' in caplog.text
 
 
 def test_downloads_that_fail(tmp_path, monkeypatch):

@@ -246,6 +246,24 @@ def test_published_file(tmp_path):
         AutoencoderKL(embed_dim=8, net='tiny', ckpt_path=str(path))
 
 
+@pytest.mark.parametrize(('content', 'words'), [
+    (None, 'check the path'), (b'', 'download it again'), (b'no weights', 'download it again'),
+    (b'PK\3\4' + bytes(100), 'download it again'), ([torch.zeros(2)], 'tensors by name'),
+    (dict(model=[1]), 'tensors by name'), ({'a': 1}, 'tensors by name'),
+    ({'a': torch.zeros(2)}, 'AutoencoderKL'), (dict(model={'post_quant_conv.weight': torch.tensor(1.)}),
+                                               'AutoencoderKL'),
+    (dict(model=Posterior(torch.zeros(2))), 'download it again')])
+def test_foreign_files_are_told_in_one_line(tmp_path, content, words):
+    path = str(tmp_path / 'odd\nname.ckpt')
+    if isinstance(content, bytes):
+        (tmp_path / 'odd\nname.ckpt').write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=words) as stop:
+        AutoencoderKL(**SMALL, ckpt_path=path)
+    assert len(str(stop.value).splitlines()) == 1 and repr(path) in str(stop.value)
+
+
 def test_exported_file_carries_the_calibration():
     model, images = AutoencoderKL(**SMALL).eval(), images_of(32)
     model.calibrate([images])

@@ -75,6 +75,8 @@ def test_images_do_not_depend_on_batches_or_processes(sample_here, tmp_path, wei
     flags = [f'--ckpt={weights[0]}', f'--output={tmp_path / "c"}', '--num_images=20', '--bs=8']
     launch('sample.py', flags, nproc=2)
     assert (tmp_path / 'c.npz').read_bytes() == (tmp_path / 'a.npz').read_bytes()
+    manifest = json.loads((tmp_path / 'c.json').read_text())
+    assert manifest['weights_sha256'] == dict(ckpt=sha256_of(weights[0]))
     assert same_images(sample_here(tmp_path / 'f', '--bs=3'), eight)
     assert not same_images(sample_here(tmp_path / 'd', '--seed=1'), eight)
     shorter = sample_here(tmp_path / 'e', '--num_images=10')
@@ -169,10 +171,35 @@ def test_manifest_names_all_that_repeats_the_file(sample_here, tmp_path, weights
     with Image.open(tmp_path / 'a' / '000005.png') as image:
         assert np.array_equal(np.asarray(image), images[5])
     assert manifest['weights'] == 'raw'  # there is no average in the file
+    assert 'classes' not in manifest  # this file does not name them
     flags = [f'--{name}={value}' for name, value in settings.items() if value not in ('', None)]
     again = sample_here(tmp_path / 'b', *flags, f'--num_images={manifest["num_images"]}')
     assert np.array_equal(again, images)
     assert (tmp_path / 'b.npz').read_bytes() == (tmp_path / 'a.npz').read_bytes()
+
+
+def test_manifest_is_of_the_file_that_was_loaded(sample_here, tmp_path, weights, monkeypatch):
+    """A training replaces the checkpoint when it has just been loaded."""
+    path, build = tmp_path / 'ckpt.pth', sample.build_generator
+    shutil.copy(weights[0], path)
+
+    def replace_and_build(*args):
+        shutil.copy(weights[1], tmp_path / 'new.pth').rename(path)
+        return build(*args)
+    monkeypatch.setattr(sample, 'build_generator', replace_and_build)
+    sample_here(tmp_path / 'a', f'--ckpt={path}', '--num_images=2')
+    manifest = json.loads((tmp_path / 'a.json').read_text())
+    assert manifest['weights_sha256'] == dict(ckpt=sha256_of(weights[0]))
+
+
+def test_manifest_names_the_classes_that_were_drawn(sample_here, tmp_path, weights):
+    checkpoint = torch.load(weights[0], weights_only=True)
+    for name, classes, drawn in (('a', ['ant', 'bee', 'cow', 'd\u00f6e'], {'3': 'd\u00f6e', '1': 'bee'}),
+                                 ('b', ['ant', 'bee'], None), ('c', 4, None)):
+        torch.save(checkpoint | dict(classes=classes), tmp_path / f'{name}.pth')
+        sample_here(tmp_path / name, f'--ckpt={tmp_path / name}.pth', '--classes=3_1_4', '--num_images=3')
+        assert json.loads((tmp_path / f'{name}.json').read_text()).get('classes') == drawn
+        assert 'classes' not in json.loads((tmp_path / name / 'settings.json').read_text())
 
 
 def test_classes_are_balanced_and_mixed(sample_here, tmp_path):
@@ -292,9 +319,10 @@ def test_images_of_unknown_origin_are_not_packed(sample_here, tmp_path):
     Image.new('RGB', (16, 16), 'red').save(tmp_path / 'a' / '000003.png')
     with pytest.raises(SystemExit, match='--output'):
         sample_here(tmp_path / 'a')
-    (tmp_path / 'a' / 'settings.json').write_text('{"half')
-    with pytest.raises(SystemExit, match='--output'):
-        sample_here(tmp_path / 'a')
+    for content in ('{"half', '[1, 2]', '[' * 100_000):
+        (tmp_path / 'a' / 'settings.json').write_text(content)
+        with pytest.raises(SystemExit, match=r'unknown settings \(cannot read settings.json: .*--output'):
+            sample_here(tmp_path / 'a')
 
 
 def test_images_that_are_not_finite_are_refused(sample_here, tmp_path, weights):
@@ -322,6 +350,9 @@ def test_damaged_npz_is_packed_again(sample_here, tmp_path):
     content[2000] ^= 1
     (tmp_path / 'a.npz').write_bytes(content)
     assert np.array_equal(sample_here(tmp_path / 'a'), first)
+    (tmp_path / 'a.json').write_text('[1, 2]')  # a manifest of nobody
+    assert np.array_equal(sample_here(tmp_path / 'a'), first)
+    assert json.loads((tmp_path / 'a.json').read_text())['npz_sha256'] == sha256_of(tmp_path / 'a.npz')
 
 
 def test_refused_settings_leave_the_folder_free(sample_here, tmp_path):
@@ -425,6 +456,22 @@ def test_sweep_scores_every_combination_and_resumes(sample_here, tmp_path, monke
     np.savez(tmp_path / 'ref.npz', arr_0=reference)
     report = evaluation_report(tmp_path / 'ref.npz', tmp_path / 'one.npz')
     assert float(rows[3]['fid']) == pytest.approx(report['scores']['fid'], rel=1e-9)
+
+
+def test_sweeps_notice_that_weights_are_replaced(sample_here, tmp_path, weights, monkeypatch):
+    path, real = tmp_path / 'ckpt.pth', sample.score_images
+    shutil.copy(weights[0], path)
+    np.savez(tmp_path / 'ref.npz', arr_0=np.random.RandomState(0).randint(0, 256, (30, 16, 16, 3), np.uint8))
+
+    def replace_and_score(settings, network):
+        torch.save(torch.load(weights[0], weights_only=True) | dict(epoch=2), tmp_path / 'new.pth')
+        (tmp_path / 'new.pth').rename(path)
+        return real(settings, network)
+    monkeypatch.setattr(sample, 'score_images', replace_and_score)
+    with pytest.raises(SystemExit, match='was replaced during the sweep'):
+        sample_here(tmp_path / 'sweep', f'--ckpt={path}', '--sweep=weights=ema,raw', '--format=npz',
+                    f'--ref={tmp_path / "ref.npz"}', '--score=--features=digits --cache=')
+    assert len(read_table(tmp_path / 'sweep.csv')) == 1
 
 
 def evaluation_report(ref, npz):

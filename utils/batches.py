@@ -21,6 +21,7 @@ from PIL import Image
 from utils.checkpoint import atomic_path
 from utils.hub import sha256_of
 from utils.image_store import map_ahead
+from utils.images import is_data, is_regular, reason_of
 
 SUFFIXES = ('.png', '.jpg', '.jpeg')
 NUM_READERS = min(8, os.cpu_count() or 1)  # threads that decode files
@@ -177,6 +178,56 @@ def _read_header(stream: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], 
                          f'({" ".join(str(error).split())[:200]}): write it by np.savez') from None
 
 
+def read_npy(path: str | Path) -> np.ndarray:
+    """The numbers in a .npy file, whose header must fit to its length: nothing is taken on trust.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no .npy file, holds objects, or fewer numbers than it says.
+    """
+    with Path(path).open('rb') as file:
+        shape, is_fortran, dtype = _read_header(file, path)
+        if dtype.hasobject:
+            raise ValueError(f'expected numbers in {path}, got objects, which are not read: store numbers')
+        if min(shape, default=0) < 0:
+            raise ValueError(f'expected an array in {path}, got the shape {shape}: the file is damaged')
+        num_bytes = prod(shape) * dtype.itemsize
+        found = os.fstat(file.fileno()).st_size - file.tell()
+        if num_bytes > found:
+            raise _truncated(path, num_bytes, found)
+        data = _read(file, num_bytes, path)
+    return np.frombuffer(bytearray(data), dtype).reshape(shape, order='F' if is_fortran else 'C')
+
+
+def read_npz_arrays(path: str | Path, shapes: dict[str, tuple[int, ...]],
+                    kinds: str = 'fiu') -> list[np.ndarray]:
+    """Arrays of an npz file by name; another shape or kind is refused before it is unpacked.
+
+    Args:
+        shapes: that each array must have.
+        kinds: of data types that are accepted, as numpy abbreviates them.
+    Raises:
+        ValueError: one is missing or another than expected, or the file is damaged.
+    """
+    arrays = []
+    with _open_npz(path) as archive:
+        for name, expected in shapes.items():
+            if f'{name}.npy' not in archive.namelist():
+                raise ValueError(f'expected {" and ".join(shapes)} in {path}, it has no {name}: pass another '
+                                 'file')
+            with archive.open(f'{name}.npy') as stream:
+                shape, is_fortran, dtype = _read_header(stream, path)
+                if dtype.kind not in kinds:
+                    raise ValueError(f'expected numbers as {name} of {path}, got {dtype}: pass another file')
+                if shape != expected:
+                    raise ValueError(f'expected {name} of shape {expected} in {path}, got {shape}: pass a '
+                                     'file of the same network and size')
+                data = _read(stream, prod(shape) * dtype.itemsize, path)
+            order = 'F' if is_fortran else 'C'
+            arrays.append(np.frombuffer(bytearray(data), dtype).reshape(shape, order=order))
+    return arrays
+
+
 def _read(stream: IO[bytes], num_bytes: int, path: str | Path) -> bytes:
     data = stream.read(num_bytes)
     if len(data) < num_bytes:
@@ -219,11 +270,11 @@ class FolderBatch(ImageBatch):
     def __init__(self, path: str | Path, allow_jpeg: bool = True):
         self.path, self.warnings = Path(path), []
         if not self.path.is_dir():
-            raise ValueError(f'expected a folder of PNG files, found none at {path}: check the path')
+            raise ValueError(f'expected a folder of PNG files, found none at {str(path)!r}: check the path')
         self.files = sorted(file for file in self.path.iterdir()
-                            if file.suffix.lower() in SUFFIXES and not file.name.startswith('.'))
+                            if file.suffix.lower() in SUFFIXES and is_data(file.name))
         if not self.files:
-            raise ValueError(f'expected PNG files directly in {path}, found none: check the path')
+            raise ValueError(f'expected PNG files directly in {str(path)!r}, found none: check the path')
         self.count = len(self.files)
         kinds: dict[str, list[str]] = {}  # kind -> names of files
         for file in self.files:
@@ -231,14 +282,16 @@ class FolderBatch(ImageBatch):
             if file == self.files[0]:
                 self.height, self.width = height, width
             if (height, width) != (self.height, self.width):
-                raise ValueError(f'expected images of {self.width}x{self.height} in {path}, got '
-                                 f'{width}x{height} in {file.name}: make all of one size, in a fresh folder')
+                raise ValueError(f'expected images of {self.width}x{self.height} in {str(path)!r}, got '
+                                 f'{width}x{height} in {file.name!r}: make all of one size, in a fresh '
+                                 'folder')
             kinds.setdefault(kind, []).append(file.name)
         if 'JPEG' in kinds and not allow_jpeg:
-            raise ValueError(f'expected PNG files in {path}, got {len(kinds["JPEG"])} JPEG, first '
-                             f'{kinds["JPEG"][0]}: JPEG is lossy and changes FID; save PNG, or allow JPEG')
-        self.warnings += [f'{kind} images in {path}: {len(names)} of {self.count} files, first {names[0]}; '
-                          f'{CONVERSIONS[kind]}' for kind, names in kinds.items() if kind != 'RGB']
+            raise ValueError(f'expected PNG files in {str(path)!r}, got {len(kinds["JPEG"])} JPEG, first '
+                             f'{kinds["JPEG"][0]!r}: JPEG is lossy and changes FID; save PNG, or allow JPEG')
+        self.warnings += [f'{kind} images in {str(path)!r}: {len(names)} of {self.count} files, first '
+                          f'{names[0]!r}; {CONVERSIONS[kind]}' for kind, names in kinds.items()
+                          if kind != 'RGB']
 
     @cached_property
     def labels(self) -> np.ndarray | None:
@@ -271,9 +324,8 @@ def read_labels(path: str | Path, count: int) -> np.ndarray:
         ValueError: it cannot be read, or holds another number of integers.
     """
     try:
-        with Path(path).open('rb') as file:
-            labels_N = np.loadtxt(file, dtype=np.int64, ndmin=1) if Path(path).suffix == '.txt' else \
-                np.lib.format.read_array(file, allow_pickle=False)
+        is_text = Path(path).suffix == '.txt'
+        labels_N = np.loadtxt(path, dtype=np.int64, ndmin=1) if is_text else read_npy(path)
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f'expected the class of every image in {path}, cannot read it ({error}): '
                          'pass a .npy file of integers, or a .txt file with one per line') from None
@@ -285,11 +337,17 @@ def read_labels(path: str | Path, count: int) -> np.ndarray:
 
 @contextmanager
 def _open_image(path: Path) -> Iterator[Image.Image]:
+    """A PNG or JPEG file, and everything that goes wrong in reading it as one line."""
     try:
+        if not is_regular(path):
+            raise ValueError('it is no file')
         with Image.open(path, formats=('PNG', 'JPEG')) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise ValueError(f'cannot read {path} ({error}): remove the file and sample again') from None
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged headers make Pillow's readers raise anything
+        raise ValueError(f'cannot read {str(path)!r} ({reason_of(error)}): remove the file and sample '
+                         'again') from None
 
 
 def _inspect(path: Path) -> tuple[str, tuple[int, int]]:
@@ -298,7 +356,7 @@ def _inspect(path: Path) -> tuple[str, tuple[int, int]]:
         # by the raw mode: Pillow gives 16-bit RGB as RGB, cut to 8 bits
         is_16_bit = image.format == 'PNG' and '16' in image.tile[0][3]
     if is_16_bit:
-        raise ValueError(f'expected images of 8 bits, got 16 bits in {path}: save it with 8')
+        raise ValueError(f'expected images of 8 bits, got 16 bits in {str(path)!r}: save it with 8')
     return 'JPEG' if image.format == 'JPEG' else image.mode, image.size
 
 
@@ -307,7 +365,8 @@ def _decode(path: Path) -> np.ndarray:
         has_alpha = 'A' in image.mode or 'transparency' in image.info
         image = image.convert('RGBA' if has_alpha else 'RGB')
     if has_alpha and image.getextrema()[3][0] < 255:
-        raise ValueError(f'expected opaque images, got transparent pixels in {path}: save it on a background')
+        raise ValueError(f'expected opaque images, got transparent pixels in {str(path)!r}: save it on a '
+                         'background')
     return np.array(image)[..., :3]
 
 

@@ -1,106 +1,194 @@
-"""Checkpoints: written atomically, kept in pairs, read without executing anything."""
-import fcntl
+"""Checkpoints of a training: written atomically, kept in pairs, looked through for the newest usable one.
+
+How a file of tensors is written and read is in `utils.tensor_files`, what holds for files of any kind in
+`utils.files`.
+"""
+import fnmatch
 import logging
+import math
 import os
-import shutil
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import torch
 
+from utils.files import atomic_path, link_or_copy, lock_folder, sync_folder
+from utils.tensor_files import (
+    UnusableFile,
+    load_file,
+    load_on_all_ranks,
+    load_with_digest,
+    save_file,
+    write_signed,
+)
+
+__all__ = ['Newest', 'UnusableFile', 'atomic_path', 'first_not_finite', 'load_file', 'load_on_all_ranks',
+           'load_with_digest', 'lock_folder', 'model_weights', 'newest_checkpoint', 'remove_leftovers',
+           'save_checkpoint', 'save_file', 'set_aside', 'tokenizer_weights']
+
 logger = logging.getLogger(__name__)
+MASKS = ('attn_bias_for_masking', 'mask')  # last part of the names of buffers that hold -inf
+PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and torch.compile
 
 
-@contextmanager
-def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `target` that replaces it when the block ends well, and vanishes otherwise."""
-    target = Path(target)
-    temporary = target.with_name(f'.{target.name}.tmp')  # a killed run's leftover is overwritten by the next
-    try:
-        yield temporary
-        with temporary.open('rb') as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def lock_folder(folder: str | os.PathLike) -> IO:
-    """Claim an output folder for this process, until the returned file is closed or the process ends.
-
-    Raises:
-        ValueError: another process on this file system holds it, or it cannot be written.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = (Path(folder) / '.lock').open('w')
-    except OSError as error:
-        raise ValueError(f'cannot write to the output folder {folder} ({error.strerror}): '
-                         'pass another one, or change its permissions') from None
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f'{folder} is in use by another run: wait for it, stop all its processes, '
-                         'or pass another output folder') from None
-    return lock
-
-
+# ---------------------------------------------------------------------------------------------- writing
 def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str,
                     is_best: bool = False) -> None:
-    """Write `<prefix>-last.pth`, copied to `-best` if `is_best`; the file it replaces stays as `-prev`.
+    """Write `<prefix>-last.pth`, also as `-best` if `is_best`; the file it replaces stays as `-prev`.
+
+    `-best` appears first: a kill in between leaves an older `-last`, whose continuation writes both again.
 
     Raises:
         OSError: the disk is full or not writable; every older file is intact.
+        ValueError: a tensor of the state holds nan or an infinite number; nothing is written.
     """
+    name = first_not_finite(state.get('trainer', {}), 'trainer')
+    if name is not None:
+        raise ValueError(f'{name} holds nan or infinite numbers: the checkpoint is not saved, so that those '
+                         'before it stay; lower the learning rate and run the same command again to go on '
+                         'from the last one')
     folder = Path(folder)
     last, previous, best = (folder / f'{prefix}-{name}.pth' for name in ('last', 'prev', 'best'))
     try:
         with atomic_path(last) as temporary:
-            torch.save(state, temporary)
+            write_signed(state, temporary)
+            if is_best:
+                link_or_copy(temporary, best)
             if last.exists():  # both names exist until the new file takes `last`
-                with atomic_path(previous) as second_name:
-                    second_name.unlink(missing_ok=True)
-                    try:
-                        os.link(last, second_name)
-                    except OSError:  # a file system without hard links
-                        shutil.copyfile(last, second_name)
-        if is_best:
-            with atomic_path(best) as temporary:
-                shutil.copy2(last, temporary)
+                link_or_copy(last, previous)
+        sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-        raise OSError(f'could not save a checkpoint in {folder} ({error}): free some space and run the '
-                      'same command again; the previous checkpoint is intact') from error
+        older = '; the previous checkpoint is intact' if last.exists() else ''
+        raise OSError(f'could not save a checkpoint in {str(folder)!r} ({error}): free some space and run '
+                      f'the same command again{older}') from error
 
 
-def load_file(path: str | os.PathLike) -> dict[str, Any]:
-    """A checkpoint of torch or safetensors on the CPU.
+def remove_leftovers(folder: str | os.PathLike, prefix: str) -> None:
+    """Remove the unfinished files of saves that were killed; call it while holding the folder's lock."""
+    for path in Path(folder).glob(f'.{prefix}*.tmp'):
+        path.unlink(missing_ok=True)
 
-    Raises:
-        ValueError: the file is truncated, corrupt or holds other objects than tensors and plain values.
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that is in the way to `<name>.damaged`, with a number where that is taken."""
+    target, number = path.with_name(f'{path.name}.damaged'), 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f'{path.name}.damaged{number}')
+    path.rename(target)
+    return target
+
+
+@torch.no_grad()
+def first_not_finite(tree: Any, name: str = '') -> str | None:
+    """Dotted name of the first tensor in nested dicts and lists that holds nan or an infinite number.
+
+    Plain numbers count as well, but for the scores of a validation, which may be nan. Waits for a device
+    once.
+
+    Args:
+        name: of the tree itself.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'expected a checkpoint file, found nothing at {path}: check the path')
+    found: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}  # with their names, by device
+    for place, value in _leaves(tree, name):
+        if isinstance(value, float) and not math.isfinite(value):
+            return place
+        is_mask = place.rpartition('.')[2] in MASKS
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() and not is_mask:
+            found.setdefault(value.device, []).append((place, value))
+    for tensors in found.values():
+        # the smallest and the largest number take in every nan, and need no memory
+        extremes = torch.stack([torch.stack(value.aminmax()).float() for _, value in tensors])
+        for (place, _), is_finite in zip(tensors, extremes.isfinite().all(1).tolist(), strict=True):
+            if not is_finite:
+                return place
+    return None
+
+
+def _leaves(tree: Any, name: str) -> Iterable[tuple[str, Any]]:
+    """Everything in nested dicts and lists that is neither, with its dotted name."""
+    if isinstance(tree, dict):
+        items: Iterable[tuple[Any, Any]] = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    else:
+        yield name, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f'{name}.{key}' if name else str(key))
+
+
+# ---------------------------------------------------------------------------------------------- reading
+class Newest(NamedTuple):
+    """The newest usable checkpoint of a folder."""
+    path: Path | None            # None: the folder holds no checkpoint
+    content: dict[str, Any]
+    digest: str                  # SHA-256 of the file
+    unusable: tuple[Path, ...]   # newer files that could not be used, newest first
+
+
+def newest_checkpoint(folder: str | os.PathLike, pattern: str, without: Collection[Path] = ()) -> Newest:
+    """The newest usable checkpoint of a folder; damaged ones are named in the log and skipped.
+
+    Args:
+        pattern: of the names of checkpoints.
+        without: files that are left out, as if they were not there.
+    Raises:
+        ValueError: there are checkpoints, and none can be used: starting anew would hide the loss. Or the
+            file system refuses to read one, which says nothing of what it holds.
+    """
     try:
-        if path.suffix == '.safetensors':
-            from safetensors.torch import load_file as load_safetensors
-            return load_safetensors(path)
-        # mapped, so that the ranks of a node share one copy in memory; files older than torch 1.6 cannot be
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except ImportError:
-        raise
-    except Exception as error:  # foreign bytes make the unpickler raise anything
-        if 'argparse.Namespace' in str(error):
-            raise ValueError(f'{path} holds a pickled argparse.Namespace beside its weights, and pickled '
-                             "objects are not read: if you trust it, save the dict without 'args', once, "
-                             'with torch.load(path, weights_only=False)') from None
-        raise ValueError(f'{path} cannot be read: the file is truncated or no checkpoint') from error
-    if not isinstance(content, dict) or not isinstance(content.get('trainer', {}), dict):
-        raise ValueError(f'expected a checkpoint or a state dict in {path}, got something else: check it')
-    return content
+        paths = list(Path(folder).iterdir())
+    except FileNotFoundError:
+        paths = []
+    except OSError as error:
+        raise ValueError(f'cannot look for checkpoints in {str(folder)!r} ({error.strerror or error}): check '
+                         'the disk, the network and the permissions, and run the same command '
+                         'again') from None
+    found = [path for path in paths if fnmatch.fnmatch(path.name, pattern) and path not in set(without)]
+    files = sorted(found, reverse=True, key=_age)
+    unusable: list[Path] = []
+    for path in files:
+        try:
+            content, digest = load_with_digest(path)
+            missing = [name for name in ('epoch', 'iter', 'trainer') if name not in content]
+            if missing:
+                raise UnusableFile(f'{str(path)!r} is no checkpoint of a training, it has no '
+                                   f'{" and no ".join(missing)}')
+            return Newest(path, content, digest, tuple(unusable))
+        except (UnusableFile, FileNotFoundError) as error:
+            logger.warning('%s; falling back to the next older checkpoint', error)
+            unusable.append(path)
+    if files:
+        raise ValueError(f'none of the {len(files)} checkpoints in {str(folder)!r} can be read: '
+                         'restore one, or move them away to start anew')
+    return Newest(None, {}, '', ())
+
+
+def _age(path: Path) -> tuple[bool, bool, int]:
+    """What the newest checkpoint has most of: its name where it tells, as a copied folder has other times."""
+    try:
+        changed = path.lstat().st_mtime_ns
+    except OSError:
+        changed = 0
+    return path.stem.endswith('-last'), path.stem.endswith('-prev'), changed
+
+
+# ---------------------------------------------------------------------------------------------- weights
+def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """Weights whose keys lose the prefixes that all of them have, such as `module.` or `_orig_mod.`."""
+    while state and all(isinstance(key, str) for key in state):
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
+        if prefix is None:
+            if not any('_orig_mod.' in key for key in state):
+                return state
+            # torch.compile of a part puts its prefix into the middle of the keys
+            inner = {re.sub(r'(^|\.)_orig_mod\.', r'\1', key): value for key, value in state.items()}
+            return inner if len(inner) == len(state) else state
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True) -> dict[str, torch.Tensor]:
@@ -112,7 +200,9 @@ def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True) -> dict[s
     trainer = checkpoint.get('trainer', {})
     averaged = ((trainer, 'var_ema'), (checkpoint, 'model_ema'), (checkpoint, 'ema')) if prefer_ema else ()
     plain = (trainer, 'var_wo_ddp'), *((checkpoint, key) for key in ('model', 'module', 'state_dict'))
-    return next((holder[key] for holder, key in (*averaged, *plain) if holder.get(key)), checkpoint)
+    found = next((holder[key] for holder, key in (*averaged, *plain)
+                  if isinstance(holder.get(key), dict) and holder[key]), checkpoint)
+    return without_prefix(found)
 
 
 def tokenizer_weights(checkpoint: dict[str, Any], prefer_ema: bool = True,
@@ -125,31 +215,12 @@ def tokenizer_weights(checkpoint: dict[str, Any], prefer_ema: bool = True,
         (flat weights, what they do not tell of the architecture; empty in files of others).
     """
     trainer = checkpoint.get('trainer', {})
-    for holder, config in ((trainer, trainer.get('config') if 'vae_wo_ddp' in trainer
-                            else trainer.get('vae_config')), (checkpoint, checkpoint.get('config'))):
-        for key in ('vae_ema', 'ema') * prefer_ema + ('vae_wo_ddp', 'vae_local', 'model', 'state_dict'):
-            if holder.get(key):
-                return holder[key], config or {}
-    return checkpoint, {}
-
-
-def newest_checkpoint(folder: str | os.PathLike, pattern: str) -> tuple[Path | None, dict[str, Any]]:
-    """The newest readable checkpoint of a folder; unreadable ones are named in the log and skipped.
-
-    Returns:
-        (path, checkpoint), or (None, {}) where the folder holds none.
-    Raises:
-        ValueError: there are checkpoints, and none can be read: starting anew would hide the loss.
-    """
-    def age(path: Path) -> tuple:  # by name where it tells: a copied folder has other times
-        return path.stem.endswith('-last'), path.stem.endswith('-prev'), path.stat().st_mtime_ns
-    files = sorted(Path(folder).glob(pattern), reverse=True, key=age)
-    for path in files:
-        try:
-            return path, load_file(path)
-        except ValueError as error:
-            logger.warning('%s; falling back to the next older checkpoint', error)
-    if files:
-        raise ValueError(f'none of the {len(files)} checkpoints in {folder} can be read: '
-                         'restore one, or move them away to start anew')
-    return None, {}
+    of_trainer = trainer.get('config') if 'vae_wo_ddp' in trainer else trainer.get('vae_config')
+    keys = ('vae_wo_ddp', 'vae_local', 'model', 'module', 'state_dict')
+    if prefer_ema:
+        keys = ('vae_ema', 'ema', *keys)
+    for holder, config in ((trainer, of_trainer), (checkpoint, checkpoint.get('config'))):
+        for key in keys:
+            if isinstance(holder.get(key), dict) and holder[key]:
+                return without_prefix(holder[key]), config if isinstance(config, dict) else {}
+    return without_prefix(checkpoint), {}

@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torchvision import models
 
-from utils.checkpoint import load_file
+from utils.checkpoint import load_with_digest
 from utils.digits import DigitsFeatures
-from utils.hub import sha256_of
 from utils.inception import MissingWeights
 from utils.misc import full_precision
 
@@ -74,13 +74,16 @@ def load_classifier(name: str, weights: str = '', device: torch.device | str = '
 
     entries = models.get_model_weights(name)
     path = _find_weights(name, entries.DEFAULT, weights, download)
-    digest = sha256_of(path)
     entry = next((entry for entry in entries if _published_name(entry)[0] == path.name), None)
-    if entry and not digest.startswith(_published_name(entry)[1]):
-        raise ValueError(f'{path} has SHA-256 {digest[:16]}..., expected {_published_name(entry)[1]}...: '
-                         f'download {entry.url} again, or rename the file if it is another on purpose')
+
+    def accept(digest: str) -> None:
+        if entry and not digest.startswith(_published_name(entry)[1]):
+            raise ValueError(f'{str(path)!r} has SHA-256 {digest[:16]}..., expected '
+                             f'{_published_name(entry)[1]}...: download {entry.url} again, or rename the '
+                             'file if it is another on purpose')
+    state, digest = load_with_digest(path, accept)
     preprocess = (entry or entries.DEFAULT).transforms()
-    network, num_classes = _load_network(name, path, preprocess.crop_size[0])
+    network, num_classes = _load_network(name, state, preprocess.crop_size[0], path)
     return Classifier(name, num_classes, digest, device, nn.Sequential(preprocess, network).to(device).eval())
 
 
@@ -109,9 +112,9 @@ def _find_weights(name: str, entry: models.WeightsEnum, weights: str, download: 
     return path
 
 
-def _load_network(name: str, path: Path, crop_size: int) -> tuple[nn.Module, int]:
-    """The network with these weights, and its number of classes."""
-    state = load_file(path)
+def _load_network(name: str, state: dict[str, Any], crop_size: int,
+                  path: Path) -> tuple[nn.Module, int]:
+    """The network with these weights, which are of `path`, and its number of classes."""
     options = {}  # that published weights were trained with and a bare network does not have
     if name.startswith('vit_'):
         options = dict(image_size=crop_size)
@@ -128,6 +131,6 @@ def _load_network(name: str, path: Path, crop_size: int) -> tuple[nn.Module, int
             network = models.get_model(name, num_classes=num_classes, **options)
         network.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f'{path} holds no weights of {name} ({" ".join(str(error).split())[:200]}): '
+        raise ValueError(f'{str(path)!r} holds no weights of {name} ({" ".join(str(error).split())[:200]}): '
                          'pass those of this network') from None
     return network, num_classes

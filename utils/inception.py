@@ -3,7 +3,6 @@
 The network and its TensorFlow-1 resize come from the optional package torch-fidelity; the layers that the
 original evaluation of ADM reads are taken from it here. Letters: B batch, F pool features, C classes.
 """
-import fcntl
 import logging
 import os
 import shutil
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from utils.checkpoint import atomic_path, load_file
+from utils.checkpoint import atomic_path, load_with_digest
+from utils.files import take_lock
 from utils.hub import sha256_of
 from utils.misc import full_precision
 
@@ -92,7 +92,7 @@ def _download(target: Path) -> Path:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f'.{target.name}.lock').open('w') as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # until it is closed
+        take_lock(lock, target.parent, wait=True)  # until it is closed
         if target.is_file():
             return target
         failures = []
@@ -112,9 +112,11 @@ def _download(target: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- network
-def _load_network(weights: Path, dtype: torch.dtype) -> nn.Module:
+def _load_network(state: dict[str, torch.Tensor], dtype: torch.dtype, path: Path) -> nn.Module:
     """The network of torch-fidelity, which gives pool features, with weights that can hold no code.
 
+    Args:
+        path: where they come from.
     Raises:
         ValueError: the package is missing, or the file holds other tensors.
     """
@@ -123,7 +125,6 @@ def _load_network(weights: Path, dtype: torch.dtype) -> nn.Module:
     except ImportError:
         raise ValueError("the Inception network is in the package torch-fidelity: "
                          "pip install 'torch-fidelity>=0.4,<0.6'") from None
-    state = load_file(weights)
     try:
         # torch-fidelity unpickles whatever its file holds, so that it gets one made of these tensors alone;
         # a plain dict has no versions of layers, and then batch norms need no num_batches_tracked
@@ -131,7 +132,7 @@ def _load_network(weights: Path, dtype: torch.dtype) -> nn.Module:
             torch.save(dict(state), tensors.name)
             network = FeatureExtractorInceptionV3('inception', [str(NUM_FEATURES)], tensors.name)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f'{weights} holds no Inception weights '
+        raise ValueError(f'{str(path)!r} holds no Inception weights '
                          f'({" ".join(str(error).split())[:200]}): pass the published file') from None
     network.feature_extractor_internal_dtype = dtype  # version 0.4 takes the name float64 for float32
     return network.to(dtype)
@@ -159,12 +160,14 @@ class InceptionFeatures:
     def __init__(self, path: str = '', device: torch.device | str = 'cpu', allow_unverified: bool = False,
                  cache: str = '', download: bool = False, dtype: str = 'float32'):
         weights = find_weights(path, cache, download)
-        self.digest = sha256_of(weights)
-        if self.digest != SHA256 and not allow_unverified:
-            raise ValueError(f'{weights} has {weights.stat().st_size:,} bytes and SHA-256 '
-                             f'{self.digest[:16]}..., expected {NUM_BYTES:,} and {SHA256[:16]}...: '
-                             'download it again, or pass --allow_unverified_weights for other weights')
-        network = _load_network(weights, getattr(torch, dtype))
+
+        def accept(digest: str) -> None:
+            if digest != SHA256 and not allow_unverified:
+                raise ValueError(f'{str(weights)!r} has {weights.stat().st_size:,} bytes and SHA-256 '
+                                 f'{digest[:16]}..., expected {NUM_BYTES:,} and {SHA256[:16]}...: '
+                                 'download it again, or pass --allow_unverified_weights for other weights')
+        state, self.digest = load_with_digest(weights, accept)
+        network = _load_network(state, getattr(torch, dtype), weights)
         self.network = network.to(device, memory_format=torch.channels_last)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 

@@ -6,7 +6,6 @@ Letters: B batch, N rows, F features, C classes, K chunks, 3HW image. `u8` marks
 import logging
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from scipy import linalg
 from torch.nn import functional as F
 
 import dist
+from utils.batches import read_npz_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,24 @@ def to_uint8(images_B3HW: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- PSNR, SSIM
+def check_same_shape(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Make sure that two batches can be compared image by image; broadcasting would give a number for any.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f'expected two batches of equal shape, got {tuple(a.shape)} and {tuple(b.shape)}: '
+                         'compare as many images, resized or cropped to one size')
+
+
 def mean_squared_error(a_u8: torch.Tensor, b_u8: torch.Tensor) -> torch.Tensor:
-    """(B,) float64 mean over channels and pixels, in squared grey levels."""
+    """(B,) float64 mean over channels and pixels, in squared grey levels.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    check_same_shape(a_u8, b_u8)
     return (a_u8.double() - b_u8.double()).square().flatten(1).mean(1)
 
 
@@ -37,7 +53,11 @@ def decibels(mse: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(images_u8: torch.Tensor, reconstructions_u8: torch.Tensor) -> torch.Tensor:
-    """(B,) float64 peak signal-to-noise ratio per image in dB; inf where both are identical."""
+    """(B,) float64 peak signal-to-noise ratio per image in dB; inf where both are identical.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     return decibels(mean_squared_error(images_u8, reconstructions_u8))
 
 
@@ -73,9 +93,10 @@ def ssim(images_u8: torch.Tensor, reconstructions_u8: torch.Tensor,
     Args:
         definition: a key of `SSIM_DEFINITIONS`.
     Raises:
-        ValueError: the images are smaller than the window.
+        ValueError: the images are smaller than the window, or the shapes differ.
     Source: Wang et al., IEEE TIP 2004.
     """
+    check_same_shape(images_u8, reconstructions_u8)
     window, factor, data_range, _ = SSIM_DEFINITIONS[definition]
     height, width = images_u8.shape[-2:]
     if min(height, width) < len(window):
@@ -173,18 +194,12 @@ def read_statistics(path: str | Path, num_features: int,
     wanted = ' and '.join(keys)
     if not zipfile.is_zipfile(path):
         raise ValueError(f'expected an npz file with {wanted}, found none at {path}: check the path')
+    shapes = dict(zip(keys, ((num_features,), (num_features, num_features)), strict=True))
     try:
-        with np.load(path) as archive:
-            arrays = [archive[key] for key in keys]
-        if any(array.dtype.kind not in 'fiu' for array in arrays):
-            raise ValueError(f'dtypes are {arrays[0].dtype} and {arrays[1].dtype}')
-        mu, sigma = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f'expected an npz file with {wanted}, cannot read {path} ({error}): '
-                         'pass reference statistics') from None
-    if mu.shape != (num_features,) or sigma.shape != (num_features, num_features):
-        raise ValueError(f'expected {wanted} of {num_features} features in {path}, got shapes '
-                         f'{tuple(mu.shape)} and {tuple(sigma.shape)}: pass statistics of the same network')
+        mu, sigma = (torch.from_numpy(array.astype(np.float64)) for array in read_npz_arrays(path, shapes))
+    except ValueError as error:
+        raise ValueError(f'expected an npz file with {wanted} of {num_features} features, cannot use {path} '
+                         f'({error}): pass reference statistics of the same network') from None
     asymmetry = (sigma - sigma.T).abs().max() / sigma.abs().max().clamp_min(1e-300)
     if not (mu.isfinite().all() and asymmetry <= 1e-6):  # false for nan, too
         raise ValueError(f'expected finite numbers and a symmetric sigma{suffix} in {path}, '

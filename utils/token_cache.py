@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from utils.batches import read_npy
 from utils.checkpoint import atomic_path
+from utils.files import read_json
 
 logger = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile)  # what numpy raises
 BEGUN, MANIFEST = 'settings.json', 'manifest.json'  # the same content; the latter when the cache is complete
 NAMES = ('moments', 'moments_flip')                 # the views of a published file of latents
 FLUSH_EVERY = 4096                                  # images between two syncs with the disk
+EARLIER = dict(exif=False)  # settings that earlier versions did not note, as they were then
 ENCODER = ('encoder.', 'quant_conv.', 'quantize.embedding.')  # what decides the tokens of an image
 
 
@@ -45,7 +48,7 @@ def read_note(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f'expected JSON in {path}, cannot read it ({error}): extract again, into another '
                          'folder') from None
@@ -66,10 +69,12 @@ def claim(folder: Path, description: dict[str, Any], remarks: dict[str, Any]) ->
         ValueError: another extraction was begun there.
     """
     begun = read_note(folder / BEGUN)
+    if begun:
+        begun = EARLIER | begun
     differing = sorted(name for name in description if begun and begun.get(name) != description[name])
     if differing:
-        raise ValueError(f'{folder} was begun with another {", ".join(differing)} (see {folder / BEGUN}): '
-                         'pass another folder, or remove that one')
+        raise ValueError(f'{str(folder)!r} was begun with another {", ".join(differing)} (see '
+                         f'{str(folder / BEGUN)!r}): pass another folder, or remove that one')
     write_note(folder / BEGUN, description | remarks)
 
 
@@ -85,7 +90,7 @@ class PackedTokens:
         self.path, self.mapped = folder / 'tokens.npy', None
         try:
             self.classes = manifest['classes']
-            self.targets = np.load(folder / 'labels.npy')
+            self.targets = read_npy(folder / 'labels.npy')
             self.shape = self._array().shape
             if not len(self.targets) == self.shape[0] == manifest.get('count', self.shape[0]):
                 raise ValueError(f'{len(self.targets)} labels, {self.shape[0]} images')
@@ -168,7 +173,8 @@ class CodeFiles:
         """(codes (A, L), label) of every image, by index."""
         for index in range(self.count):
             try:
-                yield np.load(self.codes / f'{index}.npy')[0], int(np.load(self.labels / f'{index}.npy')[0])
+                codes = read_npy(self.codes / f'{index}.npy')
+                yield codes[0], int(read_npy(self.labels / f'{index}.npy')[0])
             except UNREADABLE as error:
                 raise ValueError(f'expected {index}.npy, one of {self.count}, in {self.codes} and '
                                  f'{self.labels}, cannot read it ({error}): extract it again') from None

@@ -67,6 +67,27 @@ class Posterior:
         return self.elementwise_kl().flatten(1).sum(1)
 
 
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """The flat weights in a file of torch, on the CPU; they may be under 'model', as published ones are.
+
+    Raises:
+        ValueError: the file cannot be read, or holds anything but tensors by name.
+    """
+    wanted = f'expected a file of weights of torch, cannot read {path!r}'
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except OSError as error:
+        raise ValueError(f'{wanted} ({error.strerror or error}): check the path') from None
+    except Exception as error:  # foreign bytes make the unpickler raise anything
+        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f'{wanted} ({reason}): download it again, or pass another file') from None
+    state = content.get('model', content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f'{wanted}: it holds something else than tensors by name; pass the file of the '
+                         'weights alone')
+    return state
+
+
 class AutoencoderKL(Tokenizer):
     """Encoder, normal posterior, decoder; the tokens are `latent_BZhw`, a scaled sample of the posterior.
 
@@ -108,8 +129,7 @@ class AutoencoderKL(Tokenizer):
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         self.init_weights()
         if ckpt_path is not None:
-            content = torch.load(ckpt_path, map_location='cpu', weights_only=True)
-            load_weights(self, content.get('model', content), ckpt_path)
+            load_weights(self, read_weights(ckpt_path), repr(ckpt_path))
         if test_mode:
             self.eval().requires_grad_(False)
 
