@@ -22,11 +22,12 @@ import dist
 from models import FAMILIES, Tokenizer, build_tokenizer
 from utils.arg_util import make_parser
 from utils.checkpoint import load_file, lock_folder, tokenizer_weights
-from utils.data import crop_views, open_split
+from utils.data import check_labels, crop_views, open_split
 from utils.hub import fetch
 from utils.log import one_line_errors, progress_bar, setup_logging
+from utils.machine import automatic_workers
 from utils.misc import allow_tf32
-from utils.recipe import check_limits, opt
+from utils.recipe import check_limits, expand_paths, opt
 from utils.token_cache import (
     BEGUN,
     MANIFEST,
@@ -54,21 +55,27 @@ class ExtractSettings:
         **dict.fromkeys(('dataset', 'debug'), '--data_path is read, with torchrun or without')}
 
     model: str = opt('flowar', 'generator that the tokens are for: flowar or npp')
-    vae_ckpt: str = opt('', 'tokenizer weights, any file', 'vae_path vq_ckpt')
-    data_path: str = opt('/path/to/imagenet', 'data set, as for train.py')
-    cached_path: str = opt('', 'folder of the tokens', 'cached_path code_path')
+    vae_ckpt: str = opt('', 'tokenizer weights, any file', 'vae_path vq_ckpt', path=True)
+    data_path: str = opt('/path/to/imagenet', 'data set, as for train.py', path=True)
+    cached_path: str = opt('', 'folder of the tokens', 'cached_path code_path', path=True)
     split: str = opt('train', 'train or val')
+    exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
     image_size: int = opt(256, 'side of the crops in pixels', 'img_size image_size')
     ten_crop: bool = opt(False, 'corners and centre of a larger centre crop, instead of the centre alone')
     crop_range: float = opt(1.1, 'ten_crop: how much larger; published: 1.1, then 1.05 into another folder')
     layout: str = opt('packed', 'packed: one array; files: one npz per image, as published with MAR')
-    import_codes: str = opt('', 'pack the codes in this folder: one file per image, as published')
+    import_codes: str = opt('', 'pack the codes in this folder: one file per image, as published', path=True)
     batch_size: int = opt(128, 'views per batch')
-    workers: int = opt(10, 'loader processes per rank', 'num_workers')
+    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, up to the published 10; 0 loads in '
+                           'the main process', 'num_workers')
     tf32: bool = opt(True, 'allow TF32 products on CUDA')
 
     def __post_init__(self):
+        expand_paths(self)
         check_limits(self)
+        if self.workers < 0:
+            batch_bytes = self.batch_size * 3 * self.image_size ** 2 * 4
+            object.__setattr__(self, 'workers', automatic_workers(10, batch_bytes))
         if not self.cached_path:
             raise ValueError('expected a folder for the tokens: pass --cached_path=FOLDER')
         for name, allowed in (('model', ('flowar', 'npp')), ('split', ('train', 'val')),
@@ -117,12 +124,13 @@ def extract(settings: ExtractSettings) -> None:
     tokenizer.map_size(settings.image_size, settings.image_size)
     crop_range = settings.crop_range if settings.ten_crop else 0.
     images = open_split(settings.data_path, settings.split,
-                        partial(crop_views, size=settings.image_size, crop_range=crop_range))
+                        partial(crop_views, size=settings.image_size, crop_range=crop_range),
+                        exif=settings.exif)
     names = image_names(images, Path(settings.data_path) / settings.split)
     description = dict(
         tokenizer=weights_digest(tokenizer.state_dict()), image_size=settings.image_size, count=len(images),
-        crop_range=crop_range, layout=settings.layout, split=settings.split, classes=list(images.classes),
-        images=hashlib.sha256('\n'.join(names).encode()).hexdigest())
+        crop_range=crop_range, layout=settings.layout, split=settings.split, exif=settings.exif,
+        classes=list(images.classes), images=hashlib.sha256('\n'.join(names).encode()).hexdigest())
     writer = open_writer(settings, folder, names, tokenizer, device)
     with lock_folder(folder) if dist.is_master() else nullcontext():
         if dist.is_master():
@@ -194,6 +202,7 @@ def import_codes(settings: ExtractSettings) -> None:
             labels.append(label)
             bar.update(1)
         writer.flush()
+        check_labels(labels, str(files.labels))
         classes = [str(label) for label in range(max(labels) + 1)]
         finish(folder, read_note(folder / BEGUN) | dict(classes=classes), labels)
 

@@ -8,7 +8,7 @@ import numpy as np
 import dist
 from evaluation.features import FeatureSettings, extract, load_network
 from evaluation.images import check_output, refuse_overwriting
-from utils.arg_util import check_limits, opt
+from utils.arg_util import check_limits, expand_paths, opt
 from utils.batches import NUM_READERS, open_batch, pack_folder, shuffled, write_npz
 from utils.checkpoint import atomic_path
 from utils.data import build_transforms, open_split
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 class StatsSettings(FeatureSettings):
     """Settings of `evaluate.py stats`."""
 
-    images: str = opt('', 'npz or folder of PNG files', positional=True)
-    output: str = opt('', 'npz to write', positional=True)
+    images: str = opt('', 'npz or folder of PNG files', positional=True, path=True)
+    output: str = opt('', 'npz to write', positional=True, path=True)
     keep_images: bool = opt(False, 'store the images, too, as precision and recall need')
 
     def __post_init__(self):
@@ -58,8 +58,8 @@ class PackSettings:
     """Settings of `evaluate.py pack`."""
 
     folder: str = opt('', 'PNG files and, where known, labels.npy; or, with --image_size, a data set',
-                      positional=True)
-    output: str = opt('', 'npz to write', positional=True)
+                      positional=True, path=True)
+    output: str = opt('', 'npz to write', positional=True, path=True)
     count: int | None = opt(None, 'number of images that the folder must hold; None takes what is there')
     seed: int = opt(0, 'of the order')
     no_shuffle: bool = opt(False, 'keep the order of names; the Inception Score needs a mixed one')
@@ -67,8 +67,10 @@ class PackSettings:
     image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
                                        'of this side as the references of ADM')
     split: str = opt('val', 'of the data set: val or train')
+    exif: bool = opt(True, 'turn the images of a data set as their EXIF orientation says, as in training')
 
     def __post_init__(self):
+        expand_paths(self)
         if not (self.folder and self.output):
             raise ValueError('expected FOLDER and OUTPUT: evaluate.py pack FOLDER OUT.npz')
         check_limits(self)
@@ -98,7 +100,8 @@ def evaluate_pack(settings: PackSettings) -> None:
 def pack_data_set(settings: PackSettings, seed: int | None) -> None:
     """Centre crops of a split of a data set and their classes, as a reference of one's own."""
     size, count = settings.image_size, settings.count
-    images = open_split(settings.folder, settings.split, build_transforms(size, crop='adm')[1])
+    images = open_split(settings.folder, settings.split, build_transforms(size, crop='adm')[1],
+                        exif=settings.exif)
     if count not in (None, len(images)):
         raise ValueError(f'expected {count} images in {settings.folder}, got {len(images)}: correct --count')
     order = np.arange(len(images)) if seed is None else shuffled(len(images), seed)

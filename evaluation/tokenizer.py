@@ -7,7 +7,6 @@ reconstructions and code usage.
 """
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -25,12 +24,13 @@ from evaluation.images import write_json
 from evaluation.pairs import PairScores
 from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer
 from utils.amp_sc import autocast
-from utils.arg_util import PATCH_NUMS, check_limits, ints, opt
-from utils.checkpoint import load_file, tokenizer_weights
+from utils.arg_util import PATCH_NUMS, check_limits, expand_paths, ints, opt
+from utils.checkpoint import load_on_all_ranks, tokenizer_weights
 from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
 from utils.data_sampler import EvalDistributedSampler
-from utils.hub import fetch, lpips_state, sha256_of
+from utils.hub import fetch, lpips_state
 from utils.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
+from utils.machine import automatic_workers
 from utils.metrics import SSIM_DEFINITIONS, read_statistics, to_uint8
 from utils.misc import allow_tf32
 from utils.pictures import reconstruction_rows, save_png, usage_heat_map
@@ -49,36 +49,43 @@ Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and covariance of feature
 class TokenizerSettings:
     """Settings of `evaluate.py tokenizer`."""
 
-    ckpt: str = opt('', 'weights: a checkpoint of train.py, a released file, or a published name')
+    ckpt: str = opt('', 'weights: a checkpoint of train.py, a released file, or a published name', path=True)
     model: str = opt('', f'{", ".join(TOKENIZERS)}; empty recognises the weights, but a released flexvae, '
                          'whose keys are those of a vq16')
     weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step')
     pn: str = opt('', 'sides of the code maps of a vqvae, as in training; empty takes what the file says')
-    data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"')
+    data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"', path=True)
     split: str = opt('val', 'val or train')
+    exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
     num_images: int | None = opt(None, 'images, evenly spread over the split; None takes all')
     image_size: int | None = opt(None, 'side of the centre crops; None takes what the pyramid fixes, 32 for '
                                        'digits and toy, else 256')
     metrics: str = opt('', f'{", ".join(METRICS)} joined by ","; empty takes all that is possible here')
     ssim: str = opt('gauss11', 'definition of SSIM: ' + ', '.join(SSIM_DEFINITIONS))
     lpips_net: str = opt('vgg', 'network of LPIPS: vgg or alex')
-    lpips_vgg: str = opt('', "LPIPS: torchvision's weights of the network")
-    lpips_lin: str = opt('', 'LPIPS: linear heads, version 0.1')
-    lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin')
+    lpips_vgg: str = opt('', "LPIPS: torchvision's weights of the network", path=True)
+    lpips_lin: str = opt('', 'LPIPS: linear heads, version 0.1', path=True)
+    lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin', path=True)
     allow_download: bool = opt(False, 'LPIPS: fetch missing files')
-    inception_weights: str = opt('', f'rFID: its weights; empty tries ${VARIABLE}, --cache and the hub cache')
-    cache: str = opt(FeatureSettings.cache, 'rFID: folder for its weights')
+    inception_weights: str = opt('', f'rFID: its weights; empty tries ${VARIABLE}, --cache and the hub cache',
+                                 path=True)
+    cache: str = opt(FeatureSettings.cache, 'rFID: folder for its weights', path=True)
     allow_unverified_weights: bool = opt(False, 'rFID: accept other weights than the published ones')
-    reference: str = opt('', 'rFID: also against these statistics, an npz with mu and sigma')
+    reference: str = opt('', 'rFID: also against these statistics, an npz with mu and sigma', path=True)
     precision: int = opt(0, 'of the tokenizer: 0 float32, 1 float16, 2 bfloat16', 'fp16')
     tf32: bool = opt(False, 'allow TF32 products in the tokenizer on CUDA')
     batch_size: int = opt(32, 'images per batch and rank', 'bs')
-    workers: int = opt(min(4, (os.cpu_count() or 1) - 1), 'loader processes per rank; 0 loads in the main')
-    json: str = opt('', 'file for every value with its definition, the settings, versions and hashes')
-    pictures: str = opt('', 'folder for reconstructions.png and code_usage.png')
+    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, up to 4; 0 loads in the main process')
+    json: str = opt('', 'file for every value with its definition, the settings, versions and hashes',
+                    path=True)
+    pictures: str = opt('', 'folder for reconstructions.png and code_usage.png', path=True)
 
     def __post_init__(self):
+        expand_paths(self)
         check_limits(self)
+        if self.workers < 0:
+            batch_bytes = self.batch_size * 3 * (self.image_size or 256) ** 2 * 4
+            object.__setattr__(self, 'workers', automatic_workers(4, batch_bytes))
         if not self.ckpt:
             raise ValueError('expected the weights of a tokenizer: pass --ckpt=FILE')
         if not self.data_path:
@@ -134,11 +141,12 @@ def recognise(model: str, checkpoint: dict[str, Any], state: dict[str, torch.Ten
 
 
 def load_tokenizer(settings: TokenizerSettings, device: torch.device) -> tuple[Tokenizer, dict[str, Any]]:
-    """The frozen tokenizer, and where it comes from."""
+    """The frozen tokenizer, and where it comes from; every rank calls it, and all get the same weights."""
     path = fetch(settings.ckpt)
-    checkpoint = load_file(path)
+    checkpoint, digest = load_on_all_ranks(path)
     state, config = tokenizer_weights(checkpoint, settings.weights == 'ema')
-    averaged = state is not tokenizer_weights(checkpoint, prefer_ema=False)[0]
+    holders = checkpoint.keys() | checkpoint.get('trainer', {}).keys()
+    averaged = settings.weights == 'ema' and bool({'vae_ema', 'ema'} & holders)
     cls = recognise(settings.model, checkpoint, state, str(path))
     if settings.pn:
         if cls is not VQVAE:
@@ -148,7 +156,8 @@ def load_tokenizer(settings: TokenizerSettings, device: torch.device) -> tuple[T
     counters = state.get('quantize.ema_vocab_hit_SV')  # a row per scale
     if counters is not None and not settings.pn and len(counters) != len(tokenizer.quantize.v_patch_nums):
         raise ValueError(f'{path} does not tell the sides of its {len(counters)} code maps: pass --pn')
-    return tokenizer, dict(file=str(path), model=cls.__name__, weights='ema' if averaged else 'raw')
+    return tokenizer, dict(file=str(path), model=cls.__name__, weights='ema' if averaged else 'raw',
+                           sha256=digest)
 
 
 def load_images(settings: TokenizerSettings, tokenizer: Tokenizer) -> tuple[Dataset, int]:
@@ -163,7 +172,8 @@ def load_images(settings: TokenizerSettings, tokenizer: Tokenizer) -> tuple[Data
         raise ValueError(f'the pyramid {tokenizer.quantize.v_patch_nums} at stride {tokenizer.stride} is for '
                          f'images of {fixed} pixels, got --image_size={size}: pass the --pn of this size')
     tokenizer.map_size(size, size)
-    images = open_split(settings.data_path, settings.split, build_transforms(size, crop='adm')[1])
+    images = open_split(settings.data_path, settings.split, build_transforms(size, crop='adm')[1],
+                        exif=settings.exif)
     count = min(settings.num_images or len(images), len(images))
     return Subset(images, np.linspace(0, len(images), count, endpoint=False, dtype=int).tolist()), size
 
@@ -357,7 +367,7 @@ def evaluate_tokenizer(settings: TokenizerSettings) -> str | None:
         values = scores.scores(references) | latents
         report = dict(
             command='tokenizer', scores=values, skipped=skipped, definitions=definitions(settings, values),
-            checkpoint=source | dict(sha256=sha256_of(source['file'])),
+            checkpoint=source,
             images=f'{settings.data_path}/{settings.split}', num_images=len(images), image_size=size,
             pixels='ADM centre crop; 8 bits, 127.5 x + 127.5 rounded half up',
             settings=dataclasses.asdict(settings),

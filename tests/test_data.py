@@ -1,5 +1,9 @@
 """Data: order of images, transforms, keyed augmentation, data sets and their errors, the npz packer."""
 import itertools
+import logging
+import os
+import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -7,21 +11,26 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
 
 from tests.golden import assert_within, load_json, load_tensors, needs_rng
 from utils.data import (
     AdmRandomCrop,
+    ClassFolders,
     KeyedAugmentation,
     Shapes,
     adm_center_crop,
     build_dataset,
     build_transforms,
+    describe_data,
+    name_of,
     normalize_01_into_pm1,
     open_split,
     pil_loader,
 )
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
+from utils.images import ImageError
 from utils.misc import create_npz_from_sample_folder
 
 
@@ -34,7 +43,7 @@ def write_images(root, classes=('cat', 'dog'), splits=('train', 'val'), count=3,
     for split in splits:
         for c, name in enumerate(classes):
             folder = root / split / name
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 pixels = np.random.RandomState(10 * c + i).randint(0, 255, (size[1], size[0], 3),
                                                                    dtype=np.uint8)
@@ -271,12 +280,12 @@ def test_listed_images(tmp_path):
         (tmp_path / split).mkdir()
         for i, name in enumerate(('b.png', 'a c.png')):
             Image.new('RGB', (16, 16), (80 * i, 0, 0)).save(tmp_path / split / name)
-        (tmp_path / f'{split}.txt').write_text('b.png 2\na c.png 0\n')
+        (tmp_path / f'{split}.txt').write_text('b.png 1\na c.png 0\n')
     num_classes, train_set, _ = build_dataset(str(tmp_path), 16, mid_reso=1.)
-    assert num_classes == 3 and len(train_set) == 2
+    assert num_classes == 2 and len(train_set) == 2
     (first, label), (second, other) = train_set
-    assert (label, other) == (2, 0) and first[0].mean() < second[0].mean()
-    for text, message in (('b.png 2\nb.png\n', "line 2 of .*train.txt, got 'b.png'"), ('', 'empty list')):
+    assert (label, other) == (1, 0) and first[0].mean() < second[0].mean()
+    for text, message in (('b.png 2\nb.png\n', "line 2 of .*train.txt', got 'b.png'"), ('', 'empty list')):
         (tmp_path / 'train.txt').write_text(text)
         with pytest.raises(ValueError, match=message):
             build_dataset(str(tmp_path), 16)
@@ -287,10 +296,10 @@ def test_listed_images(tmp_path):
     (tmp_path / 'val.txt').unlink()
     names = build_dataset(str(tmp_path), 16)[1].classes
     for split in ('train', 'val'):  # as published: paths with the folders of the classes
-        lines = [f'{names[0]}/{path.name} 7\n' for path in (tmp_path / split / names[0]).iterdir()]
+        lines = [f'{names[0]}/{path.name} 0\n' for path in (tmp_path / split / names[0]).iterdir()]
         (tmp_path / f'{split}.txt').write_text(''.join(lines))
     num_classes, train_set, _ = build_dataset(str(tmp_path), 16)
-    assert num_classes == 8 and {label for _, label in train_set} == {7}
+    assert num_classes == 1 and {label for _, label in train_set} == {0}
 
 
 def test_missing_folder_is_named(tmp_path):
@@ -312,6 +321,338 @@ def test_empty_class_and_differing_classes(tmp_path):
     Image.new('RGB', (20, 20)).save(tmp_path / 'val' / 'emu' / '0.png')
     with pytest.raises(ValueError, match='same classes'):
         build_dataset(str(tmp_path), 16)
+
+
+# ---------------------------------------------------------------------------------------------- what is data
+def names_in(dataset):
+    return [Path(path).relative_to(dataset.root).as_posix() for path, _ in dataset.samples]
+
+
+def test_order_is_that_of_torchvision(tmp_path):
+    """So the numbers of images mean the same as they did for the published code."""
+    names = ['b/2.png', 'b/10.PNG', 'b/a/x.jpeg', 'b/a.a/x.png', 'b/a-a/x.webp', 'b/é.png', 'b/Z.tif',
+             'b/ .png', 'B/x y/1.ppm', 'B/x y.bmp', 'a b/deep/er/0.jpg', 'a b/deep.jpg', '10/1.png',
+             '9/1.pgm', 'b/a/notes.txt']
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / 'b' / 'empty').mkdir()
+    (tmp_path / 'elsewhere.png').touch()
+    (tmp_path / 'b' / 'link.png').symlink_to(tmp_path / 'elsewhere.png')
+    ours, theirs = (kind(str(tmp_path), loader=pil_loader, extensions=IMG_EXTENSIONS)
+                    for kind in (ClassFolders, DatasetFolder))
+    assert ours.samples == theirs.samples and len(ours.samples) == len(names)
+    assert ours.classes == theirs.classes and ours.class_to_idx == theirs.class_to_idx
+    assert ours.targets == theirs.targets
+
+
+def test_what_is_no_data_is_left_out(tmp_path, caplog):
+    write_images(tmp_path)
+    train = tmp_path / 'train'
+    before = names_in(open_split(str(tmp_path), 'train'))
+    image = (train / 'cat' / '0.png').read_bytes()
+    for name in ('cat/.ipynb_checkpoints/0.png', '.cache/0.png', '__MACOSX/0.png', 'cat/__MACOSX/0.png',
+                 'cat/._0.png', 'cat/@eaDir/0.png', 'dog/.hidden.png', 'lost+found/0.png', 'cat/.DS_Store'):
+        path = train / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    with caplog.at_level(logging.INFO):
+        assert names_in(open_split(str(tmp_path), 'train')) == before
+    assert not caplog.records
+    for name in ('cat/a.HEIC', 'cat/b.heic', 'dog/c.mov', 'cat/Thumbs.db', 'dog/README', 'dog/odd.a\nb'):
+        (train / name).touch()
+    with caplog.at_level(logging.INFO):
+        assert names_in(open_split(str(tmp_path), 'train')) == before
+    (record,) = caplog.records
+    line = record.getMessage()
+    assert 'left out 6 files' in line and '2 .heic, 1 ' in line and '1 without suffix' in line
+    assert len(line.splitlines()) == 1 and repr(str(train)) in line
+
+
+def test_links(tmp_path):
+    """Files and folders elsewhere are read; no link leads to an image of another class or split."""
+    root, other = write_images(tmp_path / 'root'), write_images(tmp_path / 'other', classes=('emu', 'cow'))
+    train = root / 'train'
+    expected = names_in(open_split(str(root), 'train'))
+    for name, target in [
+            ('cat/self', 'self'), ('cat/here', '.'), ('cat/up', '..'), ('cat/further', '../..'),
+            ('cat/absolute', train), ('dog/slash', '/'), ('nothing', 'nowhere'), ('loop', 'loop')]:
+        (train / name).symlink_to(target)
+    assert names_in(open_split(str(root), 'train')) == expected
+    (train / 'emu').symlink_to(other / 'train' / 'emu')
+    (train / 'cat' / 'more').symlink_to(other / 'train' / 'cow')
+    (train / 'cat' / 'z.png').symlink_to(other / 'train' / 'emu' / '1.png')
+    (other / 'train' / 'emu' / 'up').symlink_to('..')
+    dataset = open_split(str(root), 'train')
+    assert dataset.classes == ['cat', 'dog', 'emu']
+    assert names_in(dataset) == [*expected[:3], 'cat/z.png', *(f'cat/more/{i}.png' for i in range(3)),
+                                 *expected[3:], *(f'emu/{i}.png' for i in range(3))]
+    assert dataset[3][0].size == (40, 30)
+    link = tmp_path / 'link'
+    link.symlink_to(root)
+    assert names_in(open_split(str(link), 'train')) == names_in(dataset)
+
+
+# ---------------------------------------------------------------------------------------------- lists
+def listed(root, text, split='train'):
+    """A list of bytes beside three images a.png, b c.png and d.png."""
+    folder = root / split
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(('a', 'b c', 'd')):
+        Image.new('RGB', (16, 16), (50 * i, 0, 0)).save(folder / f'{name}.png')
+    (root / f'{split}.txt').write_bytes(text)
+    return open_split(str(root), split)
+
+
+@pytest.mark.parametrize('text', [
+    b'a.png 0\nb c.png 1\nd.png 0', b'\xef\xbb\xbfa.png 0\nb c.png 1\nd.png 0\n',
+    b'a.png 0\r\nb c.png 1\r\n\r\nd.png 0\r\n\r\n', b'a.png\t0\nb c.png\t 1\n \t\n\nd.png 0 \n\n\n'])
+def test_forms_of_lists(tmp_path, text):
+    images = listed(tmp_path, text)
+    assert [Path(path).name for path in images.paths] == ['a.png', 'b c.png', 'd.png']
+    assert images.targets == [0, 1, 0] and images.classes == ['0', '1']
+    assert [image.getpixel((0, 0))[0] for image, _ in map(images.__getitem__, range(3))] == [0, 50, 100]
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    (b'a.png 1\nd.png 2', r'train\.txt. has no image of class 0 \(1 of 3 .*classes begin at 0'),
+    (b'a.png 0\nd.png 2', r'no image of class 1 \(1 of 3'),
+    (b'a.png 0\nd.png 999999999999', r'no image of class 1 \('),  # as quick as the others
+    (b'a.png 0\nd.png -1', 'line 2 of '), (b'a.png 0\n\nd.png 1.5', 'line 3 of '), (b'a.png', 'line 1 of '),
+    ('a.png \u0661'.encode(), 'line 1 of '), (b'\n \n', 'empty list')])
+def test_refused_lists(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        listed(tmp_path, text)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_listed_file_that_is_missing(tmp_path):
+    images = listed(tmp_path, b'a.png 0\nx\xff.png 0\n')
+    with pytest.raises(ImageError, match=r'there is no file .*udcff\.png.*list'):
+        images[1]
+
+
+# ---------------------------------------------------------------------------------------------- advice
+def advice(root):
+    with pytest.raises(ValueError) as caught:
+        build_dataset(str(root), 16)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and repr(str(root))[1:-1] in message
+    return message
+
+
+def opens(root, classes=('cat', 'dog')):
+    _, train_set, val_set = build_dataset(str(root), 16)
+    assert train_set.classes == val_set.classes == list(classes) and len(train_set) and len(val_set)
+
+
+def move_part(root, source, target):
+    """One image of each class."""
+    for folder in sorted((root / source).iterdir()):
+        (root / target / folder.name).mkdir(parents=True)
+        image = sorted(folder.iterdir())[0]
+        image.rename(root / target / folder.name / image.name)
+
+
+def test_advice_for_class_folders_without_splits(tmp_path):
+    write_images(tmp_path, splits=('.',))
+    assert "2 folders of images itself (the first is 'cat'): move them into train/" in advice(tmp_path)
+    (tmp_path / 'train').mkdir()
+    for name in ('cat', 'dog'):
+        (tmp_path / name).rename(tmp_path / 'train' / name)
+    message = advice(tmp_path)  # the second half of the advice, if it was forgotten
+    assert 'a tenth say, from train/<class>/ to val/<class>/' in message
+    move_part(tmp_path, 'train', 'val')
+    opens(tmp_path)
+
+
+def test_advice_for_validation_images_alone(tmp_path):
+    write_images(tmp_path, splits=('val',))
+    assert 'nine tenths say, from val/<class>/ to train/<class>/' in advice(tmp_path)
+    move_part(tmp_path, 'val', 'train')
+    opens(tmp_path)
+
+
+def test_advice_for_flat_images(tmp_path):
+    write_images(tmp_path, classes=('.',), splits=('.',))
+    assert 'holds 3 images without folders: put them into train/<class>/' in advice(tmp_path)
+    (tmp_path / 'train').mkdir()
+    for path in tmp_path.glob('*.png'):
+        path.rename(tmp_path / 'train' / path.name)
+    assert 'holds 3 images but no class folder: put them into train/<class>/' in advice(tmp_path)
+    (tmp_path / 'train' / 'all').mkdir()
+    for path in (tmp_path / 'train').glob('*.png'):
+        path.rename(tmp_path / 'train' / 'all' / path.name)
+    move_part(tmp_path, 'train', 'val')
+    opens(tmp_path, ['all'])
+
+
+def test_advice_for_flat_validation(tmp_path):
+    write_images(tmp_path, splits=('train',))
+    write_images(tmp_path, classes=('.',), splits=('val',))
+    message = advice(tmp_path)
+    assert 'sort the images of val/ into class folders as in train/, or list them in val.txt' in message
+    for split in ('train', 'val'):
+        paths = sorted((tmp_path / split).rglob('*.png'))
+        names = [path.relative_to(tmp_path / split).as_posix() for path in paths]
+        (tmp_path / f'{split}.txt').write_text(''.join(f'{name} 0\n' for name in names))
+    opens(tmp_path, ['0'])
+    for split in ('train', 'val'):
+        (tmp_path / f'{split}.txt').unlink()
+    for name in ('cat', 'dog'):
+        (tmp_path / 'val' / name).mkdir()
+        shutil.copy(tmp_path / 'val' / '0.png', tmp_path / 'val' / name)
+    for path in (tmp_path / 'val').glob('*.png'):
+        path.unlink()
+    opens(tmp_path)
+
+
+def test_advice_for_empty_folders(tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path / split).mkdir()
+    assert 'holds no class folder and no images: put images into train/<class>/' in advice(tmp_path)
+    for split in ('train', 'val'):
+        (tmp_path / split / 'cat').mkdir()
+    message = advice(tmp_path)
+    assert "no valid file for 'cat' (1 in all)" in message and 'add images to it or remove' in message
+    (tmp_path / 'train' / 'cat' / '0.heic').touch()
+    assert 'other files there: 1 .heic' in advice(tmp_path)
+
+
+@pytest.mark.parametrize(('train', 'val'), [('Train', 'Val'), ('training', 'validation'), ('train', 'valid')])
+def test_advice_for_other_names_of_splits(tmp_path, train, val):
+    write_images(tmp_path, splits=(train, val))
+    for found, split in ((train, 'train'), (val, 'val')):
+        if found != split:
+            assert f'{found!r} is there: rename that folder to {split!r}'.replace(
+                repr(found), repr(str(tmp_path / found))) in advice(tmp_path)
+            (tmp_path / found).rename(tmp_path / split)
+    opens(tmp_path)
+
+
+def test_advice_for_a_folder_too_many(tmp_path):
+    write_images(tmp_path / 'My Photos')
+    inner = tmp_path / 'My Photos'
+    assert f'{str(inner)!r} holds train/ and val/: pass that as --data_path' in advice(tmp_path)
+    opens(inner)
+
+
+def test_advice_for_other_unicode_forms(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
+    write_images(tmp_path, classes=(composed,), splits=('train',))
+    write_images(tmp_path, classes=(decomposed,), splits=('val',))
+    message = advice(tmp_path)
+    assert 'so that both are composed or both decomposed' in message
+    assert ascii(composed) in message and ascii(decomposed) in message
+    (tmp_path / 'val' / decomposed).rename(tmp_path / 'val' / composed)
+    opens(tmp_path, [composed])
+
+
+# ---------------------------------------------------------------------------------------------- descriptions
+def test_description_tells_data_sets_apart(tmp_path):
+    def described():
+        return describe_data(open_split(str(tmp_path / 'a'), 'train', lambda image: image))
+    write_images(tmp_path / 'a')
+    first = described()
+    assert first['count'] == 6 and first == described()
+    shutil.copytree(tmp_path / 'a', tmp_path / 'elsewhere' / 'b')
+    for moved in (tmp_path / 'elsewhere' / 'b', f'{tmp_path}/elsewhere/b/', os.path.relpath(tmp_path / 'a')):
+        assert describe_data(open_split(str(moved), 'train')) == first
+    cat, dog = (tmp_path / 'a' / 'train' / name for name in ('cat', 'dog'))
+    seen = [first]
+    for change in (
+            lambda: (cat / '0.png').rename(cat / '9.png'),
+            lambda: (cat / '9.png').rename(dog / '9.png'),
+            lambda: shutil.copy(dog / '9.png', cat / '9.png'),
+            lambda: dog.rename(dog.with_name('bee'))):
+        change()
+        assert described() not in seen
+        seen.append(described())
+
+
+def test_description_of_lists_and_embedded_sets(tmp_path):
+    texts = (b'a.png 0\nd.png 0', b'd.png 0\na.png 0', b'a.png 0\nd.png 1', b'a.png 0\nb c.png 0')
+    descriptions = [describe_data(listed(tmp_path, text)) for text in texts]
+    assert len({description['digest'] for description in descriptions}) == 4
+    assert describe_data(listed(tmp_path, b'\na.png\t0\r\nd.png 0\n')) == descriptions[0]
+    (tmp_path / 'copy').mkdir()
+    assert describe_data(listed(tmp_path / 'copy', texts[0])) == descriptions[0]
+    digits = [describe_data(open_split('digits', split)) for split in ('train', 'val')]
+    assert [description['count'] for description in digits] == [1437, 360] and digits[0] != digits[1]
+    assert digits[0] == describe_data(open_split('digits', 'train'))
+    assert describe_data(open_split('toy', 'val'))['count'] == 1024
+
+
+def test_names_of_images(tmp_path):
+    images = open_split(str(write_images(tmp_path)), 'train')
+    assert name_of(images, 4) == str(tmp_path / 'train' / 'dog' / '1.png')
+    assert name_of(Subset(Subset(images, [4, 5]), [1]), 0) == str(tmp_path / 'train' / 'dog' / '2.png')
+    assert name_of(open_split('digits', 'val'), 3) == 'Digits[3]'
+    (tmp_path / 'listed').mkdir()
+    assert name_of(listed(tmp_path / 'listed', b'd.png 0'), 0) == str(tmp_path / 'listed' / 'train' / 'd.png')
+
+
+# --------------------------------------------------------------------------------------------- damaged images
+@pytest.fixture
+def damaged(tmp_path):
+    """Sixteen images, of which two cannot be read."""
+    write_images(tmp_path, count=8)
+    (tmp_path / 'train' / 'cat' / '3.png').write_bytes(b'not an image')
+    (tmp_path / 'train' / 'dog' / '0.png').write_bytes(b'')
+    return build_dataset(str(tmp_path), 16, hflip=True, mid_reso=1.5)[1]
+
+
+def items(dataset, num_workers, **kwargs):
+    """{(epoch, index): (image, label, damage)}, in batches of processes."""
+    keys = [(epoch, index) for epoch in range(2) for index in range(len(dataset))]
+    loader = DataLoader(KeyedAugmentation(dataset, replace_damaged=True, **kwargs),
+                        batch_sampler=[keys[i::4] for i in range(4)], num_workers=num_workers)
+    found = {}
+    for i, (images, labels, damages) in enumerate(loader):
+        assert isinstance(damages, (list, tuple)) and all(isinstance(damage, str) for damage in damages)
+        found |= {key: (image, int(label), damage) for key, image, label, damage
+                  in zip(keys[i::4], images, labels, damages, strict=True)}
+    return found
+
+
+def same(a, b):
+    return torch.equal(a[0], b[0]) and a[1:] == b[1:]
+
+
+def test_damaged_images_are_replaced(damaged):
+    found = items(damaged, 0, seed=5)
+    assert all(same(found[key], other) for key, other in items(damaged, 2, seed=5).items())
+    plain = KeyedAugmentation(damaged, seed=5)
+    for (epoch, index), (image, label, damage) in found.items():
+        if index in (3, 8):
+            path = name_of(damaged, index)
+            assert damage.startswith('expected an image') and repr(path) in damage and '\n' not in damage
+            with pytest.raises(ImageError):
+                plain[epoch, index]
+        else:
+            assert damage == '' and same((image, label), plain[epoch, index])
+    # what stands in for an image changes from epoch to epoch, and with the seed
+    stand_ins = [found[epoch, index][0] for epoch in range(2) for index in (3, 8)]
+    assert len({image.numpy().tobytes() for image in stand_ins}) > 2
+    assert not all(same(found[key], other) for key, other in items(damaged, 0, seed=6).items() if key[1] == 3)
+    one = KeyedAugmentation(damaged, seed=5, replace_damaged=True)[1, 8]
+    assert same(one, found[1, 8])  # whatever was read before
+
+
+def test_a_set_without_any_readable_image_is_refused(damaged):
+    for path, _ in damaged.samples:
+        Path(path).write_bytes(b'x')
+    with pytest.raises(ImageError, match=r'0\.png.* 19 others in its place cannot be read either') as caught:
+        KeyedAugmentation(damaged, seed=0, replace_damaged=True)[0, 0]
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_is_no_damage_is_not_hidden(damaged):
+    """Only images that cannot be read are replaced, not an error of the program."""
+    damaged.transform = lambda image: image.no_such_method()
+    with pytest.raises(AttributeError):
+        KeyedAugmentation(damaged, seed=0, replace_damaged=True)[0, 0]
 
 
 @pytest.mark.parametrize('content', [b'', b'not an image', None])

@@ -21,7 +21,7 @@ from models import AutoencoderKL, VQModel
 from tests.npp_vectors import load_json, load_tensors
 from tests.runs import BATCH, CLASSES, NUM_IMAGES, REPO, kill_tree, launch, make_folder, read, start
 from utils import data, token_cache
-from utils.data import KeyedAugmentation, adm_center_crop, crop_views, open_split
+from utils.data import KeyedAugmentation, adm_center_crop, crop_views, describe_data, open_split
 from utils.log import one_line_errors
 from utils.token_cache import PackedWriter, TokenCache, weights_digest
 
@@ -33,6 +33,7 @@ LAYOUTS = [('flowar', 'packed'), ('flowar', 'files'), ('npp', 'packed')]
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     """(image folder, tokenizer file, tokenizer) of FlowAR."""
+    torch.manual_seed(1)  # fixtures of a module are made before the seed of a test
     root = tmp_path_factory.mktemp('made')
     return make_folder(root / 'images'), *saved(AutoencoderKL(4, net='tiny', test_mode=True), root / 'kl.pth')
 
@@ -40,6 +41,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope='module')
 def families(made, tmp_path_factory):
     """The same by model, of NPP, too."""
+    torch.manual_seed(2)
     vq = VQModel(codebook_size=300, codebook_embed_dim=4, net='tiny', test_mode=True)
     return dict(flowar=made, npp=(made[0], *saved(vq, tmp_path_factory.mktemp('vq') / 'vq.pth')))
 
@@ -518,13 +520,69 @@ def test_array_of_another_extraction_is_refused(caches):
 
 @pytest.mark.parametrize(('more', 'message'), [
     (['--image_size=36'], 'multiples of the stride 8, got 36x36'),
-    (['--data_path=/nowhere'], 'expected class folders in /nowhere/train'),
+    (['--data_path=/nowhere'], "expected class folders in '/nowhere/train'"),
     (['--vq_ckpt=/nowhere.pth'], 'nowhere.pth')])
 def test_what_cannot_begin_leaves_no_folder(families, stops, tmp_path, more, message):
     for model, layout in LAYOUTS:
         own = [flag.replace('vq_ckpt', SPELLINGS[model][0]) for flag in (*more, f'--layout={layout}')]
         assert message in stops(extract, *flags(families[model], tmp_path / 'cache', *own, model=model))
         assert not (tmp_path / 'cache').exists()
+
+
+def test_caches_that_do_not_tell_about_orientation(families, caches, here, stops, tmp_path):
+    """Earlier versions read the pixels as they are stored, and did not say so."""
+    made = families['npp']
+    for name in ('finished', 'begun'):
+        shutil.copytree(caches / 'npp_packed', tmp_path / name)
+    finished, begun = tmp_path / 'finished', tmp_path / 'begun'
+    for path in (finished / 'settings.json', finished / 'manifest.json', begun / 'settings.json'):
+        note = json.loads(path.read_text())
+        del note['exif']
+        path.write_text(json.dumps(note))
+    (begun / 'manifest.json').unlink()
+    here(train, *training(made, tmp_path / 'out', f'--code_path={finished}', model='npp'))
+    for folder in (finished, begun):
+        line = stops(extract, *flags(made, folder, model='npp'))
+        assert f'{str(folder)!r} was begun with another exif' in line
+        here(extract, *flags(made, folder, '--exif=0', model='npp'))
+        assert json.loads((folder / 'manifest.json').read_text())['exif'] is False
+        assert 'another exif' in stops(extract, *flags(made, folder, model='npp'))
+
+
+def test_descriptions_of_caches(families, caches, here, tmp_path):
+    """The same for the same images wherever they lie, another one for other images."""
+    shutil.copytree(caches / 'npp_packed', tmp_path / 'moved')
+    first = describe_data(TokenCache(caches / 'npp_packed'))
+    assert first['count'] == 40 and first == describe_data(TokenCache(tmp_path / 'moved'))
+    assert first == describe_data(TokenCache(caches / 'npp_packed', fixed=True))
+    images = make_folder(tmp_path / 'images')
+    file = images / 'train' / 'ant' / '00.png'
+    file.rename(file.with_name('x.png'))
+    here(extract, *flags((images, *families['npp'][1:]), tmp_path / 'other', model='npp'))
+    assert describe_data(TokenCache(tmp_path / 'other')) != first
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_damaged_images_end_an_extraction_in_one_line(families, stops, tmp_path, workers):
+    images = make_folder(tmp_path / 'images')
+    path = images / 'train' / 'ant' / '00.png'
+    path.write_bytes(b'x')
+    line = stops(extract, *flags((images, *families['npp'][1:]), tmp_path / 'cache', f'--workers={workers}',
+                                 model='npp'))
+    assert line == (f'extract: expected an image, cannot read {str(path)!r} (its content is of no known '
+                    'image format): repair or remove the file')
+    assert not (tmp_path / 'cache' / 'manifest.json').exists()
+
+
+@pytest.mark.parametrize(('label', 'message'), [(2, 'no image of class 0 .*begin at 0'),
+                                                (2 ** 40, 'no image of class 0')])
+def test_imported_codes_have_no_empty_class(stops, tmp_path, label, message):
+    write_published(tmp_path / 'flip', count=3)
+    for i, value in enumerate((1, 3, label)):
+        np.save(tmp_path / 'flip' / 'imagenet32_labels' / f'{i}.npy', np.array([value]))
+    line = stops(extract, *import_flags(tmp_path / 'flip', tmp_path / 'cache'))
+    assert re.search(message, line) and 'imagenet32_labels' in line
+    assert not (tmp_path / 'cache' / 'manifest.json').exists()
 
 
 # ---------------------------------------------------------------------------------------------- import

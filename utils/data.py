@@ -2,31 +2,38 @@
 
 Pixels are float32 in [-1, 1], (3, H, W).
 """
+import hashlib
+import logging
 import math
-from collections.abc import Callable
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
-from torchvision.transforms import (
-    CenterCrop,
-    Compose,
-    InterpolationMode,
-    RandomCrop,
-    RandomHorizontalFlip,
-    Resize,
-    ToTensor,
-)
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
 from torchvision.transforms.functional import ten_crop, to_tensor
 
+import dist
+from utils.images import ImageError, ResizedCrop, is_data, read_image, resized_part
 from utils.misc import mix_seed
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 5  # every fifth digit is held out for validation
 EMBEDDED_SIZE = 32  # pixels per side of digits and shapes
+SPLIT_NAMES = {  # the name of a split -> how others call it, in lower case
+    'train': ('train', 'training'),
+    'val': ('val', 'valid', 'validation', 'eval'),
+}
+MAX_REPLACEMENTS = 20  # images that are tried in the place of one that cannot be read
 
 
 def normalize_01_into_pm1(x: torch.Tensor) -> torch.Tensor:
@@ -34,24 +41,9 @@ def normalize_01_into_pm1(x: torch.Tensor) -> torch.Tensor:
     return x.add(x).add_(-1)
 
 
-def pil_loader(path: str) -> Image.Image:
-    """The RGB image of a file; transparent parts show a white ground.
-
-    Raises:
-        ValueError: the file cannot be read as an image.
-    """
-    try:
-        with Path(path).open('rb') as file:
-            image = Image.open(file)
-            if image.mode.startswith('I'):  # 16-bit grey, which `convert` would clip
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA'):
-                image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            return image.convert('RGB')
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f'expected an image, cannot read {path} ({error}): '
-                         'repair or remove the file') from None
+def pil_loader(path: str, upright: bool = True) -> Image.Image:
+    """`read_image` under its published name."""
+    return read_image(path, upright)
 
 
 class Digits(Dataset):
@@ -152,23 +144,32 @@ EMBEDDED: dict[str, type[Dataset]] = {'digits': Digits, 'toy': Shapes}
 
 
 # ---------------------------------------------------------------------------------------------- transforms
-def adm_resize(image: Image.Image, side: int) -> Image.Image:
-    """The shorter side to `side` pixels: halved by box filter while twice as long or more, then bicubic."""
+def adm_crop(image: Image.Image, side: int, size: int,
+             place: Callable[[int, int], tuple[int, int]]) -> Image.Image:
+    """A square of size x size pixels after resizing as ADM does: the shorter side to `side` pixels.
+
+    The image is halved by a box filter while it is twice as long or more, then resized by a bicubic one.
+
+    Args:
+        place: (height, width) of the resized image -> (top, left) of the square.
+    """
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    top, left = place(height, width)
+    box = left, top, left + size, top + size
+    return resized_part(image, (width, height), Image.Resampling.BICUBIC, box)
 
 
 def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of size x size pixels, as in the evaluation of ADM (arXiv 2105.05233)."""
-    image = adm_resize(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return adm_crop(image, size, size, lambda height, width: ((height - size) // 2, (width - size) // 2))
 
 
 class AdmRandomCrop:
-    """A random square of size x size pixels after `adm_resize` to a side drawn from [size, size / min_ratio].
+    """A random square of size x size pixels after resizing as ADM does to a side drawn from [size, size /
+    min_ratio].
 
     Args:
         min_ratio: smallest share of the shorter side that the square may cover.
@@ -178,14 +179,26 @@ class AdmRandomCrop:
         self.size, self.largest = size, math.ceil(size / min_ratio)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        image = adm_resize(image, _draw(self.size, self.largest))
-        top, left = _draw(0, image.height - self.size), _draw(0, image.width - self.size)
-        return image.crop((left, top, left + self.size, top + self.size))
+        def place(height: int, width: int) -> tuple[int, int]:
+            top = _draw(0, height - self.size)
+            return top, _draw(0, width - self.size)
+        return adm_crop(image, _draw(self.size, self.largest), self.size, place)
 
 
 def _draw(low: int, high: int) -> int:
     """Uniform in [low, high], from torch's global generator, which `KeyedAugmentation` seeds."""
     return int(torch.randint(low, high + 1, ()))
+
+
+def _random_place(height: int, width: int, size: int) -> tuple[int, int]:
+    """Where torchvision's `RandomCrop` of this size would begin, by the same random numbers."""
+    top, left, *_ = RandomCrop.get_params(torch.empty(1, 1, 1).expand(1, height, width), (size, size))
+    return top, left
+
+
+def _central_place(height: int, width: int, size: int) -> tuple[int, int]:
+    """Where torchvision's `CenterCrop` of this size begins."""
+    return round((height - size) / 2), round((width - size) / 2)
 
 
 def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.125,
@@ -200,11 +213,11 @@ def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.1
     Raises:
         ValueError: another crop.
     """
-    resize = Resize(round(mid_reso * final_reso), interpolation=InterpolationMode.LANCZOS)
-    lanczos = [resize, RandomCrop((final_reso, final_reso))]
+    side = round(mid_reso * final_reso)
+    lanczos = [ResizedCrop(side, final_reso, partial(_random_place, size=final_reso))]
     adm_center = [partial(adm_center_crop, size=final_reso)]
     crops = {
-        'resize': (lanczos, [resize, CenterCrop((final_reso, final_reso))]),
+        'resize': (lanczos, [ResizedCrop(side, final_reso, partial(_central_place, size=final_reso))]),
         'adm': ([AdmRandomCrop(final_reso, 1 / mid_reso)], adm_center),
         'vae': (lanczos, adm_center),
     }
@@ -232,113 +245,322 @@ def crop_views(image: Image.Image, size: int, crop_range: float = 0.) -> torch.T
     return torch.stack([normalize_01_into_pm1(to_tensor(view)) for view in views])
 
 
-def open_split(data_path: str, split: str, transform: Callable | None = None) -> Dataset:
+def open_split(data_path: str, split: str, transform: Callable | None = None, exif: bool = True) -> Dataset:
     """One split, 'train' or 'val', of a data set; its items are (image, class id).
 
     Args:
         data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits' or 'toy'; or with
             `train.txt` and `val.txt`, lists of the images in `train/` and `val/`, see `ListedImages`.
         transform: PIL image -> tensor.
+        exif: turn images as their EXIF orientation says.
     Raises:
-        ValueError: the folder is missing or empty.
+        ValueError: the folder is missing or empty, or a class has no image.
     """
     if data_path in EMBEDDED:
         return EMBEDDED[data_path](split == 'train', transform)
-    folder = Path(data_path) / split
+    root = Path(data_path)
+    folder = root / split
     if not folder.is_dir():
-        raise ValueError(f'expected class folders in {folder}, found no such folder: '
-                         'pass --data_path=ROOT with ROOT/train and ROOT/val, --data_path=digits or toy')
+        raise ValueError(_advice_on_missing_split(root, split))
+    loader = partial(pil_loader, upright=exif)
     listing = folder.with_suffix('.txt')
     if listing.is_file():
-        return ListedImages(listing, folder, transform)
+        return ListedImages(listing, folder, transform, loader)
+    return ClassFolders(str(folder), loader=loader, extensions=IMG_EXTENSIONS, transform=transform)
+
+
+def _advice_on_missing_split(root: Path, split: str) -> str:
+    """What to do where there is no folder `split`, after a look at what there is."""
+    missing = f'expected class folders in {str(root / split)!r}, found no such folder'
+    folders = _folders(root)
+    for name in folders:
+        if name not in SPLIT_NAMES and name.lower() in SPLIT_NAMES[split]:
+            return f'{missing}, but {str(root / name)!r} is there: rename that folder to {split!r}'
+        if {'train', 'val'} <= set(_folders(root / name)):
+            return f'{missing}, but {str(root / name)!r} holds train/ and val/: pass that as --data_path'
+    other = 'val' if split == 'train' else 'train'
+    if other in folders:
+        share = 'a part of the images of each class, a tenth say,'
+        if split == 'train':
+            share = 'most images of each class, nine tenths say,'
+        return (f'{missing}, but {str(root / other)!r} is there: move {share} from {other}/<class>/ to '
+                f'{split}/<class>/, with the same names of classes')
+    in_classes = [name for name in folders if name != 'test' and _count_images(root / name)]
+    if in_classes:
+        return (f'{missing}; {str(root)!r} holds {len(in_classes)} folders of images itself (the first is '
+                f'{in_classes[0]!r}): move them into train/, and a part of the images of each, a tenth say, '
+                'into val/<class>/')
+    count = _count_images(root)
+    if count:
+        return (f'{missing}; {str(root)!r} holds {count} images without folders: put them into '
+                'train/<class>/, one folder per class, and a part of them, a tenth say, into val/<class>/')
+    return f'{missing}: pass --data_path=ROOT with ROOT/train and ROOT/val, --data_path=digits or toy'
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder that are data, sorted."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if is_data(entry.name) and _is_folder(entry))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is one, or a link to one; a link to itself, which cannot be followed, is none."""
     try:
-        return ClassFolders(str(folder), loader=pil_loader, extensions=IMG_EXTENSIONS, transform=transform)
-    except FileNotFoundError as error:
-        raise ValueError(f'expected images in every class folder of {folder}: {error}; '
-                         'add images to it or remove the folder') from None
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _count_images(folder: Path) -> int:
+    """Images directly in a folder."""
+    if not folder.is_dir():
+        return 0
+    names = [entry.name for entry in os.scandir(folder) if is_data(entry.name) and not _is_folder(entry)]
+    return len([name for name in names if name.lower().endswith(IMG_EXTENSIONS)])
 
 
 def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso: float = 1.125,
-                  crop: str = 'resize') -> tuple[int, Dataset, Dataset]:
+                  crop: str = 'resize', exif: bool = True) -> tuple[int, Dataset, Dataset]:
     """(number of classes, training set, validation set).
 
     Args:
         data_path: see `open_split`. Classes are the folder names in sorted order and must be the same in
             both splits.
-        final_reso, hflip, mid_reso, crop: see `build_transforms`.
+        final_reso, hflip, mid_reso, crop: see `build_transforms`. exif: see `open_split`.
     Raises:
         ValueError: a folder is missing or empty, or the classes differ.
     """
     train_aug, val_aug = build_transforms(final_reso, hflip, mid_reso, crop)
-    train_set, val_set = open_split(data_path, 'train', train_aug), open_split(data_path, 'val', val_aug)
+    train_set = open_split(data_path, 'train', train_aug, exif)
+    val_set = open_split(data_path, 'val', val_aug, exif)
     if isinstance(train_set, ListedImages) != isinstance(val_set, ListedImages):
-        raise ValueError(f'expected both train.txt and val.txt in {data_path}, or neither, found one: '
+        raise ValueError(f'expected both train.txt and val.txt in {data_path!r}, or neither, found one: '
                          'list the images of both, or rename the list to use class folders')
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))
-        raise ValueError(f'train/ and val/ of {data_path} must hold the same classes, '
+        forms = [unicodedata.normalize('NFC', name) for name in odd]
+        if len(set(forms)) < len(forms):
+            raise ValueError(f'train/ and val/ of {data_path!r} must hold the same classes; names look the '
+                             f'same but are spelt with other characters, such as '
+                             f'{", ".join(map(ascii, odd[:4]))}: '
+                             'rename the folders so that both are composed or both decomposed')
+        raise ValueError(f'train/ and val/ of {data_path!r} must hold the same classes, '
                          f'they differ in {odd[:5]} ({len(odd)} in all): add or remove these')
     return len(train_set.classes), train_set, val_set
 
 
+# ---------------------------------------------------------------------------------------------- what is data
+def files_below(folder: str, around: frozenset[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files that are data) for a folder and all below it; links are followed.
+
+    Args:
+        around: real paths of the folders that this one lies in; a link back to one of them ends there, as
+            everything would be found again below it, in a class to which it does not belong.
+    """
+    here = os.path.realpath(folder)
+    if around is None:
+        parents = [*Path(os.path.abspath(folder)).parents, *Path(here).parents]
+        around = frozenset(map(os.path.realpath, parents))
+    if here in around:
+        return
+    names, below = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not is_data(entry.name):
+                continue
+            if _is_folder(entry):
+                below.append(entry.path)
+            else:
+                names.append(entry.name)
+    yield folder, names
+    for path in below:
+        yield from files_below(path, around | {here})
+
+
 class ClassFolders(DatasetFolder):
-    """One folder of images per class; hidden folders, which notebooks leave behind, are no classes."""
+    """One folder of images per class, in the order of torchvision's `DatasetFolder`.
+
+    See `is_data` for what is left out without a word. Files whose suffix is not that of an image are counted
+    in one line of the log.
+
+    Raises:
+        ValueError: there is no class folder, or one without images.
+    """
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(path.name for path in Path(directory).iterdir()
-                         if path.is_dir() and not path.name.startswith('.'))
+        classes = _folders(Path(directory))
         if not classes:
-            raise FileNotFoundError(f'{directory} holds no class folder')
+            folder, count = Path(directory), _count_images(Path(directory))
+            if not count:
+                raise ValueError(f'{directory!r} holds no class folder and no images: put images into '
+                                 f'{folder.name}/<class>/, one folder per class, a part of them, a tenth '
+                                 'say, into val/<class>/ and the others into train/<class>/')
+            if folder.name == 'val':
+                raise ValueError(f'{directory!r} holds {count} images but no class folder: sort the images '
+                                 'of val/ into class folders as in train/, or list them in val.txt beside '
+                                 'it, and those of train/ in train.txt, one "path class" per line')
+            raise ValueError(f'{directory!r} holds {count} images but no class folder: put them into '
+                             f'{folder.name}/<class>/, one folder per class; a single class will do')
         return classes, {name: i for i, name in enumerate(classes)}
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], extensions: tuple[str, ...],
+                     **_: Any) -> list[tuple[str, int]]:
+        """(path, class id) of every image, sorted by class, folder and name."""
+        samples: list[tuple[str, int]] = []
+        left_out: Counter[str] = Counter()
+        empty = []
+        for name, label in sorted(class_to_idx.items()):
+            num_before = len(samples)
+            for folder, files in sorted(files_below(os.path.join(directory, name))):
+                for file in sorted(files):
+                    if file.lower().endswith(extensions):
+                        samples.append((os.path.join(folder, file), label))
+                    else:
+                        suffix = os.path.splitext(file)[1].lower()
+                        if not suffix.isprintable():
+                            suffix = repr(suffix)
+                        left_out[suffix or 'without suffix'] += 1
+            if len(samples) == num_before:
+                empty.append(name)
+        listing = ', '.join(f'{count} {suffix}' for suffix, count in left_out.most_common(8))
+        if empty:
+            others = f'; other files there: {listing}' if listing else ''
+            raise ValueError(f'expected images in every class folder of {directory!r}: no valid file for '
+                             f'{", ".join(map(repr, empty[:5]))} ({len(empty)} in all{others}), images end '
+                             f'with {", ".join(extensions)}; add images to it or remove the folder')
+        if left_out and dist.is_master():
+            logger.warning('left out %d files of %r that do not end as images do: %s', left_out.total(),
+                           directory, listing)
+        return samples
 
 
 class ListedImages(Dataset):
     """Images named in a text file, one `path class` per line: how the published FlexVAR reads ImageNet.
 
     Args:
-        listing: the text file; classes are integers from 0 on.
+        listing: the text file; classes are integers from 0 on, none of them without an image.
         folder: the paths are relative to it.
         transform: PIL image -> tensor.
+        loader: path -> PIL image.
     Raises:
-        ValueError: a line is not of this form, or there is none.
+        ValueError: a line is not of this form, there is none, or a class has no image.
     """
 
-    def __init__(self, listing: Path, folder: Path, transform: Callable | None = None):
-        self.paths, self.targets, self.transform = [], [], transform
-        for number, line in enumerate(listing.read_text().splitlines(), start=1):
-            path, _, label = line.strip().rpartition(' ')
-            if not path or not label.isdecimal():
-                raise ValueError(f'expected "path class" in line {number} of {listing}, got {line!r}: '
-                                 'correct it, or use class folders without the list')
-            self.paths.append(str(folder / path))
-            self.targets.append(int(label))
+    def __init__(self, listing: Path, folder: Path, transform: Callable | None = None,
+                 loader: Callable = pil_loader):
+        self.transform, self.loader = transform, loader
+        self.root = str(folder)
+        self.paths: list[str] = []
+        self.targets: list[int] = []
+        text = listing.read_text(encoding='utf-8-sig', errors='surrogateescape')  # without a byte order mark
+        for number, line in enumerate(text.split('\n'), start=1):
+            parts = line.strip().rsplit(maxsplit=1)
+            if not parts:
+                continue
+            if len(parts) < 2 or not (parts[1].isascii() and parts[1].isdecimal()):
+                raise ValueError(f'expected "path class" in line {number} of {str(listing)!r}, got '
+                                 f'{line[:200]!r}: correct it, or use class folders without the list')
+            self.paths.append(str(folder / parts[0]))
+            self.targets.append(int(parts[1]))
         if not self.paths:
-            raise ValueError(f'expected images in {listing}, got an empty list: use class folders without it')
+            raise ValueError(f'expected images in {str(listing)!r}, got an empty list: use class folders '
+                             'without it')
+        check_labels(self.targets, str(listing))
         self.classes = [str(label) for label in range(max(self.targets) + 1)]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple:
-        image = pil_loader(self.paths[index])
+        image = self.loader(self.paths[index])
         return self.transform(image) if self.transform else image, self.targets[index]
+
+
+def check_labels(targets: Sequence[int], source: str) -> None:
+    """Make sure that every class has an image: of one without, a generator would draw what it never saw.
+
+    Args:
+        targets: class id of every image.
+        source: the file or folder they come from, for the message.
+    Raises:
+        ValueError: a class has none.
+    """
+    seen = set(map(int, targets))
+    num_classes = max(seen) + 1
+    if len(seen) < num_classes:  # a wrong number may mean a billion classes: none of these is visited
+        first = next(label for label in range(num_classes) if label not in seen)
+        begins = 'classes begin at 0, and ' if first == 0 else ''
+        raise ValueError(f'{source!r} has no image of class {first} ({num_classes - len(seen)} of '
+                         f'{num_classes} classes are without): {begins}classes are numbered without gaps; '
+                         'correct the numbers')
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """Number of images, and a digest of their names and classes in order, as a checkpoint keeps them."""
+    paths = [path for path, _ in getattr(dataset, 'samples', ())] or getattr(dataset, 'paths', None)
+    targets = getattr(dataset, 'targets', ())
+    if isinstance(paths, list):
+        root = f'{getattr(dataset, "root", "")}{os.sep}'
+        lines = [f'{path.removeprefix(root)}\t{label}' for path, label in zip(paths, targets, strict=True)]
+        text = os.fsencode('\n'.join(lines))
+    else:  # embedded images, or stored tokens, whose manifest has a digest of the names of their images
+        manifests = getattr(dataset, 'manifests', [{}])
+        text = f'{type(dataset).__name__} {manifests[0].get("images")} '.encode()
+        text += np.asarray(targets, dtype=np.int64).tobytes()
+    return dict(count=len(dataset), digest=hashlib.sha256(text).hexdigest()[:16])
+
+
+def name_of(dataset: Dataset, index: int) -> str:
+    """The file of an image, or its number in a data set without files."""
+    if isinstance(dataset, Subset):
+        return name_of(dataset.dataset, dataset.indices[index])
+    samples, paths = getattr(dataset, 'samples', None), getattr(dataset, 'paths', None)
+    if samples:
+        return str(samples[index][0])
+    if isinstance(paths, list):
+        return str(paths[index])
+    return f'{type(dataset).__name__}[{index}]'
 
 
 class KeyedAugmentation(Dataset):
     """Items by (epoch, index), whose random transforms depend on (seed, epoch, index) alone.
 
     So augmentation is the same for any number of workers and ranks, and after any restart.
+
+    Args:
+        replace_damaged: items are (image, label, damage). Another image of the data set, which follows from
+            (seed, epoch, index) alone, stands in for one that cannot be read, and `damage` says why it could
+            not; else it is empty.
+    Raises:
+        ImageError: one image after the other cannot be read.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset, seed: int, replace_damaged: bool = False):
+        self.dataset, self.seed, self.replace_damaged = dataset, seed, replace_damaged
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]):
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
+        if not self.replace_damaged:
+            return self._drawn(index, epoch, index)
+        damage = ''
+        for attempt in range(MAX_REPLACEMENTS):
+            chosen = index
+            if attempt > 0:
+                chosen = mix_seed(self.seed, epoch, index, attempt) % len(self.dataset)
+            try:
+                image, label = self._drawn(chosen, epoch, index)
+                return image, label, damage
+            except ImageError as error:
+                damage = damage or str(error)
+        raise ImageError(f'{damage}; {MAX_REPLACEMENTS - 1} others in its place cannot be read either')
+
+    def _drawn(self, chosen: int, epoch: int, index: int) -> tuple:
+        """Item `chosen`, with the random numbers of item `index` of an epoch."""
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             # not torch.manual_seed, which also notes a seed for every device: transforms draw on the CPU
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
-            return self.dataset[index]
+            return self.dataset[chosen]

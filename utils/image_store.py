@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from utils.checkpoint import atomic_path
+from utils.images import reason_of
 
 MAX_WAITING = 512  # images in memory that wait for being written: 100 MB at 256 pixels
 
@@ -103,11 +104,14 @@ class PngStore(ImageStore):
         try:
             with Image.open(self._path(i)) as image:
                 if image.mode != 'RGB':
-                    raise OSError(f'its mode is {image.mode}')
+                    raise ValueError(f'its mode is {image.mode}')
                 return np.asarray(image)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f'expected an image of sample.py, cannot read {self._path(i)} ({error}): '
-                             'remove the file and run the same command again') from None
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged headers make Pillow's readers raise anything
+            raise ValueError(f'expected an image of sample.py, cannot read {str(self._path(i))!r} '
+                             f'({reason_of(error)}): remove the file and run the same command '
+                             'again') from None
 
     def _path(self, i: int) -> Path:
         return self.folder / f'{i:06d}.png'
@@ -145,7 +149,7 @@ class PieceStore(ImageStore):
         try:
             return np.load(path, mmap_mode='r')[row]
         except (OSError, EOFError, ValueError, IndexError) as error:
-            raise ValueError(f'expected images of sample.py, cannot read {path} ({error}): '
+            raise ValueError(f'expected images of sample.py, cannot read {str(path)!r} ({reason_of(error)}): '
                              'remove the file and run the same command again') from None
 
     def discard(self) -> None:
