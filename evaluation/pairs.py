@@ -10,6 +10,7 @@ import dist
 from utils.metrics import (
     SSIM_DEFINITIONS,
     FeatureStatistics,
+    check_same_shape,
     decibels,
     frechet_distance,
     mean_squared_error,
@@ -47,7 +48,10 @@ class PairScores:
         Args:
             suffix: marks smaller views of images that are rated in full, too: appended to the names. These
                 views have no distances and features, and no SSIM where its window is larger than they are.
+        Raises:
+            ValueError: the shapes of the two differ.
         """
+        check_same_shape(originals_u8, reconstructions_u8)
         pair = originals_u8, reconstructions_u8
         values = {}
         if self.with_psnr:

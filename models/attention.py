@@ -19,8 +19,17 @@ def optional_module(name: str):
     """The imported module, or None when it is not installed or does not load on this machine."""
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError):
+    except Exception:  # a package built for another torch or another GPU raises anything while it loads
         return None
+
+
+def has_functions(name: str, *functions: str) -> bool:
+    """Whether an optional module is there with what is needed of it.
+
+    An empty folder of that name is a module as well, and builds for some machines lack functions.
+    """
+    module = optional_module(name)
+    return all(callable(getattr(module, function, None)) for function in functions)
 
 
 def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtype, has_bias: bool,
@@ -40,9 +49,12 @@ def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtyp
     """
     on_cuda = torch.device(device).type == 'cuda'
     suits = {
-        'flash': lambda: on_cuda and dtype in HALF and not has_bias and optional_module('flash_attn'),
+        'flash': lambda: (on_cuda and dtype in HALF and not has_bias
+                          and has_functions('flash_attn', 'flash_attn_func')),
         'xformers': lambda: (on_cuda and dtype in (*HALF, torch.float32)
-                             and (not has_bias or num_keys % 8 == 0) and optional_module('xformers.ops')),
+                             and (not has_bias or num_keys % 8 == 0)
+                             and has_functions('xformers.ops', 'memory_efficient_attention',
+                                               'LowerTriangularMask')),
         'sdpa': lambda: True,
     }
     if requested == 'auto':

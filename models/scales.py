@@ -45,6 +45,8 @@ def scale_name(size: Sequence[int]) -> str:
 def rect_schedule(patch_nums: Sequence[Side], height: int, width: int) -> tuple[tuple[int, int], ...]:
     """Sizes of a pyramid stretched to end at height x width tokens, beginning with 1x1, none twice in a row.
 
+    A first side that is stretched to more than 1x1 becomes 1x1, so that no step is added.
+
     Raises:
         ValueError: the pyramid or the size is empty.
     """
@@ -53,9 +55,14 @@ def rect_schedule(patch_nums: Sequence[Side], height: int, width: int) -> tuple[
         raise ValueError(f'expected sides of code maps and a size of at least 1x1, got {tuple(patch_nums)} '
                          f'and {height}x{width}: pass both')
     last_rows, last_columns = given[-1]
-    sizes = [(1, 1)]
-    for rows, columns in given:
-        size = max(1, round(rows * height / last_rows)), max(1, round(columns * width / last_columns))
+    stretched = [(max(1, round(rows * height / last_rows)), max(1, round(columns * width / last_columns)))
+                 for rows, columns in given]
+    if len(stretched) > 1 or stretched[0] == (1, 1):
+        stretched[0] = 1, 1
+    else:
+        stretched.insert(0, (1, 1))  # a single scale is the last one, and every pyramid begins with 1x1
+    sizes = stretched[:1]
+    for size in stretched[1:]:
         if size != sizes[-1]:
             sizes.append(size)
     return tuple(sizes)

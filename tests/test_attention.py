@@ -1,4 +1,5 @@
 """One attention call over several kernels, the choice of the kernel, and the key/value cache."""
+import sys
 import types
 
 import pytest
@@ -186,6 +187,31 @@ def test_choice_follows_what_is_installed(packages, monkeypatch, installed, half
 def test_unknown_kernel():
     with pytest.raises(ValueError, match=r"auto or one of \['flash', 'xformers', 'sdpa'\], got 'triton'"):
         choose_backend('triton', 'cpu', F32, False)
+
+
+@pytest.mark.parametrize(('name', 'content'), [
+    ('flash_attn', {}), ('flash_attn', dict(flash_attn_func=3)),
+    ('xformers.ops', {}), ('xformers.ops', dict(memory_efficient_attention=len)),
+    ('flash_attn', None), ('xformers.ops', None)])
+def test_a_package_without_its_function_is_not_installed(monkeypatch, name, content):
+    """A namespace left by another package, a build for another machine, one that fails while it loads."""
+    optional_module.cache_clear()
+    for other in ('flash_attn', 'xformers', 'xformers.ops'):
+        monkeypatch.setitem(sys.modules, other, None)  # not installed
+    if content is None:
+        def broken(module):
+            raise RuntimeError('undefined symbol')
+        monkeypatch.setattr(attention.importlib, 'import_module', broken)
+    else:
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, 'xformers', types.ModuleType('xformers'))
+        monkeypatch.setitem(sys.modules, name, module)
+    assert choose_backend('auto', 'cuda', torch.float16, has_bias=False) == 'sdpa'
+    for backend in ('flash', 'xformers'):
+        with pytest.raises(ValueError, match='cannot run here'):
+            choose_backend(backend, 'cuda', torch.float16, has_bias=False)
+    optional_module.cache_clear()
 
 
 def test_optional_module():

@@ -87,7 +87,7 @@ def test_statistics_of_two_networks_in_one_file(tmp_path):
     assert read_statistics(path, 3)[0].tolist() == [0, 0, 0]
     del arrays['sigma_s']
     np.savez(path, **arrays)
-    with pytest.raises(ValueError, match=r'mu_s and sigma_s, cannot read .*sigma_s is not a file'):
+    with pytest.raises(ValueError, match=r'mu_s and sigma_s of .*cannot use .*it has no sigma_s'):
         read_statistics(path, 2, '_s')
     noise = np.random.RandomState(0).rand(50, 50)
     np.savez_compressed(path, mu=np.zeros(50), sigma=noise + noise.T)
@@ -310,6 +310,9 @@ print(peak() - before)
     assert float(run.stdout) < 110
 
 
+NEW_PRECISION = hasattr(torch.backends.cuda.matmul, 'fp32_precision')
+
+
 def test_settings_of_precision_are_the_callers_again():
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 
@@ -321,12 +324,44 @@ def test_settings_of_precision_are_the_callers_again():
         torch.set_float32_matmul_precision('high')
         cudnn.allow_tf32 = matmul.allow_fp16_reduced_precision_reduction = True
         with pytest.raises(KeyError), full_precision():
-            assert settings() == ('highest', False, False)
+            assert not cudnn.allow_tf32 and not matmul.allow_fp16_reduced_precision_reduction
+            assert torch.get_float32_matmul_precision() == 'highest'
             raise KeyError
         assert settings() == ('high', True, True)
     finally:
         torch.set_float32_matmul_precision(original[0])
         cudnn.allow_tf32, matmul.allow_fp16_reduced_precision_reduction = original[1:]
+
+
+@pytest.mark.skipif(not NEW_PRECISION, reason='torch has one setting of precision for all backends')
+@pytest.mark.parametrize('place', ['matmul', 'conv', 'everything'])
+def test_precision_set_backend_by_backend_neither_breaks_anything_nor_is_lost(place):
+    """Once a caller has used the newer settings, torch refuses to read the older ones."""
+    code = f'''
+import torch
+from models import VQVAE
+from utils.digits import DigitsFeatures
+from utils.misc import full_precision
+backends = dict(matmul=torch.backends.cuda.matmul, conv=torch.backends.cudnn.conv, everything=torch.backends)
+backends['{place}'].fp32_precision = 'tf32'
+def settings():
+    return [b.fp32_precision for b in (*backends.values(), torch.backends.cudnn, torch.backends.cudnn.rnn,
+                                       torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)]
+before = settings()
+images = torch.rand(2, 3, 16, 16)
+vae = VQVAE(vocab_size=32, z_channels=8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, v_patch_nums=(1, 2, 4))
+assert len(vae.encode(images * 2 - 1)) == 3 and settings() == before
+DigitsFeatures().outputs((images * 255).byte())
+assert settings() == before
+with full_precision():
+    assert 'tf32' not in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+assert settings() == before
+torch.backends.fp32_precision = 'ieee'  # what followed it still does
+assert '{place}' != 'everything' or torch.backends.cuda.matmul.fp32_precision == 'ieee'
+'''
+    run = subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=REPO, text=True,
+                         capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')

@@ -1,7 +1,12 @@
 """Sampling filters, guidance, label dropout, drop path and their draws per image."""
+import itertools
+import random
+import warnings
+
 import pytest
 import torch
 
+from models import VQVAE
 from models.helpers import (
     DropPath,
     draw_rows,
@@ -15,8 +20,12 @@ from models.helpers import (
     part_ways,
     sample_with_top_k_top_p_,
 )
+from models.tokenizers.codebook import float32_matmul
 from tests import golden
 from tests.golden import assert_within
+from tests.runs import TINY_VQVAE
+from utils.manifolds import precision_recall
+from utils.misc import allow_tf32, full_precision
 
 FILTERS = golden.load_json('topk_topp')['cases']
 
@@ -261,3 +270,125 @@ def test_global_rows_end_with_their_context():
     assert torch.equal(draw(), outside)
     torch.manual_seed(2)
     assert torch.equal(shifted, (torch.rand(8)[4:] < 0.5).long())
+
+
+# ------------------------------------------------------------ float32 precision
+BACKENDS, MATMUL, CUDNN = torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn
+HAS_NEWER = hasattr(MATMUL, 'fp32_precision')  # since torch 2.9
+NEWER = [BACKENDS, CUDNN, MATMUL, CUDNN.conv, CUDNN.rnn, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv,
+         BACKENDS.mkldnn.rnn] if HAS_NEWER else []
+needs_newer = pytest.mark.skipif(not HAS_NEWER, reason='torch before 2.9 has the older settings alone')
+
+
+def read(getter):
+    try:
+        return getter()
+    except RuntimeError:  # the newer settings contradict it
+        return 'contradiction'
+
+
+def precisions():
+    return ([setting.fp32_precision for setting in NEWER], read(torch.get_float32_matmul_precision),
+            read(lambda: CUDNN.allow_tf32), read(lambda: MATMUL.allow_tf32),
+            MATMUL.allow_fp16_reduced_precision_reduction)
+
+
+@pytest.fixture
+def precision():
+    """Silence and the defaults of torch, before and after."""
+    def reset():
+        torch.set_float32_matmul_precision('highest')
+        CUDNN.allow_tf32 = True
+        for setting in NEWER:
+            setting.fp32_precision = 'none'
+        if NEWER:
+            CUDNN.conv.fp32_precision = CUDNN.rnn.fp32_precision = 'tf32'
+        MATMUL.allow_fp16_reduced_precision_reduction = True
+    reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        yield
+    reset()
+
+
+@pytest.fixture(scope='module')
+def vqvae():
+    return VQVAE(**TINY_VQVAE).eval()
+
+
+def encode_and_score(vqvae):
+    images_B3HW = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    rows = torch.arange(12.).view(6, 2)
+    return [*vqvae.encode(images_B3HW), torch.tensor(precision_recall(rows, rows + 0.5))]
+
+
+@needs_newer
+@pytest.mark.parametrize('value', ['tf32', 'ieee', 'none'])
+@pytest.mark.parametrize('number', range(len(NEWER)))
+def test_any_newer_setting_of_the_caller_is_kept(precision, vqvae, number, value):
+    """Such as torch.backends.cuda.matmul.fp32_precision: nothing raises, warns, or is changed."""
+    expected = encode_and_score(vqvae)
+    NEWER[number].fp32_precision = value
+    before = precisions()
+    for ours, theirs in zip(encode_and_score(vqvae), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert precisions() == before
+
+
+@needs_newer
+@pytest.mark.parametrize('seed', range(8))
+def test_contradicting_settings_are_restored_exactly(precision, seed):
+    """What a setting shows may be that of a more general one; both are the same afterwards."""
+    rng = random.Random(seed)
+    for _ in range(10):
+        for setting in rng.sample(NEWER, 3):
+            setting.fp32_precision = rng.choice(['none', 'ieee', 'tf32'])
+        if rng.random() < 0.4:
+            torch.set_float32_matmul_precision(rng.choice(['high', 'highest', 'medium']))
+        if rng.random() < 0.4:
+            CUDNN.allow_tf32 = rng.random() < 0.5
+        MATMUL.allow_fp16_reduced_precision_reduction = rng.random() < 0.5
+        before = precisions()
+        with full_precision():
+            assert {setting.fp32_precision for setting in NEWER} <= {'none', 'ieee'}
+            assert precisions()[1:] == ('highest', False, False, False)
+        with float32_matmul():
+            assert MATMUL.fp32_precision in ('none', 'ieee') and not MATMUL.allow_tf32
+            assert torch.get_float32_matmul_precision() == 'highest'
+        assert precisions() == before
+        shown = before[0][:2]
+        for setting in NEWER[:2]:  # what the special ones hold themselves is the same, too
+            setting.fp32_precision = 'none'
+        own = precisions()[0]
+        for setting, value in zip(NEWER[:2], shown, strict=True):
+            setting.fp32_precision = value
+        with pytest.raises(KeyError), full_precision(), float32_matmul():
+            raise KeyError
+        for setting in NEWER[:2]:
+            setting.fp32_precision = 'none'
+        assert precisions()[0] == own
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_tf32_of_a_command_wins(precision, seed):
+    """The settings agree afterwards, so the older ones can be read as libraries do."""
+    rng = random.Random(seed)
+    for setting in rng.sample(NEWER, 3) if NEWER else ():
+        setting.fp32_precision = rng.choice(['ieee', 'tf32'])
+    for allowed in (True, False):
+        allow_tf32(allowed)
+        assert CUDNN.allow_tf32 is allowed
+        on_cuda = allowed and torch.cuda.is_available()
+        assert torch.get_float32_matmul_precision() == ('high' if on_cuda else 'highest')
+        assert MATMUL.allow_tf32 is on_cuda
+        if NEWER:
+            assert CUDNN.conv.fp32_precision == CUDNN.rnn.fp32_precision == ('tf32' if allowed else 'ieee')
+
+
+def test_older_settings_of_the_caller_are_kept(precision, vqvae):
+    for older, flag in itertools.product(('high', 'medium', 'highest'), (True, False)):
+        torch.set_float32_matmul_precision(older)
+        CUDNN.allow_tf32 = flag
+        before = precisions()
+        encode_and_score(vqvae)
+        assert precisions() == before and before[1:3] == (older, flag)

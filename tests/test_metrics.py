@@ -11,11 +11,14 @@ from PIL import Image
 from scipy.ndimage import uniform_filter
 
 import dist
+import trainer
 from evaluation.pairs import PairScores
+from models.tokenizers.losses import LPIPS, PyramidLoss
 from models.tokenizers.usage import CodeUsage
 from utils.metrics import (
     SSIM_DEFINITIONS,
     FeatureStatistics,
+    mean_squared_error,
     psnr,
     read_statistics,
     ssim,
@@ -39,6 +42,20 @@ def test_eight_bits_round_half_up_and_clamp():
     x = torch.tensor([-1.5, -1., (10.5 - 127.5) / 127.5, 0., 1., 7.])
     assert to_uint8(x).tolist() == [0, 0, 11, 128, 255, 255]
     assert to_uint8(torch.tensor([0.5], dtype=torch.bfloat16)).item() == 191
+
+
+@pytest.mark.parametrize(('first', 'second'), [
+    ((4, 3, 16, 16), (1, 3, 16, 16)), ((2, 3, 16, 16), (2, 1, 16, 16)), ((2, 3, 16, 16), (2, 3, 16, 1)),
+    ((2, 3, 16, 16), (3, 16, 16))])
+def test_images_of_other_shapes_are_never_broadcast(first, second):
+    pair = noise_u8(*first), noise_u8(*second)
+    pairs = PairScores()
+    for compare in (psnr, mean_squared_error, ssim, pairs.add, PyramidLoss(), LPIPS(),
+                    trainer.psnr):
+        with pytest.raises(ValueError, match='of equal shape'):
+            compare(*pair)
+        with pytest.raises(ValueError, match='of equal shape'):
+            compare(*reversed(pair))
 
 
 @pytest.mark.parametrize('name', CASES['psnr_ssim'])

@@ -1,7 +1,9 @@
 """Seeding, float32 precision, resume in upstream's form, and the npz packer of sample folders."""
+import functools
 import random
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import torch
 
 from utils.batches import FolderBatch, write_npz
 from utils.checkpoint import newest_checkpoint
+from utils.log import MetricLogger, SmoothedValue, TensorboardLogger  # where the published code has them
 
-__all__ = ['allow_tf32', 'auto_resume', 'create_npz_from_sample_folder', 'full_precision', 'mix_seed',
-           'seed_everything']
+__all__ = ['MetricLogger', 'SmoothedValue', 'TensorboardLogger', 'allow_tf32', 'auto_resume',
+           'create_npz_from_sample_folder', 'full_precision', 'mix_seed', 'seed_everything']
 
 
 def mix_seed(*keys: int) -> int:
@@ -33,7 +36,7 @@ def auto_resume(args: Any, pattern: str = 'ar-ckpt*.pth') -> tuple[list[str], in
     Returns:
         (lines for the log, epoch, iteration, state of the trainer, settings); zeros and empty without one.
     """
-    path, checkpoint = newest_checkpoint(args.local_out_dir_path, pattern)
+    path, checkpoint, *_ = newest_checkpoint(args.local_out_dir_path, pattern)
     if path is None:
         return [f'no {pattern} in {args.local_out_dir_path}, starting anew'], 0, 0, {}, {}
     epoch, iteration = checkpoint['epoch'], checkpoint['iter']
@@ -41,25 +44,77 @@ def auto_resume(args: Any, pattern: str = 'ar-ckpt*.pth') -> tuple[list[str], in
             checkpoint['trainer'], checkpoint['args'])
 
 
+# ---------------------------------------------------------------------------------------------- precision
+def _newer_settings() -> list[Any]:
+    """Objects with an `fp32_precision` of their own, since torch 2.9, the general before the special.
+
+    The precision of one kind of product falls back on that of its library, and that on the precision of all.
+    Beside them the older settings remain, one of all products and a flag of cudnn, which raise when they are
+    read while the newer ones contradict them. All are therefore always set together.
+    """
+    backends = torch.backends
+    if not hasattr(backends.cuda.matmul, 'fp32_precision'):
+        return []
+    return [backends, backends.cudnn, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
+            backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+
+
+@functools.cache
+def _spend_deprecation_warnings() -> None:
+    """Some releases of torch warn once per process at the first use of each of the older settings.
+
+    Call it while the newer ones are cleared or about to be set, since it sets them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with suppress(RuntimeError):  # of settings that contradict each other
+            torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
+        with suppress(RuntimeError):
+            torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32
+
+
 def allow_tf32(allowed: bool) -> None:
     """Let float32 products and convolutions on CUDA use TF32, or not; the CPU never does."""
+    cudnn = torch.backends.cudnn
+    newer = _newer_settings()
+    if newer:
+        _spend_deprecation_warnings()
     torch.set_float32_matmul_precision('high' if allowed and torch.cuda.is_available() else 'highest')
-    torch.backends.cudnn.allow_tf32 = allowed
+    cudnn.allow_tf32 = allowed
+    if newer:  # an explicit value, which a more general setting does not change
+        cudnn.conv.fp32_precision = 'tf32' if allowed else 'ieee'
+        cudnn.rnn.fp32_precision = 'tf32' if allowed else 'ieee'
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 and no float16 sums in products and convolutions on CUDA; then all is as the caller set it."""
-    half, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32,
-              half.allow_fp16_reduced_precision_reduction)
+    """No TF32 and no float16 sums in products and convolutions; then all is as the caller set it."""
+    matmul = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
+    newer = _newer_settings()
+    before = []
+    for setting in newer:
+        before.append(setting.fp32_precision)
+        setting.fp32_precision = 'none'  # what falls back on it then shows what it holds itself
+    if newer:
+        _spend_deprecation_warnings()
+    older = torch.get_float32_matmul_precision()
+    try:
+        older_flag = cudnn.allow_tf32
+    except RuntimeError:  # nothing newer allows TF32 at this point, so the flag contradicts: it is set
+        older_flag = True
+    half_sums = matmul.allow_fp16_reduced_precision_reduction
     torch.set_float32_matmul_precision('highest')
-    cudnn.allow_tf32 = half.allow_fp16_reduced_precision_reduction = False
+    cudnn.allow_tf32 = False
+    matmul.allow_fp16_reduced_precision_reduction = False
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, half.allow_fp16_reduced_precision_reduction = before[1:]
+        torch.set_float32_matmul_precision(older)
+        cudnn.allow_tf32 = older_flag
+        matmul.allow_fp16_reduced_precision_reduction = half_sums
+        for setting, precision in zip(newer, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) -> str:

@@ -103,13 +103,29 @@ class LPIPS(Frozen):
                 yield x / (x.square().sum(1, keepdim=True) + 1e-9).sqrt()  # finite gradient at a zero vector
 
     def forward(self, x_B3HW: torch.Tensor, y_B3HW: torch.Tensor) -> torch.Tensor:
-        """(B,) float32 distances of images in [-1, 1]."""
+        """(B,) float32 distances of images in [-1, 1].
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        check_same_shape(x_B3HW, y_B3HW)
         with torch.autocast(x_B3HW.device.type, enabled=False):
             distance_B = 0.
             for i, (x, y) in enumerate(zip(self._normalised(x_B3HW), self._normalised(y_B3HW), strict=True)):
                 weight_C11 = getattr(self, f'lin{i}').view(-1, 1, 1)
                 distance_B = distance_B + ((x - y).square() * weight_C11).sum(1).mean((1, 2))
             return distance_B
+
+
+def check_same_shape(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Make sure that two batches can be compared image by image.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f'expected two batches of equal shape, got {tuple(x.shape)} and {tuple(y.shape)}: '
+                         'compare as many images of one size')
 
 
 class PyramidLoss(nn.Module):
@@ -124,7 +140,12 @@ class PyramidLoss(nn.Module):
         self.num_octaves = num_octaves
 
     def forward(self, x_B3HW: torch.Tensor, y_B3HW: torch.Tensor) -> torch.Tensor:
-        """(B,) float32 distances."""
+        """(B,) float32 distances.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        check_same_shape(x_B3HW, y_B3HW)
         error = at_least_float32(x_B3HW) - at_least_float32(y_B3HW)  # a pyramid is linear: one will do
         distance_B = 0.
         for _ in range(self.num_octaves):
