@@ -36,10 +36,11 @@ class ClassifierSettings(DeviceSettings):
 
     classifier: str = opt('', 'classification model of torchvision, such as convnext_base or swin_v2_b; '
                               'or digits, which needs no file, for digits alone')
-    classifier_weights: str = opt('', "its weights; empty takes the published ones from torch's hub folder")
+    classifier_weights: str = opt('', "its weights; empty takes the published ones from torch's hub folder",
+                                  path=True)
     download: bool = opt(False, 'fetch the published weights if they are not there')
     labels: str = opt('', 'class of every image: .npy, or .txt with one per line; empty takes those beside '
-                            'the images')
+                            'the images', path=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,8 +150,8 @@ def line(scores: dict[str, float]) -> str:
 class ClassifySettings(ClassifierSettings):
     """Settings of `evaluate.py classify-eval`."""
 
-    sample: str = opt('', 'images: npz or folder of PNG files', positional=True)
-    json: str = opt('', 'file for scores, those of each class, hashes and versions')
+    sample: str = opt('', 'images: npz or folder of PNG files', positional=True, path=True)
+    json: str = opt('', 'file for scores, those of each class, hashes and versions', path=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -197,8 +198,8 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
 class RejectSettings(ClassifierSettings):
     """Settings of `evaluate.py reject`."""
 
-    images: str = opt('', 'candidates: npz or folder of PNG files', positional=True)
-    output: str = opt('', 'npz to write; its manifest lies beside it', positional=True)
+    images: str = opt('', 'candidates: npz or folder of PNG files', positional=True, path=True)
+    output: str = opt('', 'npz to write; its manifest lies beside it', positional=True, path=True)
     n_keep: int = opt(50, 'images to keep of each class')
     ratio: int = opt(2, 'candidates per kept image, the first ones of each class; 0 takes all')
     threshold: float | None = opt(None, 'keep the first candidates with log p(y|x) of at least this, in '

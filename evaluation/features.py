@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import dist
-from utils.arg_util import check_limits, opt
+from utils.arg_util import check_limits, expand_paths, opt
 from utils.batches import ImageBatch
 from utils.digits import DigitsFeatures
 from utils.inception import InceptionFeatures
@@ -41,6 +41,7 @@ class DeviceSettings:
     device: str = opt('', 'cpu or cuda; empty takes cuda where there is one')
 
     def __post_init__(self):
+        expand_paths(self)
         check_limits(self)
         if self.device not in ('', 'cpu', 'cuda'):
             raise ValueError(f'--device must be one of cpu, cuda, got {self.device!r}')
@@ -60,10 +61,11 @@ class FeatureSettings(DeviceSettings):
 
     features: str = opt('inception', 'network: inception, or digits, which needs no file, for digits alone')
     inception_weights: str = opt('', 'its published weights; empty searches $INCEPTION_WEIGHTS, the cache, '
-                                     "torch's hub folder, then downloads")
+                                     "torch's hub folder, then downloads", path=True)
     allow_unverified_weights: bool = opt(False, 'accept other weights: the scores compare with nothing')
     offline: bool = opt(False, 'never download')
-    cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references')
+    cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references',
+                     path=True)
     dtype: str = opt('float32', 'of the network: float32 or float64')
 
     def __post_init__(self):

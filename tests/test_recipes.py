@@ -12,6 +12,11 @@ import pytest
 
 import extract
 import train
+from evaluation.classify import ClassifySettings, RejectSettings
+from evaluation.images import ScoreSettings
+from evaluation.pack import PackSettings, StatsSettings
+from evaluation.tokenizer import TokenizerSettings
+from extract import ExtractSettings
 from models import FlexVAR
 from tests.golden import load_json
 from train import describe
@@ -19,6 +24,7 @@ from utils.arg_util import (
     PRESETS,
     RECIPES,
     SAMPLE_PRESETS,
+    SAMPLE_RECIPES,
     VARRecipe,
     flag_of,
     make_parser,
@@ -494,7 +500,8 @@ def test_indivisible_batch():
 
 
 def test_save_every_is_steps_or_minutes():
-    assert parse_recipe([]).save_steps_minutes == (0, 0.)
+    assert parse_recipe([]).save_steps_minutes == (0, 20.)
+    assert parse_recipe(['--save_every=']).save_steps_minutes == (0, 0.)
     assert parse_recipe(['--save_every=500']).save_steps_minutes == (500, 0.)
     assert parse_recipe(['--save_every=20m']).save_steps_minutes == (0, 20.)
 
@@ -513,3 +520,61 @@ def test_recipes_are_frozen_and_named_after_their_model():
         assert cls().model == name
         with pytest.raises(AttributeError):
             cls().model = 'other'
+
+
+# ---------------------------------------------------------------------------------------------- paths, sizes
+SETTINGS = [*RECIPES.values(), *SAMPLE_RECIPES.values(), ScoreSettings, StatsSettings, PackSettings,
+            ClassifySettings, RejectSettings, TokenizerSettings, ExtractSettings]
+
+
+@pytest.mark.parametrize('cls', SETTINGS, ids=lambda cls: cls.__name__)
+def test_every_path_is_marked_as_one(cls):
+    words = ('path', 'dir', 'ckpt', 'output', 'cache', 'json', 'pictures', 'import_codes',
+             'inception_weights',
+             'classifier_weights', 'lpips_vgg', 'lpips_lin', 'init_from', 'fid_ref', 'images', 'folder',
+             'sample', 'ref', 'resume', 'reference')
+    for f in dataclasses.fields(cls):
+        is_text = isinstance(f.default, str)
+        looks_like_one = f.name in words or f.name.endswith(('_path', '_dir', '_ckpt'))
+        if is_text and looks_like_one:
+            assert f.metadata['path'], f'{cls.__name__}.{f.name}'
+
+
+def test_tilde_is_the_home_folder_in_every_command(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    recipe = parse_recipe(['--local_out_dir_path=~/out', '--data_path', '~/data', '--init_from=~/a.pth'])
+    assert (recipe.output_dir, recipe.data_path, recipe.init_from) == (
+        f'{tmp_path}/out', f'{tmp_path}/data', f'{tmp_path}/a.pth')
+    recipe = parse_recipe(['--model=flowar', '--cached_path=~/a,~/b'])
+    assert recipe.cached_path == f'{tmp_path}/a,{tmp_path}/b'
+    assert parse_sample_recipe(['--ckpt=~/a.pth', '--output=~/x']).output == f'{tmp_path}/x'
+    assert ScoreSettings(ref='~/a.npz', sample='~/b.npz', json='~/c.json').sample == f'{tmp_path}/b.npz'
+    assert ExtractSettings(vae_ckpt='~/a', cached_path='~/b').cached_path == f'{tmp_path}/b'
+    assert TokenizerSettings(ckpt='~/a', data_path='digits', pictures='~/p').pictures == f'{tmp_path}/p'
+    assert PackSettings(folder='~/a', output='~/b.npz').output == f'{tmp_path}/b.npz'
+
+
+@pytest.mark.parametrize('model', list(RECIPES))
+@pytest.mark.parametrize('flag', ['--image_size', '--img-size'])
+def test_every_model_understands_one_flag_for_the_size(model, flag):
+    assert parse_recipe([f'--model={model}', f'{flag}=256']).image_size == 256
+
+
+@pytest.mark.parametrize(('size', 'advice'), [
+    (512, '--pn=512 --patch_size=16'), (64, '--pn=1_2_3_4 --patch_size=16'),
+    (96, '--pn=1_2_3_4_6 --patch_size=16'), (100, 'ends with 100/N')])
+def test_a_size_that_a_pyramid_does_not_give_names_one_that_does(capsys, size, advice):
+    error = fails([f'--image_size={size}'], capsys)
+    assert f'--img_size={size}' in error and '256' in error and advice in error
+    if '--pn' in advice:
+        assert parse_recipe([f'--image_size={size}', *advice.split()]).image_size == size
+
+
+def test_help_names_presets_and_unknown_flags_stand_as_typed(capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(['--help'])
+    text = capsys.readouterr().out
+    assert '--preset NAME' in text and 'var_d16' in text[text.index('--preset NAME'):]
+    assert "'--fid-flagz=3'" in fails(['--fid-flagz=3'], capsys)
+    assert parse_recipe(['--data_name=imagenet', '--dbg_nan=1']) == parse_recipe([])
+    assert '--dbg_nan is ignored' in capsys.readouterr().err

@@ -21,13 +21,14 @@ from utils.generator_recipes import (
     FlowARRecipe,
     VARRecipe,
 )
-from utils.recipe import PATCH_NUMS, GeneratorRecipe, Recipe, check_limits, flag_of, ints, opt
+from utils.recipe import PATCH_NUMS, GeneratorRecipe, Recipe, check_limits, expand_paths, flag_of, ints, opt
 from utils.sample_recipes import SAMPLE_PRESETS, SAMPLE_RECIPES, SampleRecipe
 from utils.tokenizer_recipes import TOKENIZER_PRESETS, TOKENIZER_RECIPES
 
 __all__ = ['PATCH_NUMS', 'PRESETS', 'RECIPES', 'SAMPLE_PRESETS', 'SAMPLE_RECIPES', 'FlexVARRecipe',
            'FlowARRecipe', 'GeneratorRecipe', 'Recipe', 'SampleRecipe', 'VARRecipe', 'check_limits',
-           'flag_of', 'ints', 'make_parser', 'opt', 'parse_flags', 'parse_recipe', 'parse_sample_recipe']
+           'expand_paths', 'flag_of', 'ints', 'make_parser', 'opt', 'parse_flags', 'parse_recipe',
+           'parse_sample_recipe']
 
 
 # what --model is in published commands: our model, and the settings that the name stands for
@@ -94,12 +95,15 @@ class _OneLineParser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         """The given flags by field name."""
-        argv = [re.sub(r'^--[\w-]+', lambda flag: '--' + flag[0][2:].replace('-', '_'), arg) for arg in argv]
-        values, unknown = self.parse_known_args(argv)
+        as_typed = {re.sub(r'^--[\w-]+', lambda flag: '--' + flag[0][2:].replace('-', '_'), arg): arg
+                    for arg in argv}
+        underscored = {arg: known for known, arg in as_typed.items()}
+        values, unknown = self.parse_known_args([underscored[arg] for arg in argv])
         if unknown:
             flag = unknown[0].split('=')[0]
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.)
-            self.error(f'unknown argument {unknown[0]!r}: the nearest flag is {near[0]}; --help lists all')
+            self.error(f'unknown argument {as_typed[unknown[0]]!r}: the nearest flag is {near[0]}; --help '
+                       'lists all')
         for name in sorted(self.ignored.keys() & vars(values).keys()):
             self._print_message(f'{self.prog}: --{name} is ignored: {self.ignored[name]}\n', sys.stderr)
             delattr(values, name)
@@ -133,6 +137,10 @@ def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: di
     names = ', '.join(filter(None, presets)) or 'none'
     parser = make_parser(cls, prog, f'{what} --model is one of: {", ".join(recipes)}; '
                                     f'--preset of {chosen.model} is one of: {names}.')
+    # both are taken above, and stand here for --help and for the search of the nearest flag
+    parser.add_argument('--preset', metavar='NAME', default=argparse.SUPPRESS,
+                        help=f'settings to begin with, other flags come on top: {names}')
+    parser._option_string_actions['--model'].help = f'one of: {", ".join(recipes)} (here: {chosen.model})'
     values = {name: value for name, value in implied.items() if hasattr(cls, name)} | parser.parse(rest)
     if chosen.preset not in presets:
         others = [f'; pass --model={model} for that one' for model in all_presets

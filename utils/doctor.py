@@ -5,10 +5,13 @@ An entry point: unlike the rest of utils it knows the models, whose chooser it a
 import importlib.metadata
 import os
 import platform
+import shutil
 
 import torch
 
 from models.attention import choose_backend
+from utils.machine import SHARED_MEMORY, available_cpus
+from utils.provenance import unusable_gpu
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'pillow', 'scipy', 'tensorboard', 'huggingface_hub',
             'safetensors', 'scikit-learn', 'flash-attn', 'xformers')
@@ -30,13 +33,23 @@ def kernels(device: str, dtype: torch.dtype) -> str:
     return f'train: {train}, sample: {sample}'
 
 
+def shared_memory() -> str:
+    """Room for the batches of loader processes."""
+    try:
+        return f'{shutil.disk_usage(SHARED_MEMORY).free / 2 ** 20:,.0f} MiB free in {SHARED_MEMORY}'
+    except OSError:
+        return f'no {SHARED_MEMORY}'
+
+
 def report() -> list[str]:
     """The lines this command prints."""
     has_cuda = torch.cuda.is_available()
     device = 'cuda' if has_cuda else 'cpu'
     lines = [f'python          {platform.python_version()} on {platform.platform()}',
              *(f'{name:15} {version(name)}' for name in PACKAGES),
-             f'{"cpu":15} {os.cpu_count()} cores, {torch.get_num_threads()} threads']
+             f'{"cpu":15} {os.cpu_count()} cores, {available_cpus()} for this process, '
+             f'{torch.get_num_threads()} threads',
+             f'{"shared memory":15} {shared_memory()}']
     if has_cuda:
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
@@ -44,7 +57,7 @@ def report() -> list[str]:
         lines.append(f'{"cuda, cudnn":15} {torch.version.cuda}, {torch.backends.cudnn.version()}')
         lines.append(f'{"bf16 on cuda":15} {torch.cuda.is_bf16_supported()}')
     else:
-        lines.append(f'{"cuda":15} not available')
+        lines.append(f'{"cuda":15} {unusable_gpu() or "not available"}')
     has_nccl = has_cuda and torch.distributed.is_nccl_available()
     lines.append(f'{"collectives":15} {"nccl" if has_nccl else "gloo"}')
     lines += [f'attention {str(dtype).removeprefix("torch."):9} {kernels(device, dtype)}'

@@ -25,6 +25,12 @@ from utils.recipe import (
 class AdaLNRecipe(PyramidRecipe, GeneratorRecipe):
     """What VAR and FlexVAR have in common."""
 
+    IGNORED: ClassVar[dict[str, str]] = {
+        'data_name': 'classes and images are those of --data_path',
+        'dbg_nan': 'steps that are not finite are always looked for, see --max_skipped_steps',
+        'local_debug': 'a run without torchrun is local',
+    }
+
     depth: int = opt(16, 'transformer blocks; heads = depth, width = 64 * depth')
     shared_aln: bool = opt(False, 'one AdaLN projection for all blocks', 'saln')
     attn_l2_norm: bool = opt(True, 'unit queries and keys with a learnt scale', 'anorm')
@@ -56,7 +62,8 @@ class AdaLNRecipe(PyramidRecipe, GeneratorRecipe):
 class VARRecipe(AdaLNRecipe):
     """VAR on the codes of a frozen VQVAE."""
 
-    vae_ckpt: str = opt('vae_ch160v4096z32.pth', 'tokenizer weights: a file of any kind, or a published name')
+    vae_ckpt: str = opt('vae_ch160v4096z32.pth', 'tokenizer weights: a file of any kind, or a published name',
+                        path=True)
     progressive_until: float = opt(0., 'progressive training until this share of the run; 0 is off', 'pg')
     progressive_first: int = opt(4, 'first progressive stage (scale index)', 'pg0')
     progressive_warmup: float = opt(0., 'warm-up epochs per progressive stage; 0 means epochs / 300', 'pgwp')
@@ -98,7 +105,7 @@ class FlexVARRecipe(AdaLNRecipe):
     """FlexVAR on the code maps of a frozen FlexVAE."""
 
     model: str = opt('flexvar', 'what is trained')
-    vae_ckpt: str = opt('pretrained/FlexVAE.pth', 'tokenizer weights: a file of any kind')
+    vae_ckpt: str = opt('pretrained/FlexVAE.pth', 'tokenizer weights: a file of any kind', path=True)
     depth: int = opt(20, 'transformer blocks; heads = depth, width = 64 * depth')
     pn: str = opt(PATCH_NUMS['256'], 'sides of the code maps of validation, joined by _ or -; training draws '
                                      'others up to the last one; 256, 512, 1024 are the published lists')
@@ -108,7 +115,8 @@ class FlexVARRecipe(AdaLNRecipe):
     crop: str = opt('adm', CROPS)
     mid_reso: float = opt(1 / 0.88, 'crop adm: the shorter side is drawn from 1 to this multiple of the crop')
     hflip: bool = opt(True, 'random horizontal flip')
-    output_dir: str = opt(str(REPO / 'local_output/flexvar'), 'logs and checkpoints', 'local_out_dir_path')
+    output_dir: str = opt(str(REPO / 'local_output/flexvar'), 'logs and checkpoints', 'local_out_dir_path',
+                          path=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,20 +157,22 @@ class FlowARRecipe(CachedRecipe):
     }
 
     model: str = opt('flowar', 'what is trained')
-    vae_ckpt: str = opt('pretrained_models/vae/kl16.ckpt', 'tokenizer weights, any file', 'vae_path')
+    vae_ckpt: str = opt('pretrained_models/vae/kl16.ckpt', 'tokenizer weights, any file', 'vae_path',
+                        path=True)
     size: str = opt('large', 'trunk: small, large or huge (published as flowar_small, ...)')
     diffloss_d: int = opt(12, 'blocks of the flow head')
     diffloss_w: int = opt(1536, 'width of the flow head, a multiple of 64')
     depth: int | None = opt(None, 'blocks of each stack of the trunk; None is that of the size')
     width: int | None = opt(None, 'width of the trunk, in heads of 64; None is that of the size')
-    img_size: int = opt(256, 'pixels per side of the training images')
+    img_size: int = opt(256, 'pixels per side of the training images', 'img_size image_size')
     patch_size: int = opt(16, 'pixels per side of a latent, the stride of the tokenizer', 'vae_stride')
     label_drop_prob: float = opt(0.1, 'share of labels replaced by the null class')
     attn_dropout: float = opt(0.1, 'dropout of attention weights in the trunk')
     proj_dropout: float = opt(0.1, 'dropout after attention and in the MLP of the trunk')
     use_checkpoint: bool | None = opt(None, 'recompute the blocks of the trunk in the backward pass, which '
                                             'saves memory; None does so for huge')
-    resume: str = opt('', 'accepted if it is the output folder, from which a run continues by itself')
+    resume: str = opt('', 'accepted if it is the output folder, from which a run continues by itself',
+                      path=True)
     eval_every: int = opt(10, 'epochs between evaluations; the last epoch always has one',
                           'eval_freq eval_every')
     loss_weighting: str = opt('uniform', 'of times: uniform, or debiased, 6 t (1 - t) (arXiv 2310.08442)')
@@ -186,7 +196,8 @@ class FlowARRecipe(CachedRecipe):
     ema_warmup: bool = opt(False, 'let the average begin fast')
     crop: str = opt('resize', CROPS)
     hflip: bool = opt(True, 'random horizontal flip')
-    output_dir: str = opt(str(REPO / 'local_output/flowar'), 'logs and checkpoints', 'local_out_dir_path')
+    output_dir: str = opt(str(REPO / 'local_output/flowar'), 'logs and checkpoints', 'local_out_dir_path',
+                          path=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -271,14 +282,15 @@ class NPPRecipe(CachedRecipe):
     }
 
     model: str = opt('npp', 'what is trained')
-    vae_ckpt: str = opt('pretrained_models/vq_ds16_c2i.pt', 'tokenizer weights, any file', 'vq_ckpt')
+    vae_ckpt: str = opt('pretrained_models/vq_ds16_c2i.pt', 'tokenizer weights, any file', 'vq_ckpt',
+                        path=True)
     gpt_model: str = opt('GPT-B', 'size: ' + ', '.join(GPT_SIZES))
     depth: int | None = opt(None, 'blocks; None is that of the size')
     width: int | None = opt(None, 'width, in heads of 64; None is that of the size')
-    img_size: int = opt(256, 'pixels per side of the training images', 'image_size')
+    img_size: int = opt(256, 'pixels per side of the training images', 'image_size img_size')
     patch_size: int = opt(16, 'pixels per side of a code, the stride of the tokenizer', 'downsample_size')
     init_from: str = opt('', 'weights to begin with in place of random ones; checkpoints in the output '
-                             'folder come first', 'gpt_ckpt init_from')
+                             'folder come first', 'gpt_ckpt init_from', path=True)
     patch_level: int = opt(2, 'phases: 1 is plain next-token training; 2, 3, 4 begin with patches of 2x2, '
                               '4x4, 8x8 codes')
     epoch_rate: float = opt(0.5, 'share of the epochs before the last phase; of that, before the last but '
@@ -309,7 +321,7 @@ class NPPRecipe(CachedRecipe):
     mid_reso: float = opt(1.1, 'crop adm: the shorter side is drawn from 1 to this multiple of the crop')
     hflip: bool = opt(True, 'random horizontal flip')
     output_dir: str = opt(str(REPO / 'local_output/npp'), 'logs and checkpoints',
-                          'results_dir local_out_dir_path')
+                          'results_dir local_out_dir_path', path=True)
 
     def __post_init__(self):
         super().__post_init__()

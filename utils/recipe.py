@@ -10,10 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.machine import automatic_workers, workers_note
+
 PATCH_NUMS = {
     '256': '1_2_3_4_5_6_8_10_13_16',
     '512': '1_2_3_4_6_9_13_18_24_32',
     '1024': '1_2_3_4_5_7_9_12_16_21_27_36_48_64',
+}
+SMALL_PYRAMIDS = {  # side of the finest code map -> sides that work well for small images
+    4: '1_2_3_4', 6: '1_2_3_4_6', 8: '1_2_3_4_6_8', 12: '1_2_3_4_6_8_12', 16: PATCH_NUMS['256'],
 }
 SCHEDULES = 'cos, lin, lin0, lin00, lin<number>, exp, flat or flat<share before a cosine>'
 CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm'
@@ -21,6 +26,8 @@ GPT_SIZES = {  # blocks, heads, width of the published sizes of NPP
     'GPT-B': (12, 12, 768), 'GPT-L': (24, 16, 1024), 'GPT-XL': (36, 20, 1280), 'GPT-XXL': (48, 24, 1536),
     'GPT-XXXL': (48, 40, 2560), 'GPT-1B': (22, 32, 2048), 'GPT-3B': (24, 32, 3200), 'GPT-7B': (32, 32, 4096),
 }
+MOST_WORKERS = 16  # loader processes per rank that are started unasked
+TOKEN_BYTES = 128  # stored tokens take no more per code: 16 means and 16 log-variances in float32
 REPO = Path(__file__).resolve().parent.parent
 
 INF = float('inf')
@@ -33,6 +40,7 @@ LIMITS = {  # smallest and largest sensible value of a field, of any recipe that
     'drop_path': (-1, 0.999), 'label_smooth': (0, 0.999), 'progressive_until': (0, 1), 'vocab_size': (2, INF),
     'z_channels': (1, INF), 'num_res_blocks': (1, INF), 'dropout': (0, 0.999), 'beta': (0, INF),
     'num_images': (1, INF), 'cfg': (-1000, 1000), 'top_k': (0, INF), 'top_p': (0, 1), 'steps': (0, INF),
+    'max_skipped_steps': (0, INF), 'max_bad_images': (0, INF),
     'log_every': (1, INF), 'picture_every': (1, INF), 'scale_drop': (0, 1), 'entropy': (0, INF),
     'defer': (-1, INF),
     'l1_weight': (0, INF), 'l2_weight': (0, INF), 'lpips_weight': (0, INF), 'lpips_min': (16, INF),
@@ -51,16 +59,34 @@ LIMITS = {  # smallest and largest sensible value of a field, of any recipe that
 
 
 def opt(default: Any, text: str, flag: str = '', positional: bool = False,
-        words: dict[str, Any] | None = None) -> Any:
+        words: dict[str, Any] | None = None, path: bool = False, several: bool = False) -> Any:
     """A field with its help text and, where they differ from the field's name, its published flags.
 
     Args:
         flag: joined by spaces where there are several.
         positional: the command line takes it by its place, without a flag.
         words: values that have a name; '' is the flag alone.
+        path: the value is a file or folder, in which `expand_paths` replaces `~`.
+        several: of a path: there may be several, joined by commas.
     """
     return field(default=default,
-                 metadata=dict(help=text, flag=flag, positional=positional, words=words or {}))
+                 metadata=dict(help=text, flag=flag, positional=positional, words=words or {}, path=path,
+                               several=several))
+
+
+def expand_paths(settings: Any) -> None:
+    """Replace `~` and `~user` by home folders in every path among the settings.
+
+    A shell does this only where the path begins a word: `--output=~/x` reaches a program as it was typed,
+    which would then make a folder that is named `~`. Call it first in `__post_init__`, so that flags, presets
+    and settings from Python are treated alike.
+    """
+    for f in dataclasses.fields(settings):
+        text = getattr(settings, f.name)
+        if not (f.metadata['path'] and isinstance(text, str) and '~' in text):
+            continue
+        parts = text.split(',') if f.metadata['several'] else [text]
+        object.__setattr__(settings, f.name, ','.join(os.path.expanduser(part) for part in parts))
 
 
 def ints(text: str) -> tuple[int, ...]:
@@ -95,20 +121,29 @@ class Recipe:
 
     model: str = opt('var', 'what is trained')
     # data
-    data_path: str = opt('/path/to/imagenet', 'root with train/ and val/ class folders, or "digits"')
+    data_path: str = opt('/path/to/imagenet', 'root with train/ and val/ class folders, or "digits"',
+                         path=True)
     num_classes: int = opt(0, 'classes; 0 takes the number of folders, any other number must agree with it',
                            'num_classes class_num')
     mid_reso: float = opt(1.125, 'images are resized to this multiple of the crop before cropping')
     hflip: bool = opt(False, 'random horizontal flip')
     crop: str = opt('resize', CROPS)
-    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, 0 loads in the main process',
-                       'workers num_workers')
+    exif: bool = opt(True, 'turn images as their EXIF orientation says, as viewers do; 0 reads the pixels as '
+                           'they are stored, as the published code does')
+    max_bad_images: int = opt(100, 'training images that may be unreadable: each is replaced by another one '
+                                   'and named; more end the run')
+    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, 0 loads in the main process (the '
+                           'comment in the published code of VAR says the opposite)', 'workers num_workers')
     # run
     exp_name: str = opt('text', 'name written to the log header')
-    output_dir: str = opt(str(REPO / 'local_output'), 'logs and checkpoints', 'local_out_dir_path')
+    output_dir: str = opt(str(REPO / 'local_output'), 'logs and checkpoints', 'local_out_dir_path',
+                          path=True)
     seed: int | None = opt(None, 'None draws one, kept in the checkpoint; given, cudnn is deterministic too')
     same_seed_for_all_ranks: int = opt(0, 'offset of the data order seed')
-    save_every: str = opt('', 'checkpoint also every N optimizer steps ("500") or minutes ("20m")')
+    save_every: str = opt('20m', 'checkpoint also every N optimizer steps ("500") or minutes ("20m"); empty '
+                                 'is off, and then there is one per epoch')
+    max_skipped_steps: int = opt(10, 'steps in a row that may be left out since their loss or gradient is '
+                                     'not finite; more end the run; 0 never ends it')
     eval_every: int = opt(10, 'epochs between evaluations; the last epoch always has one')
     log_every: int = opt(500, 'optimizer steps between TensorBoard points')
     dry_run: bool = opt(False, 'print every derived value as JSON and exit')
@@ -142,6 +177,7 @@ class Recipe:
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
 
     def __post_init__(self):
+        expand_paths(self)
         check_limits(self)
         if not re.fullmatch(r'cos|lin|lin00|lin\d*\.?\d+|exp|flat|flat0?\.\d+|cosine|constant|tail0?\.?\d+',
                             self.schedule.strip()):
@@ -206,12 +242,26 @@ class Recipe:
         return self.schedule
 
     def num_workers(self, world_size: int, num_cpus: int | None = None) -> int:
-        """Loader processes per rank: as asked, or the CPUs of this machine divided by its ranks, up to 16."""
+        """Loader processes per rank: as asked, but no more than a batch has images.
+
+        Where nobody asked, the CPUs of this process divided by the ranks of the machine, less one, up to 16,
+        and only as many as the shared memory has room for.
+        """
         local_batch = self.local_batch(world_size)
         if self.workers >= 0:
             return min(self.workers, local_batch)
-        local_ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        return min(max((num_cpus or os.cpu_count() or 1) // local_ranks - 1, 0), 16, local_batch)
+        return automatic_workers(min(MOST_WORKERS, local_batch), self.batch_bytes(world_size), num_cpus)
+
+    def workers_note(self, world_size: int, num_cpus: int | None = None) -> str:
+        """One line where little shared memory makes the automatic number of loader processes smaller."""
+        if self.workers >= 0:
+            return ''
+        most = min(MOST_WORKERS, self.local_batch(world_size))
+        return workers_note(most, self.batch_bytes(world_size), num_cpus)
+
+    def batch_bytes(self, world_size: int) -> int:
+        """Bytes of the batch that a loader process makes: float32 images of all micro-steps of one rank."""
+        return self.local_batch(world_size) * self.accumulate * 3 * self.image_size ** 2 * 4
 
     @property
     def save_steps_minutes(self) -> tuple[int, float]:
@@ -247,11 +297,13 @@ class Recipe:
 
     def derived(self, world_size: int) -> dict[str, Any]:
         """Every derived value under its published name."""
+        note = self.workers_note(world_size)
         return dict(batch_size=self.local_batch(world_size), glb_batch_size=self.micro_batch(world_size),
                     bs=self.micro_batch(world_size), tlr=self.peak_lr(world_size),
                     twde=self.final_weight_decay, wp=self.warmup_epochs, sche=self.lr_schedule,
                     workers=self.num_workers(world_size), data_load_reso=self.image_size,
-                    tb_dir_name=self.run_name(world_size), world_size=world_size)
+                    tb_dir_name=self.run_name(world_size), world_size=world_size,
+                    **(dict(workers_note=note) if note else {}))
 
 
 @dataclass(frozen=True)
@@ -259,14 +311,16 @@ class GeneratorRecipe(Recipe):
     """What all generators have in common."""
 
     init_from: str = opt('', 'weights to begin with in place of random ones; checkpoints in the output '
-                             'folder come first')
+                             'folder come first', path=True)
     ema: float = opt(0., 'decay of averaged weights, for evaluation and sampling; 0 keeps none')
     ema_warmup: bool = opt(True, 'average over few steps at the beginning, so that it follows the start fast')
     fid_images: int = opt(0, 'images to draw at every evaluation, logged as fid_<n>k; 0 is off')
-    fid_ref: str = opt('', 'npz with mu and sigma to compare them with; empty takes the validation images')
+    fid_ref: str = opt('', 'npz with mu and sigma to compare them with; empty takes the validation images',
+                       path=True)
     fid_flags: str = opt('', 'flags of sample.py for them, such as "--cfg=1.5 --top_k=900"')
     fid_features: str = opt('inception', 'feature network: inception, or digits')
-    inception_weights: str = opt('', 'its weights; empty searches as evaluate.py, and never downloads')
+    inception_weights: str = opt('', 'its weights; empty searches as evaluate.py, and never downloads',
+                                 path=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -280,8 +334,10 @@ class CachedRecipe(GeneratorRecipe):
 
     use_cached: bool = opt(False, 'train on stored tokens; follows from --cached_path')
     cached_path: str = opt('', 'folder of the tokens that extract.py wrote, or several joined by commas, of '
-                               'which every access picks one', 'cached_path code_path')
-    cached_val_path: str = opt('', 'the same of the validation images; empty reads those of --data_path')
+                               'which every access picks one', 'cached_path code_path', path=True,
+                           several=True)
+    cached_val_path: str = opt('', 'the same of the validation images; empty reads those of --data_path',
+                               path=True, several=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -291,6 +347,27 @@ class CachedRecipe(GeneratorRecipe):
             raise ValueError('--cached_val_path goes with --cached_path: pass both')
         object.__setattr__(self, 'use_cached', bool(self.cached_path))
 
+    def batch_bytes(self, world_size: int) -> int:
+        if not self.cached_path:
+            return super().batch_bytes(world_size)
+        num_codes = (self.image_size // self.patch_size) ** 2
+        return self.local_batch(world_size) * self.accumulate * num_codes * TOKEN_BYTES
+
+
+def advice_on_size(size: int, stride: int) -> str:
+    """Which `--pn` and `--patch_size` fit images of `size` pixels per side.
+
+    Args:
+        stride: the one that was asked for, which is kept where the size is a multiple of it.
+    """
+    published = {int(name): pn for name, pn in PATCH_NUMS.items()}
+    if size in published:
+        return f'pass --pn={size} --patch_size=16'
+    for patch_size in dict.fromkeys((stride, 16, 8, 4)):
+        if size % patch_size == 0 and size // patch_size in SMALL_PYRAMIDS:
+            return f'pass --pn={SMALL_PYRAMIDS[size // patch_size]} --patch_size={patch_size}'
+    return f'pass a --pn that ends with {size}/N and --patch_size=N, where N is the stride of the tokenizer'
+
 
 @dataclass(frozen=True)
 class PyramidRecipe(Recipe):
@@ -299,9 +376,16 @@ class PyramidRecipe(Recipe):
     pn: str = opt(PATCH_NUMS['256'],
                   'sides of the code maps, joined by _ or -; 256, 512, 1024 are the published lists')
     patch_size: int = opt(16, 'pixels per side of the finest code, the stride of the tokenizer')
+    img_size: int = opt(0, 'pixels per side of the training images, where they are to be checked: they '
+                           'follow from the last side of --pn and from --patch_size', 'image_size img_size')
 
     def __post_init__(self):
         super().__post_init__()
+        if self.img_size not in (0, self.image_size):
+            raise ValueError(f'--img_size={self.img_size} is not what --pn and '
+                             f'--patch_size={self.patch_size} give, {self.image_size}: '
+                             f'{advice_on_size(self.img_size, self.patch_size)}')
+        object.__setattr__(self, 'img_size', 0)  # it was a check alone: a resumed run may leave the flag out
         if list(self.patch_nums) != sorted(self.patch_nums):
             raise ValueError(f'--pn must go from coarse to fine, got {self.pn}')
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.recipe import GPT_SIZES, REPO, check_limits, ints, opt
+from utils.recipe import GPT_SIZES, REPO, check_limits, expand_paths, ints, opt
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +21,16 @@ class SampleRecipe:
     """Settings of a sampling job. All but `FREE` decide the images; all are in the manifest."""
 
     model: str = opt('var', 'family of the generator')
-    ckpt: str = opt('', 'generator weights: a checkpoint of train.py, a released file, or a published name')
-    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py, a released file, or a published name',
+                    path=True)
+    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py', path=True)
     weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step')
     source: str = opt('', 'where these settings come from, for the manifest; presets say it')
-    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it')
+    output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it',
+                      path=True)
     num_images: int = opt(50_000, 'images, spread evenly over the classes')
     classes: str = opt('', 'class ids joined by "_"; empty takes all')
-    labels: str = opt('', 'class of every image: .npy, or .txt with one per line, or random')
+    labels: str = opt('', 'class of every image: .npy, or .txt with one per line, or random', path=True)
     seed: int = opt(0, 'the noise of image i is a function of (seed, i)')
     cfg: float = opt(1.5, 'classifier-free guidance in the unit of the paper')
     precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16')
@@ -40,18 +42,20 @@ class SampleRecipe:
     writers: int = opt(4, 'threads per rank that write images')
     sweep: str = opt('', 'settings to try, such as "cfg=1.25,1.5,2.0 top_k=600,900": one job each, scored '
                          'into <output>.csv and <output>.png')
-    ref: str = opt('', 'sweep: reference of the scores, see evaluate.py')
+    ref: str = opt('', 'sweep: reference of the scores, see evaluate.py', path=True)
     score: str = opt('', 'sweep: further flags of evaluate.py, such as "--metrics=fid,is"')
     keep: bool = opt(True, 'sweep: keep the npz of every setting after it was scored')
 
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
+    CKPT_HINT: typing.ClassVar[str] = ''  # where such a file is to be had
     FREE: typing.ClassVar[tuple[str, ...]] = (  # these do not decide the pixels of an image
         'num_images', 'batch_size', 'output', 'pack', 'format', 'shuffle', 'writers', 'sweep', 'ref', 'score',
         'keep', 'source', 'depth')
 
     def __post_init__(self):
+        expand_paths(self)
         if not self.ckpt:
-            raise ValueError('expected the weights of a generator: pass --ckpt=FILE')
+            raise ValueError(f'expected the weights of a generator: pass --ckpt=FILE{self.CKPT_HINT}')
         check_limits(self)
         if not Path(self.output).name:
             raise ValueError(f'--output must name a folder, got {self.output!r}: pass one')
@@ -130,6 +134,11 @@ class SampleRecipe:
 class VARSampleRecipe(SampleRecipe):
     """Sampling from VAR."""
 
+    IGNORED: typing.ClassVar[dict[str, str]] = dict.fromkeys(
+        ('image_size', 'img_size'), 'a VAR draws the size that it was trained for, the files tell it')
+    CKPT_HINT: typing.ClassVar[str] = (', one of your own or a published one, which --preset=var_d16, '
+                                       'var_d20, var_d24, var_d30 and var_d36_512 name')
+
     top_k: int = opt(0, 'draw from the k most likely codes; 0 is off')
     top_p: float = opt(0., 'draw from the smallest set of codes with this probability; 0 is off')
     more_smooth: bool = opt(False, 'mix code embeddings: smoother pictures, worse scores')
@@ -142,12 +151,18 @@ class VARSampleRecipe(SampleRecipe):
 class FlexVARSampleRecipe(SampleRecipe):
     """Sampling from FlexVAR."""
 
+    # of https://huggingface.co/jiaosiyu1999/FlexVAR; the number is that of the last epoch, from 0 on
+    CKPT_HINT: typing.ClassVar[str] = (', one of your own or a published one, such as FlexVARd24-epo349.pth '
+                                       'of the hub repository jiaosiyu1999/FlexVAR, with '
+                                       '--vae_ckpt=FlexVAE.pth')
+
     model: str = opt('flexvar', 'family of the generator')
-    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'var_ckpt')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'var_ckpt',
+                    path=True)
     depth: int | None = opt(None, 'blocks of the generator, for a check; None takes those of the file')
     infer_patch_nums: str = opt('', 'sides of the code maps, joined by _ or -; empty takes those of training')
-    size: str = opt('', 'rows x columns in pixels, such as 384x256, to which the sides are stretched; empty '
-                        'ends where they end')
+    size: str = opt('', 'rows x columns in pixels, such as 384x256, or one number for squares, to which the '
+                        'sides are stretched; empty ends where they end', 'size image_size img_size')
     maxpn: int = opt(16, 'longer code maps take the most likely codes, with constant guidance')
     greedy_unseen: bool = opt(True, 'take the most likely codes at sides other than 1-6, 8, 10, 13, 16, 23, '
                                     '24, 32, too, as published')
@@ -162,8 +177,11 @@ class FlexVARSampleRecipe(SampleRecipe):
         object.__setattr__(self, 'infer_patch_nums', self.infer_patch_nums.replace('-', '_'))
         if self.pos_mode not in ('stretch', 'crop'):
             raise ValueError(f'--pos_mode must be stretch or crop, got {self.pos_mode!r}')
-        if not re.fullmatch(r'|[1-9]\d*x[1-9]\d*', self.size):
-            raise ValueError(f'--size must be rows x columns in pixels, such as 384x256, got {self.size!r}')
+        if not re.fullmatch(r'|[1-9]\d*(x[1-9]\d*)?', self.size):
+            raise ValueError('--size must be rows x columns in pixels, such as 384x256, or one number for '
+                             f'squares, got {self.size!r}')
+        if self.size and 'x' not in self.size:
+            object.__setattr__(self, 'size', f'{self.size}x{self.size}')
         if self.sides and (self.sides[0] != 1 or list(self.sides) != sorted(self.sides)):
             raise ValueError('--infer_patch_nums must begin with 1 and go from coarse to fine, '
                              f'got {self.infer_patch_nums}')
@@ -199,14 +217,16 @@ class FlowARSampleRecipe(SampleRecipe):
         'evaluate': 'this command samples, evaluate.py scores', 'data_path': 'no images are read',
         **dict.fromkeys(('device', 'num_workers', 'log_dir', 'online_eval', 'eval_freq', 'save_last_freq',
                          'start_epoch', 'pin_mem', 'no_pin_mem'), 'it is of training'),
-        **dict.fromkeys(('class_num', 'img_size', 'vae_embed_dim', 'vae_stride', 'patch_size', 'diffloss_d',
-                         'diffloss_w'), 'the files tell it')}
+        **dict.fromkeys(('class_num', 'img_size', 'image_size', 'vae_embed_dim', 'vae_stride', 'patch_size',
+                         'diffloss_d', 'diffloss_w'), 'the files tell it')}
 
     model: str = opt('flowar', 'family of the generator')
-    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'resume ckpt')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'resume ckpt',
+                    path=True)
     output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it',
-                      'output_dir output')
-    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside the checkpoint', 'vae_path')
+                      'output_dir output', path=True)
+    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside the checkpoint', 'vae_path',
+                        path=True)
     batch_size: int = opt(64, 'images per batch; batches are cut by image index', 'eval_bsz bs')
     cfg: float = opt(1., 'classifier-free guidance at the last scale; 1 and less are off')
     guidance: float = opt(0.9, 'times from 0 to this one are guided: a limit, no strength')
@@ -254,8 +274,10 @@ class NPPSampleRecipe(SampleRecipe):
                          'num_classes'), 'the files tell it')}
 
     model: str = opt('npp', 'family of the generator')
-    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'gpt_ckpt ckpt')
-    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside the checkpoint', 'vq_ckpt vae_ckpt')
+    ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'gpt_ckpt ckpt',
+                    path=True)
+    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside the checkpoint', 'vq_ckpt vae_ckpt',
+                        path=True)
     weights: str = opt('ema', 'ema: averaged weights where the file has them; model: those of the last step',
                        'ckpt_key weights', words=dict(model='raw'))
     gpt_model: str = opt('', 'size of the generator, for a check; empty takes that of the file')
@@ -266,7 +288,7 @@ class NPPSampleRecipe(SampleRecipe):
     num_images: int = opt(50_000, 'images, spread evenly over the classes', 'num_fid_samples num_images')
     seed: int = opt(0, 'the noise of image i is a function of (seed, i)', 'global_seed seed')
     output: str = opt(str(REPO / 'local_output' / 'samples'), 'folder of the images; the npz lies beside it',
-                      'sample_dir output')
+                      'sample_dir output', path=True)
     precision: int = opt(0, 'none, fp16 or bf16', 'precision fp16', words=dict(none=0, fp16=1, bf16=2))
     cfg: float = opt(1.5, 'classifier-free guidance scale; 1 is off', 'cfg_scale cfg')
     cfg_interval: int = opt(-1, 'codes 0 to this plus one are guided; -1 guides all')

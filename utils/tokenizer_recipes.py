@@ -23,13 +23,14 @@ def share(value: float, total_steps: int) -> float:
 class TokenizerRecipe(Recipe):
     """Losses, discriminator and codebook of any tokenizer; the defaults are those of VQ-16."""
 
-    output_dir: str = opt('', 'logs and checkpoints; empty is local_output/<model>', 'local_out_dir_path')
+    output_dir: str = opt('', 'logs and checkpoints; empty is local_output/<model>', 'local_out_dir_path',
+                          path=True)
     log_every: int = opt(50, 'optimizer steps between TensorBoard points')
     picture_every: int = opt(1000, 'optimizer steps between pictures in TensorBoard')
     hflip: bool = opt(True, 'random horizontal flip')
     crop: str = opt('adm', CROPS)
     mid_reso: float = opt(1.25, MID_RESO_HELP)
-    init_from: str = opt('', 'weights to start from: a checkpoint or a released file')
+    init_from: str = opt('', 'weights to start from: a checkpoint or a released file', path=True)
     train_only: str = opt('', '"decoder" trains the decoder alone: codes stay exactly as they are')
     net: str = opt('published', 'published network, or tiny: three levels for 32x32 images on one CPU core')
     ch: int = opt(128, 'width of the first level, a multiple of 32')
@@ -51,13 +52,13 @@ class TokenizerRecipe(Recipe):
     lpips: str = opt('vgg', 'perceptual loss: vgg (LPIPS, needs its files), pyramid (needs none) or none')
     lpips_weight: float = opt(1., 'weight of the perceptual loss')
     lpips_min: int = opt(48, 'pixels per side below which an image has no perceptual loss')
-    lpips_vgg: str = opt('vgg16-397923af.pth', 'LPIPS: VGG16 weights of torchvision')
-    lpips_lin: str = opt('vgg.pth', 'LPIPS: linear heads, version 0.1')
-    lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin')
+    lpips_vgg: str = opt('vgg16-397923af.pth', 'LPIPS: VGG16 weights of torchvision', path=True)
+    lpips_lin: str = opt('vgg.pth', 'LPIPS: linear heads, version 0.1', path=True)
+    lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin', path=True)
     allow_download: bool = opt(False, 'fetch missing LPIPS files')
     # discriminator
     disc: str = opt('patchgan', 'patchgan, stylegan, dino (needs --dino_path) or none')
-    dino_path: str = opt('', 'weights of DINO ViT-S/16, original or timm keys')
+    dino_path: str = opt('', 'weights of DINO ViT-S/16, original or timm keys', path=True)
     disc_start: float = opt(20_000, 'first discriminator step; below 1 a share of all steps')
     disc_ramp: float = opt(1000, 'steps over which its loss fades in; below 1 a share of all steps')
     disc_blur: float = opt(0., 'steps over which the blur of its input fades out; below 1 a share; 0 is off')
@@ -210,7 +211,7 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
 class SquareRecipe(TokenizerRecipe):
     """A tokenizer of square images of any side."""
 
-    side: int = opt(256, 'pixels per side of the training images', 'image_size')
+    side: int = opt(256, 'pixels per side of the training images', 'image_size img_size')
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,0 +1,103 @@
+"""How many loader processes are started unasked: CPUs that are granted, and shared memory that is there."""
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from utils import doctor, machine, provenance
+from utils.arg_util import parse_recipe
+
+
+@pytest.fixture
+def no_groups(monkeypatch, tmp_path):
+    """A machine without control groups; returns the folder to put some into."""
+    monkeypatch.setattr(machine, 'CGROUP_TABLE', tmp_path / 'cgroup')
+    monkeypatch.setattr(machine, 'CGROUP_ROOT', tmp_path)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(machine.shutil, 'disk_usage', lambda _: SimpleNamespace(free=2 ** 40))
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    return tmp_path
+
+
+def test_processors_that_the_process_is_bound_to(monkeypatch, no_groups):
+    assert machine.available_cpus() == 8
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {3})
+    assert machine.available_cpus() == 1
+    assert parse_recipe(['--bs=64']).num_workers(1) == 0  # its own CPU is left to the training
+
+
+@pytest.mark.parametrize(('table', 'files', 'expected'), [
+    ('0::/job\n', {'job/cpu.max': '250000 100000'}, 2),
+    ('0::/job/step\n', {'job/step/cpu.max': 'max 100000', 'job/cpu.max': '300000 100000'}, 3),
+    ('0::/job\n', {'job/cpu.max': 'max 100000'}, 8),
+    ('4:cpu,cpuacct:/job\n', {'cpu,cpuacct/job/cpu.cfs_quota_us': '400000',
+                              'cpu,cpuacct/job/cpu.cfs_period_us': '100000'}, 4),
+    ('4:cpu:/job\n', {'cpu/job/cpu.cfs_quota_us': '-1', 'cpu/job/cpu.cfs_period_us': '100000'}, 8),
+    ('0::/job\n', {'job/cpu.max': '50000 100000'}, 1), ('nonsense\n', {}, 8)])
+def test_time_that_control_groups_grant(no_groups, table, files, expected):
+    (no_groups / 'cgroup').write_text(table)
+    for name, text in files.items():
+        (no_groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (no_groups / name).write_text(text)
+    assert machine.available_cpus() == expected
+
+
+def test_ranks_of_a_machine_share_its_processors(monkeypatch, no_groups):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    assert parse_recipe(['--bs=64']).num_workers(2) == 3
+
+
+def test_shared_memory_that_holds_no_batches(monkeypatch, no_groups):
+    recipe = parse_recipe(['--bs=96'])
+    batch = 96 * 3 * 256 ** 2 * 4
+    monkeypatch.setattr(machine.shutil, 'disk_usage', lambda _: SimpleNamespace(free=2 ** 26))  # of docker
+    assert recipe.num_workers(1) == 0
+    monkeypatch.setattr(machine.shutil, 'disk_usage', lambda _: SimpleNamespace(free=6 * batch))
+    assert recipe.num_workers(1) == 3
+    assert parse_recipe(['--bs=96', '--workers=5']).num_workers(1) == 5  # as asked
+
+
+# ---------------------------------------------------------------------------------------------- GPU
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine with these signs of a GPU, and a torch that finds none."""
+    def have(device=False, driver='', smi=False, cuda='13.0', visible=None, usable=False):
+        monkeypatch.setattr(provenance, 'DEVICES', tmp_path / 'dev')
+        monkeypatch.setattr(provenance, 'DRIVER', tmp_path / 'nvidia')
+        monkeypatch.setattr(provenance.shutil, 'which', lambda name: f'/usr/bin/{name}' if smi else None)
+        monkeypatch.setattr(provenance.torch.cuda, 'is_available', lambda: usable)
+        monkeypatch.setattr(provenance.torch.version, 'cuda', cuda)
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+        if visible is not None:
+            monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+        (tmp_path / 'dev').mkdir()
+        (tmp_path / 'dev' / 'nvidiactl').touch()  # no GPU by itself
+        if device:
+            (tmp_path / 'dev' / 'nvidia0').touch()
+        if driver:
+            (tmp_path / 'nvidia').mkdir()
+            (tmp_path / 'nvidia' / 'version').write_text(driver)
+    return have
+
+
+def test_a_gpu_that_torch_cannot_use_is_named(gpu):
+    gpu(device=True, driver='NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27\n')
+    line = provenance.unusable_gpu()
+    assert 'nvidia0' in line and 'CUDA 13.0' in line and '470.82.01' in line and 'too old' in line
+    assert '\n' not in line
+    assert any(line in shown for shown in doctor.report())
+
+
+@pytest.mark.parametrize('signs', [dict(device=True), dict(smi=True), dict(driver='x')], ids=str)
+@pytest.mark.parametrize('visible', [None, '0', '0,1', 'GPU-1234'])
+def test_any_sign_of_a_gpu_counts(gpu, signs, visible):
+    gpu(**signs, cuda=None, visible=visible)
+    assert 'is a build without CUDA' in provenance.unusable_gpu()
+
+
+@pytest.mark.parametrize('signs', [
+    dict(), dict(device=True, usable=True), dict(device=True, visible=''), dict(smi=True, visible='-1'),
+    dict(device=True, visible='-1,0'), dict(device=True, visible=' ')], ids=str)
+def test_no_word_where_there_is_nothing_to_say(gpu, signs):
+    gpu(**signs)
+    assert provenance.unusable_gpu() == ''
