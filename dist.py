@@ -2,9 +2,13 @@
 
 Without an initialised group: rank 0, world size 1, and collectives hand their input back.
 """
+import ctypes
 import datetime
 import functools
 import os
+import signal
+import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,17 +33,82 @@ def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_dis
             rank claims a GPU.
         gpu_id_if_not_distibuted: CUDA device of a run without torchrun (upstream's spelling).
         timeout: minutes a collective may wait.
+    Raises:
+        ValueError: the launcher's variables are incomplete, its port is taken, or srun started several
+            processes that know nothing of each other.
     """
     if 'RANK' not in os.environ:
+        _refuse_separate_tasks()
         if torch.cuda.is_available():
             set_gpu_id(gpu_id_if_not_distibuted)
         return
+    _check_launcher_variables()
+    _end_with_launcher()
     if fork:
         mp.set_start_method('fork', force=True)
     if torch.cuda.is_available() and backend != 'gloo':
         set_gpu_id(get_local_rank())
-    tdist.init_process_group(backend or ('nccl' if torch.cuda.is_available() else 'gloo'),
-                             timeout=datetime.timedelta(minutes=timeout))
+    address = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+    world_size = int(os.environ['WORLD_SIZE'])
+    if 'TORCHELASTIC_RUN_ID' not in os.environ and world_size > 1:
+        # torchrun starts all processes itself; whoever sets these variables by hand, or has them left over
+        # from a cluster's launcher, would otherwise wait here without a word
+        sys.stderr.write(f'waiting for {world_size} processes at {address}, as RANK and WORLD_SIZE say; '
+                         'unset both to run a single process\n')
+    try:
+        tdist.init_process_group(backend or ('nccl' if torch.cuda.is_available() else 'gloo'),
+                                 timeout=datetime.timedelta(minutes=timeout))
+    except RuntimeError as error:  # torch's own kinds of network errors among them
+        reason = ' '.join(str(error).split())
+        if 'EADDRINUSE' in reason or 'address already in use' in reason.lower():
+            raise ValueError(f'the port of {address} is taken by another program: pass another '
+                             '--master_port, or --standalone on a single machine') from None
+        raise ValueError(f'cannot join the {world_size} processes at {address} ({reason[:300]}): check that '
+                         'all of them were started, and that MASTER_ADDR and MASTER_PORT are those of '
+                         'rank 0') from None
+
+
+def _refuse_separate_tasks() -> None:
+    """Make sure that a task of srun is not one of many trainings that would all do the same."""
+    num_tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+    if num_tasks.isdecimal() and int(num_tasks) > 1:
+        raise ValueError(
+            f'srun started {num_tasks} processes that know nothing of each other: start one torchrun per '
+            'node (srun --ntasks-per-node=1 torchrun ...), or export RANK=$SLURM_PROCID, '
+            'LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR and MASTER_PORT in each')
+
+
+def _check_launcher_variables() -> None:
+    """Make sure that the variables of a launcher are complete, and fit together."""
+    missing = [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f'RANK={os.environ["RANK"]} is set, but not {" and ".join(missing)}: start by '
+                         'torchrun, which sets all of them, or unset RANK to run a single process')
+    numbers = {name: os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT')}
+    wrong = [f'{name}={value!r}' for name, value in numbers.items() if not value.isdecimal()]
+    if wrong:
+        raise ValueError(f'expected numbers from the launcher, got {", ".join(wrong)}: start by torchrun, or '
+                         'unset RANK to run a single process')
+    if int(numbers['RANK']) >= int(numbers['WORLD_SIZE']):
+        raise ValueError(f'expected RANK below WORLD_SIZE={numbers["WORLD_SIZE"]}, got RANK='
+                         f'{numbers["RANK"]}: these variables are of two launchers; unset them, or start by '
+                         'torchrun')
+
+
+def _end_with_launcher() -> None:
+    """Ask Linux to send SIGTERM to this process when its launcher dies.
+
+    A rank that outlives its launcher goes on training, holds the lock of the output folder, and nobody sees
+    it.
+    """
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    launcher = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    except (OSError, AttributeError, TypeError):  # another system than Linux
+        return
+    if os.getppid() != launcher:  # it died before it was watched
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def get_rank() -> int:
@@ -70,6 +139,11 @@ def is_master() -> bool:
 
 def is_local_master() -> bool:
     return get_local_rank() == 0
+
+
+def host_name() -> str:
+    """Name of this machine, for messages of several nodes."""
+    return socket.gethostname()
 
 
 def new_group(ranks: list[int]):
@@ -117,6 +191,54 @@ def allgather_object(value: Any) -> list[Any]:
     return values
 
 
+def raise_together(failure: ValueError | None) -> None:
+    """Raise on every rank what any of them has met, so that none goes on alone; every rank calls it.
+
+    Raises:
+        ValueError: the failure of the first rank that has one.
+    """
+    for rank, (host, of_a_rank) in enumerate(allgather_object((host_name(), failure))):
+        if of_a_rank is None:
+            continue
+        if rank > 0 and rank != get_rank():  # whoever reads the first rank's message must know where to look
+            raise type(of_a_rank)(f'rank {rank} on {host}: {of_a_rank}') from None
+        raise of_a_rank
+
+
+def require_equal(value: Any, what: str, remedy: str) -> None:
+    """Make sure that all ranks have the same `value`; every rank calls it.
+
+    Args:
+        value: anything picklable that can be compared and printed.
+        what: what it is, for the message.
+        remedy: what to do where they differ.
+    Raises:
+        ValueError: a rank has another value than rank 0, on every rank.
+    """
+    values = allgather_object((host_name(), value))
+    first_host, expected = values[0]
+    for rank, (host, other) in enumerate(values):
+        if other != expected:
+            raise ValueError(f'{what} differs between ranks: rank 0 on {first_host} has {expected}, rank '
+                             f'{rank} on {host} has {other}: {remedy}')
+
+
+def from_master(make: Callable[[], Any]) -> Any:
+    """What `make` gives on global rank 0, on every rank; it must be picklable.
+
+    Raises:
+        ValueError: what `make` raised, on every rank.
+    """
+    value, failure = None, None
+    if is_master():
+        try:
+            value = make()
+        except ValueError as error:
+            failure = error
+    raise_together(failure)
+    return allgather_object(value)[0]
+
+
 def first_of_node_first(make: Callable[[bool], Any]) -> Any:
     """`make(True)` on the first process of every node, then `make(False)` on the others; every rank calls it.
 
@@ -133,9 +255,16 @@ def first_of_node_first(make: Callable[[bool], Any]) -> Any:
             except ValueError as error:
                 failure = error
         barrier()
-    for of_a_rank in filter(None, allgather_object(failure)):
-        raise of_a_rank
+    raise_together(failure)
     return value
+
+
+def sum_over_ranks(*numbers: float) -> list[float]:
+    """Each number summed over all ranks, as Python numbers; every rank calls it. Waits for the device
+    once."""
+    total = torch.tensor(numbers, dtype=torch.float64, device=_device)
+    allreduce(total)
+    return total.tolist()
 
 
 def broadcast(t: torch.Tensor, src_rank: int) -> None:

@@ -3,6 +3,7 @@
 `Trainer` is for any generator, `TokenizerTrainer` for any tokenizer, with a second optimizer for its
 discriminator. They know a model through the methods of `models.base` alone.
 """
+import hashlib
 import inspect
 import logging
 from collections import defaultdict
@@ -44,6 +45,7 @@ class StepInfo(NamedTuple):
     grad_norm: torch.Tensor | None  # before clipping; None if the optimizer did not step
     scale_log2: float | None        # log2 of the float16 loss scale
     aux: dict[str, Any]             # for `model.metrics`
+    is_finite: bool                 # False where a gradient was nan or infinite, so that nothing moved by it
 
 
 class LossModule(nn.Module):
@@ -121,11 +123,16 @@ class Trainer:
             with self.optimizer.amp_ctx:
                 loss, aux = self.loss_module(images_B3HW, label_B, progress)
             grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
+        is_finite = self.optimizer.moved if stepping else True
         if stepping:
-            self._after_step(progress)
-        return StepInfo(loss.detach(), grad_norm, scale_log2, aux)
+            self._after_step(progress, is_finite)
+        return StepInfo(loss.detach(), grad_norm, scale_log2, aux, is_finite)
 
-    def _after_step(self, progress: float) -> None:
+    def _after_step(self, progress: float, is_finite: bool) -> None:
+        """What follows an optimizer step; after one that is not finite everything stays as it was."""
+        if not is_finite:
+            self.model.forget_step()
+            return
         for parameter, rows in self.model.after_step(progress).items():
             self.optimizer.forget(parameter, rows)
         if self.ema:
@@ -211,6 +218,8 @@ class TokenizerTrainer(Trainer):
         self.disc_module = distributed(criterion.discriminator) if disc_optimizer else None
         self.ema = WeightEMA(model, ema_decay, model.not_averaged) if ema_decay else None
         self.gan_announced = False
+        # running statistics with their values before the current step
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -220,6 +229,7 @@ class TokenizerTrainer(Trainer):
                    stepping: bool = True) -> StepInfo:
         """As `Trainer.train_step`; labels are not used. First the tokenizer moves, then the discriminator."""
         self.model.train()
+        self._remember_buffers()
         amp = self.optimizer.amp_ctx
         with accumulating(self.module, stepping):
             with amp:
@@ -227,6 +237,7 @@ class TokenizerTrainer(Trainer):
             loss, aux = self.criterion.generator(rec, progress, self.model.decoder.last_layer, amp)
             grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
         aux |= rec.parts
+        is_finite = self.optimizer.moved if stepping else True
         if self.criterion.is_active(progress):
             if not self.gan_announced and dist.is_master():
                 logger.info('the discriminator has started: a rise of the reconstruction loss is normal now, '
@@ -236,10 +247,30 @@ class TokenizerTrainer(Trainer):
                 disc_loss, disc_aux = self.criterion.discriminate(rec, progress, amp, self.disc_module)
                 disc_norm, _ = self.disc_optimizer.backward_clip_step(stepping, disc_loss)
             aux |= disc_aux | (dict(disc_grad_norm=disc_norm) if stepping else {})
+            if stepping and not self.disc_optimizer.moved:
+                is_finite = False
         if stepping:
-            self._after_step(progress)
+            self._after_step(progress, self.optimizer.moved)
+            self._restore_buffers(is_finite)
         aux['views'] = [(target, image.detach()) for target, image in rec.views[-1:]]
-        return StepInfo(loss.detach(), grad_norm, scale_log2, aux)
+        return StepInfo(loss.detach(), grad_norm, scale_log2, aux, is_finite)
+
+    def _remember_buffers(self) -> None:
+        """Keep the running statistics as they are before the first micro-step of a step.
+
+        A forward pass moves them: means of batch norms and LeCAM, counters of codes. One that is not finite
+        would leave nan in them for ever.
+        """
+        if self._buffers is None:
+            self._buffers = [(buffer, buffer.clone())
+                             for module in (self.model, self.criterion) for buffer in module.buffers()]
+
+    def _restore_buffers(self, is_finite: bool) -> None:
+        """At the end of a step: take back what a step that is not finite did to the running statistics."""
+        if not is_finite:
+            for buffer, before in self._buffers:
+                buffer.copy_(before)
+        self._buffers = None
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
         """Losses of the step averaged over all ranks, its PSNR in dB, and how the codes are used."""
@@ -323,6 +354,24 @@ def load_own_weights(model: Trainable, state: dict[str, Any], key: str, source: 
     load_weights(model, state[key], source)
 
 
+@torch.no_grad()
+def weights_checksum(model: nn.Module) -> str:
+    """16 hexadecimal digits that differ where a bit of a weight or buffer does; made on the device, in one
+    go."""
+    sums = []
+    for value in model.state_dict().values():
+        words = value.detach().contiguous().reshape(-1)
+        if words.numel() == 0:
+            continue
+        same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()]
+        words = words.view(same_size)
+        # the sum wraps around at 64 bits; positions count as well, so that swapped values are noticed
+        positions = torch.arange(1, 1 + words.numel(), device=words.device)
+        sums.append((words * positions).sum(dtype=torch.int64))
+    values = torch.stack(sums).tolist()
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
 def mean_over_ranks(local: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scalars averaged over all ranks, which must all call it with the same names."""
     device = dist.get_device()  # one copy to the host at the end, not one per scalar
@@ -344,7 +393,14 @@ def means_over_images(sums: dict[str, float]) -> dict[str, float]:
 
 
 def psnr(target_B3HW: torch.Tensor, image_B3HW: torch.Tensor) -> torch.Tensor:
-    """(B,) in dB of images in [-1, 1], the second one clamped; at most 100 dB."""
+    """(B,) in dB of images in [-1, 1], the second one clamped; at most 100 dB.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if target_B3HW.shape != image_B3HW.shape:
+        raise ValueError(f'expected images of equal shape, got {tuple(target_B3HW.shape)} and '
+                         f'{tuple(image_B3HW.shape)}: resize or crop one of them')
     error_B = (image_B3HW.clamp(-1, 1) - target_B3HW).div(2).square().flatten(1).mean(1)
     return -10 * error_B.clamp_min(1e-10).log10()
 

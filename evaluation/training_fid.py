@@ -19,6 +19,7 @@ from models import ARModel
 from models.helpers import ImageNoise
 from utils.arg_util import SAMPLE_RECIPES, GeneratorRecipe, SampleRecipe, parse_flags
 from utils.inception import MissingWeights
+from utils.loading import without_child_signal
 from utils.metrics import frechet_distance, read_statistics, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,13 @@ class TrainingFID:
         self.network, self.settings, self.reference = network, settings, reference
         self.name = f'fid_{settings.num_images / 1000:g}k'
 
-    def __call__(self, model: ARModel, autocast: AbstractContextManager) -> float:
-        """The distance, equal on all ranks, which all call it; nan where an image is not finite."""
+    def __call__(self, model: ARModel, autocast: AbstractContextManager,
+                 stop_request: Any = False) -> float:
+        """The distance, equal on all ranks, which all call it; nan where an image is not finite.
+
+        Args:
+            stop_request: becomes true when a rank must end soon; all then give nan after their current batch.
+        """
         count, size = self.settings.num_images, self.settings.batch_size
         features, is_finite = FeatureSet(self.network, count, model.device), True
         for first in range(dist.get_rank() * size, count, dist.get_world_size() * size):
@@ -49,6 +55,9 @@ class TrainingFID:
                                            **self.settings.sample_kwargs())
             is_finite = is_finite and bool(images_B3HW.isfinite().all())
             features.add(to_uint8(images_B3HW.float().nan_to_num() * 2 - 1), first)
+            if stop_request:
+                is_finite = False
+                break
         features.reduce()
         if not all(dist.allgather_object(is_finite)):
             return math.nan
@@ -90,7 +99,7 @@ def build_training_fid(recipe: GeneratorRecipe, model: ARModel, val_loader: Data
         return TrainingFID(network, settings, read_statistics(recipe.fid_ref, network.num_features))
     features = FeatureSet(network, len(val_loader.dataset), model.device)
     seen = 0
-    for images_B3HW, _ in val_loader:
+    for images_B3HW, _ in without_child_signal(val_loader):
         if images_B3HW.shape[2:] != size:  # a generator may train on larger images than it draws
             images_B3HW = F.interpolate(images_B3HW, size=size, mode='area')
         features.add(to_uint8(images_B3HW), seen)

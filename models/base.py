@@ -67,6 +67,9 @@ class Trainable(nn.Module):
         """
         return {}
 
+    def forget_step(self) -> None:
+        """Called in place of `after_step` where a step was not finite: nothing that it noted may be used."""
+
     def compiled_parts(self) -> list[nn.Module]:
         """Modules that `torch.compile` is applied to."""
         return [self]
@@ -257,9 +260,11 @@ class ARModel(Trainable):
 
     Attributes:
         num_classes: classes; index num_classes is the null class of classifier-free guidance.
+        class_table: key of the class embedding (num_classes + 1, width) in the state dict.
     """
 
     num_classes: int
+    class_table = 'class_emb.weight'
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()

@@ -139,6 +139,7 @@ class NPP(ARModel):
 
     headline = {'L': 'L_mean', 'Acc': 'acc_mean'}
     selection = 'L_mean'
+    class_table = 'cls_embedding.embedding_table.weight'
 
     def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, dim: int = 768, n_layer: int = 12,
                  n_head: int = 12, n_kv_head: int | None = None, ffn_dim: int | None = None,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import sample
-from tests.runs import ToyRun
+import train
+from tests.runs import VAR_FLAGS, ToyRun, make_folder, make_tokenizer
 from utils.log import one_line_errors
 
 os.environ['OMP_NUM_THREADS'] = '1'  # of processes that tests start, too
@@ -29,6 +30,32 @@ def here(monkeypatch):
         sample.load_generator.cache_clear()
         with one_line_errors(script.__name__):
             script.main()
+    yield run
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """(image folder, tokenizer file)."""
+    root = tmp_path_factory.mktemp('data')
+    return make_folder(root / 'images'), make_tokenizer(root / 'vae.pth')
+
+
+@pytest.fixture
+def train_here(monkeypatch, data):
+    """Run train.py in this process; returns the flags' output folder."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def run(folder, *flags, base=None):
+        base = VAR_FLAGS if base is None else base
+        argv = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', f'--output_dir={folder}', *base, *flags]
+        argv = [arg for arg in argv if '--model=vqvae' not in base or not arg.startswith('--vae_ckpt')]
+        monkeypatch.setattr(sys, 'argv', ['train.py', *argv])
+        with one_line_errors('train.py'):
+            train.main()
+        return folder
     yield run
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -81,6 +82,20 @@ def start(script, flags, nproc=1):
     """Start without waiting; end it with `kill_tree`."""
     return subprocess.Popen(command(script, flags, nproc), env=environment(), stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)
+
+
+def same_weights(a, b, key='var_wo_ddp'):
+    return all(torch.equal(value, b['trainer'][key][name]) for name, value in a['trainer'][key].items())
+
+
+def message(run, capsys):
+    """The one line with which a run ends."""
+    with pytest.raises(SystemExit) as stop:
+        run()
+    code = stop.value.code
+    text = code if isinstance(code, str) else capsys.readouterr().err.strip()
+    assert code not in (0, None) and len(text.splitlines()) == 1, text
+    return text
 
 
 def read(folder, name='ar-ckpt-last.pth'):

@@ -192,10 +192,10 @@ def test_what_one_rank_lacks_is_left_out_on_all(rate, checkpoints, monkeypatch):
     monkeypatch.setattr(command, 'NUM_FEATURES', 2)
     gather = dist.allgather_object
     monkeypatch.setattr(dist, 'allgather_object', lambda value: [
-        value, ValueError('rank 1 has none')] if value is None else gather(value))
+        value, ('b', ValueError('there is none'))] if value == (dist.host_name(), None) else gather(value))
     report, _ = rate(checkpoints / 'trained.pth')
-    assert report['skipped']['rfid'] == 'rank 1 has none' and 'rfid_val' not in report['scores']
-    with pytest.raises(SystemExit, match='rank 1 has none'):
+    assert report['skipped']['rfid'] == 'rank 1 on b: there is none' and 'rfid_val' not in report['scores']
+    with pytest.raises(SystemExit, match='rank 1 on b: there is none'):
         rate(checkpoints / 'trained.pth', '--metrics=rfid')
 
 

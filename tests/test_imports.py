@@ -9,15 +9,18 @@ REPO = Path(__file__).resolve().parent.parent
 ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'utils.doctor'}  # doctor is one that lives in utils
 OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'huggingface_hub.utils',
             'torch.utils.tensorboard', 'torch_fidelity.feature_extractor_inceptionv3',
-            'matplotlib.backends.backend_agg', 'matplotlib.figure', 'sklearn.neural_network'}
+            'tensorboard.backend.event_processing.event_file_loader', 'tensorboard.compat.proto.event_pb2',
+            'tensorboard.summary.writer.record_writer', 'matplotlib.backends.backend_agg',
+            'matplotlib.figure', 'sklearn.neural_network'}
 # inside models
-ORDER = ['scales', 'attention', 'base', 'helpers', 'layers', 'editing', 'basic_var', 'tokenizers', 'var',
+ORDER = ['scales', 'attention', 'base', 'helpers', 'layers', 'editing', 'basic_var', 'tokenizers', 'vqvae',
+'quant', 'basic_vae', 'var',
          'flexvar', 'flowar', 'npp', '']
 
 
 def modules():
     files = [*REPO.glob('*.py'), *REPO.glob('models/**/*.py'), *REPO.glob('utils/*.py'),
-             *REPO.glob('evaluation/*.py')]
+             *REPO.glob('evaluation/*.py'), *REPO.glob('training/*.py')]
     for path in files:
         name = '.'.join(path.relative_to(REPO).with_suffix('').parts).removesuffix('.__init__')
         yield name, ast.parse(path.read_text())
@@ -32,10 +35,11 @@ def imported(tree):
 
 
 def layer(name):
-    """0 dist, 1 utils and models, 2 trainer and evaluation, 3 entry points; None for other packages."""
+    """0 dist, 1 utils and models, 2 trainer, training and evaluation, 3 entry points; None for other
+    packages."""
     if name in ENTRIES:
         return 3
-    return dict(dist=0, utils=1, models=1, evaluation=2, trainer=2).get(name.split('.')[0])
+    return dict(dist=0, utils=1, models=1, evaluation=2, trainer=2, training=2).get(name.split('.')[0])
 
 
 def test_import_direction():

@@ -32,6 +32,7 @@ GRID = test_token_cache.SIDE // test_token_cache.STRIDE
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     """(image folder, tokenizer file, tokenizer)."""
+    torch.manual_seed(0)  # fixtures of a module are made before the seed of a test
     root = tmp_path_factory.mktemp('made')
     vq = VQModel(codebook_size=300, codebook_embed_dim=4, net='tiny', test_mode=True)
     return make_folder(root / 'images'), *test_token_cache.saved(vq, root / 'vq.pth')
@@ -196,7 +197,7 @@ def test_training_begins_with_given_weights(made, codes, here, trained, tmp_path
     torch.save(read(trained)['trainer']['var_ema'], bare)
     flags = (*NO_DROPOUT, '--lr=1e-3', f'--code_path={codes}')
     run = train.Run(parse_recipe(training(made, tmp_path / 'probe', *flags)))
-    images, labels = next(run.batches)
+    images, labels, _ = next(run.batches)
     run.model.load_state_dict(read(trained)['trainer']['var_ema'])
     seed_everything(mix_seed(0, 0))
     with global_rows(0, BATCH):
@@ -339,7 +340,7 @@ def test_pickled_settings_are_refused_and_the_advice_helps(made, here, stops, tr
     flags = ['--image-size=32', f'--vq_ckpt={made[1]}']
     for message in (stops(sample, '--model=npp', f'--ckpt={path}', f'--output={tmp_path / "a"}', *flags),
                     stops(train, *training(made, tmp_path / 'b', f'--gpt_ckpt={path}'))):
-        assert f'{path} holds a pickled argparse.Namespace' in message
+        assert f'{str(path)!r} holds a pickled argparse.Namespace' in message
         assert "save the dict without 'args'" in message and 'weights_only=False' in message
     content = torch.load(path, weights_only=False)
     torch.save({key: value for key, value in content.items() if key != 'args'}, path)

@@ -1,11 +1,9 @@
 """Whole trainings: kill and resume, ranks, accumulation, logs, tokenizer into generator, and bad input."""
 import json
-import logging
 import os
 import random
 import resource
 import signal
-import sys
 import time
 
 import numpy as np
@@ -26,46 +24,16 @@ from tests.runs import (
     kill_tree,
     launch,
     make_folder,
-    make_tokenizer,
+    message,
     read,
+    same_weights,
     start,
 )
 from utils.arg_util import parse_sample_recipe
 from utils.checkpoint import newest_checkpoint
 from utils.data import build_dataset
-from utils.log import one_line_errors
 from utils.metrics import to_uint8
 from utils.misc import auto_resume
-
-
-@pytest.fixture(scope='session')
-def data(tmp_path_factory):
-    """(image folder, tokenizer file)."""
-    root = tmp_path_factory.mktemp('data')
-    return make_folder(root / 'images'), make_tokenizer(root / 'vae.pth')
-
-
-@pytest.fixture
-def train_here(monkeypatch, data):
-    """Run train.py in this process; returns the flags' output folder."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-
-    def run(folder, *flags, base=None):
-        base = VAR_FLAGS if base is None else base
-        argv = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', f'--output_dir={folder}', *base, *flags]
-        argv = [arg for arg in argv if '--model=vqvae' not in base or not arg.startswith('--vae_ckpt')]
-        monkeypatch.setattr(sys, 'argv', ['train.py', *argv])
-        with one_line_errors('train.py'):
-            train.main()
-        return folder
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.captureWarnings(False)
-
-
-def same_weights(a, b, key='var_wo_ddp'):
-    return all(torch.equal(value, b['trainer'][key][name]) for name, value in a['trainer'][key].items())
 
 
 def largest_difference(a, b):
@@ -254,7 +222,7 @@ def test_folder_in_use_is_refused(data, train_here, tmp_path, capsys):
     text = message(lambda: train_here(tmp_path, '--ep=1'), capsys)
     kill_tree(process.pid)
     process.wait()
-    assert 'in use by another run' in text
+    assert f'in use by process {process.pid} on host' in text
     train_here(tmp_path / 'other', '--ep=1')
 
 
@@ -308,16 +276,6 @@ def test_auto_resume_has_the_published_form(train_here, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- bad input
-def message(run, capsys):
-    """The one line with which a run ends."""
-    with pytest.raises(SystemExit) as stop:
-        run()
-    code = stop.value.code
-    text = code if isinstance(code, str) else capsys.readouterr().err.strip()
-    assert code not in (0, None) and len(text.splitlines()) == 1, text
-    return text
-
-
 @pytest.mark.parametrize(('flags', 'words'), [
     (['--data_path=/nowhere'], ['/nowhere/train', '--data_path']),
     (['--num_classes=5'], ['--num_classes=5', '4 classes']),
@@ -333,13 +291,23 @@ def test_bad_settings(train_here, tmp_path, capsys, flags, words):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_unreadable_image_in_the_folder(train_here, tmp_path, capsys, workers):
+def test_unreadable_images_are_replaced_and_listed_up_to_a_limit(train_here, tmp_path, capsys, workers):
     root = make_folder(tmp_path / 'images')
     (root / 'train' / 'bee' / '01.png').write_bytes(b'broken')
-    text = message(lambda: train_here(tmp_path / 'out', '--ep=1', f'--data_path={root}',
-                                      f'--workers={workers}'), capsys)
-    assert '01.png' in text and 'repair or remove' in text
-    assert 'Traceback' in (tmp_path / 'out' / 'stdout.txt').read_text()  # the details are kept
+    flags = '--ep=2', f'--data_path={root}', f'--workers={workers}'
+    checkpoint = read(train_here(tmp_path / 'out', *flags))
+    assert len(checkpoint['run']['bad_images']) == 1 and "bee/01.png'" in checkpoint['run']['bad_images'][0]
+    log = (tmp_path / 'out' / 'stdout.txt').read_text()
+    assert log.count('an image is replaced by another one') == 1  # though it came in both epochs
+    assert '1 images could not be read' in log
+    text = message(lambda: train_here(tmp_path / 'none', *flags, '--max_bad_images=0'), capsys)
+    assert "bee/01.png'" in text and '--max_bad_images=0' in text
+
+    # an image of the validation is never replaced
+    (root / 'val' / 'cow' / '02.png').write_bytes(b'broken')
+    text = message(lambda: train_here(tmp_path / 'val', *flags), capsys)
+    assert "cow/02.png'" in text and 'repair or remove' in text
+    assert 'Traceback' in (tmp_path / 'val' / 'stdout.txt').read_text()  # the details are kept
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
@@ -416,7 +384,7 @@ def test_truncated_checkpoint_falls_back_and_says_so(train_here, tmp_path, capsy
     last.write_bytes(last.read_bytes()[:-1000])
     train_here(tmp_path, '--ep=3', '--eval_every=1')
     text = (tmp_path / 'stdout.txt').read_text()
-    assert 'ar-ckpt-last.pth cannot be read' in text and 'falling back' in text
+    assert "ar-ckpt-last.pth' cannot be read" in text and 'falling back' in text
     assert 'resumed from' in text and 'ar-ckpt-prev.pth at epoch 1' in text
     assert read(tmp_path)['epoch'] == 3
     for path in tmp_path.glob('*.pth'):
@@ -452,7 +420,8 @@ def test_file_systems_without_hard_links_and_leftovers_of_a_kill(train_here, tmp
 
 
 def test_non_finite_loss_stops_with_a_line(train_here, tmp_path, capsys):
-    text = message(lambda: train_here(tmp_path, '--ep=2', '--tblr=1e12', '--tclip=0'), capsys)
+    flags = '--ep=2', '--tblr=1e12', '--tclip=0', '--max_skipped_steps=4'
+    text = message(lambda: train_here(tmp_path, *flags), capsys)
     assert 'not finite' in text and 'lower the learning rate' in text
 
 
@@ -545,7 +514,7 @@ def test_flags_of_the_distance_are_checked_first(train_here, tmp_path, capsys, f
 def test_a_copied_folder_continues_from_its_last_checkpoint(tmp_path):
     """Copies have other times than the originals."""
     for epoch, name in enumerate(('best', 'prev', 'last')):
-        torch.save(dict(epoch=epoch), tmp_path / f'ar-ckpt-{name}.pth')
+        torch.save(dict(epoch=epoch, iter=0, trainer={}), tmp_path / f'ar-ckpt-{name}.pth')
         os.utime(tmp_path / f'ar-ckpt-{name}.pth', ns=(10 ** 18 - epoch, 10 ** 18 - epoch))
     for name in ('last', 'prev', 'best'):
         assert newest_checkpoint(tmp_path, 'ar-ckpt*.pth')[0].stem == f'ar-ckpt-{name}'

@@ -22,11 +22,14 @@ class AmpOptimizer:
         names, paras: the trained parameters, for clipping.
         grad_clip: maximum gradient norm; <= 0 only measures it.
         n_gradient_accumulation: micro-steps per step; losses are divided by it.
+    Attributes:
+        moved: whether the last step moved the parameters; a gradient that is not finite moves nothing.
     """
 
     def __init__(self, mixed_precision: int, optimizer: torch.optim.Optimizer, names: list[str],
                  paras: list[nn.Parameter], grad_clip: float, n_gradient_accumulation: int = 1):
         self.optimizer, self.names, self.paras = optimizer, names, paras
+        self.moved = True
         self.grad_clip, self.r_accu = grad_clip, 1 / n_gradient_accumulation
         self.device_type = paras[0].device.type
         self.amp_ctx = autocast(self.device_type, mixed_precision)
@@ -37,6 +40,9 @@ class AmpOptimizer:
     def backward_clip_step(self, stepping: bool,
                            loss: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
         """Backward, and on the last micro-step clip and step.
+
+        A step whose gradient is nan or infinite is left out in every precision, as float16 with loss scaling
+        does. Ranks have exchanged their gradients before, so that all of them leave it out.
 
         Returns:
             (gradient norm before clipping, log2 of the loss scale); None where there is none: norm on
@@ -50,10 +56,12 @@ class AmpOptimizer:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.paras, self.grad_clip if self.grad_clip > 0 else math.inf)
+        self.moved = bool(norm.isfinite())
         if self.scaler:
-            self.scaler.step(self.optimizer)
+            if self.moved:
+                self.scaler.step(self.optimizer)
             self.scaler.update(MAX_SCALE if self.scaler.get_scale() > MAX_SCALE else None)
-        else:
+        elif self.moved:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, scale

@@ -1,8 +1,11 @@
-"""Logs of a run: the console and stdout.txt, progress lines, meters, TensorBoard."""
+"""Logs of a run: the console and stdout.txt, progress lines, meters, TensorBoard, and their repair."""
 import datetime
+import io
 import json
 import logging
+import math
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -15,11 +18,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.checkpoint import atomic_path
+from utils.provenance import unusable_gpu
+from utils.stop import Stopped
+
 logger = logging.getLogger(__name__)
+OTHERS_SPEAK_AFTER = 10  # seconds that ranks other than the first wait before they report an error, too
 
 
 def setup_logging(output_dir: str | None, is_master: bool) -> None:
-    """The master's messages and all warnings on the console; the master's also in `output_dir`/stdout.txt."""
+    """The master's messages and all warnings on the console; the master's also in `output_dir`/stdout.txt.
+
+    Raises:
+        ValueError: stdout.txt cannot be written.
+    """
     root = logging.getLogger()
     root.handlers.clear()
     root.setLevel(logging.DEBUG)
@@ -29,17 +41,39 @@ def setup_logging(output_dir: str | None, is_master: bool) -> None:
     console.setLevel(logging.INFO if is_master else logging.WARNING)
     handlers: list[logging.Handler] = [console]
     if output_dir and is_master:
-        path = Path(output_dir) / 'stdout.txt'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            with path.open('a') as file:
-                file.write('\n' * 7 + '=' * 30 + '  RESTART  ' + '=' * 30 + '\n')
-        handlers.append(logging.FileHandler(path))
-        handlers[-1].addFilter(lambda record: record.levelno > logging.DEBUG or record.name == __name__)
+        handlers.append(_file_handler(Path(output_dir) / 'stdout.txt'))
     for handler in handlers:
         handler.setFormatter(line)
         root.addHandler(handler)
     logging.captureWarnings(True)
+    if is_master and not output_dir:  # at the start of a program, once
+        note = unusable_gpu()
+        if note:
+            logger.warning('%s', note)
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    """Writes to `path`, after what an earlier start has written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with path.open('a') as file:
+                file.write('\n' * 7 + '=' * 30 + '  RESTART  ' + '=' * 30 + '\n')
+        handler = _QuietFileHandler(path)
+    except OSError as error:
+        raise ValueError(f'cannot write to {str(path)!r} ({error.strerror or error}): free some space, '
+                         'change its permissions, or pass another output folder') from None
+    handler.addFilter(lambda record: record.levelno > logging.DEBUG or record.name == __name__)
+    return handler
+
+
+class _QuietFileHandler(logging.FileHandler):
+    """A full disk must not print a traceback for every message; the console has them all."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called inside the `except` block of a message that could not be written."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class SmoothedValue:
@@ -102,7 +136,8 @@ class MetricLogger:
 
         The line ends with images/s and the shares of time spent on waiting for data, tokenizer and model.
         """
-        self.log_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist()) | {start_it}
+        # the same iterations whether an epoch is done in one go or by several starts
+        self.log_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist())
         width, epoch_begin = len(str(max_iters)), time.time()
         iterator, window = iter(itrt), dict(seconds=0., data=0., iters=0)
         tokenizer_seconds()  # forget what an evaluation spent
@@ -138,7 +173,11 @@ class TensorboardLogger:
         self.step, self.writer, self.every = 0, None, every
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(log_dir=log_dir, filename_suffix=filename_suffix)
+            try:
+                self.writer = SummaryWriter(log_dir=log_dir, filename_suffix=filename_suffix)
+            except OSError as error:
+                raise ValueError(f'cannot write to {log_dir!r} ({error.strerror or error}): free some space, '
+                                 'or pass another output folder') from None
 
     def set_step(self, step: int) -> None:
         self.step = step
@@ -184,9 +223,90 @@ def progress_bar(total: int, text: str, unit: str = 'image') -> tqdm:
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:
-    """Add one line to a log of JSON lines."""
-    with path.open('a') as file:
-        file.write(json.dumps(values) + '\n')
+    """Add one line to a log of JSON lines; numbers that are not finite become null, as JSON has none.
+
+    Raises:
+        OSError: the line cannot be written; the message names the file.
+    """
+    line = json.dumps(_finite_or_none(values), allow_nan=False) + '\n'
+    try:
+        with path.open('a') as file:
+            file.write(line)
+    except OSError as error:
+        raise OSError(f'could not write to {str(path)!r} ({error.strerror or error}): free some space and '
+                      'run the same command again') from error
+
+
+def _finite_or_none(value: Any) -> Any:
+    """The same value with None in the place of every number that is nan or infinite."""
+    if isinstance(value, dict):
+        return {name: _finite_or_none(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_none(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log of JSON lines; a line that a kill or a full disk has torn is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(errors='replace').splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def keep_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Remove from a log of JSON lines what is torn, and what `is_kept` says no to; the rest stays as it
+    is."""
+    if not path.is_file():
+        return
+    text = path.read_text(errors='replace')
+    kept = []
+    for line in text.splitlines():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict) and is_kept(content):
+            kept.append(line + '\n')
+    repaired = ''.join(kept)
+    if repaired != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(repaired)
+
+
+def keep_events(folder: Path, is_kept: Callable[[str, int], bool]) -> None:
+    """Remove points from the TensorBoard files of a folder, and a torn end; files without either stay.
+
+    Args:
+        is_kept: whether a point stays, by its tag and step.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    for path in sorted(folder.glob('events.out.tfevents.*')):
+        kept = io.BytesIO()
+        writer = RecordWriter(kept)
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            values = [value for value in event.summary.value if is_kept(value.tag, event.step)]
+            if len(values) == len(event.summary.value):
+                writer.write(record)
+            elif values:
+                del event.summary.value[:]
+                event.summary.value.extend(values)
+                writer.write(event.SerializeToString())
+        if kept.getvalue() != path.read_bytes():
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(kept.getvalue())
 
 
 @contextmanager
@@ -202,13 +322,34 @@ def one_line_errors(program: str, exit_code: int = 1) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(f'{program}: interrupted; run the same command again to go on')
+    except Stopped as stop:
+        if int(os.environ.get('RANK', 0)) == 0:
+            sys.stderr.write(f'{program}: {stop}\n')
+        raise SystemExit(stop.exit_code) from None
     except (ValueError, OSError) as error:
         logger.debug('', exc_info=True)
-        message = str(error).strip().splitlines()[-1]  # a loader process prepends its own traceback
-        time.sleep(2 if int(os.environ.get('RANK', 0)) > 0 else 0)
-        stop = SystemExit(f'{program}: {message.removeprefix("ValueError: ")}')
+        message = one_line(error)
+        if int(os.environ.get('RANK', 0)) > 0:
+            time.sleep(OTHERS_SPEAK_AFTER)
+        stop = SystemExit(f'{program}: {message}')
         code = getattr(error, 'exit_code', exit_code)
         if code != 1:  # python prints a message itself, but only with code 1
             sys.stderr.write(f'{stop}\n')
             stop.code = code
         raise stop from None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error as one line that names the file, where there is one.
+
+    An error of a loader process carries its traceback in front, and the names of its kinds.
+    """
+    text = str(error).strip()
+    if ' in DataLoader worker process ' in text:
+        text = text[text.rfind('\n') + 1:]
+    text = re.sub(r'^([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception): ', '', ' '.join(text.split()))
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        # "[Errno 28] No space left on device: 'file'" in words, with what to do
+        return (f'cannot use {os.fsdecode(error.filename)!r} ({error.strerror}): check the path, its '
+                'permissions and the free space')
+    return text or type(error).__name__

@@ -331,6 +331,12 @@ class VectorQuantizer2(nn.Module):
         self.gathered.clear()
         return {self.embedding.weight: torch.arange(len(self.embedding.weight))}
 
+    def forget_step(self) -> None:
+        """See `Trainable.forget_step`."""
+        self._features.clear()
+        for upkeep in self.upkeeps:
+            upkeep.forget()
+
     @torch.no_grad()
     def place_codes(self, f_BZhw: torch.Tensor) -> None:
         """Set the codebook by k-means, scale by scale on what the scales before leave of f.

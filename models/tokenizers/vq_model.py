@@ -280,6 +280,10 @@ class VQModel(Tokenizer):
     def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
         return {} if self.upkeep is None else self.upkeep.update(progress)
 
+    def forget_step(self) -> None:
+        if self.upkeep is not None:
+            self.upkeep.forget()
+
     def code_metrics(self) -> dict[str, float]:
         return {} if self.upkeep is None else self.upkeep.metrics()
 

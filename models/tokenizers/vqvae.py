@@ -147,6 +147,9 @@ class VQVAE(Tokenizer):
     def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
         return self.quantize.after_step(progress)
 
+    def forget_step(self) -> None:
+        self.quantize.forget_step()
+
     def code_metrics(self) -> dict[str, float]:
         """Those of every upkeep; restarts are added up, and one alarm is enough.
 

@@ -1,0 +1,228 @@
+"""How a run is continued: which checkpoint, the same one on every rank, and whether it belongs to this run.
+
+Global rank 0 chooses; the other ranks read the same file from their own view of the output folder. A rank
+that sees another file, or none, ends the run: it would train another model, and averaged gradients of two
+models are a loss curve that looks all right.
+"""
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dist
+from utils.checkpoint import (
+    Newest,
+    first_not_finite,
+    load_file,
+    load_with_digest,
+    newest_checkpoint,
+    set_aside,
+)
+
+logger = logging.getLogger(__name__)
+NONE = Newest(None, {}, '', ())
+WAIT_SECONDS = 30  # for a shared file system to show a file that another node has just written
+
+
+# ------------------------------------------------------------------------------ which checkpoint
+def choose_checkpoint(folder: Path, pattern: str) -> Newest:
+    """The checkpoint that all ranks continue from; every rank calls it.
+
+    Newer files that are damaged are moved aside, so that the next save neither keeps them as the previous
+    checkpoint nor fails because of them.
+
+    Args:
+        folder: the output folder, as this rank sees it.
+        pattern: of the names of checkpoints.
+    Raises:
+        ValueError: no file can be read, access to one is refused, or a rank does not see the chosen file.
+    """
+    chosen = NONE
+
+    def choose() -> tuple[str, str, tuple[int, int]] | None:
+        nonlocal chosen
+        chosen = newest_finite_checkpoint(folder, pattern)
+        if chosen.path is None:
+            return None
+        for path in chosen.unusable:
+            logger.warning('%r is moved to %r', str(path), set_aside(path).name)
+        return chosen.path.name, chosen.digest, position_of(chosen.content)
+
+    told = dist.from_master(choose)
+    if told is None:
+        return NONE
+    name, digest, position = told
+    failure = None
+    if not dist.is_master():
+        try:
+            chosen = read_as_told(folder / name, digest, position)
+        except ValueError as error:
+            failure = error
+    dist.raise_together(failure)
+    return chosen
+
+
+def position_of(content: dict[str, Any]) -> tuple[int, int]:
+    """(epoch, optimizer step within it) at which a checkpoint continues."""
+    return content['epoch'], content['iter']
+
+
+def newest_finite_checkpoint(folder: Path, pattern: str) -> Newest:
+    """`newest_checkpoint` whose weights and moments are finite.
+
+    Raises:
+        ValueError: there are checkpoints, and none is usable.
+    """
+    rejected: list[Path] = []
+    while True:
+        found = newest_checkpoint(folder, pattern, without=rejected)
+        if found.path is None:
+            if rejected:
+                raise ValueError(f'all {len(rejected)} checkpoints in {str(folder)!r} hold nan or infinite '
+                                 'numbers: begin in another output folder with a lower learning rate')
+            return found
+        name = first_not_finite(found.content['trainer'], 'trainer')
+        if name is None:
+            return found._replace(unusable=(*rejected, *found.unusable))
+        logger.warning('%r holds nan or infinite numbers (%s); falling back to the next older checkpoint',
+                       str(found.path), name)
+        rejected += [*found.unusable, found.path]
+
+
+def read_as_told(path: Path, digest: str, position: tuple[int, int]) -> Newest:
+    """The file that rank 0 has chosen, as this rank sees it; waits a while for it to appear.
+
+    The first process of a node compares the digest, the others where the checkpoint stands.
+
+    Raises:
+        ValueError: it is not there, or it is another one.
+    """
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            if dist.is_local_master():
+                content, found_digest = load_with_digest(path)
+            else:
+                content, found_digest = load_file(path, verify=False), digest
+            if (found_digest, position_of(content)) == (digest, position):
+                return Newest(path, content, digest, ())
+            reason = (f'{str(path)!r} is another file than the one that rank 0 continues from '
+                      f'(SHA-256 {found_digest[:12]} and {digest[:12]})')
+        except (OSError, ValueError, KeyError) as error:
+            reason = f'{str(path)!r}, which rank 0 continues from, cannot be read here ({error})'
+        if time.monotonic() > deadline:
+            raise ValueError(f'{reason}: the output folder must lie on a file system that all nodes share')
+        time.sleep(1)
+
+
+# ------------------------------------------------------------------------------ of this run or of another
+def check_model(path: Path, content: dict[str, Any], model: str) -> None:
+    """Make sure that a checkpoint is of this kind of model.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    trained = (content.get('args') or {}).get('model', model)
+    if trained != model:
+        raise ValueError(f'{str(path)!r} was trained with --model={trained}, got --model={model}: '
+                         'correct it, or start in another output folder')
+
+
+def check_classes(path: Path, content: dict[str, Any], classes: list[str], data_path: str) -> None:
+    """Make sure that every label still means what it meant.
+
+    Raises:
+        ValueError: a class has another name, or another place in the order.
+    """
+    saved = content.get('classes')
+    if saved is None or list(saved) == list(classes):  # published checkpoints do not name their classes
+        return
+    trained_on = (content.get('args') or {}).get('data_path', '')
+    place = f' (trained on {trained_on!r})' if trained_on not in ('', data_path) else ''
+    raise ValueError(f'{str(path)!r}{place} has {first_difference(saved, classes)}: restore the folders of '
+                     'the classes to go on, or begin in another --output_dir (there --init_from takes over '
+                     'the '
+                     'weights by the names of the classes)')
+
+
+def first_difference(saved: list[str], here: list[str]) -> str:
+    """In words, where two lists of class names part."""
+    for number in range(max(len(saved), len(here))):
+        there_name = ascii(saved[number]) if number < len(saved) else 'nothing'
+        here_name = ascii(here[number]) if number < len(here) else 'nothing'
+        if there_name != here_name:
+            return (f'{len(saved)} classes, these data have {len(here)}, and class {number} is {there_name} '
+                    f'there, {here_name} here')
+    return f'{len(saved)} classes'
+
+
+def data_changes(saved: dict[str, Any] | None, here: dict[str, Any]) -> list[str]:
+    """What differs between the data of a checkpoint and those of this run, a phrase per split."""
+    changes = []
+    for split, old in (saved or {}).items():
+        new = here.get(split, old)
+        if old['count'] != new['count']:
+            changes.append(f'{split} has {new["count"]} images in place of {old["count"]}')
+        elif old['digest'] != new['digest']:
+            changes.append(f'{split} has as many images as before, but other names among them')
+    return changes
+
+
+def changed_settings(recipe: Any, saved: dict[str, Any], free: tuple[str, ...],
+                     flag_of: Callable[[Any, str], str]) -> list[str]:
+    """Settings that differ from those of the checkpoint, as 'flag old -> new'.
+
+    Args:
+        free: names of settings that may change between two starts.
+    """
+    return [f'{flag_of(recipe, name)} {saved[name]} -> {value}' for name, value in vars(recipe).items()
+            if name not in free and saved.get(name, value) != value]
+
+
+# ------------------------------------------------------------------------------ weights of another run
+def rows_by_class(state: dict[str, torch.Tensor], key: str, theirs: list[str], ours: list[str],
+                  fresh: torch.Tensor, source: str) -> dict[str, torch.Tensor]:
+    """Weights whose class embedding follows the names of the classes.
+
+    Args:
+        state: flat weights; `key` names the embedding (classes + 1, width), whose last row is the null class.
+        theirs, ours: names of the classes of the weights, and of this training.
+        fresh: the embedding of this training as initialised, for classes that the weights do not know.
+        source: where the weights come from, for the log.
+    Raises:
+        ValueError: the weights know none of these classes.
+    """
+    table = state[key]
+    if len(table) != len(theirs) + 1:
+        raise ValueError(f'{source} names {len(theirs)} classes, but has rows for {len(table) - 1}: '
+                         'the file is damaged or was edited')
+    known = {name: row for row, name in enumerate(theirs)}
+    shared = [name for name in ours if name in known]
+    if not shared:
+        raise ValueError(f'{source} knows none of these {len(ours)} classes (it has '
+                         f'{", ".join(map(ascii, theirs[:3]))}, ...; here {", ".join(map(ascii, ours[:3]))}, '
+                         '...): name the class folders as there, or train without --init_from')
+    rows = fresh.detach().to('cpu', table.dtype, copy=True)
+    for row, name in enumerate(ours):
+        if name in known:
+            rows[row] = table[known[name]]
+    rows[len(ours)] = table[len(theirs)]
+    new = [ascii(name) for name in ours if name not in known]
+    if dist.is_master():
+        logger.info('%s: the rows of %d of %d classes follow their names; %s', source, len(shared), len(ours),
+                    f'new: {", ".join(new[:10])}' if new else 'none is new')
+    return state | {key: rows}
+
+
+def repair_best(path: Path, prefix: str, content: dict[str, Any]) -> None:
+    """Make `-best` again where it is missing although this very checkpoint is the best one so far."""
+    best = path.with_name(f'{prefix}-best.pth')
+    run = content.get('run', {})
+    is_best = run.get('best_epoch', -1) == run.get('epochs_ended', 0) > 0
+    if is_best and not best.exists() and content['iter'] == 0:
+        os.link(path, best)
+        logger.info('%r was missing: it is the checkpoint of this start', str(best))
