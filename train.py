@@ -511,7 +511,7 @@ class Run:
             rates = self.set_rates(step)
             info = self.train_step(images_B3HW, label_B, step)
             meters.update(tlr=rates[1])
-            if it in meters.log_iters or self.tb.due():
+            if it in meters.regular_iters or self.tb.due():
                 self.log_step(step, info, rates, meters)
             self.count_finite(epoch, it, info, meters)
             if self.is_tokenizer and (step + 1) % recipe.picture_every == 0:

@@ -148,7 +148,7 @@ def test_images_do_not_depend_on_the_batch(here, trained, tmp_path):
 @pytest.mark.parametrize(('more', 'size'), [
     (['--infer_patch_nums=1_3'], (24, 24)),
     (['--infer_patch_nums=1_2_3_4_5_6_7_8_9', '--greedy_unseen=0'], (72, 72)),
-    (['--size=16x56', '--pos_mode=crop'], (16, 56)),
+    (['--size=32x56', '--pos_mode=crop'], (32, 56)),
 ])
 def test_steps_and_sizes(here, trained, tmp_path, more, size):
     images, _ = drawn(here, trained, tmp_path / 'a', *more)
@@ -160,7 +160,7 @@ def test_steps_and_sizes(here, trained, tmp_path, more, size):
     ('--infer_patch_nums=2_4', 'must begin with 1 and .*got 2_4'),
     ('--infer_patch_nums=1_3_2', 'from coarse to fine, got 1_3_2'),
     ('--infer_patch_nums=1_two', "joined by \"_\".*got '1_two'"),
-    ('--size=48', "rows x columns in pixels, such as 384x256, got '48'"),
+    ('--size=48x', "rows x columns in pixels, such as 384x256, or one number for squares, got '48x'"),
     ('--size=48x50', 'multiples of the stride 8, got 48x50'),
     ('--pos_mode=tile', "stretch or crop, got 'tile'"),
     ('--maxpn=-1', '--maxpn must be at least 0'),

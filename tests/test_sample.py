@@ -373,7 +373,7 @@ def test_damaged_pieces_are_named(sample_here, tmp_path, monkeypatch, damage):
         np.save(piece, np.load(piece)[:4])
     else:
         piece.write_bytes(piece.read_bytes()[:200 if damage == 'short' else 0])
-    with pytest.raises(SystemExit, match=r'pixels-000000-000010\.npy .*remove the file'):
+    with pytest.raises(SystemExit, match=r'pixels-000000-000010\.npy. .*remove the file'):
         sample_here(tmp_path / 'a', '--format=npz', '--bs=10')
     piece.unlink()
     sample_here(tmp_path / 'a', '--format=npz', '--bs=10')

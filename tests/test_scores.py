@@ -483,7 +483,8 @@ def test_warnings_of_files_reach_the_reader(run, files, stub):
     Image.fromarray(noise(1, 2)[0]).save(ref / 'x.jpg')
     Image.fromarray(noise(1, 3)[0]).quantize(8).save(sample / 'x.png')
     report, printed = run(ref, sample, '--allow_any_count', '--cache=')
-    for start in (f'JPEG images in {ref}: 1 of 61 files, first x.jpg', f'P images in {sample}: 1 of 51'):
+    for start in (f"JPEG images in {str(ref)!r}: 1 of 61 files, first 'x.jpg'",
+                  f'P images in {str(sample)!r}: 1 of 51'):
         assert sum(note.startswith(start) for note in report['warnings']) == 1
         assert f'warning: {start}' in printed
 

@@ -26,6 +26,8 @@ def named_loader_errors() -> Iterator[None]:
     """
     try:
         yield
+    except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
+        raise LoaderDied(str(error) or type(error).__name__) from error
     except (RuntimeError, OSError) as error:
         text = str(error)
         # a worker that finds shared memory full either gets an error or is killed by a bus error

@@ -119,6 +119,7 @@ class MetricLogger:
     def __init__(self, delimiter: str = '  '):
         self.meters: dict[str, SmoothedValue] = {}
         self.delimiter, self.log_iters = delimiter, set()
+        self.regular_iters: set[int] = set()  # of these, what does not depend on where a start begins
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         self.meters[name] = meter
@@ -137,7 +138,8 @@ class MetricLogger:
         The line ends with images/s and the shares of time spent on waiting for data, tokenizer and model.
         """
         # the same iterations whether an epoch is done in one go or by several starts
-        self.log_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist())
+        self.regular_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist())
+        self.log_iters = self.regular_iters | {start_it}
         width, epoch_begin = len(str(max_iters)), time.time()
         iterator, window = iter(itrt), dict(seconds=0., data=0., iters=0)
         tokenizer_seconds()  # forget what an evaluation spent
