@@ -576,5 +576,6 @@ def test_help_names_presets_and_unknown_flags_stand_as_typed(capsys):
     text = capsys.readouterr().out
     assert '--preset NAME' in text and 'var_d16' in text[text.index('--preset NAME'):]
     assert "'--fid-flagz=3'" in fails(['--fid-flagz=3'], capsys)
+    assert parse_recipe(['--data-path=x', '--data_path=x']).data_path == 'x'  # one flag in both spellings
     assert parse_recipe(['--data_name=imagenet', '--dbg_nan=1']) == parse_recipe([])
     assert '--dbg_nan is ignored' in capsys.readouterr().err

@@ -85,6 +85,11 @@ def _with_words(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
     return read
 
 
+def _with_underscores(arg: str) -> str:
+    """An argument whose flag, if it begins with one, is spelt with underscores; its value stays as it is."""
+    return re.sub(r'^--[\w-]+', lambda flag: '--' + flag[0][2:].replace('-', '_'), arg)
+
+
 class _OneLineParser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit code 2; an unknown flag names the nearest one."""
 
@@ -95,10 +100,9 @@ class _OneLineParser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         """The given flags by field name."""
-        as_typed = {re.sub(r'^--[\w-]+', lambda flag: '--' + flag[0][2:].replace('-', '_'), arg): arg
-                    for arg in argv}
-        underscored = {arg: known for known, arg in as_typed.items()}
-        values, unknown = self.parse_known_args([underscored[arg] for arg in argv])
+        underscored = [_with_underscores(arg) for arg in argv]
+        as_typed = dict(zip(underscored, argv, strict=True))  # for the message about an unknown flag
+        values, unknown = self.parse_known_args(underscored)
         if unknown:
             flag = unknown[0].split('=')[0]
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.)
