@@ -1,4 +1,6 @@
 """The notebooks run from top to bottom, on tiny checkpoints and without the hub."""
+import shutil
+
 import nbformat
 import numpy as np
 import pytest
@@ -154,6 +156,16 @@ def test_editing_with_released_files(tmp_path, edit):
     assert variables['images'].shape == (4, 3, 16, 16)
 
 
+def test_editing_takes_the_demo_that_is_there(tmp_path, checkpoint, edit):
+    """Without MODEL: that of FlexVAR where there are both, else the only one; or a line, if there is none."""
+    assert edit('', num_cells=1)[0]['MODEL'] == 'digits-var'
+    save_checkpoint(build_flexvar(), tmp_path / DIGITS_FLEXVAR)
+    assert edit('', num_cells=1)[0]['MODEL'] == 'digits-flexvar'
+    shutil.rmtree(tmp_path / 'local_output')
+    with pytest.raises(SystemExit, match='no weights: run `make demo` or `make demo-flexvar` first'):
+        edit('', num_cells=1)
+
+
 def test_editing_an_image_file(tmp_path, checkpoint, edit):
     """It is cut to the model's side; without a label it gets the null class."""
     pixels = np.random.RandomState(0).randint(0, 256, (24, 40, 3)).astype(np.uint8)
@@ -170,8 +182,8 @@ def test_editing_an_image_file(tmp_path, checkpoint, edit):
     ('digits-flexvar', f'digits-flexvar needs {DIGITS_FLEXVAR}: run `make demo-flexvar`'),
     ('var_d36', 'var_d36 needs var_d36.pth and vae_ch160v4096z32.pth: put them here, from the hub repository '
                 'FoundationVision/var'),
-    ('flexvar', 'flexvar needs pretrained/FlexVAR.pth and pretrained/FlexVAE.pth: put the published files '
-                'there, or write their paths into CHOICES'),
+    ('flexvar_d24', 'flexvar_d24 needs FlexVARd24-epo349.pth and FlexVAE.pth: put them here, from the hub '
+                    'repository jiaosiyu1999/FlexVAR'),
 ])
 def test_missing_files(edit, model, line):
     """One line says what is missing and what brings it."""

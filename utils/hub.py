@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 PUBLISHED = {  # file name -> hub repository
     **dict.fromkeys(['vae_ch160v4096z32.pth', 'var_d16.pth', 'var_d20.pth', 'var_d24.pth', 'var_d30.pth',
                      'var_d36.pth'], 'FoundationVision/var'),
+    # the number is that of the last epoch, from 0 on
+    **dict.fromkeys(['FlexVAE.pth', 'FlexVARd16-epo179.pth', 'FlexVARd20-epo249.pth',
+                     'FlexVARd24-epo349.pth'], 'jiaosiyu1999/FlexVAR'),
 }
 
 
@@ -37,21 +40,22 @@ def fetch(name: str, sha256: str = '') -> Path:
     """
     path = Path(name)
     if not path.is_file():
-        repo, near = PUBLISHED.get(name), difflib.get_close_matches(name, PUBLISHED)
+        repo = PUBLISHED.get(name)
         if repo is None:
-            raise ValueError(f'expected a checkpoint, found no file {name}: pass a path'
-                             f'{f" or one of {near}" if near else ""}')
+            near = difflib.get_close_matches(path.name, PUBLISHED)
+            published = f', or the name of a published file, such as {", ".join(near)}' if near else ''
+            raise ValueError(f'expected a checkpoint, found no file {name!r}: pass a path{published}')
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging as hub_logging
         hub_logging.set_verbosity_error()  # retries are no news, their outcome is
         try:
             path = Path(hf_hub_download(repo, name))
         except Exception as error:  # the hub's client raises many kinds, all of them mean "not to be had now"
-            raise ValueError(f'{name} is not in the working directory and cannot be fetched from the hub '
+            raise ValueError(f'{name!r} is not in the working directory and cannot be fetched from the hub '
                              f'repository {repo} ({type(error).__name__}): '
                              'download it elsewhere and pass its path') from None
     if sha256 and sha256_of(path) != sha256:
-        raise ValueError(f'{path} has SHA-256 {sha256_of(path)[:16]}..., expected {sha256[:16]}...: '
+        raise ValueError(f'{str(path)!r} has SHA-256 {sha256_of(path)[:16]}..., expected {sha256[:16]}...: '
                          'download it again')
     return path
 
@@ -100,8 +104,9 @@ def read_given(path: str | Path, file: GivenFile) -> dict[str, Any]:
             while block := content.read(1 << 20):
                 digest.update(block)
         if not digest.hexdigest().startswith(file.digest):
-            raise ValueError(f'{path} has {file.algorithm} {digest.hexdigest()}, expected {file.digest}: '
-                             f'download {file.url} again, or rename the file if it is another on purpose')
+            raise ValueError(f'{str(path)!r} has {file.algorithm} {digest.hexdigest()}, expected '
+                             f'{file.digest}: download {file.url} again, or rename the file '
+                             'if it is another on purpose')
     return load_file(path)
 
 

@@ -151,10 +151,8 @@ class VARSampleRecipe(SampleRecipe):
 class FlexVARSampleRecipe(SampleRecipe):
     """Sampling from FlexVAR."""
 
-    # of https://huggingface.co/jiaosiyu1999/FlexVAR; the number is that of the last epoch, from 0 on
-    CKPT_HINT: typing.ClassVar[str] = (', one of your own or a published one, such as FlexVARd24-epo349.pth '
-                                       'of the hub repository jiaosiyu1999/FlexVAR, with '
-                                       '--vae_ckpt=FlexVAE.pth')
+    CKPT_HINT: typing.ClassVar[str] = (', one of your own or a published one, which --preset=flexvar_d16, '
+                                       'flexvar_d20 and flexvar_d24 name')
 
     model: str = opt('flexvar', 'family of the generator')
     ckpt: str = opt('', 'generator weights: a checkpoint of train.py or a released file', 'var_ckpt',
@@ -348,7 +346,9 @@ SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {'var': {
                                                  source='README of VAR; ratio 2 is ours, none is published'),
 }, 'flexvar': {
     'fid': _FLEXVAR, 'steps_13': _FLEXVAR | _13_STEPS, '512': _FLEXVAR | _512,
-    **{f'flexvar_{size}': _FLEXVAR | dict(depth=int(size[1:])) for size in ('d16', 'd20', 'd24')},
+    **{f'flexvar_d{depth}': _FLEXVAR | dict(depth=depth, ckpt=f'FlexVARd{depth}-epo{last_epoch}.pth',
+                                            vae_ckpt='FlexVAE.pth')
+       for depth, last_epoch in ((16, 179), (20, 249), (24, 349))},
 }, 'flowar': {
     'flowar_s': dict(num_images=50_000, num_step=25, cfg=4.3, guidance=0.9, source='README of FlowAR, S'),
     'flowar_l': dict(num_images=50_000, num_step=25, cfg=2.4, guidance=0.9, source='README of FlowAR, L'),
