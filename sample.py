@@ -69,9 +69,28 @@ def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
     config = trainer.get('vae_config', {}) | config  # a bare file of the same tokenizer does not tell it
     generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state,
                                 str(paths['ckpt']), device, config, trainer.get('config'))
+    check_same_codes(generator, trainer.get('vae_local', {}), ckpt, vae_ckpt)
     return generator, dict(
         weights='ema' if prefer_ema and {'var_ema', 'model_ema', 'ema'} & {*trainer, *files[0]} else 'raw',
         weights_sha256=digests, classes=class_names(files[0], generator.num_classes))
+
+
+def check_same_codes(generator: ARModel, trained_with: dict[str, Any], ckpt: str, vae_ckpt: str) -> None:
+    """Make sure that the generator draws the codes, or latents, of the tokenizer that it was trained with.
+
+    Another decoder is fine: it may have been trained further for the same codes.
+
+    Args:
+        trained_with: weights of the tokenizer in the generator's own file; {} where it does not hold them.
+    Raises:
+        ValueError: encoder or codebook differ.
+    """
+    for name, parameter in generator.tokenizer.named_parameters():
+        of_codes = name.startswith(('encoder.', 'quant_conv.', 'quantize.'))
+        if of_codes and name in trained_with and not torch.equal(parameter, trained_with[name].to(parameter)):
+            raise ValueError(f'{ckpt!r} was trained on the codes of another tokenizer than {vae_ckpt!r} '
+                             f'({name} differs): pass the tokenizer of its training, or --vae_ckpt= without '
+                             'a value for the one inside that file')
 
 
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> tuple[str, ...]:

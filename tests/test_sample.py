@@ -299,6 +299,22 @@ def test_generator_and_tokenizer_must_belong_together(sample_here, tmp_path):
     assert 'vocab_size=32, got 64' in stop.value.code
 
 
+def test_the_codes_must_be_those_of_the_training(sample_here, tmp_path, weights):
+    """A tokenizer beside a checkpoint of train.py may have another decoder, but no other codebook."""
+    first = sample_here(tmp_path / 'a')
+    assert np.array_equal(sample_here(tmp_path / 'b', f'--vae_ckpt={weights[2]}'), first)
+    state = torch.load(weights[2], weights_only=True)
+    state['decoder.conv_out.bias'] += 0.3
+    torch.save(state, tmp_path / 'decoder.pth')
+    assert not same_images(sample_here(tmp_path / 'c', f'--vae_ckpt={tmp_path / "decoder.pth"}'), first)
+    state['quantize.embedding.weight'] += 0.3
+    torch.save(state, tmp_path / 'codes.pth')
+    with pytest.raises(SystemExit) as stop:
+        sample_here(tmp_path / 'd', f'--vae_ckpt={tmp_path / "codes.pth"}')
+    words = ['another tokenizer', 'codes.pth', 'quantize.embedding.weight differs', '--vae_ckpt=']
+    assert len(stop.value.code.splitlines()) == 1 and all(word in stop.value.code for word in words)
+
+
 def test_fetch_checks_digests_and_explains_an_unreachable_hub(tmp_path, monkeypatch):
     path = tmp_path / 'file.pth'
     path.write_bytes(b'weights')
@@ -310,8 +326,12 @@ def test_fetch_checks_digests_and_explains_an_unreachable_hub(tmp_path, monkeypa
     def unreachable(*_):
         raise ConnectionError('no route')
     monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
-    with pytest.raises(ValueError, match=r'var_d16\.pth is not in the .*FoundationVision/var.*its path'):
+    with pytest.raises(ValueError, match=r"'var_d16\.pth' is not in the .*FoundationVision/var.*its path"):
         fetch('var_d16.pth')
+    with pytest.raises(ValueError, match=r"'FlexVARd24-epo349\.pth' is not in the .*jiaosiyu1999/FlexVAR"):
+        fetch(parse_sample_recipe(['--model=flexvar', '--preset=flexvar_d24']).ckpt)
+    with pytest.raises(ValueError, match=r"no file 'pretrained/FlexVAE\.pth'.* such as FlexVAE\.pth"):
+        fetch('pretrained/FlexVAE.pth')
 
 
 def test_images_of_unknown_origin_are_not_packed(sample_here, tmp_path):
