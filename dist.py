@@ -16,6 +16,7 @@ import torch
 import torch.distributed as tdist
 import torch.multiprocessing as mp
 
+LONGEST_VALUE = 300  # letters of a value in a message
 _device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
@@ -219,8 +220,21 @@ def require_equal(value: Any, what: str, remedy: str) -> None:
     first_host, expected = values[0]
     for rank, (host, other) in enumerate(values):
         if other != expected:
-            raise ValueError(f'{what} differs between ranks: rank 0 on {first_host} has {expected}, rank '
-                             f'{rank} on {host} has {other}: {remedy}')
+            ours, theirs = what_differs(expected, other)
+            raise ValueError(f'{what} differs between ranks: rank 0 on {first_host} has {ours}, rank '
+                             f'{rank} on {host} has {theirs}: {remedy}')
+
+
+def what_differs(a: Any, b: Any) -> tuple[str, str]:
+    """The parts in which two values differ, each short enough for a line of a log."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        a, b = ({key: value for key, value in one.items() if key not in other or other[key] != value}
+                for one, other in ((a, b), (b, a)))
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        differing = [i for i in range(len(a)) if a[i] != b[i]]
+        if len(differing) == 1:
+            return what_differs(a[differing[0]], b[differing[0]])
+    return str(a)[:LONGEST_VALUE], str(b)[:LONGEST_VALUE]
 
 
 def from_master(make: Callable[[], Any]) -> Any:

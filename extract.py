@@ -131,6 +131,7 @@ def extract(settings: ExtractSettings) -> None:
         tokenizer=weights_digest(tokenizer.state_dict()), image_size=settings.image_size, count=len(images),
         crop_range=crop_range, layout=settings.layout, split=settings.split, exif=settings.exif,
         classes=list(images.classes), images=hashlib.sha256('\n'.join(names).encode()).hexdigest())
+    dist.require_equal(description, 'what is extracted', 'every node must see the same files')
     writer = open_writer(settings, folder, names, tokenizer, device)
     with lock_folder(folder) if dist.is_master() else nullcontext():
         if dist.is_master():

@@ -227,12 +227,14 @@ class TokenCache(Dataset):
                              'copy the whole folder, or extract again')
         return files
 
-    def check(self, digest: str, image_size: int, split: str, shape: tuple[int, ...]) -> None:
+    def check(self, digest: str, image_size: int, split: str, shape: tuple[int, ...], exif: bool) -> None:
         """Make sure that the tokens are of this tokenizer, size and split, as far as the caches tell.
 
         Args:
             digest: see `weights_digest`. split: train or val.
             shape: of the tokens of a view.
+            exif: whether this training turns images as their EXIF orientation says; a cache that was made
+                otherwise is named in the log.
         Raises:
             ValueError: they are not.
         """
@@ -248,6 +250,10 @@ class TokenCache(Dataset):
             if manifest.get('image_size', image_size) != image_size:
                 raise ValueError(f'{folder} holds tokens of images of {manifest["image_size"]} pixels, this '
                                  f'training has {image_size}: pass that size, or extract the cache again')
+            if manifest and (EARLIER | manifest)['exif'] != exif:
+                logger.warning('%s was extracted with --exif=%d, this training has --exif=%d, so images with '
+                               'an EXIF orientation lie otherwise: pass the same, or extract the cache again',
+                               folder, not exif, exif)
         if self.parts[0].read(0, 0).shape != shape:
             raise ValueError(f'{self.folders[0]} holds tokens of {self.parts[0].read(0, 0).shape}, this '
                              f'tokenizer gives {shape} for {image_size} pixels: extract the cache again')
