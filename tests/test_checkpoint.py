@@ -461,7 +461,8 @@ def test_missing_files_are_told(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- prefixes
-@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.',
+                                    'model.', 'model._orig_mod.'])
 @pytest.mark.parametrize('wrap', [lambda state: state, lambda state: dict(model=state),
                                   lambda state: dict(state_dict=state, epoch=3)])
 def test_prefixes_of_all_keys_come_off(prefix, wrap):
@@ -469,6 +470,11 @@ def test_prefixes_of_all_keys_come_off(prefix, wrap):
     assert same(model_weights(content), WEIGHTS)
     weights, config = tokenizer_weights(content)
     assert same(weights, WEIGHTS) and config == {}
+
+
+def test_averages_of_torch_are_weights():
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 3))
+    assert set(model_weights(averaged.state_dict())) == {'weight', 'bias'}
 
 
 def test_prefixes_of_compiled_parts_come_off():

@@ -290,8 +290,10 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     [chunk(b'zTXt', b'k\0\0' + zlib.compress(b'a' * 2 ** 21))],
     [chunk(b'iTXt', b'k\0\1\0\0\0' + zlib.compress(b'a' * 2 ** 21))],
     [chunk(b'iCCP', b'k\0\0' + zlib.compress(b'a' * 2 ** 21))],
-    [chunk(b'zTXt', b'k%d\0\0' % i + zlib.compress(b'a' * 2 ** 20)) for i in range(70)]])
-def test_long_texts_of_a_png_are_not_read(tmp_path, remark):
+    [chunk(b'zTXt', b'k%d\0\0' % i + zlib.compress(b'a' * 2 ** 20)) for i in range(70)],
+    [chunk(b'zTXt', b'k\0\5a')],               # of an unknown compression
+    [chunk(b'tEXt', b'k\0a')[:-4] + b'crc?']])  # of another check sum
+def test_texts_of_a_png_that_cannot_be_read_are_left_out(tmp_path, remark):
     exif = Image.Exif()
     exif[0x112] = 3
     gradient().save(tmp_path / 'a.png', exif=exif)

@@ -22,9 +22,10 @@ from utils.checkpoint import atomic_path
 from utils.hub import sha256_of
 from utils.image_store import map_ahead
 from utils.images import is_data, is_regular, reason_of
+from utils.machine import available_cpus
 
 SUFFIXES = ('.png', '.jpg', '.jpeg')
-NUM_READERS = min(8, os.cpu_count() or 1)  # threads that decode files
+NUM_READERS = min(8, available_cpus())  # threads that decode files
 CONVERSIONS = {  # kind of file -> what becomes of it; RGB stays as it is
     'JPEG': 'lossy, which changes FID',
     '1': 'black and white become RGB', 'L': 'grey becomes RGB', 'P': 'the palette becomes RGB',

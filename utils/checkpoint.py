@@ -30,7 +30,8 @@ __all__ = ['Newest', 'UnusableFile', 'atomic_path', 'first_not_finite', 'load_fi
 
 logger = logging.getLogger(__name__)
 MASKS = ('attn_bias_for_masking', 'mask')  # last part of the names of buffers that hold -inf
-PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and torch.compile
+PREFIXES = ('module.', '_orig_mod.', 'model.')  # of DistributedDataParallel, torch.compile and Lightning
+COUNTER = 'n_averaged'  # what torch's AveragedModel keeps beside the weights, whose keys begin with `module.`
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -179,6 +180,9 @@ def _age(path: Path) -> tuple[bool, bool, int]:
 # ---------------------------------------------------------------------------------------------- weights
 def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
     """Weights whose keys lose the prefixes that all of them have, such as `module.` or `_orig_mod.`."""
+    weights = {key: value for key, value in state.items() if key != COUNTER}
+    if COUNTER in state and weights and all(str(key).startswith('module.') for key in weights):
+        state = weights
     while state and all(isinstance(key, str) for key in state):
         prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
         if prefix is None:

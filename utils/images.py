@@ -100,13 +100,14 @@ def _opened(path: str | os.PathLike) -> tuple[Image.Image, str]:
     with open(path, 'rb') as file:
         try:
             return _decoded(file)
-        except ValueError as error:
-            if 'MAX_TEXT' not in str(error):
+        except (ValueError, UnidentifiedImageError):
+            file.seek(0)
+            content = file.read()
+            if not content.startswith(PNG_HEAD):
                 raise
-        # Programs that draw images may leave texts in a PNG that are longer than Pillow accepts. The pixels
-        # are fine; what is not read cannot fill the memory.
-        file.seek(0)
-        return _decoded(io.BytesIO(_without_remarks(file.read())))
+        # Programs that draw images may leave texts in a PNG that are longer than Pillow accepts, or damaged.
+        # The pixels are fine; what is not read cannot fill the memory.
+        return _decoded(io.BytesIO(_without_remarks(content)))
 
 
 def _decoded(file: IO[bytes]) -> tuple[Image.Image, str]:
