@@ -198,12 +198,13 @@ def build_data(recipe: Recipe) -> Data:
     return Data(train_set, val_set, list(val_set.classes))
 
 
-def check_caches(tokenizer: Tokenizer, image_size: int, train_set: TokenCache, val_set: Dataset) -> None:
+def check_caches(recipe: Recipe, tokenizer: Tokenizer, train_set: TokenCache, val_set: Dataset) -> None:
     """See `TokenCache.check`; the tokenizer is hashed and asked once for both."""
-    digest, shape = weights_digest(tokenizer.state_dict()), tokenizer.shape_of_stored(image_size)
-    train_set.check(digest, image_size, 'train', shape)
+    digest = weights_digest(tokenizer.state_dict())
+    shape = tokenizer.shape_of_stored(recipe.image_size)
+    train_set.check(digest, recipe.image_size, 'train', shape, recipe.exif)
     if isinstance(val_set, TokenCache):
-        val_set.check(digest, image_size, 'val', shape)
+        val_set.check(digest, recipe.image_size, 'val', shape, recipe.exif)
 
 
 def train_sampler(recipe: Recipe, num_images: int,
@@ -340,7 +341,7 @@ class Run:
                                  data.classes)
         self.is_tokenizer = isinstance(self.model, Tokenizer)
         if isinstance(data.train, TokenCache):
-            check_caches(self.model.tokenizer, recipe.image_size, data.train, data.val)
+            check_caches(recipe, self.model.tokenizer, data.train, data.val)
         self.trainer = build_trainer(recipe, self.model, self.total_steps)
         if self.resumed_from:
             self._resume(checkpoint)
