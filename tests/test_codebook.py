@@ -27,6 +27,7 @@ from models.tokenizers.codebook import (
 )
 from models.tokenizers.quantize import QuantizerTraining
 from tests.golden import assert_within
+from tests.runs import on_two_ranks
 from utils.amp_sc import AmpOptimizer
 
 PATCH_NUMS = (1, 2, 4)
@@ -755,7 +756,7 @@ def rank_main(rank, folder):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    on_two_ranks(rank_main, str(tmp_path))
     expected = train(quantizer_to_train(), range(60))
     assert len(expected['rows']) > 40, 'all are placed, and some restart'
     for rank in (0, 1):

@@ -3,6 +3,7 @@ is said."""
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.runs import (
     STEPS_PER_EPOCH,
     VAR_FLAGS,
     VQVAE_FLAGS,
+    end_within,
     environment,
     kill_tree,
     launch,
@@ -30,7 +32,9 @@ from tests.runs import (
     read,
     same_weights,
     start,
+    start_ranks,
 )
+from training import resume
 from utils.checkpoint import first_not_finite
 from utils.data import build_dataset
 from utils.stop import Stopped, StopRequest
@@ -122,12 +126,13 @@ def test_a_second_interrupt_does_not_wait():
 def test_a_signal_to_one_of_two_processes_stops_both_within_the_step(data, tmp_path):
     flags = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, f'--output_dir={tmp_path}',
              '--ep=400']
-    first, second = nodes(flags, flags)
-    while not (tmp_path / 'steps.jsonl').exists() and first.poll() is None:
+    ranks = start_ranks('train.py', [flags, flags], tmp_path)
+    while not (tmp_path / 'steps.jsonl').exists() and ranks[0].is_alive():
         time.sleep(0.02)
-    second.send_signal(signal.SIGUSR1)
-    assert (first.wait(60), second.wait(60)) == (75, 75)
-    assert 'a signal to another process; everything is saved' in first.stderr.read()
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    end_within(ranks, 60)
+    assert [rank.exitcode for rank in ranks] == [75, 75]
+    assert 'a signal to another process; everything is saved' in (tmp_path / '0.err').read_text()
     assert read(tmp_path)['epoch'] + read(tmp_path)['iter'] > 0
 
 
@@ -161,27 +166,20 @@ def is_running(pid):
 
 
 # ---------------------------------------------------------------------------------------------- ranks
-def nodes(*flags_of_nodes, script='train.py', port=29533):
-    """A process per node, as a cluster's launcher would start them, each with flags of its own."""
-    processes = []
-    for rank, flags in enumerate(flags_of_nodes):
-        variables = dict(RANK=str(rank), LOCAL_RANK='0', WORLD_SIZE=str(len(flags_of_nodes)),
-                         MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port + os.getpid() % 1000))
-        processes.append(subprocess.Popen(
-            [sys.executable, str(REPO / script), *map(str, flags)], env={**environment(), **variables},
-            text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    return processes
+def impatient():
+    """Do not wait long for a file to appear on a shared file system."""
+    resume.WAIT_SECONDS = 1
 
 
 def test_a_node_without_the_checkpoint_ends_the_run_in_a_line(train_here, data, tmp_path, monkeypatch):
     train_here(tmp_path / 'first', '--ep=1')
     before = (tmp_path / 'first' / 'ar-ckpt-last.pth').read_bytes()
     shared = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, '--ep=2']
-    processes = nodes([*shared, f'--output_dir={tmp_path / "first"}'],
-                      [*shared, f'--output_dir={tmp_path / "second"}'])
-    texts = [process.communicate(timeout=90)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
-    last = texts[0].splitlines()[-1]
+    ranks = start_ranks('train.py', [[*shared, f'--output_dir={tmp_path / "first"}'],
+                                     [*shared, f'--output_dir={tmp_path / "second"}']], tmp_path, impatient)
+    end_within(ranks, 90)
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    last = (tmp_path / '0.err').read_text().splitlines()[-1]
     assert last.startswith('train.py: rank 1 on ') and 'second/ar-ckpt-last.pth' in last
     assert 'all nodes share' in last
     assert (tmp_path / 'first' / 'ar-ckpt-last.pth').read_bytes() == before
@@ -203,6 +201,17 @@ def test_what_differs_between_ranks_is_named_with_both_hosts(monkeypatch, rank):
     with pytest.raises(ValueError, match='the tokenizer differs between ranks: rank 0 on a has x, rank 1 on '
                                          'b has y: copy it'):
         dist.require_equal('x', 'the tokenizer', 'copy it')
+
+
+def test_of_long_values_only_the_difference_is_named(monkeypatch):
+    classes, data = [f'class {i}' for i in range(1000)], dict(train=dict(count=5), val=dict(count=3))
+    others = [*classes[:999], 'another'], data
+    two_ranks(monkeypatch, 0, (classes, data), others)
+    with pytest.raises(ValueError, match='rank 0 on a has class 999, rank 1 on b has another: copy'):
+        dist.require_equal((classes, data), 'the data set', 'copy it')
+    two_ranks(monkeypatch, 0, (classes, data), (classes, dict(train=dict(count=5), val=dict(count=4))))
+    with pytest.raises(ValueError, match=re.escape("has {'val': {'count': 3}}, rank 1 on b has {'val': ")):
+        dist.require_equal((classes, data), 'the data set', 'copy it')
 
 
 def test_a_failure_of_one_rank_is_raised_on_all(monkeypatch):

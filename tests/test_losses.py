@@ -39,6 +39,7 @@ from models.tokenizers.losses import (
     generator_loss,
 )
 from tests import npp_vectors
+from tests.runs import on_two_ranks
 from trainer import distributed
 from utils import hub
 from utils.hub import dino_state, lpips_state
@@ -800,7 +801,7 @@ def rank_main(rank, folder):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    on_two_ranks(rank_main, str(tmp_path))
     ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1)]
     for case, single in enumerate((train_toy(0, 1), normalise(0, 1))):
         for name, expected in single.items():

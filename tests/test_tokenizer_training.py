@@ -4,6 +4,7 @@ import torch
 import dist
 from models import VQVAE, AutoencoderKL, VQModel, build_loss
 from models.helpers import global_rows
+from tests.runs import on_two_ranks
 from trainer import TokenizerTrainer
 from utils.amp_sc import AmpOptimizer
 from utils.ema import WeightEMA
@@ -104,7 +105,7 @@ def assert_close(actual, expected, skip=()):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    on_two_ranks(rank_main, str(tmp_path))
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
     for case, gan in enumerate((None, GAN)):
         single = ten_steps(0, 1, gan=gan)
