@@ -15,6 +15,7 @@ from utils.data import build_dataset
 
 PLAIN = ['--codebook=grad', '--restart=0', '--defer=0', '--scale_drop=0']  # the published training of codes
 DEFAULTS = ('vqvae', '--eval_every=1', '--log_every=2')
+SHORT = (*DEFAULTS, '--steps=400')
 SCALES = ('1x1', '2x2', '3x3', '4x4')
 
 
@@ -25,22 +26,27 @@ def assert_healthy(scores):
     assert scores['perplexity_1x1'] >= 60 and scores['distinct'] >= 480
 
 
-def test_defaults_learn_and_use_the_codebook(toy):
-    """Measured: 22.87 dB; 131, 344, 355, 372 codes, 511 at any scale; perplexity of 1x1 121."""
-    run = toy(*DEFAULTS)
-    assert run.scores['psnr'] >= 22.4
+@pytest.mark.parametrize(('steps', 'psnr'), [
+    (400, 21.3), pytest.param(800, 22.4, marks=pytest.mark.slow)])
+def test_defaults_learn_and_use_the_codebook(toy, steps, psnr):
+    """Measured: 21.79 dB; 104, 361, 363, 397 codes, 506 at any scale; perplexity of 1x1 91. In 800 steps:
+    22.87 dB; 131, 344, 355, 372, 511; 121."""
+    run = toy(*DEFAULTS, f'--steps={steps}')
+    assert run.scores['psnr'] >= psnr
     assert_healthy(run.scores)
-    assert run.scores['psnr'] - run.epochs[0]['vpsnr'] >= 1.5  # after 250 of 800 steps
-    quarters = [run.mean('rec_loss', end - 200, end) for end in (200, 400, 600, 800)]
+    assert run.scores['psnr'] - run.epochs[0]['vpsnr'] >= 1.5  # after the first 250 steps
+    quarters = [run.mean('rec_loss', steps * i // 4, steps * (i + 1) // 4) for i in range(4)]
     assert quarters == sorted(quarters, reverse=True)
     validation = [line['vrec_loss'] for line in run.epochs]
-    assert len(validation) == 4 and validation == sorted(validation, reverse=True)
+    assert len(validation) == -(-steps // 250) and validation == sorted(validation, reverse=True)
     assert all(line['alarm_collapse'] == 0 for line in run.steps if 'alarm_collapse' in line)
-    assert 'usage' not in run.steps[49] and run.steps[56]['usage'] > 0.5  # quantised from step 100 on
+    first = next(line for line in run.steps if 'usage' in line)
+    assert first['step'] == steps // 8 + 1  # quantised from an eighth of the run on, logged every other step
+    assert next(line['usage'] for line in run.steps if line['step'] > first['step'] + 4) > 0.5
 
 
 def test_event_file_has_every_curve_and_picture(toy):
-    run = toy(*DEFAULTS)
+    run = toy(*SHORT)
     folder = next(run.folder.glob('tb-*'))
     events = EventAccumulator(str(folder), size_guidance=dict(images=0)).Reload()
     tags = events.Tags()
@@ -58,7 +64,7 @@ def test_event_file_has_every_curve_and_picture(toy):
 
 
 def test_evaluation_agrees_with_the_training_and_draws(toy):
-    run = toy(*DEFAULTS)
+    run = toy(*SHORT)
     launch('evaluate.py', ['tokenizer', f'--ckpt={run.folder / "vae-ckpt-last.pth"}', '--data_path=toy',
                            '--workers=0', f'--json={run.folder / "scores.json"}', f'--pictures={run.folder}'])
     scores = json.loads((run.folder / 'scores.json').read_text())['scores']
@@ -69,7 +75,7 @@ def test_evaluation_agrees_with_the_training_and_draws(toy):
 
 
 def test_export_loads_strictly_and_keeps_the_tokens(toy):
-    run = toy(*DEFAULTS)
+    run = toy(*SHORT)
     exported = torch.load(run.folder / 'vae-export.pth', weights_only=True)
     plain = VQVAE(vocab_size=512, z_channels=16, v_patch_nums=(1, 2, 3, 4), net='tiny')
     plain.load_state_dict(exported, strict=True)
