@@ -5,7 +5,6 @@ that sees another file, or none, ends the run: it would train another model, and
 models are a loss curve that looks all right.
 """
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from utils.checkpoint import (
     newest_checkpoint,
     set_aside,
 )
+from utils.files import link_or_copy
 
 logger = logging.getLogger(__name__)
 NONE = Newest(None, {}, '', ())
@@ -224,5 +224,5 @@ def repair_best(path: Path, prefix: str, content: dict[str, Any]) -> None:
     run = content.get('run', {})
     is_best = run.get('best_epoch', -1) == run.get('epochs_ended', 0) > 0
     if is_best and not best.exists() and content['iter'] == 0:
-        os.link(path, best)
+        link_or_copy(path, best)
         logger.info('%r was missing: it is the checkpoint of this start', str(best))
