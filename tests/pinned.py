@@ -81,9 +81,9 @@ def outline_of_training(model, folder):
         keys_of_steps=[list(keys) for keys in dict.fromkeys(tuple(line) for line in steps)],
         keys_of_log=[list(line) for line in epochs],
         tags=tags_of(next(folder.glob('tb-*'))),
-        checkpoint={name: list(part) if isinstance(part, dict) else str(part)
+        checkpoint={name: sorted(part) if isinstance(part, dict) else str(part)
                     for name, part in checkpoint.items() if name not in ('git_commit', 'versions')},
-        trainer={name: digest_of_keys(part) for name, part in checkpoint['trainer'].items()})
+        trainer={name: digest_of_keys(part) for name, part in sorted(checkpoint['trainer'].items())})
     export = folder / 'vae-export.pth'
     if export.exists():
         shared['export'] = {name: digest_of_keys(part)
@@ -134,7 +134,7 @@ def digest_of_keys(part):
 
 def digest_of_tensors(tree):
     digest = hashlib.sha256()
-    for name, value in leaves(tree):
+    for name, value in sorted(leaves(tree), key=lambda leaf: leaf[0]):
         if isinstance(value, torch.Tensor) and value.numel():
             digest.update(name.encode())
             digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())

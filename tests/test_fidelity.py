@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from models import VQVAE
+from tests.runs import FORKS, TINY_VQVAE
 from utils import manifolds, metrics
+from utils.digits import DigitsFeatures
 from utils.manifolds import manifold_coverage, manifold_radii, precision_recall
 from utils.metrics import FeatureStatistics, InceptionScore, frechet_distance, read_statistics
 from utils.misc import full_precision
@@ -337,31 +341,35 @@ def test_settings_of_precision_are_the_callers_again():
 @pytest.mark.parametrize('place', ['matmul', 'conv', 'everything'])
 def test_precision_set_backend_by_backend_neither_breaks_anything_nor_is_lost(place):
     """Once a caller has used the newer settings, torch refuses to read the older ones."""
-    code = f'''
-import torch
-from models import VQVAE
-from utils.digits import DigitsFeatures
-from utils.misc import full_precision
-backends = dict(matmul=torch.backends.cuda.matmul, conv=torch.backends.cudnn.conv, everything=torch.backends)
-backends['{place}'].fp32_precision = 'tf32'
-def settings():
-    return [b.fp32_precision for b in (*backends.values(), torch.backends.cudnn, torch.backends.cudnn.rnn,
-                                       torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)]
-before = settings()
-images = torch.rand(2, 3, 16, 16)
-vae = VQVAE(vocab_size=32, z_channels=8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, v_patch_nums=(1, 2, 4))
-assert len(vae.encode(images * 2 - 1)) == 3 and settings() == before
-DigitsFeatures().outputs((images * 255).byte())
-assert settings() == before
-with full_precision():
-    assert 'tf32' not in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
-assert settings() == before
-torch.backends.fp32_precision = 'ieee'  # what followed it still does
-assert '{place}' != 'everything' or torch.backends.cuda.matmul.fp32_precision == 'ieee'
-'''
-    run = subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=REPO, text=True,
-                         capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert run.returncode == 0, run.stderr
+    process = FORKS.Process(target=with_precision_of, args=(place,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def with_precision_of(place):
+    """In a process of its own, as nothing takes these settings back."""
+    warnings.simplefilter('error')
+    backends = dict(matmul=torch.backends.cuda.matmul, conv=torch.backends.cudnn.conv,
+                    everything=torch.backends)
+    backends[place].fp32_precision = 'tf32'
+    places = (*backends.values(), torch.backends.cudnn, torch.backends.cudnn.rnn,
+              torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+
+    def settings():
+        return [backend.fp32_precision for backend in places]
+    before = settings()
+    images = torch.rand(2, 3, 16, 16)
+    vae = VQVAE(**TINY_VQVAE)
+    assert len(vae.encode(images * 2 - 1)) == 3 and settings() == before
+    DigitsFeatures().outputs((images * 255).byte())
+    assert settings() == before
+    with full_precision():
+        assert 'tf32' not in (torch.backends.cuda.matmul.fp32_precision,
+                              torch.backends.cudnn.conv.fp32_precision)
+    assert settings() == before
+    torch.backends.fp32_precision = 'ieee'  # what followed it still does
+    assert place != 'everything' or torch.backends.cuda.matmul.fp32_precision == 'ieee'
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')

@@ -529,7 +529,7 @@ def test_what_cannot_begin_leaves_no_folder(families, stops, tmp_path, more, mes
         assert not (tmp_path / 'cache').exists()
 
 
-def test_caches_that_do_not_tell_about_orientation(families, caches, here, stops, tmp_path, caplog):
+def test_caches_that_do_not_tell_about_orientation(families, caches, here, stops, tmp_path):
     """Earlier versions read the pixels as they are stored, and did not say so."""
     made = families['npp']
     for name in ('finished', 'begun'):
@@ -540,12 +540,11 @@ def test_caches_that_do_not_tell_about_orientation(families, caches, here, stops
         del note['exif']
         path.write_text(json.dumps(note))
     (begun / 'manifest.json').unlink()
-    caplog.clear()
-    here(train, *training(made, tmp_path / 'out', f'--code_path={finished}', model='npp'))
-    assert f'{finished} was extracted with --exif=0, this training has --exif=1' in caplog.text
-    caplog.clear()
-    here(train, *training(made, tmp_path / 'out', f'--code_path={finished}', '--exif=0', model='npp'))
-    assert 'was extracted with' not in caplog.text
+    for name, more in (('a', ()), ('b', ('--exif=0',))):
+        here(train, *training(made, tmp_path / name, f'--code_path={finished}', *more, model='npp'))
+    line = f'{finished} was extracted with --exif=0, this training has --exif=1'
+    assert line in (tmp_path / 'a' / 'stdout.txt').read_text()
+    assert 'was extracted with' not in (tmp_path / 'b' / 'stdout.txt').read_text()
     for folder in (finished, begun):
         line = stops(extract, *flags(made, folder, model='npp'))
         assert f'{str(folder)!r} was begun with another exif' in line
