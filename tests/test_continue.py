@@ -416,6 +416,7 @@ def test_a_kill_before_the_first_checkpoint_leaves_no_trace(train_here, tmp_path
     killed_run(train_here, monkeypatch, tmp_path, 3, *flags)
     train_here(tmp_path, *flags)
     assert [line['step'] for line in lines_of(tmp_path / 'steps.jsonl')] == list(range(5))
+    assert points(tmp_path, 'AR_iter_loss/z_voc_usage') == [-10000, -1000, *range(5)]
     assert len(lines_of(tmp_path / 'log.txt')) == 2
     for path in tmp_path.glob('*.pth'):  # somebody begins another training in this folder
         path.unlink()

@@ -29,7 +29,8 @@ def rewind(folder: Path, tb_dir: Path, steps_done: int, epochs_ended: int) -> No
                     step <= epochs_ended if tag.startswith(EPOCH_HEADS) else
                     # a picture or histogram after step n is of the first n steps, as a checkpoint is
                     step <= steps_done if tag.startswith(('VAE_pictures/', 'VAE_codes/')) else
-                    step < steps_done)
+                    # step 0 also draws the starting level, far to the left of it
+                    0 < steps_done > step)
 
 
 def set_logs_aside(folder: Path, tb_dir: Path) -> None:
