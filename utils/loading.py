@@ -42,21 +42,31 @@ def named_loader_errors() -> Iterator[None]:
 
 
 def without_child_signal(loader: Iterable) -> Iterator[Any]:
-    """Iterate over a loader; dead loader processes are noticed here and nowhere else.
-
-    torch installs a handler that raises an error when any child dies, wherever the program stands at that
-    moment: in the middle of a checkpoint, say. The queue of batches notices it as well, some seconds later.
-    """
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """Iterate over a loader; dead loader processes are noticed here and nowhere else."""
+    iterator = begun(loader)
     with named_loader_errors():
         yield from iterator
+
+
+def begun(loader: Iterable) -> Iterator[Any]:
+    """`iter(loader)` without the handler that torch installs with it.
+
+    The handler raises an error when any child dies, wherever the program stands at that moment: in the middle
+    of a checkpoint, say. The queue of batches notices it as well, some seconds later.
+    """
+    with named_loader_errors():
+        iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return iterator
 
 
 def restarting_batches(make_loader: Callable[[tuple[int, int]], DataLoader], start: tuple[int, int],
                        steps_per_epoch: int) -> Iterator[Any]:
     """The batches of an endless loader; where a loader process dies, a new loader goes on at the same batch.
+
+    The first loader begins at once: it draws a number from torch's generator, and what is drawn afterwards,
+    such as the weights of a model, follows from the seed only as long as this comes first.
 
     Args:
         make_loader: (epoch, step) -> a loader that begins there; equal positions give equal batches.
@@ -65,16 +75,24 @@ def restarting_batches(make_loader: Callable[[tuple[int, int]], DataLoader], sta
     Raises:
         ValueError: loader processes die again and again.
     """
-    epoch, step = start
+    return _going_on(begun(make_loader(start)), make_loader, start, steps_per_epoch)
+
+
+def _going_on(batches: Iterator[Any], make_loader: Callable[[tuple[int, int]], DataLoader],
+              position: tuple[int, int], steps_per_epoch: int) -> Iterator[Any]:
+    """`batches`, which begin at `position`, and those of further loaders after a death."""
+    epoch, step = position
     restarts = 0
     while True:
         try:
-            for batch in without_child_signal(make_loader((epoch, step))):
-                yield batch
-                restarts = 0
-                step += 1
-                if step == steps_per_epoch:
-                    epoch, step = epoch + 1, 0
+            with named_loader_errors():
+                for batch in batches:
+                    yield batch
+                    restarts = 0
+                    step += 1
+                    if step == steps_per_epoch:
+                        epoch, step = epoch + 1, 0
+            batches = begun(make_loader((epoch, step)))
         except LoaderDied as death:
             restarts += 1
             if restarts > MAX_RESTARTS:
@@ -82,3 +100,4 @@ def restarting_batches(make_loader: Callable[[tuple[int, int]], DataLoader], sta
                                  'may be out of memory, pass fewer --workers') from None
             logger.warning('a loader process died (%s): the loader is started again at epoch %d, step %d',
                            death, epoch, step)
+            batches = begun(make_loader((epoch, step)))
