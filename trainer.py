@@ -1,14 +1,16 @@
-"""Trainers: one optimizer step, evaluation, and everything a checkpoint needs.
+"""Trainers: one optimizer step, evaluation, and everything a checkpoint needs of a model.
 
-`Trainer` is for any generator, `TokenizerTrainer` for any tokenizer, with a second optimizer for its
-discriminator. They know a model through the methods of `models.base` alone.
+`train.py` knows what it trains through `Trainer` alone. `GeneratorTrainer` trains any generator,
+`TokenizerTrainer` any tokenizer, with a second optimizer for its discriminator; both know their model through
+the methods of `models.base`.
 """
 import hashlib
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,27 +18,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dist
-from models import (
-    ARModel,
-    CodeUsage,
-    Reconstruction,
-    Tokenizer,
-    TokenizerLoss,
-    Trainable,
-    build_loss,
-    load_weights,
-)
+from models import ARModel, CodeUsage, Tokenizer, TokenizerLoss, Trainable, load_weights
 from utils.amp_sc import AmpOptimizer
-from utils.arg_util import Recipe
+from utils.checkpoint import save_file
 from utils.ema import WeightEMA
-from utils.hub import dino_state, lpips_state
-from utils.lr_control import filter_params
-from utils.tokenizer_recipes import TokenizerRecipe
+from utils.pictures import reconstruction_rows, usage_heat_map
 
 logger = logging.getLogger(__name__)
 STRUCTURE = ('v_patch_nums', 'using_znorm', 'codebook_l2_norm')  # of a tokenizer, which weights do not tell
 CODES = (*STRUCTURE, 'scaling_factor')                            # and what else decides its codes
-COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
 
 
 class StepInfo(NamedTuple):
@@ -48,26 +38,22 @@ class StepInfo(NamedTuple):
     is_finite: bool                 # False where a gradient was nan or infinite, so that nothing moved by it
 
 
-class LossModule(nn.Module):
-    """What DistributedDataParallel wraps: its forward is the training loss of a generator."""
+class Wrapped(nn.Module):
+    """What DistributedDataParallel wraps: its forward is one method of the model.
 
-    def __init__(self, model: ARModel):
+    So the model itself is never wrapped, and the keys of its weights never gain a prefix.
+
+    Args:
+        method: name of the method whose gradients are exchanged, such as `training_loss`.
+    """
+
+    def __init__(self, model: Trainable, method: str):
         super().__init__()
         self.model = model
+        self.method = method
 
-    def forward(self, *args: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        return self.model.training_loss(*args)
-
-
-class ReconstructModule(nn.Module):
-    """The same for a tokenizer: its losses need the reconstruction itself."""
-
-    def __init__(self, model: Tokenizer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any) -> Reconstruction:
-        return self.model.reconstruct(*args)
+    def forward(self, *args: Any) -> Any:
+        return getattr(self.model, self.method)(*args)
 
 
 def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
@@ -92,22 +78,33 @@ def accumulating(module: nn.Module, stepping: bool) -> AbstractContextManager:
 
 
 class Trainer:
-    """Trains a generator with `optimizer`, on one process or under DDP.
+    """A model, what moves its weights, and what a checkpoint keeps of both; one subclass per kind of model.
 
     Args:
-        ema_decay: of the averaged weights, which evaluation and sampling use; 0 is off.
-        ema_warmup: see `WeightEMA`.
+        ema: average of the weights, with which the model is evaluated; None evaluates the weights themselves.
+
+    Attributes:
+        step_tag, epoch_tag: published heads of the TensorBoard tags of steps and of epochs.
+        weights_key, optimizer_key, ema_key: published keys of a checkpoint under `trainer`.
+        has_scores_in_every_line: whether a line of log.txt names the validation scores before there are any.
     """
 
-    def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decay: float = 0.,
-                 ema_warmup: bool = True):
-        self.model, self.optimizer = model, optimizer
-        self.loss_module = distributed(LossModule(model))
-        self.ema = WeightEMA(model, ema_decay, warmup=ema_warmup) if ema_decay else None
+    step_tag: str
+    epoch_tag: str
+    weights_key: str
+    optimizer_key: str
+    ema_key: str
+    has_scores_in_every_line = False
 
+    def __init__(self, model: Trainable, optimizer: AmpOptimizer, ema: WeightEMA | None):
+        self.model = model
+        self.optimizer = optimizer
+        self.ema = ema
+
+    # ------------------------------------------------------------------------------ the step
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """All that the learning rate schedule acts on."""
+        """All that the learning rate schedule acts on, the model's own first."""
         return [self.optimizer.optimizer]
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
@@ -118,15 +115,7 @@ class Trainer:
             images_B3HW: pixels in [-1, 1]. label_B: class ids.
             progress: share of the optimizer steps already done, in [0, 1].
         """
-        self.model.train()
-        with accumulating(self.loss_module, stepping):
-            with self.optimizer.amp_ctx:
-                loss, aux = self.loss_module(images_B3HW, label_B, progress)
-            grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
-        is_finite = self.optimizer.moved if stepping else True
-        if stepping:
-            self._after_step(progress, is_finite)
-        return StepInfo(loss.detach(), grad_norm, scale_log2, aux, is_finite)
+        raise NotImplementedError
 
     def _after_step(self, progress: float, is_finite: bool) -> None:
         """What follows an optimizer step; after one that is not finite everything stays as it was."""
@@ -139,15 +128,124 @@ class Trainer:
             self.ema.update()
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
-        """`model.metrics` averaged over all ranks; every rank must call it."""
+        """Metrics of a step, averaged over all ranks; every rank must call it."""
+        raise NotImplementedError
+
+    def tokenizer_seconds(self) -> float:
+        """Seconds that a frozen tokenizer took since the last call, for the progress line."""
+        return 0.
+
+    # ------------------------------------------------------------------------------ evaluation
+    def eval_epoch(self, loader: Iterable) -> dict[str, float]:
+        """Metrics over a validation set, averaged over the images of all ranks; `count` is their number."""
+        raise NotImplementedError
+
+    def averaged(self) -> AbstractContextManager:
+        """Inside, the model has the weights that evaluation uses."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+    def before_evaluation(self, training_images: Callable[[], Iterable[torch.Tensor]]) -> None:
+        """Measure, before a validation, what must be known of training images; each rank gets its share."""
+
+    def pictures(self, images_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pictures for TensorBoard, uint8 (3, H, W) by tag, of some validation images in [-1, 1]."""
+        return {}
+
+    def histograms(self) -> dict[str, torch.Tensor]:
+        """Counts for TensorBoard by tag."""
+        return {}
+
+    def finish(self, folder: Path, name: str, has_trained: bool) -> None:
+        """Write what a finished training leaves beside its checkpoints; the first rank calls it.
+
+        Args:
+            name: of the model, as `--model` takes it.
+            has_trained: whether this start has moved the weights; else only what is missing is written.
+        """
+
+    # ------------------------------------------------------------------------------ state
+    def state_dict(self, progress: float = 1.) -> dict[str, Any]:
+        """Everything that an exact restart needs, under the published keys where there are any.
+
+        Args:
+            progress: share of the optimizer steps already done, in [0, 1].
+        """
+        state = dict(config=self.model.config_state(progress), training_state=self.model.training_state())
+        state[self.weights_key] = self.model.state_dict()
+        state[self.optimizer_key] = self.optimizer.state_dict()
+        if self.ema:
+            state[self.ema_key] = self.ema.state_dict()
+            state['ema_updates'] = self.ema.num_updates
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
+        """Restore everything; the argument is left as it is.
+
+        Raises:
+            ValueError: other model, other architecture or other tokenizer, named in one line.
+        """
+        if self.weights_key not in state:
+            raise ValueError(f'{source} holds no {type(self.model).__name__} to resume: use another output '
+                             'folder')
+        load_weights(self.model, state[self.weights_key], source)
+        self.check_state(state, source)
+        self.optimizer.load_state_dict(state[self.optimizer_key])
+        if 'training_state' in state:  # absent in published checkpoints
+            self.model.load_training_state(state['training_state'])
+        if self.ema:
+            self.ema.load_state_dict(state[self.ema_key], state['ema_updates'])
+
+    def check_state(self, state: dict[str, Any], source: str) -> None:
+        """Make sure that the state of a checkpoint is of this training.
+
+        Raises:
+            ValueError: it is not.
+        """
+        raise NotImplementedError
+
+
+class GeneratorTrainer(Trainer):
+    """Trains a generator, on one process or under DDP.
+
+    Args:
+        ema_decay: of the averaged weights, which evaluation and sampling use; 0 is off.
+        ema_warmup: see `WeightEMA`.
+    """
+
+    step_tag = 'AR_iter_loss'
+    epoch_tag = 'AR_ep_loss'
+    weights_key = 'var_wo_ddp'
+    optimizer_key = 'var_opt'
+    ema_key = 'var_ema'
+    has_scores_in_every_line = True
+
+    def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decay: float = 0.,
+                 ema_warmup: bool = True):
+        ema = WeightEMA(model, ema_decay, warmup=ema_warmup) if ema_decay else None
+        super().__init__(model, optimizer, ema)
+        self.loss_module = distributed(Wrapped(model, 'training_loss'))
+
+    def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
+                   stepping: bool = True) -> StepInfo:
+        self.model.train()
+        with accumulating(self.loss_module, stepping):
+            with self.optimizer.amp_ctx:
+                loss, aux = self.loss_module(images_B3HW, label_B, progress)
+            grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
+        is_finite = self.optimizer.moved if stepping else True
+        if stepping:
+            self._after_step(progress, is_finite)
+        return StepInfo(loss.detach(), grad_norm, scale_log2, aux, is_finite)
+
+    def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
         return mean_over_ranks(self.model.metrics(aux))
+
+    def tokenizer_seconds(self) -> float:
+        return self.model.tokenizer.clock.take()
 
     @torch.no_grad()
     def eval_epoch(self, loader: Iterable) -> dict[str, float]:
-        """Metrics over a validation set, averaged over the images of all ranks; labels are not dropped.
-
-        Same precision as in training. `count` is the number of images.
-        """
+        """As `Trainer.eval_epoch`, in the precision of the training; labels are not dropped."""
         device = next(self.model.parameters()).device
         sums: dict[str, float] = defaultdict(float)
         with self.averaged():
@@ -161,44 +259,26 @@ class Trainer:
             self.model.train()
         return means_over_images(sums)
 
-    def averaged(self) -> AbstractContextManager:
-        """Inside, the model has the weights that evaluation uses."""
-        return self.ema.applied() if self.ema else nullcontext()
-
     # ------------------------------------------------------------------------------ state
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
-        """Published keys (`var_wo_ddp`, `vae_local`, `var_opt`) and what an exact restart needs beside."""
-        model = self.model
-        state = dict(config=model.config_state(progress), training_state=model.training_state(),
-                     var_wo_ddp=model.state_dict(), vae_local=model.tokenizer.state_dict(),
-                     vae_config=model.tokenizer.config_state(progress), var_opt=self.optimizer.state_dict())
-        if self.ema:
-            state |= dict(var_ema=self.ema.state_dict(), ema_updates=self.ema.num_updates)
-        return state
+        """The frozen tokenizer, too: a checkpoint is all that sampling needs."""
+        tokenizer = self.model.tokenizer
+        return super().state_dict(progress) | dict(vae_local=tokenizer.state_dict(),
+                                                   vae_config=tokenizer.config_state(progress))
 
-    def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
-        """Restore everything; the argument is left as it is.
-
-        Raises:
-            ValueError: other model, other architecture or other tokenizer, named in one line.
-        """
-        load_own_weights(self.model, state, 'var_wo_ddp', source)
-        saved, config = state.get('vae_local', {}), state.get('vae_config', {})
-        here = self.model.tokenizer.config_state(1.)
+    def check_state(self, state: dict[str, Any], source: str) -> None:
+        saved = state.get('vae_local', {})
         differing = [name for name, parameter in self.model.tokenizer.named_parameters()
                      if name in saved and not torch.equal(parameter.cpu(), saved[name].cpu())]
+        config = state.get('vae_config', {})
+        here = self.model.tokenizer.config_state(1.)
         differing += [name for name in CODES if name in config and config[name] != here.get(name)]
         if differing:
             raise ValueError(f'{source} was trained on the codes of another tokenizer ({differing[0]} '
                              'differs): pass the same --vae_ckpt, or start in another output folder')
-        if self.ema and 'var_ema' not in state:
+        if self.ema and self.ema_key not in state:
             raise ValueError(f'{source} holds no averaged weights: leave out --ema, or start in another '
                              'output folder')
-        self.optimizer.load_state_dict(state['var_opt'])
-        if 'training_state' in state:  # absent in published checkpoints
-            self.model.load_training_state(state['training_state'])
-        if self.ema:
-            self.ema.load_state_dict(state['var_ema'], state['ema_updates'])
 
 
 class TokenizerTrainer(Trainer):
@@ -210,13 +290,20 @@ class TokenizerTrainer(Trainer):
         ema_decay: of the averaged weights, which evaluation and generators use; 0 is off.
     """
 
+    step_tag = 'VAE_iter'
+    epoch_tag = 'VAE_ep'
+    weights_key = 'vae_wo_ddp'
+    optimizer_key = 'vae_opt'
+    ema_key = 'vae_ema'
+
     def __init__(self, model: Tokenizer, optimizer: AmpOptimizer, criterion: TokenizerLoss,
                  disc_optimizer: AmpOptimizer | None = None, ema_decay: float = 0.):
-        self.model, self.optimizer = model, optimizer
-        self.criterion, self.disc_optimizer = criterion, disc_optimizer
-        self.module = distributed(ReconstructModule(model), model.has_idle_parameters)
+        super().__init__(model, optimizer,
+                         WeightEMA(model, ema_decay, model.not_averaged) if ema_decay else None)
+        self.criterion = criterion
+        self.disc_optimizer = disc_optimizer
+        self.module = distributed(Wrapped(model, 'reconstruct'), model.has_idle_parameters)
         self.disc_module = distributed(criterion.discriminator) if disc_optimizer else None
-        self.ema = WeightEMA(model, ema_decay, model.not_averaged) if ema_decay else None
         self.gan_announced = False
         # running statistics with their values before the current step
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -307,21 +394,56 @@ class TokenizerTrainer(Trainer):
             means |= usage.metrics()
         return means | dict(rec_loss=self.criterion.rec_loss(means), rec_score=means['l1'] + means['lp'])
 
+    # ------------------------------------------------------------------------------ what it shows and leaves
+    def before_evaluation(self, training_images: Callable[[], Iterable[torch.Tensor]]) -> None:
+        if self.model.needs_calibration:
+            with self.averaged():
+                self.model.calibrate(training_images())
+
+    @torch.no_grad()
+    def pictures(self, images_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Reconstructions, scale by scale, and the use of the codes."""
+        with self.averaged():
+            self.model.eval()
+            named = self.model.progressive(images_B3HW)
+            self.model.train()
+        rows = reconstruction_rows(images_B3HW.cpu(), {name: image.cpu() for name, image in named.items()})
+        pictures = {'VAE_pictures/reconstruction': rows}
+        counts = self.model.code_counts()
+        if counts:
+            pictures['VAE_pictures/code_usage'] = usage_heat_map(counts)
+        return pictures
+
+    def histograms(self) -> dict[str, torch.Tensor]:
+        return {f'VAE_codes/hits_{name}': count_V for name, count_V in self.model.code_counts().items()}
+
+    def finish(self, folder: Path, name: str, has_trained: bool) -> None:
+        """The final weights as a released file, for generators and for the published code."""
+        path = folder / 'vae-export.pth'
+        if path.exists() and not has_trained:
+            return
+        with self.averaged():
+            content = self.model.exported(self.model.state_dict())
+            if 'config' in content:  # the flat published layout holds weights alone
+                content['args'] = dict(model=name)
+            save_file(content, path)
+
     # ------------------------------------------------------------------------------ state
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
-        model = self.model
-        state = dict(config=model.config_state(progress), training_state=model.training_state(),
-                     vae_wo_ddp=model.state_dict(), vae_opt=self.optimizer.state_dict(),
-                     criterion=self.criterion.state_dict())
+        state = super().state_dict(progress) | dict(criterion=self.criterion.state_dict())
         if self.disc_optimizer:
-            state |= dict(disc_opt=self.disc_optimizer.state_dict())
-        if self.ema:
-            state |= dict(vae_ema=self.ema.state_dict(), ema_updates=self.ema.num_updates)
+            state['disc_opt'] = self.disc_optimizer.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
-        load_own_weights(self.model, state, 'vae_wo_ddp', source)
-        ours, theirs = self.model.config_state(1.), state['config']
+        super().load_state_dict(state, source)
+        self.criterion.load_state_dict(state['criterion'])
+        if self.disc_optimizer:
+            self.disc_optimizer.load_state_dict(state['disc_opt'])
+
+    def check_state(self, state: dict[str, Any], source: str) -> None:
+        theirs = state['config']
+        ours = self.model.config_state(1.)
         differing = [name for name in STRUCTURE if theirs.get(name) != ours.get(name)]
         if differing:
             listing = ', '.join(f'{name}={theirs.get(name)} (here {ours.get(name)})' for name in differing)
@@ -329,29 +451,11 @@ class TokenizerTrainer(Trainer):
                              'or start in another output folder')
         own = self.state_dict()
         if own.keys() != state.keys() or own['criterion'].keys() != state['criterion'].keys():
-            used = [name for name, used in (
-                ('--disc', 'disc_opt' in state), ('--ema', 'vae_ema' in state),
-                ('--lecam', 'lecam.m_r' in state['criterion'])) if used]
+            flags = {'--disc': 'disc_opt' in state, '--ema': self.ema_key in state,
+                     '--lecam': 'lecam.m_r' in state['criterion']}
+            used = [flag for flag, is_used in flags.items() if is_used]
             raise ValueError(f'{source} was trained with {", ".join(used) or "none"} of --disc, --ema and '
                              '--lecam: keep these, or start in another output folder with --init_from')
-        self.optimizer.load_state_dict(state['vae_opt'])
-        self.model.load_training_state(state['training_state'])
-        self.criterion.load_state_dict(state['criterion'])
-        if self.disc_optimizer:
-            self.disc_optimizer.load_state_dict(state['disc_opt'])
-        if self.ema:
-            self.ema.load_state_dict(state['vae_ema'], state['ema_updates'])
-
-
-def load_own_weights(model: Trainable, state: dict[str, Any], key: str, source: str) -> None:
-    """Weights of `model` from the state of its trainer.
-
-    Raises:
-        ValueError: there are none, or they are of another architecture.
-    """
-    if key not in state:
-        raise ValueError(f'{source} holds no {type(model).__name__} to resume: use another output folder')
-    load_weights(model, state[key], source)
 
 
 @torch.no_grad()
@@ -403,57 +507,3 @@ def psnr(target_B3HW: torch.Tensor, image_B3HW: torch.Tensor) -> torch.Tensor:
                          f'{tuple(image_B3HW.shape)}: resize or crop one of them')
     error_B = (image_B3HW.clamp(-1, 1) - target_B3HW).div(2).square().flatten(1).mean(1)
     return -10 * error_B.clamp_min(1e-10).log10()
-
-
-# ---------------------------------------------------------------------------------------------- from a recipe
-def build_optimizer(recipe: Recipe, model: nn.Module, no_decay: set[str]) -> AmpOptimizer:
-    """AdamW with precision, clipping and accumulation of the recipe.
-
-    Args:
-        no_decay: parameters whose name holds any of these strings get no weight decay.
-    """
-    names, params, groups = filter_params(model, no_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.beta1, recipe.beta2),
-                                  weight_decay=0., fused=recipe.fused)
-    return AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip, recipe.accumulate)
-
-
-def build_criterion(recipe: TokenizerRecipe, total_steps: int, device: torch.device) -> TokenizerLoss:
-    """The losses of a tokenizer, with their files read.
-
-    Raises:
-        ValueError: a file is missing, or is another one than it should be.
-    """
-    files = recipe.lpips_vgg, recipe.lpips_lin, recipe.lpips_path, recipe.allow_download
-    if recipe.lpips == 'vgg' and recipe.allow_download and dist.is_local_master():
-        lpips_state(*files)  # one process per node downloads, the others then find the files
-    dist.barrier()
-    lpips = lpips_state(*files) if recipe.lpips == 'vgg' else None
-    dino = dino_state(recipe.dino_path) if recipe.disc == 'dino' else None
-    gan = recipe.gan_kwargs(total_steps)
-    if recipe.disc != 'none' and gan['start'] >= 1 and dist.is_master():
-        logger.warning('the discriminator never starts: --disc_start=%g, and the run has %d steps',
-                       recipe.disc_start, total_steps)
-    with torch.device(device):
-        return build_loss(
-            l1_weight=recipe.l1_weight, l2_weight=recipe.l2_weight, perceptual=recipe.lpips,
-            perceptual_weight=recipe.lpips_weight, perceptual_min=recipe.lpips_min, lpips_files=lpips,
-            discriminator=recipe.disc, dino_files=dino, image_size=recipe.image_size, width=recipe.disc_width,
-            gan=gan)
-
-
-def build_trainer(recipe: Recipe, model: Trainable, total_steps: int) -> Trainer:
-    """The model with its optimizer, compiled where asked; a tokenizer with its losses and discriminator."""
-    if recipe.compile_model:
-        for part in model.compiled_parts():
-            part.compile(mode=COMPILE_MODES[recipe.compile_model])
-    if recipe.compile_tokenizer and isinstance(model, ARModel):
-        model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
-    optimizer = build_optimizer(recipe, model, model.no_weight_decay())
-    if isinstance(model, ARModel):
-        return Trainer(model, optimizer, recipe.ema, recipe.ema_warmup)
-    criterion = build_criterion(recipe, total_steps, next(model.parameters()).device)
-    disc_optimizer = None
-    if criterion.discriminator is not None:
-        disc_optimizer = build_optimizer(recipe, criterion.discriminator, set())
-    return TokenizerTrainer(model, optimizer, criterion, disc_optimizer, recipe.ema)

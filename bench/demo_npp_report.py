@@ -32,7 +32,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import NPP
 from sample import load_generator
-from trainer import Trainer, build_optimizer
+from trainer import GeneratorTrainer
+from training.build import build_optimizer
 from utils.arg_util import RECIPES
 from utils.checkpoint import load_file
 from utils.data import EMBEDDED_SIZE, build_dataset
@@ -51,7 +52,7 @@ def step_seconds(model: NPP, settings: dict, cache: TokenCache) -> dict[int, flo
     """Seconds of a training step by side of the patch."""
     recipe = RECIPES['npp'](**settings)
     tokens, labels = (torch.stack([torch.as_tensor(cache[i][part]) for i in range(BATCH)]) for part in (0, 1))
-    trainer, times = Trainer(model, build_optimizer(recipe, model, set())), {1: [], 2: []}
+    trainer, times = GeneratorTrainer(model, build_optimizer(recipe, model, set())), {1: [], 2: []}
     for _ in range(1 + REPEATS):
         for p, seconds in times.items():
             model.phases = ((1., p),)

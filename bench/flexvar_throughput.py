@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import FlexVAE, FlexVAR
 from models.flexvar import ScheduleSampler
 from models.scales import ScaleLayout, cached_causal_bias
-from trainer import Trainer
+from trainer import GeneratorTrainer
 from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import atomic_path
 from utils.lr_control import filter_params
@@ -52,7 +52,7 @@ def main() -> None:
         model.compile()
     names, params, groups = filter_params(model, model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
-    trainer = Trainer(model, AmpOptimizer(0, optimizer, names, params, grad_clip=2.))
+    trainer = GeneratorTrainer(model, AmpOptimizer(0, optimizer, names, params, grad_clip=2.))
     images = torch.rand(args.batch, 3, 128, 128, device=device) * 2 - 1
     label_B = torch.arange(args.batch, device=device)
     model.schedule = Given()

@@ -27,7 +27,7 @@ import dist
 from models import VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import ImageNoise, filter_top_k_top_p
 from tests import flexvar_vectors, flowar_vectors, golden, npp_vectors
-from trainer import TokenizerTrainer, Trainer
+from trainer import GeneratorTrainer, TokenizerTrainer
 from utils.amp_sc import AmpOptimizer
 from utils.doctor import report
 from utils.generator_recipes import GENERATOR_PRESETS, FlowARRecipe
@@ -227,10 +227,10 @@ class Vectors:
 
 
 # ---------------------------------------------------------------------------------------------- speed
-def make_trainer(model: ARModel, precision: int, clip: float = 2., accumulate: int = 1) -> Trainer:
+def make_trainer(model: ARModel, precision: int, clip: float = 2., accumulate: int = 1) -> GeneratorTrainer:
     names, params, groups = filter_params(model, model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0., fused=True)
-    return Trainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate))
+    return GeneratorTrainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate))
 
 
 def make_tokenizer_trainer(model: VQVAE) -> TokenizerTrainer:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import NPP, VQModel
 from models.npp import patch_loss, patches
-from trainer import Trainer, build_optimizer
+from trainer import GeneratorTrainer
+from training.build import build_optimizer
 from utils.arg_util import parse_recipe
 from utils.checkpoint import atomic_path
 from utils.provenance import device_name, versions
@@ -64,7 +65,7 @@ def main() -> None:
     with torch.device(device):
         tokenizer = VQModel(net='tiny', encoder_ch_mult=(1, 1), decoder_ch_mult=(1, 1), test_mode=True)
         model = NPP(tokenizer, **recipe.model_kwargs(2, 1) | dict(phases=[(1., 1)]))
-    trainer = Trainer(model, build_optimizer(recipe, model, model.no_weight_decay()))
+    trainer = GeneratorTrainer(model, build_optimizer(recipe, model, model.no_weight_decay()))
     idx_BN = torch.randint(VOCABULARY, (args.batch, GRID ** 2), device=device)
     label_B = torch.arange(args.batch, device=device)
 

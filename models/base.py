@@ -222,6 +222,7 @@ class Tokenizer(Trainable):
 
     def freeze_codes(self) -> None:
         """Train what follows the codes alone, so that every image keeps its codes."""
+        self.needs_calibration = False
         self.requires_grad_(False)
         self.post_quant_conv.requires_grad_(True)
         self.decoder.requires_grad_(True)

@@ -17,7 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from models import VQVAE
+from training.data import build_data
+from utils.arg_util import parse_recipe
 
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['tests.entries'])
@@ -131,6 +134,12 @@ def run_as_main(script, flags, variables, output, before):
 def on_two_ranks(function, *args):
     """`function(rank, *args)` in two processes, forked like those of `launch`."""
     torch.multiprocessing.start_processes(function, args, nprocs=2, start_method='forkserver')
+
+
+def prepared(argv):
+    """The run of a command line of train.py, in this process; `train.train` does the rest."""
+    recipe = parse_recipe(argv)
+    return train.Run(recipe, build_data(recipe))
 
 
 def kill_tree(pid):

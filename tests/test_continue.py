@@ -94,13 +94,13 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(train_here, tmp_pat
 
 def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(train_here, tmp_path, monkeypatch):
     expected = read(train_here(tmp_path / 'straight', '--ep=1'))
-    evaluate = trainer.Trainer.eval_epoch
+    evaluate = trainer.GeneratorTrainer.eval_epoch
 
     def signalled(self, loader):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(self, loader)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(trainer.Trainer, 'eval_epoch', signalled)
+        patch.setattr(trainer.GeneratorTrainer, 'eval_epoch', signalled)
         train_here(tmp_path / 'run', '--ep=1')
     saved = read(tmp_path / 'run')
     assert saved['iter'] == STEPS_PER_EPOCH and saved['run']['validation'] is None
@@ -287,7 +287,7 @@ def poisoned(monkeypatch, *steps):
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(train_here, data, tmp_path,
 monkeypatch, precision):
     # nan in the loss itself: a tokenizer of codes would hide it in the pixels
-    original = trainer.Trainer.train_step
+    original = trainer.GeneratorTrainer.train_step
     weights = {}
 
     def train_step(self, images, labels, progress, stepping=True):
@@ -304,7 +304,7 @@ monkeypatch, precision):
             weights['after'] = {name: value.clone() for name, value in self.model.state_dict().items()}
             assert not info.is_finite
         return info
-    monkeypatch.setattr(trainer.Trainer, 'train_step', train_step)
+    monkeypatch.setattr(trainer.GeneratorTrainer, 'train_step', train_step)
     folder = train_here(tmp_path, '--ep=2', f'--fp16={precision}', '--log_every=1', '--ema=0.9')
     assert all(torch.equal(value, weights['after'][name]) for name, value in weights['before'].items())
     checkpoint = read(folder)
@@ -364,7 +364,7 @@ def test_a_discriminator_forgets_a_step_that_is_not_finite(train_here, tmp_path,
 def test_a_checkpoint_whose_first_steps_fail_is_gone_back_from_once(train_here, tmp_path, monkeypatch):
     train_here(tmp_path, '--ep=2', '--eval_every=9')
     last, previous = read(tmp_path), read(tmp_path, 'ar-ckpt-prev.pth')
-    original = trainer.Trainer.load_state_dict
+    original = trainer.GeneratorTrainer.load_state_dict
 
     def load(self, state, source='the checkpoint'):
         original(self, state, source)
@@ -373,7 +373,7 @@ def test_a_checkpoint_whose_first_steps_fail_is_gone_back_from_once(train_here, 
             with torch.no_grad():  # finite, and of no use: every loss overflows
                 self.model.head.weight.fill_(3e38)
                 self.model.head.bias.fill_(-3e38)
-    monkeypatch.setattr(trainer.Trainer, 'load_state_dict', load)
+    monkeypatch.setattr(trainer.GeneratorTrainer, 'load_state_dict', load)
     train_here(tmp_path, '--ep=3', '--eval_every=9', '--max_skipped_steps=2')
     text = (tmp_path / 'stdout.txt').read_text()
     assert 'not one step after' in text and 'ar-ckpt-prev.pth at epoch 1' in text
@@ -460,10 +460,10 @@ def test_a_kill_while_the_best_is_written_is_mended_by_the_next_start(train_here
 
 
 def test_a_missing_export_is_made_by_the_next_start(train_here, tmp_path, monkeypatch):
-    def killed(self):
+    def killed(*_):
         raise Killed
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Run, 'export', killed)
+        patch.setattr(trainer.TokenizerTrainer, 'finish', killed)
         train_here(tmp_path, '--ep=1', base=VQVAE_FLAGS)
     assert not (tmp_path / 'vae-export.pth').exists()
     train_here(tmp_path, '--ep=1', base=VQVAE_FLAGS)

@@ -13,7 +13,7 @@ import sample
 import train
 from models import VAR, VQVAE, AutoencoderKL
 from tests import test_token_cache
-from tests.runs import BATCH, TINY_VQVAE, launch, read
+from tests.runs import BATCH, TINY_VQVAE, launch, prepared, read
 from tests.test_run import Interrupt, assert_equal, epoch_lines, largest_difference, same_weights
 from tests.test_sample import same_images
 from tests.test_token_cache import training
@@ -30,7 +30,7 @@ FROZEN = ('--lr=1e-30', '--min_lr=0', '--twd=0')       # every step is lost in r
 def trained(made, tmp_path_factory):
     """Folder of a training of two epochs with dropout, dropped labels and averaged weights."""
     folder = tmp_path_factory.mktemp('trained')
-    train.Run(parse_recipe(training(made, folder, *TWO_EPOCHS))).train()
+    train.train(prepared(training(made, folder, *TWO_EPOCHS)))
     return folder
 
 

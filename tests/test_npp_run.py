@@ -16,7 +16,7 @@ from models import NPP, VAR, VQVAE, VQModel
 from models.helpers import global_rows
 from tests import test_token_cache
 from tests.npp_vectors import load_json
-from tests.runs import BATCH, STEPS_PER_EPOCH, TINY_VQVAE, launch, make_folder, read
+from tests.runs import BATCH, STEPS_PER_EPOCH, TINY_VQVAE, launch, make_folder, prepared, read
 from tests.test_run import Interrupt, assert_equal, epoch_lines, largest_difference, same_weights
 from tests.test_sample import same_images
 from utils.arg_util import RECIPES, make_parser, parse_recipe, parse_sample_recipe
@@ -57,7 +57,7 @@ def training(made, folder, *more):
 def trained(made, codes, tmp_path_factory):
     """Folder of a training of both phases on codes, with dropout, dropped labels and averaged weights."""
     folder = tmp_path_factory.mktemp('trained')
-    train.Run(parse_recipe(training(made, folder, *TWO_PHASES, f'--code_path={codes}'))).train()
+    train.train(prepared(training(made, folder, *TWO_PHASES, f'--code_path={codes}')))
     return folder
 
 
@@ -196,7 +196,7 @@ def test_training_begins_with_given_weights(made, codes, here, trained, tmp_path
     ours, bare = trained / 'ar-ckpt-last.pth', tmp_path / 'bare.pth'
     torch.save(read(trained)['trainer']['var_ema'], bare)
     flags = (*NO_DROPOUT, '--lr=1e-3', f'--code_path={codes}')
-    run = train.Run(parse_recipe(training(made, tmp_path / 'probe', *flags)))
+    run = prepared(training(made, tmp_path / 'probe', *flags))
     images, labels, _ = next(run.batches)
     run.model.load_state_dict(read(trained)['trainer']['var_ema'])
     seed_everything(mix_seed(0, 0))
@@ -213,8 +213,8 @@ def test_output_folder_comes_before_given_weights(made, codes, trained, tmp_path
     weights = read(trained)['trainer']['var_wo_ddp']
     torch.save({name: t + 1 for name, t in weights.items()}, tmp_path / 'x.pth')
     shutil.copy(trained / 'ar-ckpt-last.pth', tmp_path)
-    run = train.Run(parse_recipe(training(made, tmp_path, *TWO_PHASES, f'--code_path={codes}',
-                                          f'--gpt_ckpt={tmp_path / "x.pth"}')))
+    run = prepared(training(made, tmp_path, *TWO_PHASES, f'--code_path={codes}',
+                            f'--gpt_ckpt={tmp_path / "x.pth"}'))
     assert run.start == (4, 0)
     assert_equal(dict(run.model.state_dict()), dict(weights))
 

@@ -237,8 +237,9 @@ def test_changed_settings_are_named_on_resume(train_here, tmp_path):
 
 def test_best_score_survives_a_restart(train_here, tmp_path, monkeypatch):
     scores = iter([3., 5., 4., 2.])
-    evaluate = trainer.Trainer.eval_epoch
-    monkeypatch.setattr(trainer.Trainer, 'eval_epoch', lambda *a: evaluate(*a) | dict(L_tail=next(scores)))
+    evaluate = trainer.GeneratorTrainer.eval_epoch
+    monkeypatch.setattr(trainer.GeneratorTrainer, 'eval_epoch',
+                        lambda *a: evaluate(*a) | dict(L_tail=next(scores)))
     train_here(tmp_path, '--ep=2', '--eval_every=1')
     assert read(tmp_path, 'ar-ckpt-best.pth')['epoch'] == 1
     train_here(tmp_path, '--ep=3', '--eval_every=1')
@@ -483,14 +484,14 @@ def test_missing_inception_weights_do_not_stop_a_training(train_here, tmp_path, 
 
 def test_distance_that_a_kill_prevented_is_drawn_by_the_next_start(train_here, tmp_path, monkeypatch):
     straight = [line for line in epoch_lines(train_here(tmp_path / 'a', *FID_FLAGS)) if 'fid_0.02k' in line]
-    draw = train.Run.log_distance
+    draw = train.Run.draw_distance
 
     def killed(self, epoch):
         raise KeyboardInterrupt
-    monkeypatch.setattr(train.Run, 'log_distance', killed)
+    monkeypatch.setattr(train.Run, 'draw_distance', killed)
     with pytest.raises(SystemExit, match='interrupted'):
         train_here(tmp_path / 'b', *FID_FLAGS)
-    monkeypatch.setattr(train.Run, 'log_distance', draw)
+    monkeypatch.setattr(train.Run, 'draw_distance', draw)
     train_here(tmp_path / 'b', *FID_FLAGS)
     lines = epoch_lines(tmp_path / 'b')
     assert [line for line in lines if 'fid_0.02k' in line] == straight

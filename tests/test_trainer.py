@@ -17,7 +17,7 @@ from tests.golden import (
     needs_rng,
     var_state,
 )
-from trainer import Trainer
+from trainer import GeneratorTrainer
 from utils.amp_sc import AmpOptimizer
 from utils.lr_control import filter_params, lr_wd_annealing
 
@@ -32,7 +32,7 @@ def batches():
 def make_trainer(model, clip=2., accumulate=1, precision=0, lr=1e-3, ema=0.):
     names, params, groups = filter_params(model, model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0., fused=True)
-    return Trainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate), ema)
+    return GeneratorTrainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate), ema)
 
 
 def run_trainer(run):

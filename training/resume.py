@@ -7,6 +7,7 @@ models are a loss curve that looks all right.
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,67 @@ from utils.files import link_or_copy
 
 logger = logging.getLogger(__name__)
 NONE = Newest(None, {}, '', ())
+# may change between two starts of one training
+FREE_SETTINGS = ('seed', 'output_dir', 'exp_name', 'workers', 'save_every', 'eval_every', 'vae_ckpt',
+                 'log_every', 'picture_every', 'lpips_vgg', 'lpips_lin',
+                 'lpips_path', 'allow_download', 'dino_path', 'init_from', 'fid_images', 'fid_ref',
+                 'fid_flags', 'fid_features', 'inception_weights', 'use_checkpoint', 'batch_per_process',
+                 'resume', 'max_bad_images', 'max_skipped_steps')
+# may differ between the nodes of one training: where things lie on each
+SETTINGS_OF_A_NODE = ('output_dir', 'exp_name', 'workers', 'vae_ckpt', 'lpips_vgg', 'lpips_lin', 'lpips_path',
+                      'allow_download', 'dino_path', 'init_from', 'fid_ref', 'inception_weights', 'resume',
+                      'data_path', 'cached_path', 'cached_val_path')
+NO_SCORE = 999.  # "best so far" before the first evaluation, as published
 WAIT_SECONDS = 30  # for a shared file system to show a file that another node has just written
+
+
+@dataclass
+class RunState:
+    """What a checkpoint keeps under `run`: where the run stands beside weights and optimizer."""
+    seed: int
+    steps_per_epoch: int
+    best: float = NO_SCORE                 # lowest validation score so far
+    best_epoch: int = -1                   # epochs ended when it was reached
+    validation: dict | None = None         # metrics of the last evaluation
+    epochs_ended: int = 0                  # epochs whose evaluation and line in log.txt are done
+    skipped_steps: int = 0                 # steps left out, because they were not finite
+    bad_images: list[str] = field(default_factory=list)  # why each could not be read
+
+    def take_over(self, path: Path, checkpoint: dict[str, Any], described: dict[str, Any],
+                  steps: int) -> tuple[int, int]:
+        """Continue the state of a checkpoint; data that changed within an epoch are named in the log.
+
+        Args:
+            described: number and digest of the images of this run.
+            steps: `--steps` of this run.
+        Returns:
+            (epoch, step within it) at which the run goes on.
+        Raises:
+            ValueError: another batch size, within an epoch.
+        """
+        here = self.steps_per_epoch
+        epoch, step = position_of(checkpoint)
+        saved = {name: value for name, value in checkpoint.get('run', {}).items() if name in vars(self)}
+        for name, value in saved.items():
+            setattr(self, name, value)
+        then = self.steps_per_epoch
+        if 'epochs_ended' not in saved:  # a checkpoint of an earlier version, or a published one
+            self.epochs_ended = epoch
+            if step and steps and epoch * then + step >= steps:
+                self.epochs_ended += 1
+        changes = data_changes(checkpoint.get('data'), described)
+        if changes:
+            logger.warning('the data set is not that of the checkpoint: %s%s', '; '.join(changes),
+                           '. The rest of this epoch has another order: some images come twice in it, '
+                           'others not at all' if step > 0 else '')
+        if step > 0 and then != here:
+            if not changes:
+                raise ValueError(f'{str(path)!r} stopped within an epoch of {then} steps, this run has '
+                                 f'{here}: keep --bs and the data as they were until the epoch is complete, '
+                                 'or pass another --output_dir if this is another training')
+            step = min(step, here)
+        self.steps_per_epoch = here
+        return epoch, step
 
 
 # ------------------------------------------------------------------------------ which checkpoint
@@ -117,6 +178,21 @@ def read_as_told(path: Path, digest: str, position: tuple[int, int]) -> Newest:
         if time.monotonic() > deadline:
             raise ValueError(f'{reason}: the output folder must lie on a file system that all nodes share')
         time.sleep(1)
+
+
+def go_back_one_checkpoint(path: Path, prefix: str) -> None:
+    """Move a checkpoint away after which not one step was finite, so that the one before it is the newest.
+
+    Every rank calls it. Where there is no other one, it stays.
+    """
+    dist.barrier()
+    if dist.is_master():
+        aside = set_aside(path)
+        logger.warning('not one step after %r was finite: it is moved to %r, the checkpoint before it is '
+                       'next, this once', str(path), aside.name)
+        if not list(path.parent.glob(f'{prefix}*.pth')):
+            aside.rename(path)
+    dist.barrier()
 
 
 # ------------------------------------------------------------------------------ of this run or of another

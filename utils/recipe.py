@@ -173,6 +173,11 @@ class Recipe:
                                  'vfast')
     compile_model: int = opt(0, 'as vfast, for the model', 'tfast')
 
+    # Settings that some kinds of models have; those without them behave as if they were off.
+    picture_every = 0
+    fid_images = 0
+    cached_path = ''
+
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
 
@@ -220,6 +225,10 @@ class Recipe:
 
     def peak_lr(self, world_size: int) -> float:
         return self.accumulate * self.base_lr * self.micro_batch(world_size) / 256
+
+    def peaks(self, world_size: int) -> list[tuple[float, float, float]]:
+        """(highest learning rate, first weight decay, last one) of every optimizer, the model's own first."""
+        return [(self.peak_lr(world_size), self.weight_decay, self.final_weight_decay)]
 
     def lr_phase(self, step: int, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
         """(step within its phase, steps of that phase): the learning rate begins anew with every phase."""

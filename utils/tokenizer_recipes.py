@@ -110,6 +110,11 @@ class TokenizerRecipe(Recipe):
     def warmup_epochs(self) -> float:
         return self.warmup
 
+    def peaks(self, world_size: int) -> list[tuple[float, float, float]]:
+        of_discriminator = (self.disc_lr or self.peak_lr(world_size), self.disc_weight_decay,
+                            self.disc_weight_decay)
+        return [*super().peaks(world_size), of_discriminator]
+
     def gan_kwargs(self, total_steps: int) -> dict[str, Any]:
         """Fields of `GANSettings`; moments are shares of the run."""
         return dict(weight=self.disc_weight, start=share(self.disc_start, total_steps),

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 import dist
 from evaluation.features import FeatureSet, FeatureSettings, load_network
-from models import ARModel
+from models import ARModel, Trainable
 from models.helpers import ImageNoise
-from utils.arg_util import SAMPLE_RECIPES, GeneratorRecipe, SampleRecipe, parse_flags
+from utils.arg_util import SAMPLE_RECIPES, Recipe, SampleRecipe, parse_flags
 from utils.inception import MissingWeights
 from utils.loading import without_child_signal
 from utils.metrics import frechet_distance, read_statistics, to_uint8
@@ -64,7 +64,7 @@ class TrainingFID:
         return frechet_distance(*self.reference, *features.statistics()[''])
 
 
-def build_training_fid(recipe: GeneratorRecipe, model: ARModel, val_loader: DataLoader) -> TrainingFID | None:
+def build_training_fid(recipe: Recipe, model: Trainable, val_loader: DataLoader) -> TrainingFID | None:
     """What the recipe asks for; None where it asks for nothing or weights are missing. Every rank calls it.
 
     Raises:

@@ -1,0 +1,145 @@
+"""From a recipe to what it describes: a model with its tokenizer, losses, optimizers, and the trainer."""
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import dist
+from models import FAMILIES, ARModel, Tokenizer, TokenizerLoss, Trainable, build_loss, build_tokenizer
+from trainer import GeneratorTrainer, TokenizerTrainer, Trainer, weights_checksum
+from training.resume import rows_by_class
+from utils.amp_sc import AmpOptimizer
+from utils.arg_util import Recipe, flag_of
+from utils.checkpoint import load_file, model_weights, tokenizer_weights
+from utils.hub import dino_state, fetch, lpips_state
+from utils.lr_control import filter_params
+from utils.tokenizer_recipes import TokenizerRecipe
+
+logger = logging.getLogger(__name__)
+COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
+
+
+# ---------------------------------------------------------------------------------------------- models
+def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_epoch: int,
+                device: torch.device | str, classes: list[str] | None = None) -> Trainable:
+    """The model of a recipe with its frozen tokenizer, freshly initialised or from `--init_from`.
+
+    Args:
+        device: 'meta' builds without memory, for counting; the tokenizer's file is then not needed.
+        classes: names of the classes, which the rows of `--init_from` follow; None takes these as they are.
+    """
+    model_class, tokenizer_class = FAMILIES[recipe.model]
+    kwargs = recipe.model_kwargs(total_steps, steps_per_epoch)
+    args = []
+    if tokenizer_class is not None:
+        args.append(load_tokenizer(recipe, tokenizer_class, device))
+        kwargs['num_classes'] = num_classes
+    on_meta, state, checkpoint = torch.device(device).type == 'meta', None, {}
+    if recipe.init_from and not on_meta:
+        path = fetch(recipe.init_from)
+        checkpoint = load_file(path)
+        if tokenizer_class is None:
+            state, config = tokenizer_weights(checkpoint)
+            kwargs = config | kwargs
+        else:
+            state = model_weights(checkpoint)
+    with torch.device(device):
+        model = model_class(*args, **kwargs)
+    if not on_meta:
+        model.init_weights(**recipe.init_kwargs())
+    if state is not None:
+        theirs = checkpoint.get('classes')
+        if tokenizer_class is not None and theirs and classes and list(theirs) != classes:
+            key = model.class_table
+            state = rows_by_class(state, key, list(theirs), classes, model.state_dict()[key], str(path))
+        model.warm_start(state, str(path))
+    if getattr(recipe, 'train_only', '') and state is not None:
+        model.freeze_codes()
+    return model
+
+
+def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | str) -> Tokenizer:
+    """The frozen tokenizer of `--vae_ckpt`; on 'meta' the published sizes where the file is absent.
+
+    Raises:
+        ValueError: no such file, no tokenizer in it, one of another stride, or not the same on all ranks.
+    """
+    if torch.device(device).type == 'meta' and not Path(recipe.vae_ckpt).is_file():
+        with torch.device('meta'):
+            return cls(**recipe.tokenizer_kwargs())
+
+    def load(is_first: bool) -> Tokenizer:  # one process per node downloads, the others then find the file
+        path = fetch(recipe.vae_ckpt)
+        state, config = tokenizer_weights(load_file(path))
+        return build_tokenizer(cls, state, str(path), device, **config | recipe.tokenizer_kwargs())
+
+    if torch.device(device).type == 'meta':
+        tokenizer = load(True)
+    else:
+        tokenizer = dist.first_of_node_first(load)
+        dist.require_equal(weights_checksum(tokenizer), f'the tokenizer {recipe.vae_ckpt!r}',
+                           'copy the same file to every node')
+    if tokenizer.stride != recipe.patch_size:
+        raise ValueError(f'the tokenizer of {recipe.vae_ckpt} has stride {tokenizer.stride}, the recipe '
+                         f'expects {recipe.patch_size}: pass '
+                         f'--{flag_of(recipe, "patch_size")}={tokenizer.stride}')
+    return tokenizer
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- trainers
+def build_optimizer(recipe: Recipe, model: nn.Module, no_decay: set[str]) -> AmpOptimizer:
+    """AdamW with precision, clipping and accumulation of the recipe.
+
+    Args:
+        no_decay: parameters whose name holds any of these strings get no weight decay.
+    """
+    names, params, groups = filter_params(model, no_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.beta1, recipe.beta2),
+                                  weight_decay=0., fused=recipe.fused)
+    return AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip, recipe.accumulate)
+
+
+def build_criterion(recipe: TokenizerRecipe, total_steps: int, device: torch.device) -> TokenizerLoss:
+    """The losses of a tokenizer, with their files read.
+
+    Raises:
+        ValueError: a file is missing, or is another one than it should be.
+    """
+    files = recipe.lpips_vgg, recipe.lpips_lin, recipe.lpips_path, recipe.allow_download
+    if recipe.lpips == 'vgg' and recipe.allow_download and dist.is_local_master():
+        lpips_state(*files)  # one process per node downloads, the others then find the files
+    dist.barrier()
+    lpips = lpips_state(*files) if recipe.lpips == 'vgg' else None
+    dino = dino_state(recipe.dino_path) if recipe.disc == 'dino' else None
+    gan = recipe.gan_kwargs(total_steps)
+    if recipe.disc != 'none' and gan['start'] >= 1 and dist.is_master():
+        logger.warning('the discriminator never starts: --disc_start=%g, and the run has %d steps',
+                       recipe.disc_start, total_steps)
+    with torch.device(device):
+        return build_loss(
+            l1_weight=recipe.l1_weight, l2_weight=recipe.l2_weight, perceptual=recipe.lpips,
+            perceptual_weight=recipe.lpips_weight, perceptual_min=recipe.lpips_min, lpips_files=lpips,
+            discriminator=recipe.disc, dino_files=dino, image_size=recipe.image_size, width=recipe.disc_width,
+            gan=gan)
+
+
+def build_trainer(recipe: Recipe, model: Trainable, total_steps: int) -> Trainer:
+    """The model with its optimizer, compiled where asked; a tokenizer with its losses and discriminator."""
+    if recipe.compile_model:
+        for part in model.compiled_parts():
+            part.compile(mode=COMPILE_MODES[recipe.compile_model])
+    if recipe.compile_tokenizer and isinstance(model, ARModel):
+        model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
+    optimizer = build_optimizer(recipe, model, model.no_weight_decay())
+    if isinstance(model, ARModel):
+        return GeneratorTrainer(model, optimizer, recipe.ema, recipe.ema_warmup)
+    criterion = build_criterion(recipe, total_steps, next(model.parameters()).device)
+    disc_optimizer = None
+    if criterion.discriminator is not None:
+        disc_optimizer = build_optimizer(recipe, criterion.discriminator, set())
+    return TokenizerTrainer(model, optimizer, criterion, disc_optimizer, recipe.ema)

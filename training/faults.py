@@ -1,0 +1,128 @@
+"""What may go wrong in a training without ending it, up to a limit: steps that are not finite, bad images.
+
+Every rank counts the same: a step is left out on all ranks or on none, and unreadable images are told to all.
+"""
+import logging
+from pathlib import Path
+from typing import Any
+
+import dist
+from trainer import StepInfo
+from utils.log import append_json_line
+
+logger = logging.getLogger(__name__)
+REMEDIES = {  # by the precision of the recipe
+    0: 'lower the learning rate, or look at the images that not_finite.jsonl names',
+    1: 'float16 overflows: train in bfloat16 (--fp16=2) or float32 (--fp16=0), or lower the learning rate',
+    2: 'lower the learning rate, train in float32 (--fp16=0), or look at the images that not_finite.jsonl '
+       'names',
+}
+
+
+class NotFinite(ValueError):
+    """Too many steps in a row had a loss or gradient that is nan or infinite.
+
+    Attributes:
+        at_once: whether not one step since the start was finite: then the checkpoint itself may be at fault.
+    """
+
+    def __init__(self, message: str, at_once: bool):
+        super().__init__(message)
+        self.at_once = at_once
+
+
+class SkippedSteps:
+    """Counts steps whose loss or gradient was not finite, names their images, and knows when to give up.
+
+    Args:
+        folder: of not_finite.jsonl.
+        num_skipped: how many there were before this start.
+        limit: so many in a row end the run; 0 is no limit.
+        precision: of the recipe, for the advice.
+        is_resumed: whether this start continues a checkpoint.
+    """
+
+    def __init__(self, folder: Path, num_skipped: int, limit: int, precision: int, is_resumed: bool):
+        self.folder = folder
+        self.total = num_skipped
+        self.limit = limit
+        self.precision = precision
+        self.is_resumed = is_resumed
+        self.in_a_row = 0
+        self.steps_since_start = 0
+
+    def count(self, info: StepInfo) -> None:
+        """Take in the outcome of a step."""
+        self.steps_since_start += 1
+        if info.is_finite:
+            self.in_a_row = 0
+        else:
+            self.in_a_row += 1
+            self.total += 1
+
+    def report(self, epoch: int, step: int, info: StepInfo, images: list[str]) -> None:
+        """Name the images of a step that was left out; every rank calls it.
+
+        Args:
+            step: since the beginning of the training.
+            images: names of those that this rank has seen.
+        Raises:
+            NotFinite: there are too many such steps in a row.
+        """
+        # A loss that is finite on a rank clears its images, unless the losses of all ranks are.
+        parts = dist.allgather_object((bool(info.loss.isfinite()), images))
+        suspects = [name for is_finite, names in parts if not is_finite for name in names]
+        if not suspects:
+            suspects = [name for _, names in parts for name in names]
+        if dist.is_master():
+            append_json_line(self.folder / 'not_finite.jsonl', dict(step=step, epoch=epoch, images=suspects))
+            logger.warning('step %d is left out, its loss or gradient is not finite (%d so far); %d images, '
+                           'first %s; all are in not_finite.jsonl', step, self.total, len(suspects),
+                           suspects[0])
+        if self.limit and self.in_a_row >= self.limit:
+            self.give_up(step)
+
+    def give_up(self, step: int) -> None:
+        """End the run because of steps that were not finite, of which `step` is the last.
+
+        Raises:
+            NotFinite: always.
+        """
+        at_once = self.is_resumed and self.in_a_row == self.steps_since_start
+        raise NotFinite(f'the last {self.in_a_row} steps up to step {step} were not finite: '
+                        f'{REMEDIES[self.precision]}, and run again from the last checkpoint, if there is '
+                        'one (--max_skipped_steps is the limit)', at_once)
+
+
+class BadImages:
+    """Lists training images that could not be read and were replaced by others.
+
+    Args:
+        known: why each of those could not be read that earlier starts have met.
+        limit: more of them end the run.
+    """
+
+    def __init__(self, known: list[str], limit: int):
+        self.reasons = known
+        self.limit = limit
+
+    def add(self, damage_B: list[str]) -> None:
+        """Take in what this rank has met at a step; every rank calls it, and all know the same afterwards.
+
+        Args:
+            damage_B: for every image of the batch why it could not be read, or an empty string.
+        Raises:
+            ValueError: there are more than the limit.
+        """
+        known = set(self.reasons)
+        parts: list[list[str]] = dist.allgather_object([reason for reason in damage_B if reason])
+        met: dict[str, Any] = dict.fromkeys(reason for part in parts for reason in part)
+        for reason in met:
+            if reason in known:
+                continue
+            self.reasons.append(reason)
+            if dist.is_master():
+                logger.warning('an image is replaced by another one: %s', reason)
+        if len(self.reasons) > self.limit:
+            raise ValueError(f'{len(self.reasons)} training images cannot be read, --max_bad_images='
+                             f'{self.limit} allows fewer; the last one: {self.reasons[-1]}')
