@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import dist
 from evaluation.classify import ClassifySettings, RejectSettings, evaluate_classify, evaluate_reject
-from evaluation.images import ScoreSettings, evaluate_images
 from evaluation.pack import PackSettings, StatsSettings, evaluate_pack, evaluate_stats
+from evaluation.score import ScoreSettings, evaluate_images
 from evaluation.tokenizer import TokenizerSettings, evaluate_tokenizer
 from utils.arg_util import make_parser
 from utils.log import one_line_errors, setup_logging

@@ -20,7 +20,7 @@ import torch
 
 import dist
 from evaluation.features import load_network
-from evaluation.images import ScoreSettings, open_set, score_images, write_json
+from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
 from models import ARModel, build_generator
 from models.helpers import ImageNoise

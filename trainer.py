@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dist
+from evaluation.pictures import reconstruction_rows, usage_heat_map
 from models import ARModel, CodeUsage, Tokenizer, TokenizerLoss, Trainable, load_weights
 from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import save_file
 from utils.ema import WeightEMA
-from utils.pictures import reconstruction_rows, usage_heat_map
 
 logger = logging.getLogger(__name__)
 STRUCTURE = ('v_patch_nums', 'using_znorm', 'codebook_l2_norm')  # of a tokenizer, which weights do not tell

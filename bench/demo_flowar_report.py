@@ -31,12 +31,12 @@ from demo_report import (
 from published_solver import both_halves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluation.digits_features import DigitsFeatures
+from evaluation.metrics import FeatureStatistics, frechet_distance, to_uint8
 from models import FlowAR
 from models.helpers import ImageNoise
 from sample import load_generator
 from utils.data import EMBEDDED_SIZE, build_dataset
-from utils.digits import DigitsFeatures
-from utils.metrics import FeatureStatistics, frechet_distance, to_uint8
 
 WEIGHTINGS = ('uniform', 'debiased')
 BINS = 10       # of times

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluation.inception import InceptionFeatures
+from evaluation.metrics import FeatureStatistics, frechet_distance
+from evaluation.precision_recall import precision_recall
 from tests.seeded_inception import seeded_inception
 from utils.checkpoint import atomic_path
-from utils.inception import InceptionFeatures
-from utils.manifolds import precision_recall
-from utils.metrics import FeatureStatistics, frechet_distance
 from utils.provenance import device_name, versions
 from utils.recipe import REPO
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 import dist
+from evaluation.classifiers import Classifier, load_classifier
 from evaluation.features import DeviceSettings, read_ahead, share
-from evaluation.images import check_output, read_manifest, refuse_overwriting, write_json
+from evaluation.score import check_output, read_manifest, refuse_overwriting, write_json
 from utils.arg_util import opt
 from utils.batches import NUM_READERS, ImageBatch, open_batch, read_labels, shuffled, write_npz
-from utils.classifiers import Classifier, load_classifier
 from utils.hub import sha256_of
 from utils.image_store import map_ahead
 from utils.log import progress_bar

@@ -1,7 +1,7 @@
 """Features of whole sets of images: extraction over batches and ranks, statistics, what is odd about a set.
 
 A feature network has `name`, `digest` (SHA-256 of its weights), `num_features`, `num_spatial` (0 = none),
-`num_classes`, and `outputs(images_u8)`; see `utils.inception.InceptionFeatures`.
+`num_classes`, and `outputs(images_u8)`; see `evaluation.inception.InceptionFeatures`.
 Letters: B batch, N images, F features, H W height and width.
 """
 import hashlib
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 import dist
+from evaluation.digits_features import DigitsFeatures
+from evaluation.inception import InceptionFeatures
+from evaluation.metrics import FeatureStatistics, InceptionScore
 from utils.arg_util import check_limits, expand_paths, opt
 from utils.batches import ImageBatch
-from utils.digits import DigitsFeatures
-from utils.inception import InceptionFeatures
 from utils.log import progress_bar
-from utils.metrics import FeatureStatistics, InceptionScore
 from utils.recipe import REPO
 
 logger = logging.getLogger(__name__)

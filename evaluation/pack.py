@@ -7,13 +7,13 @@ import numpy as np
 
 import dist
 from evaluation.features import FeatureSettings, extract, load_network
-from evaluation.images import check_output, refuse_overwriting
+from evaluation.metrics import to_uint8
+from evaluation.score import check_output, refuse_overwriting
 from utils.arg_util import check_limits, expand_paths, opt
 from utils.batches import NUM_READERS, open_batch, pack_folder, shuffled, write_npz
 from utils.checkpoint import atomic_path
 from utils.data import build_transforms, open_split
 from utils.image_store import map_ahead
-from utils.metrics import to_uint8
 
 logger = logging.getLogger(__name__)
 

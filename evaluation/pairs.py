@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import dist
-from utils.metrics import (
+from evaluation.metrics import (
     SSIM_DEFINITIONS,
     FeatureStatistics,
     check_same_shape,

@@ -20,8 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
 from evaluation.features import FeatureSettings
-from evaluation.images import write_json
+from evaluation.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
+from evaluation.metrics import SSIM_DEFINITIONS, read_statistics, to_uint8
 from evaluation.pairs import PairScores
+from evaluation.pictures import reconstruction_rows, save_png, usage_heat_map
+from evaluation.score import write_json
 from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer
 from utils.amp_sc import autocast
 from utils.arg_util import PATCH_NUMS, check_limits, expand_paths, ints, opt
@@ -29,11 +32,8 @@ from utils.checkpoint import load_on_all_ranks, tokenizer_weights
 from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
 from utils.data_sampler import EvalDistributedSampler
 from utils.hub import fetch, lpips_state
-from utils.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
 from utils.machine import automatic_workers
-from utils.metrics import SSIM_DEFINITIONS, read_statistics, to_uint8
 from utils.misc import allow_tf32
-from utils.pictures import reconstruction_rows, save_png, usage_heat_map
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.metrics import read_statistics
 from utils import batches
 from utils.batches import npz_keys, open_batch, pack_folder, read_labels, shuffled, write_npz
 from utils.image_store import PieceStore, PngStore
-from utils.metrics import read_statistics
 from utils.misc import create_npz_from_sample_folder
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (7, 4, 6, 3), dtype=np.uint8)

@@ -12,16 +12,15 @@ from torchvision import models
 
 import dist
 import evaluate
-from evaluation import classify
+from evaluation import classifiers, classify
+from evaluation.classifiers import Classifier, load_classifier
 from evaluation.classify import Judgement, judge, select
-from evaluation.images import read_manifest
+from evaluation.inception import MissingWeights
+from evaluation.score import read_manifest
 from tests.runs import launch
-from utils import classifiers
 from utils.batches import open_batch, shuffled
-from utils.classifiers import Classifier, load_classifier
 from utils.data import open_split
 from utils.hub import sha256_of
-from utils.inception import MissingWeights
 from utils.log import one_line_errors
 
 NET = 'shufflenet_v2_x0_5'  # the fastest of torchvision here

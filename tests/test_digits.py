@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from utils import digits
+from evaluation import digits_features as digits
+from evaluation.digits_features import DigitsFeatures
+from evaluation.metrics import frechet_distance, to_uint8
 from utils.data import build_transforms, open_split
-from utils.digits import DigitsFeatures
-from utils.metrics import frechet_distance, to_uint8
 
 
 @pytest.fixture(scope='module')

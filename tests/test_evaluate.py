@@ -12,11 +12,11 @@ from PIL import Image
 import dist
 import evaluate
 from evaluation import tokenizer as command
+from evaluation.metrics import psnr, ssim, to_uint8
 from models import LPIPS, VQVAE, AutoencoderKL, FlexVAE, VQModel
 from tests.runs import TINY_VQVAE, launch
 from utils.data import build_dataset
 from utils.log import one_line_errors
-from utils.metrics import psnr, ssim, to_uint8
 
 PIXELS = '--metrics=psnr,ssim,usage'
 

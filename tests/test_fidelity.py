@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import metrics
+from evaluation import precision_recall as manifolds
+from evaluation.digits_features import DigitsFeatures
+from evaluation.metrics import FeatureStatistics, InceptionScore, frechet_distance, read_statistics
+from evaluation.precision_recall import manifold_coverage, manifold_radii, precision_recall
 from models import VQVAE
 from tests.runs import FORKS, TINY_VQVAE
-from utils import manifolds, metrics
-from utils.digits import DigitsFeatures
-from utils.manifolds import manifold_coverage, manifold_radii, precision_recall
-from utils.metrics import FeatureStatistics, InceptionScore, frechet_distance, read_statistics
 from utils.misc import full_precision
 
 REPO = Path(__file__).resolve().parent.parent
@@ -298,7 +299,7 @@ def test_memory_does_not_grow_with_the_square_of_the_number():
     """All distances are 144 MB in float32, and several copies live at once; those of a slice are 8 MB."""
     code = '''
 import resource, torch
-from utils.manifolds import precision_recall
+from evaluation.precision_recall import precision_recall
 torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

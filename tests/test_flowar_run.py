@@ -11,13 +11,13 @@ import torch
 import extract
 import sample
 import train
+from evaluation import digits_features as digits
 from models import VAR, VQVAE, AutoencoderKL
 from tests import test_token_cache
 from tests.runs import BATCH, TINY_VQVAE, launch, prepared, read
 from tests.test_run import Interrupt, assert_equal, epoch_lines, largest_difference, same_weights
 from tests.test_sample import same_images
 from tests.test_token_cache import training
-from utils import digits
 from utils.arg_util import parse_recipe
 
 made = test_token_cache.made

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from evaluation.precision_recall import precision_recall
 from models import VQVAE
 from models.helpers import (
     DropPath,
@@ -24,7 +25,6 @@ from models.tokenizers.codebook import float32_matmul
 from tests import golden
 from tests.golden import assert_within
 from tests.runs import TINY_VQVAE
-from utils.manifolds import precision_recall
 from utils.misc import allow_tf32, full_precision
 
 FILTERS = golden.load_json('topk_topp')['cases']

@@ -35,10 +35,10 @@ def imported(tree):
 
 
 def layer(name):
-    """0 dist, 1 utils and models, 2 trainer and evaluation, 3 training, 4 entry points; None for others."""
+    """0 dist, 1 utils and models, 2 evaluation, 3 trainer, 4 training, 5 entry points; None for others."""
     if name in ENTRIES:
-        return 4
-    return dict(dist=0, utils=1, models=1, evaluation=2, trainer=2, training=3).get(name.split('.')[0])
+        return 5
+    return dict(dist=0, utils=1, models=1, evaluation=2, trainer=3, training=4).get(name.split('.')[0])
 
 
 def test_import_direction():
@@ -49,7 +49,7 @@ def test_import_direction():
                 continue
             seen += 1
             assert layer(target) <= layer(name), f'{name} imports {target}'
-            if layer(name) == layer(target) < 4:
+            if layer(name) == layer(target) < 5:
                 assert name.split('.')[0] == target.split('.')[0], f'{name} imports {target}'
     assert seen > 40
 
@@ -84,7 +84,7 @@ def state():
     patched = [vars(c).get('reset_parameters') for c in classes]
     return patched, torch.get_rng_state().tolist(), random.getstate()
 before, printer = state(), print
-for module in ('dist', 'models', 'utils.data', 'trainer', 'evaluation.images', 'train', 'sample', 'evaluate'):
+for module in ('dist', 'models', 'utils.data', 'trainer', 'evaluation.score', 'train', 'sample', 'evaluate'):
     importlib.import_module(module)
     assert before == state() and print is printer and not logging.root.handlers, module
     assert not torch.cuda.is_initialized(), module

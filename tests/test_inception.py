@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from evaluation import inception
+from evaluation.inception import SHA256, WEIGHTS, InceptionFeatures, MissingWeights, find_weights
 from tests.seeded_inception import seeded_inception
-from utils import inception
-from utils.inception import SHA256, WEIGHTS, InceptionFeatures, MissingWeights, find_weights
 
 DATA = Path(__file__).parent / 'data' / 'evaluation'
 CASES = json.loads((DATA / 'cases.json').read_text())['inception']

@@ -12,10 +12,7 @@ from scipy.ndimage import uniform_filter
 
 import dist
 import trainer
-from evaluation.pairs import PairScores
-from models.tokenizers.losses import LPIPS, PyramidLoss
-from models.tokenizers.usage import CodeUsage
-from utils.metrics import (
+from evaluation.metrics import (
     SSIM_DEFINITIONS,
     FeatureStatistics,
     mean_squared_error,
@@ -24,7 +21,10 @@ from utils.metrics import (
     ssim,
     to_uint8,
 )
-from utils.pictures import reconstruction_rows, save_png, usage_heat_map
+from evaluation.pairs import PairScores
+from evaluation.pictures import reconstruction_rows, save_png, usage_heat_map
+from models.tokenizers.losses import LPIPS, PyramidLoss
+from models.tokenizers.usage import CodeUsage
 
 DATA = Path(__file__).parent / 'data' / 'evaluation'
 CASES = json.loads((DATA / 'cases.json').read_text())

@@ -13,8 +13,8 @@ import pytest
 import extract
 import train
 from evaluation.classify import ClassifySettings, RejectSettings
-from evaluation.images import ScoreSettings
 from evaluation.pack import PackSettings, StatsSettings
+from evaluation.score import ScoreSettings
 from evaluation.tokenizer import TokenizerSettings
 from extract import ExtractSettings
 from models import FlexVAR

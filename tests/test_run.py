@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sample
 import train
 import trainer
-from evaluation.images import ScoreSettings, score_images
+from evaluation.metrics import to_uint8
+from evaluation.score import ScoreSettings, score_images
 from tests.runs import (
     BATCH,
     CLASSES,
@@ -32,7 +33,6 @@ from tests.runs import (
 from utils.arg_util import parse_sample_recipe
 from utils.checkpoint import newest_checkpoint
 from utils.data import build_dataset
-from utils.metrics import to_uint8
 from utils.misc import auto_resume
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import sample
-from evaluation.images import ScoreSettings, score_images
+from evaluation.score import ScoreSettings, score_images
 from models import VAR, VQVAE
 from tests.runs import TINY_VQVAE, kill_tree, launch, make_tokenizer, start
 from utils.arg_util import parse_sample_recipe

@@ -18,17 +18,17 @@ from torch import distributed
 
 import evaluate
 from evaluation import features as extraction
-from evaluation import images as command
 from evaluation import pack
+from evaluation import score as command
 from evaluation.features import Inspection
-from evaluation.images import ScoreSettings, score_images
+from evaluation.inception import Outputs
+from evaluation.metrics import to_uint8
+from evaluation.score import ScoreSettings, score_images
 from tests.runs import launch
 from utils import provenance
 from utils.batches import shuffled
 from utils.data import build_dataset
-from utils.inception import Outputs
 from utils.log import one_line_errors
-from utils.metrics import to_uint8
 
 DATA = Path(__file__).parent / 'data' / 'evaluation'
 CASES = json.loads((DATA / 'cases.json').read_text())

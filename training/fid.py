@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 import dist
 from evaluation.features import FeatureSet, FeatureSettings, load_network
+from evaluation.inception import MissingWeights
+from evaluation.metrics import frechet_distance, read_statistics, to_uint8
 from models import ARModel, Trainable
 from models.helpers import ImageNoise
 from utils.arg_util import SAMPLE_RECIPES, Recipe, SampleRecipe, parse_flags
-from utils.inception import MissingWeights
 from utils.loading import without_child_signal
-from utils.metrics import frechet_distance, read_statistics, to_uint8
 
 logger = logging.getLogger(__name__)
 

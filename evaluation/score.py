@@ -26,13 +26,13 @@ from evaluation.features import (
     read_cache,
     write_cache,
 )
+from evaluation.inception import SHA256
+from evaluation.metrics import frechet_distance, read_statistics
+from evaluation.precision_recall import precision_recall
 from utils.arg_util import opt
 from utils.batches import SUFFIXES, ImageBatch, npz_keys, open_batch
 from utils.checkpoint import atomic_path
 from utils.hub import sha256_of
-from utils.inception import SHA256
-from utils.manifolds import precision_recall
-from utils.metrics import frechet_distance, read_statistics
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from evaluation.metrics import to_uint8
 from utils.checkpoint import atomic_path
-from utils.metrics import to_uint8
 
 COLUMNS, ROW_HEIGHT, GAP = 1024, 24, 2           # of the heat map: widest map, height of a scale, in pixels
 HEAT = ((13, 8, 60), (134, 20, 130), (233, 98, 60), (252, 240, 150))  # rare to frequent; unused codes: black

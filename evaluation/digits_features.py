@@ -11,8 +11,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from torch.nn import functional as F
 
+from evaluation.inception import Outputs
 from utils.data import EMBEDDED_SIZE, open_split
-from utils.inception import Outputs
 from utils.misc import full_precision
 
 SIDE = 8            # pixels per side of what the network sees, as the digits were scanned

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torchvision import models
 
+from evaluation.digits_features import DigitsFeatures
+from evaluation.inception import MissingWeights
 from utils.checkpoint import load_with_digest
-from utils.digits import DigitsFeatures
-from utils.inception import MissingWeights
 from utils.misc import full_precision
 
 logger = logging.getLogger(__name__)
