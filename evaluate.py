@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import dist
+from configs.options import make_parser
 from evaluation.classify import ClassifySettings, RejectSettings, evaluate_classify, evaluate_reject
 from evaluation.pack import PackSettings, StatsSettings, evaluate_pack, evaluate_stats
 from evaluation.score import ScoreSettings, evaluate_images
 from evaluation.tokenizer import TokenizerSettings, evaluate_tokenizer
-from utils.arg_util import make_parser
 from utils.log import one_line_errors, setup_logging
 
 

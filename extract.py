@@ -19,15 +19,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
+from configs.options import INF, check_values, expand_paths, make_parser, opt
 from models import FAMILIES, Tokenizer, build_tokenizer
-from utils.arg_util import make_parser
 from utils.checkpoint import load_file, lock_folder, tokenizer_weights
 from utils.data import check_labels, crop_views, open_split
 from utils.hub import fetch
 from utils.log import one_line_errors, progress_bar, setup_logging
 from utils.machine import automatic_workers
 from utils.misc import allow_tf32
-from utils.recipe import check_limits, expand_paths, opt
 from utils.token_cache import (
     BEGUN,
     MANIFEST,
@@ -60,19 +59,19 @@ class ExtractSettings:
     cached_path: str = opt('', 'folder of the tokens', 'cached_path code_path', path=True)
     split: str = opt('train', 'train or val')
     exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
-    image_size: int = opt(256, 'side of the crops in pixels', 'img_size image_size')
+    image_size: int = opt(256, 'side of the crops in pixels', 'img_size image_size', limits=(1, INF))
     ten_crop: bool = opt(False, 'corners and centre of a larger centre crop, instead of the centre alone')
     crop_range: float = opt(1.1, 'ten_crop: how much larger; published: 1.1, then 1.05 into another folder')
     layout: str = opt('packed', 'packed: one array; files: one npz per image, as published with MAR')
     import_codes: str = opt('', 'pack the codes in this folder: one file per image, as published', path=True)
-    batch_size: int = opt(128, 'views per batch')
+    batch_size: int = opt(128, 'views per batch', limits=(1, INF))
     workers: int = opt(-1, 'loader processes per rank; -1 is automatic, up to the published 10; 0 loads in '
-                           'the main process', 'num_workers')
+                           'the main process', 'num_workers', limits=(-1, INF))
     tf32: bool = opt(True, 'allow TF32 products on CUDA')
 
     def __post_init__(self):
         expand_paths(self)
-        check_limits(self)
+        check_values(self)
         if self.workers < 0:
             batch_bytes = self.batch_size * 3 * self.image_size ** 2 * 4
             object.__setattr__(self, 'workers', automatic_workers(10, batch_bytes))

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 import dist
+from configs import SampleRecipe, parse_sample_recipe
+from configs.options import marked_fields, parse_flags
 from evaluation.features import load_network
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
 from models import ARModel, build_generator
 from models.helpers import ImageNoise
 from utils.amp_sc import autocast
-from utils.arg_util import SampleRecipe, parse_flags, parse_sample_recipe
 from utils.batches import read_labels, shuffled, write_npz
 from utils.checkpoint import atomic_path, load_on_all_ranks, lock_folder, model_weights, tokenizer_weights
 from utils.files import read_json
@@ -129,7 +130,8 @@ def describe(recipe: SampleRecipe, origin: dict[str, Any], labels_N: np.ndarray)
         origin: of the weights, see `load_generator`.
     """
     by_content = ('ckpt', 'vae_ckpt', 'weights')  # wherever these files lie
-    settings = {name: value for name, value in vars(recipe).items() if name not in recipe.FREE + by_content}
+    left_out = marked_fields(recipe, 'free') + by_content
+    settings = {name: value for name, value in vars(recipe).items() if name not in left_out}
     if recipe.labels:
         settings['labels'] = labels_N.tolist()
     return dict(settings=settings, weights=origin['weights'], weights_sha256=origin['weights_sha256'],
@@ -320,7 +322,7 @@ def sweep(recipe: SampleRecipe) -> None:
         table = ScoreTable(folder, swept)
         if dist.is_master():
             fixed = {name: value for name, value in vars(recipe).items() if name not in swept and name not in
-                     {*recipe.FREE, 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}}
+                     {*marked_fields(recipe, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}}
             claim(folder / 'sweep.json', dict(
                 swept=swept, settings=fixed, sha256=hashes | hash_of_labels, network=network.digest,
                 reference_sha256=reference.describe()['sha256']), is_empty=not table.rows)

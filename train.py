@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 import dist
+from configs import Recipe, parse_recipe
+from configs.options import flag_of, marked_fields
 from models.helpers import global_rows
 from trainer import StepInfo, weights_checksum
 from training.build import build_model, build_trainer, count_parameters
@@ -37,8 +39,6 @@ from training.faults import BadImages, NotFinite, SkippedSteps
 from training.fid import build_training_fid
 from training.journal import Journal, lines_per_epoch
 from training.resume import (
-    FREE_SETTINGS,
-    SETTINGS_OF_A_NODE,
     RunState,
     changed_settings,
     check_classes,
@@ -47,7 +47,6 @@ from training.resume import (
     go_back_one_checkpoint,
     repair_best,
 )
-from utils.arg_util import Recipe, flag_of, parse_recipe
 from utils.checkpoint import lock_folder, remove_leftovers, save_checkpoint
 from utils.data import name_of
 from utils.loading import without_child_signal
@@ -125,8 +124,9 @@ class Run:
         world_size = dist.get_world_size()
 
         # 1. All ranks do the same, with the same data.
+        of_a_node = marked_fields(recipe, 'per_node')
         shared = {flag_of(recipe, name): value for name, value in vars(recipe).items()
-                  if name not in SETTINGS_OF_A_NODE}
+                  if name not in of_a_node}
         dist.require_equal(shared, 'the command', 'pass the same flags everywhere')
         self.described = data.describe()
         dist.require_equal((data.classes, self.described), 'the data set',
@@ -438,7 +438,7 @@ class Run:
         if not dist.is_master():
             return
         settings = checkpoint.get('args') or {}
-        changed = changed_settings(self.recipe, settings, FREE_SETTINGS, flag_of)
+        changed = changed_settings(self.recipe, settings, marked_fields(self.recipe, 'free'), flag_of)
         if changed:
             logger.warning('settings differ from those of the checkpoint, so this is another training: %s',
                            ', '.join(changed))

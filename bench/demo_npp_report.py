@@ -30,11 +30,11 @@ from demo_report import (
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configs import RECIPES
 from models import NPP
 from sample import load_generator
 from trainer import GeneratorTrainer
 from training.build import build_optimizer
-from utils.arg_util import RECIPES
 from utils.checkpoint import load_file
 from utils.data import EMBEDDED_SIZE, build_dataset
 from utils.token_cache import TokenCache

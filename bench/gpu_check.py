@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from published_solver import both_halves
 
 import dist
+from configs import PRESETS, FlowARRecipe
 from models import VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import ImageNoise, filter_top_k_top_p
 from tests import flexvar_vectors, flowar_vectors, golden, npp_vectors
 from trainer import GeneratorTrainer, TokenizerTrainer
 from utils.amp_sc import AmpOptimizer
 from utils.doctor import report
-from utils.generator_recipes import GENERATOR_PRESETS, FlowARRecipe
 from utils.lr_control import filter_params, lr_wd_annealing
 from utils.misc import allow_tf32
 
@@ -314,7 +314,7 @@ def speed(device: torch.device, depth: int, batch: int, repeats: int) -> dict[st
 def make_flowar(preset: str, device: torch.device) -> FlowAR:
     """A published size with random weights; a tiny one on the CPU, which only tries the script."""
     tiny = dict(depth=1, width=64, diffloss_d=1, diffloss_w=64) if device.type == 'cpu' else {}
-    recipe = FlowARRecipe(**GENERATOR_PRESETS['flowar'][preset] | tiny)
+    recipe = FlowARRecipe(**PRESETS['flowar'][preset] | tiny)
     with torch.device(device):
         return FlowAR(flowar_vectors.Latents(), **recipe.model_kwargs(1, 1))
 

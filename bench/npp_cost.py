@@ -18,11 +18,11 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configs import parse_recipe
 from models import NPP, VQModel
 from models.npp import patch_loss, patches
 from trainer import GeneratorTrainer
 from training.build import build_optimizer
-from utils.arg_util import parse_recipe
 from utils.checkpoint import atomic_path
 from utils.provenance import device_name, versions
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configs.options import REPO
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import FeatureStatistics, frechet_distance
 from evaluation.precision_recall import precision_recall
 from tests.seeded_inception import seeded_inception
 from utils.checkpoint import atomic_path
 from utils.provenance import device_name, versions
-from utils.recipe import REPO
 
 WIDTH = 2048
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configs.options import REPO
 from utils.checkpoint import atomic_path
-from utils.recipe import REPO
 
 VARIANTS = {
     'published': ['--codebook=grad', '--codebook_init=inv_v', '--restart=0', '--defer=0', '--scale_drop=0'],

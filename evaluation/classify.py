@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import dist
+from configs.options import opt
 from evaluation.classifiers import Classifier, load_classifier
 from evaluation.features import DeviceSettings, read_ahead, share
 from evaluation.score import check_output, read_manifest, refuse_overwriting, write_json
-from utils.arg_util import opt
 from utils.batches import NUM_READERS, ImageBatch, open_batch, read_labels, shuffled, write_npz
 from utils.hub import sha256_of
 from utils.image_store import map_ahead
@@ -204,7 +204,7 @@ class RejectSettings(ClassifierSettings):
     ratio: int = opt(2, 'candidates per kept image, the first ones of each class; 0 takes all')
     threshold: float | None = opt(None, 'keep the first candidates with log p(y|x) of at least this, in '
                                         'place of the best; those after the last kept one do not count')
-    seed: int = opt(0, 'of the order of what is kept')
+    seed: int = opt(0, 'of the order of what is kept', limits=(0, 2 ** 63 - 1))
     no_shuffle: bool = opt(False, 'keep the order of the candidates; the Inception Score needs a mixed one')
 
     def __post_init__(self):

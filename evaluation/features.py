@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 import dist
+from configs.options import INF, REPO, check_values, expand_paths, opt
 from evaluation.digits_features import DigitsFeatures
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import FeatureStatistics, InceptionScore
-from utils.arg_util import check_limits, expand_paths, opt
 from utils.batches import ImageBatch
 from utils.log import progress_bar
-from utils.recipe import REPO
 
 logger = logging.getLogger(__name__)
 NETWORKS = ('inception', 'digits')
@@ -37,12 +36,12 @@ ODD_SHARE = 0.01  # of constant or repeated images, above which a set is worth a
 class DeviceSettings:
     """Where a command runs."""
 
-    batch_size: int = opt(64, 'images per batch and rank', 'bs')
+    batch_size: int = opt(64, 'images per batch and rank', 'bs', limits=(1, INF))
     device: str = opt('', 'cpu or cuda; empty takes cuda where there is one')
 
     def __post_init__(self):
         expand_paths(self)
-        check_limits(self)
+        check_values(self)
         if self.device not in ('', 'cpu', 'cuda'):
             raise ValueError(f'--device must be one of cpu, cuda, got {self.device!r}')
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 import dist
+from configs.options import INF, check_values, expand_paths, opt
 from evaluation.features import FeatureSettings, extract, load_network
 from evaluation.metrics import to_uint8
 from evaluation.score import check_output, refuse_overwriting
-from utils.arg_util import check_limits, expand_paths, opt
 from utils.batches import NUM_READERS, open_batch, pack_folder, shuffled, write_npz
 from utils.checkpoint import atomic_path
 from utils.data import build_transforms, open_split
@@ -60,12 +60,13 @@ class PackSettings:
     folder: str = opt('', 'PNG files and, where known, labels.npy; or, with --image_size, a data set',
                       positional=True, path=True)
     output: str = opt('', 'npz to write', positional=True, path=True)
-    count: int | None = opt(None, 'number of images that the folder must hold; None takes what is there')
-    seed: int = opt(0, 'of the order')
+    count: int | None = opt(None, 'number of images that the folder must hold; None takes what is there',
+                            limits=(1, INF))
+    seed: int = opt(0, 'of the order', limits=(0, 2 ** 63 - 1))
     no_shuffle: bool = opt(False, 'keep the order of names; the Inception Score needs a mixed one')
     allow_jpeg: bool = opt(False, 'accept JPEG files, whose losses change FID')
     image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
-                                       'of this side as the references of ADM')
+                                       'of this side as the references of ADM', limits=(1, INF))
     split: str = opt('val', 'of the data set: val or train')
     exif: bool = opt(True, 'turn the images of a data set as their EXIF orientation says, as in training')
 
@@ -73,7 +74,7 @@ class PackSettings:
         expand_paths(self)
         if not (self.folder and self.output):
             raise ValueError('expected FOLDER and OUTPUT: evaluate.py pack FOLDER OUT.npz')
-        check_limits(self)
+        check_values(self)
         if self.seed >= 2 ** 32:
             raise ValueError(f'--seed must be below 2**32, got {self.seed}')
         if Path(self.output).resolve() != Path(f'{self.folder}.npz').resolve():  # which is where it belongs

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import dist
+from configs.options import opt
 from evaluation.features import (
     FeatureSet,
     FeatureSettings,
@@ -29,7 +30,6 @@ from evaluation.features import (
 from evaluation.inception import SHA256
 from evaluation.metrics import frechet_distance, read_statistics
 from evaluation.precision_recall import precision_recall
-from utils.arg_util import opt
 from utils.batches import SUFFIXES, ImageBatch, npz_keys, open_batch
 from utils.checkpoint import atomic_path
 from utils.hub import sha256_of

@@ -19,6 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
+from configs.options import INF, check_values, expand_paths, ints, opt
+from configs.training import PATCH_NUMS
 from evaluation.features import FeatureSettings
 from evaluation.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
 from evaluation.metrics import SSIM_DEFINITIONS, read_statistics, to_uint8
@@ -27,7 +29,6 @@ from evaluation.pictures import reconstruction_rows, save_png, usage_heat_map
 from evaluation.score import write_json
 from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer
 from utils.amp_sc import autocast
-from utils.arg_util import PATCH_NUMS, check_limits, expand_paths, ints, opt
 from utils.checkpoint import load_on_all_ranks, tokenizer_weights
 from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
 from utils.data_sampler import EvalDistributedSampler
@@ -57,9 +58,10 @@ class TokenizerSettings:
     data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"', path=True)
     split: str = opt('val', 'val or train')
     exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
-    num_images: int | None = opt(None, 'images, evenly spread over the split; None takes all')
+    num_images: int | None = opt(None, 'images, evenly spread over the split; None takes all',
+                                 limits=(1, INF))
     image_size: int | None = opt(None, 'side of the centre crops; None takes what the pyramid fixes, 32 for '
-                                       'digits and toy, else 256')
+                                       'digits and toy, else 256', limits=(1, INF))
     metrics: str = opt('', f'{", ".join(METRICS)} joined by ","; empty takes all that is possible here')
     ssim: str = opt('gauss11', 'definition of SSIM: ' + ', '.join(SSIM_DEFINITIONS))
     lpips_net: str = opt('vgg', 'network of LPIPS: vgg or alex')
@@ -72,17 +74,18 @@ class TokenizerSettings:
     cache: str = opt(FeatureSettings.cache, 'rFID: folder for its weights', path=True)
     allow_unverified_weights: bool = opt(False, 'rFID: accept other weights than the published ones')
     reference: str = opt('', 'rFID: also against these statistics, an npz with mu and sigma', path=True)
-    precision: int = opt(0, 'of the tokenizer: 0 float32, 1 float16, 2 bfloat16', 'fp16')
+    precision: int = opt(0, 'of the tokenizer: 0 float32, 1 float16, 2 bfloat16', 'fp16', limits=(0, 2))
     tf32: bool = opt(False, 'allow TF32 products in the tokenizer on CUDA')
-    batch_size: int = opt(32, 'images per batch and rank', 'bs')
-    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, up to 4; 0 loads in the main process')
+    batch_size: int = opt(32, 'images per batch and rank', 'bs', limits=(1, INF))
+    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, up to 4; 0 loads in the main '
+                           'process', limits=(-1, INF))
     json: str = opt('', 'file for every value with its definition, the settings, versions and hashes',
                     path=True)
     pictures: str = opt('', 'folder for reconstructions.png and code_usage.png', path=True)
 
     def __post_init__(self):
         expand_paths(self)
-        check_limits(self)
+        check_values(self)
         if self.workers < 0:
             batch_bytes = self.batch_size * 3 * (self.image_size or 256) ** 2 * 4
             object.__setattr__(self, 'workers', automatic_workers(4, batch_bytes))

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 import sample
 import train
+from configs import PRESETS, SAMPLE_PRESETS
 from tests.runs import REPO
-from utils.arg_util import PRESETS, SAMPLE_PRESETS
 
 FOLDER = Path(__file__).parent / 'data' / 'pinned'
 STEPS = 30

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 import train
+from configs import parse_recipe
 from models import VQVAE
 from training.data import build_data
-from utils.arg_util import parse_recipe
 
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['tests.entries'])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from configs import parse_recipe, parse_sample_recipe
+from configs.options import make_parser
 from extract import ExtractSettings
 from tests.test_imports import REPO
-from utils.arg_util import make_parser, parse_recipe, parse_sample_recipe
 
 sys.path.insert(0, str(REPO / 'bench'))
 import demo_flexvar_report

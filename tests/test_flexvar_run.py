@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 import sample
 import train
+from configs import parse_recipe
 from evaluation.features import FeatureSet
 from models import VQVAE, FlexVAE, FlexVAR
 from tests.runs import BATCH, TINY_VQVAE, launch, make_folder, read
 from training.fid import build_training_fid
-from utils.arg_util import parse_recipe
 
 PYRAMID = (1, 2, 3, 4, 6)
 

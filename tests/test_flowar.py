@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from configs import PRESETS, FlowARRecipe, FlowARSampleRecipe
 from models import AutoencoderKL, FlowAR, build_generator, flowar, helpers, load_weights
 from models.attention import kv_caching
 from models.flowar import FlowHead, TimeEmbedder, annealed_steps, grid_positions, time_grid
@@ -16,9 +17,7 @@ from tests import flowar_vectors as vectors
 from tests.golden import assert_norms, assert_within, named_grads
 from utils.checkpoint import load_file, model_weights
 from utils.ema import WeightEMA
-from utils.generator_recipes import GENERATOR_PRESETS, FlowARRecipe
 from utils.lr_control import filter_params, lr_wd_annealing
-from utils.sample_recipes import FlowARSampleRecipe
 
 SCALES = (1, 2, 4, 8, 16)
 SMALL = dict(num_classes=5, encoder_embed_dim=32, encoder_depth=2, encoder_num_heads=2, decoder_embed_dim=32,
@@ -93,7 +92,7 @@ def test_time_grids(num_steps):
 def test_learning_rates(row):
     """The published large model, 100 steps per epoch."""
     table, per_epoch = TABLES['lr_schedule'], 100
-    recipe = FlowARRecipe(**GENERATOR_PRESETS['flowar']['flowar_l'] | dict(
+    recipe = FlowARRecipe(**PRESETS['flowar']['flowar_l'] | dict(
         schedule=row['schedule'], min_lr=row['min_lr']))
     assert (recipe.warmup_epochs, recipe.epochs) == (table['warmup_epochs'], table['epochs'])
     assert recipe.peak_lr(1) == pytest.approx(table['peak_lr'], rel=1e-12)
@@ -319,7 +318,7 @@ def test_published_small_model():
     name = 'flowar_small_full'
     info, t = vectors.load_json(name), vectors.load_tensors(name)
     tolerance, label = info['tolerance'], torch.tensor([info['label']])
-    recipe = FlowARRecipe(**GENERATOR_PRESETS['flowar']['flowar_s'])
+    recipe = FlowARRecipe(**PRESETS['flowar']['flowar_s'])
     model = vectors.fill(FlowAR(vectors.Latents(), **recipe.model_kwargs(1, 1)), info['weight_seed']).eval()
     with torch.no_grad():
         targets, teacher = model.pyramid(t['latent'])
@@ -341,7 +340,7 @@ def test_published_small_model():
     ('small', 171_718_072, 204), ('large', 586_862_912, 484), ('huge', 1_913_316_880, 666)])
 def test_published_sizes(size, num_parameters, num_keys):
     info = vectors.load_json('state_dict_keys')[f'flowar_{size}']
-    kwargs = FlowARRecipe(**GENERATOR_PRESETS['flowar'][f'flowar_{size[0]}']).model_kwargs(1, 1)
+    kwargs = FlowARRecipe(**PRESETS['flowar'][f'flowar_{size[0]}']).model_kwargs(1, 1)
     assert (kwargs['diffloss_d'], kwargs['diffloss_w']) == (info['diffloss_d'], info['diffloss_w'])
     with torch.device('meta'):
         model = FlowAR(vectors.Latents(), **kwargs)

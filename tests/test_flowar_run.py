@@ -11,6 +11,7 @@ import torch
 import extract
 import sample
 import train
+from configs import parse_recipe
 from evaluation import digits_features as digits
 from models import VAR, VQVAE, AutoencoderKL
 from tests import test_token_cache
@@ -18,7 +19,6 @@ from tests.runs import BATCH, TINY_VQVAE, launch, prepared, read
 from tests.test_run import Interrupt, assert_equal, epoch_lines, largest_difference, same_weights
 from tests.test_sample import same_images
 from tests.test_token_cache import training
-from utils.arg_util import parse_recipe
 
 made = test_token_cache.made
 TWO_EPOCHS = ('--ep=2', '--lr=1e-3', '--ema_rate=0.9')

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from configs import parse_recipe
 from utils import doctor, machine, provenance
-from utils.arg_util import parse_recipe
 
 
 @pytest.fixture

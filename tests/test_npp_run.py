@@ -12,6 +12,8 @@ import torch
 import extract
 import sample
 import train
+from configs import RECIPES, parse_recipe, parse_sample_recipe
+from configs.options import make_parser
 from models import NPP, VAR, VQVAE, VQModel
 from models.helpers import global_rows
 from tests import test_token_cache
@@ -19,7 +21,6 @@ from tests.npp_vectors import load_json
 from tests.runs import BATCH, STEPS_PER_EPOCH, TINY_VQVAE, launch, make_folder, prepared, read
 from tests.test_run import Interrupt, assert_equal, epoch_lines, largest_difference, same_weights
 from tests.test_sample import same_images
-from utils.arg_util import RECIPES, make_parser, parse_recipe, parse_sample_recipe
 from utils.lr_control import lr_ratio
 from utils.misc import mix_seed, seed_everything
 

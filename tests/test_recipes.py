@@ -12,6 +12,16 @@ import pytest
 
 import extract
 import train
+from configs import (
+    PRESETS,
+    RECIPES,
+    SAMPLE_PRESETS,
+    SAMPLE_RECIPES,
+    VARRecipe,
+    parse_recipe,
+    parse_sample_recipe,
+)
+from configs.options import flag_of, make_parser
 from evaluation.classify import ClassifySettings, RejectSettings
 from evaluation.pack import PackSettings, StatsSettings
 from evaluation.score import ScoreSettings
@@ -20,17 +30,6 @@ from extract import ExtractSettings
 from models import FlexVAR
 from tests.golden import load_json
 from train import describe
-from utils.arg_util import (
-    PRESETS,
-    RECIPES,
-    SAMPLE_PRESETS,
-    SAMPLE_RECIPES,
-    VARRecipe,
-    flag_of,
-    make_parser,
-    parse_recipe,
-    parse_sample_recipe,
-)
 
 REPO = Path(__file__).resolve().parent.parent
 # state or derived, no settings
@@ -345,7 +344,7 @@ def fails(argv, capsys, parse=parse_recipe):
     (['--model=flexvar', '--pg=0.5'], ['--pg', 'nearest']),
     (['--model=flowar_tiny'], ['flowar_tiny', "'flowar_large'"]),
     (['--model=flowar', '--preset=small'], ['small', 'flowar_s']),
-    (['--model=flowar', '--size=medium'], ['--size', 'small or large or huge', 'medium']),
+    (['--model=flowar', '--size=medium'], ['--size', 'one of small, large, huge', 'medium']),
     (['--model=flowar', '--buffer_size=64'], ['--buffer_size', '0', '64']),
     (['--model=flowar', '--patch_size=2'], ['--patch_size', '1', '2']),
     (['--model=flowar', '--cfg_schedule=constant'], ['--cfg_schedule', 'linear', 'constant']),

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sample
 import train
 import trainer
+from configs import parse_sample_recipe
 from evaluation.metrics import to_uint8
 from evaluation.score import ScoreSettings, score_images
 from tests.runs import (
@@ -30,7 +31,6 @@ from tests.runs import (
     same_weights,
     start,
 )
-from utils.arg_util import parse_sample_recipe
 from utils.checkpoint import newest_checkpoint
 from utils.data import build_dataset
 from utils.misc import auto_resume

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import sample
+from configs import parse_sample_recipe
 from evaluation.score import ScoreSettings, score_images
 from models import VAR, VQVAE
 from tests.runs import TINY_VQVAE, kill_tree, launch, make_tokenizer, start
-from utils.arg_util import parse_sample_recipe
 from utils.batches import shuffled
 from utils.hub import fetch, sha256_of
 from utils.log import one_line_errors

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 import dist
+from configs import Recipe, TokenizerRecipe
+from configs.options import flag_of
 from models import FAMILIES, ARModel, Tokenizer, TokenizerLoss, Trainable, build_loss, build_tokenizer
 from trainer import GeneratorTrainer, TokenizerTrainer, Trainer, weights_checksum
 from training.resume import rows_by_class
 from utils.amp_sc import AmpOptimizer
-from utils.arg_util import Recipe, flag_of
 from utils.checkpoint import load_file, model_weights, tokenizer_weights
 from utils.hub import dino_state, fetch, lpips_state
 from utils.lr_control import filter_params
-from utils.tokenizer_recipes import TokenizerRecipe
 
 logger = logging.getLogger(__name__)
 COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
+from configs import Recipe
 from models import Trainable
-from utils.arg_util import Recipe
 from utils.data import KeyedAugmentation, build_dataset, build_transforms, describe_data, open_split
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
 from utils.loading import restarting_batches, without_child_signal

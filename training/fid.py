@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import dist
+from configs import SAMPLE_RECIPES, Recipe, SampleRecipe
+from configs.options import parse_flags
 from evaluation.features import FeatureSet, FeatureSettings, load_network
 from evaluation.inception import MissingWeights
 from evaluation.metrics import frechet_distance, read_statistics, to_uint8
 from models import ARModel, Trainable
 from models.helpers import ImageNoise
-from utils.arg_util import SAMPLE_RECIPES, Recipe, SampleRecipe, parse_flags
 from utils.loading import without_child_signal
 
 logger = logging.getLogger(__name__)

@@ -26,16 +26,6 @@ from utils.files import link_or_copy
 
 logger = logging.getLogger(__name__)
 NONE = Newest(None, {}, '', ())
-# may change between two starts of one training
-FREE_SETTINGS = ('seed', 'output_dir', 'exp_name', 'workers', 'save_every', 'eval_every', 'vae_ckpt',
-                 'log_every', 'picture_every', 'lpips_vgg', 'lpips_lin',
-                 'lpips_path', 'allow_download', 'dino_path', 'init_from', 'fid_images', 'fid_ref',
-                 'fid_flags', 'fid_features', 'inception_weights', 'use_checkpoint', 'batch_per_process',
-                 'resume', 'max_bad_images', 'max_skipped_steps')
-# may differ between the nodes of one training: where things lie on each
-SETTINGS_OF_A_NODE = ('output_dir', 'exp_name', 'workers', 'vae_ckpt', 'lpips_vgg', 'lpips_lin', 'lpips_path',
-                      'allow_download', 'dino_path', 'init_from', 'fid_ref', 'inception_weights', 'resume',
-                      'data_path', 'cached_path', 'cached_val_path')
 NO_SCORE = 999.  # "best so far" before the first evaluation, as published
 WAIT_SECONDS = 30  # for a shared file system to show a file that another node has just written
 

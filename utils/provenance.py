@@ -12,8 +12,6 @@ import PIL
 import torch
 import torchvision
 
-from utils.recipe import REPO
-
 
 def versions() -> dict[str, str | None]:
     """Version of everything that may change a pixel or a score; None of packages that are not installed."""
@@ -46,6 +44,7 @@ def device_name(device: torch.device) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- GPUs
+REPO = Path(__file__).resolve().parent.parent
 DEVICES = Path('/dev')
 DRIVER = Path('/proc/driver/nvidia')
 

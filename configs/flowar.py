@@ -1,0 +1,311 @@
+"""FlowAR: settings of its training and sampling, and the published runs."""
+
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from configs.options import INF, REPO, opt
+from configs.sampling import SampleRecipe
+from configs.training import CROP_KINDS, CROPS, CachedRecipe, Recipe
+
+
+@dataclass(frozen=True)
+class FlowARRecipe(CachedRecipe):
+    """FlowAR on the latents of a frozen KL-16. Flags are those of the published script."""
+
+    IGNORED: ClassVar[dict[str, str]] = {
+        'vae_embed_dim': 'the file of the tokenizer tells it',
+        'log_dir': 'logs lie in --output_dir',
+        'save_last_freq': 'every epoch has a checkpoint',
+        'start_epoch': 'a run continues by itself from --output_dir',
+        **dict.fromkeys(('pin_mem', 'no_pin_mem'), 'memory is pinned where there is CUDA'),
+        **dict.fromkeys(('device', 'world_size', 'dist_on_itp', 'dist_url'), 'torchrun tells it'),
+        **dict.fromkeys(
+            ('online_eval', 'eval_bsz', 'num_images', 'num_step', 'guidance', 'cfg'),
+            'while training, --fid_images samples; after it, sample.py',
+        ),
+    }
+
+    model: str = opt('flowar', 'what is trained')
+    vae_ckpt: str = opt(
+        'pretrained_models/vae/kl16.ckpt',
+        'tokenizer weights, any file',
+        'vae_path',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    size: str = opt(
+        'large',
+        'trunk: small, large or huge (published as flowar_small, ...)',
+        choices=('small', 'large', 'huge'),
+    )
+    diffloss_d: int = opt(12, 'blocks of the flow head', limits=(1, INF))
+    diffloss_w: int = opt(1536, 'width of the flow head, a multiple of 64', limits=(64, INF))
+    depth: int | None = opt(
+        None, 'blocks of each stack of the trunk; None is that of the size', limits=(1, INF)
+    )
+    width: int | None = opt(
+        None, 'width of the trunk, in heads of 64; None is that of the size', limits=(64, INF)
+    )
+    img_size: int = opt(256, 'pixels per side of the training images', 'img_size image_size', limits=(0, INF))
+    patch_size: int = opt(
+        16, 'pixels per side of a latent, the stride of the tokenizer', 'vae_stride', limits=(1, INF)
+    )
+    label_drop_prob: float = opt(0.1, 'share of labels replaced by the null class', limits=(0, 1))
+    attn_dropout: float = opt(0.1, 'dropout of attention weights in the trunk', limits=(0, 0.999))
+    proj_dropout: float = opt(0.1, 'dropout after attention and in the MLP of the trunk', limits=(0, 0.999))
+    use_checkpoint: bool | None = opt(
+        None,
+        'recompute the blocks of the trunk in the backward pass, which saves memory; None does so for huge',
+        free=True,
+    )
+    resume: str = opt(
+        '',
+        'accepted if it is the output folder, from which a run continues by itself',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    eval_every: int = opt(
+        10,
+        'epochs between evaluations; the last epoch always has one',
+        'eval_freq eval_every',
+        limits=(1, INF),
+        free=True,
+    )
+    loss_weighting: str = opt(
+        'uniform',
+        'of times: uniform, or debiased, 6 t (1 - t) (arXiv 2310.08442)',
+        choices=('uniform', 'debiased'),
+    )
+    latent_patch: int = opt(1, 'accepted; only 1 works', 'patch_size', choices=(1,))
+    buffer_size: int = opt(0, 'accepted; only 0 works', choices=(0,))
+    temperature: float = opt(1.0, 'accepted; only 1 works', choices=(1,))
+    cfg_schedule: str = opt('linear', 'accepted; only linear works', choices=('linear',))
+    batch_size: int = opt(
+        2048, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
+    )
+    batch_per_process: int = opt(
+        0,
+        'the same per process and micro-step, as published; 0 follows --bs',
+        'batch_size',
+        limits=(0, INF),
+        free=True,
+    )
+    epochs: int = opt(400, 'epochs', 'ep', limits=(1, INF))
+    base_lr: float = opt(1e-4, 'learning rate per 256 images', 'blr', limits=(0, INF))
+    lr: float | None = opt(None, 'peak learning rate in place of blr', limits=(0, INF))
+    min_lr: float = opt(1e-5, 'learning rate at the end of the cosine', limits=(0, INF))
+    schedule: str = opt(
+        'cosine', 'cosine or constant, after the warm-up', 'lr_schedule', choices=('cosine', 'constant')
+    )
+    warmup: float = opt(100.0, 'epochs of learning rate warm-up', 'warmup_epochs', limits=(0, INF))
+    warmup_start: float = opt(0.0, 'learning rate ratio at the first step', 'wp0', limits=(0, 1))
+    weight_decay: float = opt(0.02, 'weight decay', 'twd', limits=(0, INF))
+    clip: float = opt(3.0, 'clip of the gradient norm; <= 0 is off', 'grad_clip')
+    ema: float = opt(0.9999, 'decay of averaged weights; 0 keeps none', 'ema_rate', limits=(0, 0.999999))
+    ema_warmup: bool = opt(False, 'let the average begin fast')
+    crop: str = opt('resize', CROPS, choices=CROP_KINDS)
+    hflip: bool = opt(True, 'random horizontal flip')
+    output_dir: str = opt(
+        str(REPO / 'local_output/flowar'),
+        'logs and checkpoints',
+        'local_out_dir_path',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lr_end != Recipe.lr_end:
+            raise ValueError('--wpe is of other models: pass --min_lr')
+        if self.resume and Path(self.resume).resolve() != Path(self.output_dir).resolve():
+            raise ValueError(
+                f'a run continues by itself from its output folder, {self.output_dir}, got '
+                f'--resume={self.resume}: pass that one as --output_dir'
+            )
+        if len(self.scales) < 2 or self.scales[-1] * self.patch_size != self.img_size:
+            raise ValueError(
+                f'--img_size must be --vae_stride={self.patch_size} times 2, 4, 8, ..., got {self.img_size}'
+            )
+        if self.diffloss_w % 64 or (self.width or 0) % 64:
+            raise ValueError(
+                f'--diffloss_w and --width must be multiples of 64, got {self.diffloss_w} and {self.width}'
+            )
+
+    @property
+    def image_size(self) -> int:
+        return self.img_size
+
+    @property
+    def recomputes(self) -> bool:
+        return self.size == 'huge' if self.use_checkpoint is None else self.use_checkpoint
+
+    def derived(self, world_size: int) -> dict[str, Any]:
+        return super().derived(world_size) | dict(use_checkpoint=self.recomputes)
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Sides of the scales: powers of two up to that of the latent."""
+        return tuple(2**k for k in range((self.img_size // self.patch_size).bit_length()))
+
+    def check_batch(self, world_size: int) -> None:
+        if not self.batch_per_process:
+            super().check_batch(world_size)
+
+    @property
+    def warmup_epochs(self) -> float:
+        return self.warmup
+
+    def local_batch(self, world_size: int) -> int:
+        return self.batch_per_process or super().local_batch(world_size)
+
+    def peak_lr(self, world_size: int) -> float:
+        return super().peak_lr(world_size) if self.lr is None else self.lr
+
+    def final_lr_ratio(self, world_size: int) -> float:
+        peak = self.peak_lr(world_size)
+        return peak and self.min_lr / peak
+
+    def _model_tag(self) -> str:
+        return f'FlowAR-{self.size}__d{self.diffloss_d}w{self.diffloss_w}'
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        width, depth, heads, cross = dict(
+            small=(768, 6, 12, False), large=(1024, 8, 16, True), huge=(1536, 15, 16, True)
+        )[self.size]
+        heads = heads if self.width is None else self.width // 64
+        width, depth = self.width or width, self.depth or depth
+        stack = dict(embed_dim=width, depth=depth, num_heads=heads)
+        both = {f'{part}_{name}': value for part in ('encoder', 'decoder') for name, value in stack.items()}
+        return dict(
+            **both,
+            cross=cross,
+            diffloss_d=self.diffloss_d,
+            diffloss_w=self.diffloss_w,
+            scale=self.scales,
+            label_drop_prob=self.label_drop_prob,
+            attn_dropout=self.attn_dropout,
+            proj_dropout=self.proj_dropout,
+            use_checkpoint=self.recomputes,
+            loss_weighting=self.loss_weighting,
+        )
+
+
+@dataclass(frozen=True)
+class FlowARSampleRecipe(SampleRecipe):
+    """Sampling from FlowAR. Flags are those of the published script."""
+
+    IGNORED: typing.ClassVar[dict[str, str]] = {
+        'evaluate': 'this command samples, evaluate.py scores',
+        'data_path': 'no images are read',
+        **dict.fromkeys(
+            (
+                'device',
+                'num_workers',
+                'log_dir',
+                'online_eval',
+                'eval_freq',
+                'save_last_freq',
+                'start_epoch',
+                'pin_mem',
+                'no_pin_mem',
+            ),
+            'it is of training',
+        ),
+        **dict.fromkeys(
+            (
+                'class_num',
+                'img_size',
+                'image_size',
+                'vae_embed_dim',
+                'vae_stride',
+                'patch_size',
+                'diffloss_d',
+                'diffloss_w',
+            ),
+            'the files tell it',
+        ),
+    }
+
+    model: str = opt('flowar', 'family of the generator')
+    ckpt: str = opt(
+        '', 'generator weights: a checkpoint of train.py or a released file', 'resume ckpt', path=True
+    )
+    output: str = opt(
+        str(REPO / 'local_output' / 'samples'),
+        'folder of the images; the npz lies beside it',
+        'output_dir output',
+        path=True,
+        free=True,
+    )
+    vae_ckpt: str = opt(
+        '', 'tokenizer weights; empty takes those inside the checkpoint', 'vae_path', path=True
+    )
+    batch_size: int = opt(
+        64, 'images per batch; batches are cut by image index', 'eval_bsz bs', limits=(1, INF), free=True
+    )
+    cfg: float = opt(
+        1.0, 'classifier-free guidance at the last scale; 1 and less are off', limits=(-1000, 1000)
+    )
+    guidance: float = opt(0.9, 'times from 0 to this one are guided: a limit, no strength')
+    num_step: int = opt(25, 'steps of the flow head per scale; an odd number makes one less')
+    flow_upper_steps: int = opt(
+        0, 'in place of num_step: steps at the first scale, falling to (DiSA)', limits=(0, INF)
+    )
+    flow_lower_steps: int = opt(0, 'those at the last one; pass both', limits=(0, INF))
+    temperature: float = opt(1.0, 'accepted; only 1 works')
+    cfg_schedule: str = opt('linear', 'accepted; only linear works')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature != 1 or self.cfg_schedule != 'linear':
+            raise ValueError(
+                '--temperature must be 1 and --cfg_schedule linear, as in the published sampler,'
+                f' got {self.temperature} and {self.cfg_schedule}: leave them out'
+            )
+        if not 0 <= self.guidance <= 1:
+            raise ValueError(f'--guidance is a time in [0, 1], got {self.guidance}: the strength is --cfg')
+        if bool(self.flow_upper_steps) != bool(self.flow_lower_steps):
+            raise ValueError(
+                'expected both --flow_upper_steps and --flow_lower_steps, or neither, got '
+                f'{self.flow_upper_steps} and {self.flow_lower_steps}: pass both'
+            )
+        if min(self.upper_steps, self.lower_steps) < 2:
+            raise ValueError(
+                '--num_step, --flow_upper_steps and --flow_lower_steps must be at least 2, got '
+                f'{self.upper_steps} to {self.lower_steps}'
+            )
+
+    @property
+    def upper_steps(self) -> int:
+        return self.flow_upper_steps or self.num_step
+
+    @property
+    def lower_steps(self) -> int:
+        return self.flow_lower_steps or self.num_step
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        return dict(
+            guidance=self.cfg,
+            guidance_until=self.guidance,
+            num_steps=self.upper_steps,
+            lower_steps=self.lower_steps,
+        )
+
+
+# Published runs (README of FlowAR).
+_FLOWAR = dict(batch_size=2048, epochs=400, warmup=100.0, base_lr=5e-5)
+PRESETS: dict[str, dict[str, Any]] = {
+    'flowar_s': _FLOWAR | dict(size='small', diffloss_d=2, diffloss_w=1024),
+    'flowar_l': _FLOWAR | dict(size='large', diffloss_d=12, diffloss_w=1024, use_checkpoint=True),
+    'flowar_h': _FLOWAR | dict(size='huge', diffloss_d=12, diffloss_w=1536, use_checkpoint=True),
+}
+SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
+    'flowar_s': dict(num_images=50_000, num_step=25, cfg=4.3, guidance=0.9, source='README of FlowAR, S'),
+    'flowar_l': dict(num_images=50_000, num_step=25, cfg=2.4, guidance=0.9, source='README of FlowAR, L'),
+    'flowar_h': dict(num_images=50_000, num_step=50, cfg=2.4, guidance=0.7, source='README of FlowAR, H'),
+}

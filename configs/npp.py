@@ -1,0 +1,339 @@
+"""NPP: settings of its training and sampling, and the published runs."""
+
+import itertools
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from configs.options import INF, REPO, opt
+from configs.sampling import SampleRecipe
+from configs.training import CROP_KINDS, CROPS, CachedRecipe, Recipe
+
+GPT_SIZES = {  # blocks, heads, width of the published sizes of NPP
+    'GPT-B': (12, 12, 768),
+    'GPT-L': (24, 16, 1024),
+    'GPT-XL': (36, 20, 1280),
+    'GPT-XXL': (48, 24, 1536),
+    'GPT-XXXL': (48, 40, 2560),
+    'GPT-1B': (22, 32, 2048),
+    'GPT-3B': (24, 32, 3200),
+    'GPT-7B': (32, 32, 4096),
+}
+
+
+@dataclass(frozen=True)
+class NPPRecipe(CachedRecipe):
+    """NPP on the codes of a frozen VQ-16. Flags are those of the published script."""
+
+    IGNORED: ClassVar[dict[str, str]] = {
+        'cloud_save_path': 'checkpoints lie in --results_dir',
+        'no_local_save': 'checkpoints lie there',
+        'gradient_accumulation_steps': 'it is not read in the published script; --ac accumulates',
+        'no_compile': '--tfast compiles',
+        'dataset': '--code_path is read',
+        **dict.fromkeys(('vocab_size', 'vq_model'), 'the file of the tokenizer tells it'),
+        **dict.fromkeys(('gpt_type', 'cls_token_num'), 'there is one class token'),
+    }
+
+    model: str = opt('npp', 'what is trained')
+    vae_ckpt: str = opt(
+        'pretrained_models/vq_ds16_c2i.pt',
+        'tokenizer weights, any file',
+        'vq_ckpt',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    gpt_model: str = opt('GPT-B', 'size: ' + ', '.join(GPT_SIZES), choices=(*GPT_SIZES,))
+    depth: int | None = opt(None, 'blocks; None is that of the size', limits=(1, INF))
+    width: int | None = opt(None, 'width, in heads of 64; None is that of the size', limits=(64, INF))
+    img_size: int = opt(256, 'pixels per side of the training images', 'image_size img_size', limits=(0, INF))
+    patch_size: int = opt(
+        16, 'pixels per side of a code, the stride of the tokenizer', 'downsample_size', limits=(1, INF)
+    )
+    init_from: str = opt(
+        '',
+        'weights to begin with in place of random ones; checkpoints in the output folder come first',
+        'gpt_ckpt init_from',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    patch_level: int = opt(
+        2,
+        'phases: 1 is plain next-token training; 2, 3, 4 begin with patches of 2x2, 4x4, 8x8 codes',
+        limits=(1, 4),
+    )
+    epoch_rate: float = opt(
+        0.5,
+        'share of the epochs before the last phase; of that, before the last but one; and so on',
+        limits=(0, 1),
+    )
+    scheduler: bool = opt(False, 'in every phase warm up, hold, and fall linearly; off is a constant rate')
+    decay_ratio: float = opt(0.2, 'scheduler: share of a phase in which the rate falls', limits=(0, 1))
+    end_lr: float = opt(1e-5, 'scheduler: learning rate at the end of a phase', limits=(0, INF))
+    warmup: float = opt(
+        1.0, 'scheduler: epochs of warm-up in every phase; the paper has 5', 'warmup_epochs', limits=(0, INF)
+    )
+    warmup_start: float = opt(0.0, 'learning rate ratio at the first step', 'wp0', limits=(0, 1))
+    dropout_p: float = opt(0.1, 'dropout after attention and feed-forward networks', limits=(0, 0.999))
+    token_dropout_p: float = opt(0.1, 'dropout of the input', limits=(0, 0.999))
+    drop_path_rate: float = opt(0.0, 'drop path of the last block, replaces dropout_p', limits=(0, 0.999))
+    batch_size: int = opt(
+        256,
+        'images per optimizer step, all ranks and accumulation steps together',
+        'global_batch_size bs',
+        limits=(1, INF),
+    )
+    epochs: int = opt(300, 'epochs', 'epochs ep', limits=(1, INF))
+    base_lr: float = opt(1e-4, 'peak learning rate, for any batch', 'lr', limits=(0, INF))
+    clip: float = opt(1.0, 'clip of the gradient norm; <= 0 is off', 'max_grad_norm')
+    weight_decay: float = opt(0.05, 'weight decay at the start', 'weight_decay twd', limits=(0, INF))
+    seed: int | None = opt(
+        None,
+        'None draws one, kept in the checkpoint; given, cudnn is deterministic too',
+        'global_seed seed',
+        limits=(0, 2**63 - 1),
+        free=True,
+    )
+    save_every: str = opt(
+        '',
+        'checkpoint also every N optimizer steps ("500") or minutes ("20m")',
+        'ckpt_every save_every',
+        free=True,
+    )
+    precision: int = opt(
+        2,
+        'none, fp16 with loss scaling, or bf16',
+        'mixed_precision fp16',
+        words=dict(none=0, fp16=1, bf16=2),
+        limits=(0, 2),
+    )
+    ema: float = opt(
+        0.0,
+        'decay of averaged weights; alone it is 0.9999; 0 keeps none',
+        words={'': 0.9999},
+        limits=(0, 0.999999),
+    )
+    ema_warmup: bool = opt(False, 'let the average begin fast')
+    crop: str = opt('adm', CROPS, choices=CROP_KINDS)
+    mid_reso: float = opt(
+        1.1, 'crop adm: the shorter side is drawn from 1 to this multiple of the crop', limits=(1, INF)
+    )
+    hflip: bool = opt(True, 'random horizontal flip')
+    output_dir: str = opt(
+        str(REPO / 'local_output/npp'),
+        'logs and checkpoints',
+        'results_dir local_out_dir_path',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.schedule, self.lr_end) != (Recipe.schedule, Recipe.lr_end):
+            raise ValueError('--sche and --wpe are of other models: pass --scheduler and --end_lr')
+        if self.width and self.width % 64:
+            raise ValueError(f'--width must be a multiple of 64, got {self.width}')
+        largest = self.phases[0][1]
+        if self.img_size < 1 or self.img_size % (self.patch_size * largest):
+            raise ValueError(
+                f'--image_size must be a multiple of --downsample_size={self.patch_size} times '
+                f'the largest patch, {largest} codes, got {self.img_size}: choose another size '
+                'or --patch_level'
+            )
+        ends = [end for end, _ in self.phases]
+        if ends != sorted({*ends}) or ends[0] < 1:
+            raise ValueError(
+                f'--epoch_rate={self.epoch_rate:g} and --patch_level={self.patch_level} make '
+                f'phases of {self.epochs} epochs that end at {ends}, each must last one at '
+                'least: pass more epochs, another rate or fewer levels'
+            )
+        if self.scheduler and self.end_lr > self.base_lr:
+            raise ValueError(f'--end_lr must be at most --lr={self.base_lr:g}, got {self.end_lr:g}')
+        longest = (1 - self.decay_ratio) * min(end - begin for begin, end in itertools.pairwise([0, *ends]))
+        if self.scheduler and self.warmup > longest:
+            raise ValueError(
+                f'--warmup_epochs={self.warmup:g} does not fit into the shortest phase beside '
+                f'the decay: pass at most {longest:g}'
+            )
+
+    @property
+    def image_size(self) -> int:
+        return self.img_size
+
+    @property
+    def phases(self) -> tuple[tuple[int, int], ...]:
+        """(epoch at which it ends, side of a patch) of every phase."""
+        return tuple((int(self.epochs * self.epoch_rate**i), 2**i) for i in reversed(range(self.patch_level)))
+
+    @property
+    def lr_schedule(self) -> str:
+        return f'tail{self.decay_ratio:g}' if self.scheduler else 'constant'
+
+    @property
+    def warmup_epochs(self) -> float:
+        return self.warmup if self.scheduler else 0.0
+
+    def peak_lr(self, world_size: int) -> float:
+        return self.base_lr
+
+    def final_lr_ratio(self, world_size: int) -> float:
+        return self.base_lr and self.end_lr / self.base_lr
+
+    def lr_phase(self, step: int, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+        bounds = itertools.pairwise([0, *self._phase_ends(total_steps, steps_per_epoch)])
+        return next((step - begin, end - begin) for begin, end in bounds if step < end)
+
+    def _phase_ends(self, total_steps: int, steps_per_epoch: int) -> list[int]:
+        """Optimizer steps after which each phase is over; `--steps` may cut the last one short."""
+        return [*(end * steps_per_epoch for end, _ in self.phases[:-1]), total_steps]
+
+    def _model_tag(self) -> str:
+        size = f'd{self.depth}w{self.width}' if self.depth or self.width else self.gpt_model
+        return f'{size}__p{"_".join(str(p) for _, p in self.phases)}'
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        depth, heads, width = GPT_SIZES[self.gpt_model]
+        ends = self._phase_ends(total_steps, steps_per_epoch)
+        phases = tuple((end / total_steps, p) for end, (_, p) in zip(ends, self.phases, strict=True))
+        return dict(
+            dim=self.width or width,
+            n_layer=self.depth or depth,
+            n_head=self.width // 64 if self.width else heads,
+            grid=self.img_size // self.patch_size,
+            phases=phases,
+            token_dropout_p=self.token_dropout_p,
+            resid_dropout_p=self.dropout_p,
+            ffn_dropout_p=self.dropout_p,
+            drop_path_rate=self.drop_path_rate,
+        )
+
+    def derived(self, world_size: int) -> dict[str, Any]:
+        return super().derived(world_size) | dict(
+            patch_sides=[p for _, p in self.phases], phase_ends=[end for end, _ in self.phases]
+        )
+
+
+@dataclass(frozen=True)
+class NPPSampleRecipe(SampleRecipe):
+    """Sampling from NPP. Flags are those of the published script."""
+
+    IGNORED: typing.ClassVar[dict[str, str]] = {
+        **dict.fromkeys(('gpt_type', 'cls_token_num'), 'there is one class token'),
+        **dict.fromkeys(('compile', 'no_compile'), 'sampling is not compiled'),
+        **dict.fromkeys(
+            (
+                'from_fsdp',
+                'vq_model',
+                'codebook_size',
+                'codebook_embed_dim',
+                'downsample_size',
+                'num_classes',
+            ),
+            'the files tell it',
+        ),
+    }
+
+    model: str = opt('npp', 'family of the generator')
+    ckpt: str = opt(
+        '', 'generator weights: a checkpoint of train.py or a released file', 'gpt_ckpt ckpt', path=True
+    )
+    vae_ckpt: str = opt(
+        '', 'tokenizer weights; empty takes those inside the checkpoint', 'vq_ckpt vae_ckpt', path=True
+    )
+    weights: str = opt(
+        'ema',
+        'ema: averaged weights where the file has them; model: those of the last step',
+        'ckpt_key weights',
+        words=dict(model='raw'),
+        choices=('ema', 'raw'),
+    )
+    gpt_model: str = opt(
+        '', 'size of the generator, for a check; empty takes that of the file', choices=('', *GPT_SIZES)
+    )
+    img_size: int = opt(
+        0,
+        'pixels per side of what is drawn; 0 takes those of training, or 256 where the file does not tell',
+        'image_size',
+        limits=(0, INF),
+    )
+    image_size_eval: int = opt(
+        0, 'pixels per side to which the images are resized; 0 leaves them', limits=(0, INF)
+    )
+    batch_size: int = opt(
+        32,
+        'images per batch; batches are cut by image index',
+        'per_proc_batch_size bs',
+        limits=(1, INF),
+        free=True,
+    )
+    num_images: int = opt(
+        50_000,
+        'images, spread evenly over the classes',
+        'num_fid_samples num_images',
+        limits=(1, INF),
+        free=True,
+    )
+    seed: int = opt(
+        0, 'the noise of image i is a function of (seed, i)', 'global_seed seed', limits=(0, 2**63 - 1)
+    )
+    output: str = opt(
+        str(REPO / 'local_output' / 'samples'),
+        'folder of the images; the npz lies beside it',
+        'sample_dir output',
+        path=True,
+        free=True,
+    )
+    precision: int = opt(
+        0, 'none, fp16 or bf16', 'precision fp16', words=dict(none=0, fp16=1, bf16=2), limits=(0, 2)
+    )
+    cfg: float = opt(1.5, 'classifier-free guidance scale; 1 is off', 'cfg_scale cfg', limits=(-1000, 1000))
+    cfg_interval: int = opt(-1, 'codes 0 to this plus one are guided; -1 guides all', limits=(-1, INF))
+    temperature: float = opt(1.0, 'divides the logits')
+    top_k: int = opt(0, 'draw from the k most likely codes; 0 is off', limits=(0, INF))
+    top_p: float = opt(
+        1.0, 'draw from the smallest set of codes with this probability; 1 is off', limits=(0, 1)
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f'--temperature must be above 0, got {self.temperature:g}')
+
+    def check_model(self, model: Any) -> None:
+        depth, _, width = GPT_SIZES.get(self.gpt_model, (0, 0, 0))
+        if self.gpt_model and (len(model.layers), model.tok_embeddings.embedding_dim) != (depth, width):
+            raise ValueError(
+                f'--gpt_model={self.gpt_model} has {depth} blocks of width {width}, {self.ckpt} '
+                f'{len(model.layers)} of {model.tok_embeddings.embedding_dim}: pass the file of '
+                'that size, or leave out --gpt_model'
+            )
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        return dict(
+            guidance=self.cfg,
+            cfg_interval=self.cfg_interval,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            image_size=self.img_size or None,
+            image_size_eval=self.image_size_eval or None,
+        )
+
+
+# Published runs (README of NPP); the curriculum of the larger ones is not published.
+PRESETS: dict[str, dict[str, Any]] = {
+    'npp_b': dict(gpt_model='GPT-B', epoch_rate=0.5, patch_level=2, scheduler=True),
+}
+SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
+    f'npp_{size}': dict(
+        gpt_model=f'GPT-{size.upper()}',
+        num_images=50_000,
+        cfg=cfg,
+        img_size=256,
+        source=f'README of NPP, {size.upper()}',
+    )
+    for size, cfg in (('b', 2.0), ('l', 1.75), ('xl', 1.7), ('xxl', 1.65))
+}

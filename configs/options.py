@@ -1,0 +1,234 @@
+"""One setting: its default, help, flags and limits; and how settings are read from a command line.
+
+Only the standard library is needed here.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import shlex
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+
+INF = float('inf')
+
+
+def opt(
+    default: Any,
+    text: str,
+    flag: str = '',
+    positional: bool = False,
+    words: dict[str, Any] | None = None,
+    path: bool = False,
+    several: bool = False,
+    limits: tuple[float, float] | None = None,
+    choices: tuple[Any, ...] | None = None,
+    free: bool = False,
+    per_node: bool = False,
+) -> Any:
+    """A field with all that is known about it.
+
+    Args:
+        text: for `--help`.
+        flag: its published flags, joined by spaces, where they differ from the field's name.
+        positional: the command line takes it by its place, without a flag.
+        words: values that have a name; '' is the flag alone.
+        path: the value is a file or folder, in which `expand_paths` replaces `~`.
+        several: of a path: there may be several, joined by commas.
+        limits: smallest and largest sensible value; `check_values` compares.
+        choices: all values that are allowed; `check_values` compares.
+        free: it may differ between two starts of one job.
+        per_node: it may differ between the nodes of one job, as it says where things lie on each.
+    """
+    return field(
+        default=default,
+        metadata=dict(
+            help=text,
+            flag=flag,
+            positional=positional,
+            words=words or {},
+            path=path,
+            several=several,
+            limits=limits,
+            choices=choices,
+            free=free,
+            per_node=per_node,
+        ),
+    )
+
+
+def marked_fields(settings: Any, mark: str) -> tuple[str, ...]:
+    """Names of the fields with a mark of `opt`, such as 'free'."""
+    return tuple(f.name for f in dataclasses.fields(settings) if f.metadata[mark])
+
+
+def expand_paths(settings: Any) -> None:
+    """Replace `~` and `~user` by home folders in every path among the settings.
+
+    A shell does this only where the path begins a word: `--output=~/x` reaches a program as it was typed,
+    which would then make a folder that is named `~`. Call it first in `__post_init__`, so that flags, presets
+    and settings from Python are treated alike.
+    """
+    for f in dataclasses.fields(settings):
+        text = getattr(settings, f.name)
+        if not (f.metadata['path'] and isinstance(text, str) and '~' in text):
+            continue
+        parts = text.split(',') if f.metadata['several'] else [text]
+        object.__setattr__(settings, f.name, ','.join(os.path.expanduser(part) for part in parts))
+
+
+def ints(text: str) -> tuple[int, ...]:
+    """'1_2_3' or '1-2-3' -> (1, 2, 3).
+
+    Raises:
+        ValueError: not a list of positive integers.
+    """
+    parts = text.replace('-', '_').split('_')
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f'expected positive integers joined by "_", such as 1_2_3, got {text!r}')
+    return tuple(map(int, parts))
+
+
+def check_values(settings: Any) -> None:
+    """Compare every setting with its limits and choices.
+
+    Raises:
+        ValueError: one is another value than allowed.
+    """
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        limits, choices = f.metadata['limits'], f.metadata['choices']
+        if limits and value is not None and not limits[0] <= value <= limits[1]:
+            low, high = limits
+            bounds = f'at least {low:g}' if high == INF else f'in [{low:g}, {high:g}]'
+            raise ValueError(f'--{flag_of(settings, f.name)} must be {bounds}, got {value:g}')
+        if choices and value not in choices:
+            names = [str(choice) or "''" for choice in choices]
+            allowed = ' or '.join(names) if len(names) < 3 else f'one of {", ".join(names)}'
+            raise ValueError(f'--{flag_of(settings, f.name)} must be {allowed}, got {value!r}')
+
+
+def flag_of(recipe: Any, name: str) -> str:
+    """The published flag of a field, or its own name."""
+    by_name = {f.name: f.metadata['flag'] or f.name for f in dataclasses.fields(recipe)}
+    return by_name[name].split()[0]
+
+
+def _boolean(text: str) -> bool:
+    lowered = text.lower()
+    if lowered and ('true'.startswith(lowered) or lowered == '1'):
+        return True
+    if lowered and ('false'.startswith(lowered) or lowered == '0'):
+        return False
+    raise argparse.ArgumentTypeError(f'expected true, false, 1 or 0, got {text!r}')
+
+
+def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser: one flag per field of a dataclass of `opt` fields, a second spelling where published.
+
+    Flags are spelt with hyphens or underscores alike.
+    """
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
+    hints, published = (
+        typing.get_type_hints(cls),
+        {flag for f in dataclasses.fields(cls) for flag in f.metadata['flag'].split()},
+    )
+    for f in dataclasses.fields(cls):
+        kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None))
+        name = f.name if f.name not in published else ''  # one field's flag may be another one's name
+        spellings = [f'--{s}' for s in dict.fromkeys([*f.metadata['flag'].split(), name]) if s]
+        help_text = f.metadata['help'].replace('%', '%%') + f' (default: {f.default})'
+        if f.metadata['positional']:
+            parser.add_argument(
+                f.name, nargs='?', default=argparse.SUPPRESS, help=f.metadata['help'], metavar=f.name.upper()
+            )
+        elif kind is bool:
+            parser.add_argument(
+                *spellings,
+                dest=f.name,
+                type=_boolean,
+                nargs='?',
+                const=True,
+                default=argparse.SUPPRESS,
+                help=help_text,
+                metavar='BOOL',
+            )
+        else:
+            words = f.metadata['words']
+            alone = dict(nargs='?', const=words['']) if '' in words else {}
+            parser.add_argument(
+                *spellings,
+                dest=f.name,
+                type=_with_words(kind, words),
+                help=help_text,
+                default=argparse.SUPPRESS,
+                metavar=kind.__name__.upper(),
+                **alone,
+            )
+    parser.ignored = getattr(cls, 'IGNORED', {})
+    for name in parser.ignored:
+        parser.add_argument(f'--{name}', nargs='?', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _with_words(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
+    """`kind`, which understands these words, too."""
+
+    def read(text: str) -> Any:
+        return words[text] if text in words else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it in its errors
+    return read
+
+
+def _with_underscores(arg: str) -> str:
+    """An argument whose flag, if it begins with one, is spelt with underscores; its value stays as it is."""
+    return re.sub(r'^--[\w-]+', lambda flag: '--' + flag[0][2:].replace('-', '_'), arg)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are one line on stderr and exit code 2; an unknown flag names the nearest one."""
+
+    ignored: dict[str, str] = {}  # flags that are accepted with a warning, and why they have no effect
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f'{self.prog}: {message}\n')
+
+    def parse(self, argv: list[str]) -> dict[str, Any]:
+        """The given flags by field name."""
+        underscored = [_with_underscores(arg) for arg in argv]
+        as_typed = dict(zip(underscored, argv, strict=True))  # for the message about an unknown flag
+        values, unknown = self.parse_known_args(underscored)
+        if unknown:
+            flag = unknown[0].split('=')[0]
+            near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.0)
+            self.error(
+                f'unknown argument {as_typed[unknown[0]]!r}: the nearest flag is {near[0]}; --help lists all'
+            )
+        for name in sorted(self.ignored.keys() & vars(values).keys()):
+            self._print_message(f'{self.prog}: --{name} is ignored: {self.ignored[name]}\n', sys.stderr)
+            delattr(values, name)
+        return vars(values)
+
+
+def parse_flags(cls: type, name: str, text: str) -> dict[str, Any]:
+    """Flags of a command that are themselves the value of the flag `name`, by field.
+
+    Raises:
+        ValueError: they are no flags of `cls`.
+    """
+    try:
+        argv = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f'expected flags as the value of {name}, got {text!r}: {error}') from None
+    if {'-h', '--help'} & set(argv):
+        raise ValueError(f'expected flags as the value of {name}, got {text!r}: ask the command for help')
+    return make_parser(cls, name, '').parse(argv)

@@ -1,0 +1,152 @@
+"""Settings that all sampling jobs share, and sweeps over them."""
+
+import dataclasses
+import itertools
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.options import INF, REPO, check_values, expand_paths, marked_fields, opt
+
+
+@dataclass(frozen=True)
+class SampleRecipe:
+    """Settings of a sampling job. All but `FREE` decide the images; all are in the manifest."""
+
+    model: str = opt('var', 'family of the generator')
+    ckpt: str = opt(
+        '', 'generator weights: a checkpoint of train.py, a released file, or a published name', path=True
+    )
+    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py', path=True)
+    weights: str = opt(
+        'ema',
+        'ema: averaged weights where the file has them; raw: those of the last step',
+        choices=('ema', 'raw'),
+    )
+    source: str = opt('', 'where these settings come from, for the manifest; presets say it', free=True)
+    output: str = opt(
+        str(REPO / 'local_output' / 'samples'),
+        'folder of the images; the npz lies beside it',
+        path=True,
+        free=True,
+    )
+    num_images: int = opt(50_000, 'images, spread evenly over the classes', limits=(1, INF), free=True)
+    classes: str = opt('', 'class ids joined by "_"; empty takes all')
+    labels: str = opt('', 'class of every image: .npy, or .txt with one per line, or random', path=True)
+    seed: int = opt(0, 'the noise of image i is a function of (seed, i)', limits=(0, 2**63 - 1))
+    cfg: float = opt(1.5, 'classifier-free guidance in the unit of the paper', limits=(-1000, 1000))
+    precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16', limits=(0, 2))
+    tf32: bool = opt(True, 'allow TF32 products on CUDA')
+    batch_size: int = opt(
+        64, 'images per batch; batches are cut by image index', 'bs', limits=(1, INF), free=True
+    )
+    format: str = opt(
+        'png',
+        'png: keep a PNG file of every image; npz: the packed file alone',
+        choices=('png', 'npz'),
+        free=True,
+    )
+    pack: bool = opt(True, 'pack the images into an npz with a manifest', free=True)
+    shuffle: int = opt(
+        0, 'seed of the order in the npz; -1 packs by image index', limits=(-1, 2**32 - 1), free=True
+    )
+    writers: int = opt(4, 'threads per rank that write images', limits=(1, 256), free=True)
+    sweep: str = opt(
+        '',
+        'settings to try, such as "cfg=1.25,1.5,2.0 top_k=600,900": one job each, scored '
+        'into <output>.csv and <output>.png',
+        free=True,
+    )
+    ref: str = opt('', 'sweep: reference of the scores, see evaluate.py', path=True, free=True)
+    score: str = opt('', 'sweep: further flags of evaluate.py, such as "--metrics=fid,is"', free=True)
+    keep: bool = opt(True, 'sweep: keep the npz of every setting after it was scored', free=True)
+
+    IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
+    CKPT_HINT: typing.ClassVar[str] = ''  # where such a file is to be had
+
+    def __post_init__(self):
+        expand_paths(self)
+        if not self.ckpt:
+            raise ValueError(f'expected the weights of a generator: pass --ckpt=FILE{self.CKPT_HINT}')
+        check_values(self)
+        if not Path(self.output).name:
+            raise ValueError(f'--output must name a folder, got {self.output!r}: pass one')
+        if not re.fullmatch(r'|[0-9]{1,9}(_[0-9]{1,9})*', self.classes):
+            raise ValueError(f'--classes must be class ids joined by "_", such as 0_7, got {self.classes!r}')
+        if self.num_images > 1_000_000:
+            raise ValueError(
+                f'--num_images must be at most 1,000,000 per job, got {self.num_images:,}: '
+                'sample several jobs with other seeds'
+            )
+        if self.classes and self.labels:
+            raise ValueError('expected --classes or --labels, got both: leave one out')
+        if self.format == 'npz' and not self.pack:
+            raise ValueError('--format=npz writes the packed file alone: leave out --pack=0')
+        if self.sweep:
+            if not self.ref:
+                raise ValueError('--sweep scores every setting: pass --ref=REFERENCE.npz')
+            if not self.pack:
+                raise ValueError('--sweep scores packed images: leave out --pack=0')
+            for combination in self.combinations():
+                self.at(combination)  # checks its values
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        return tuple(map(int, self.classes.split('_'))) if self.classes else ()
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        """Arguments of the model's `sample`, beside labels and rng."""
+        raise NotImplementedError
+
+    def check_model(self, model: Any) -> None:
+        """Make sure that the settings suit the generator.
+
+        Raises:
+            ValueError: they do not.
+        """
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination of the sweep, the last name changing fastest.
+
+        Raises:
+            ValueError: it is no list of settings that decide the images.
+        """
+        kinds = typing.get_type_hints(type(self))
+        by_flag = {flag: f.name for f in dataclasses.fields(self) for flag in f.metadata['flag'].split()}
+        free = (*marked_fields(self, 'free'), 'model')
+        names = [f.name for f in dataclasses.fields(self) if f.name not in free]
+        axes: list[list[tuple[str, Any]]] = []
+        for axis in self.sweep.split():
+            name, _, values = axis.partition('=')
+            name = by_flag.get(name.replace('-', '_'), name.replace('-', '_'))
+            if any(name == known for (known, _), *_ in axes):
+                raise ValueError(f'--sweep expects every name once, got {name} again: join its values by ","')
+            if name not in names:
+                raise ValueError(
+                    f'--sweep expects name=value,value with a name of {", ".join(names)}, got {axis!r}'
+                )
+            if kinds[name] is bool:
+                raise ValueError(f'--sweep takes numbers and texts, {name} is a switch: sample twice')
+            try:
+                axes.append([(name, kinds[name](value)) for value in values.split(',')])
+            except ValueError:
+                raise ValueError(
+                    f'--sweep expects values of type {kinds[name].__name__} for {name}, got {values!r}'
+                ) from None
+        if not axes:
+            raise ValueError(f'--sweep expects name=value,value, got {self.sweep!r}: name a setting')
+        return [dict(combination) for combination in itertools.product(*axes)]
+
+    def at(self, combination: dict[str, Any]) -> 'SampleRecipe':
+        """The job of one combination, in a folder of its own inside `output`."""
+        name = '_'.join(f'{name}={value}' for name, value in combination.items())
+        return dataclasses.replace(
+            self,
+            **combination,
+            sweep='',
+            ref='',
+            score='',
+            output=f'{self.output}/{re.sub(r"[^-+=.,a-zA-Z0-9_]", "-", name)}',
+        )

@@ -1,0 +1,483 @@
+"""The tokenizers: what all of them share, one class each, and their presets.
+
+Sources of the defaults: FoundationVision/vaex for the VQVAE; FoundationVision/LlamaGen for VQ-16 and,
+adapted, for FlexVAE; the KL-f16 configuration of CompVis/latent-diffusion for KL-16.
+"""
+
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from configs.options import INF, REPO, ints, opt
+from configs.training import CROP_KINDS, CROPS, SCHEDULES, PyramidRecipe, Recipe
+
+MID_RESO_HELP = 'images are resized to this multiple of the crop before cropping (adm: at most to it)'
+
+SHORTEST_SHARE = 8  # an automatic deferral takes at most 1/8 of a short run
+
+
+def share(value: float, total_steps: int) -> float:
+    """Share of a run: `value` itself below 1, else that many optimizer steps of it."""
+    return value if value < 1 else value / total_steps
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe(Recipe):
+    """Losses, discriminator and codebook of any tokenizer; the defaults are those of VQ-16."""
+
+    output_dir: str = opt(
+        '',
+        'logs and checkpoints; empty is local_output/<model>',
+        'local_out_dir_path',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    log_every: int = opt(50, 'optimizer steps between TensorBoard points', limits=(1, INF), free=True)
+    picture_every: int = opt(
+        1000, 'optimizer steps between pictures in TensorBoard', limits=(1, INF), free=True
+    )
+    hflip: bool = opt(True, 'random horizontal flip')
+    crop: str = opt('adm', CROPS, choices=CROP_KINDS)
+    mid_reso: float = opt(1.25, MID_RESO_HELP, limits=(1, INF))
+    init_from: str = opt(
+        '', 'weights to start from: a checkpoint or a released file', path=True, free=True, per_node=True
+    )
+    train_only: str = opt(
+        '', '"decoder" trains the decoder alone: codes stay exactly as they are', choices=('', 'decoder')
+    )
+    net: str = opt(
+        'published',
+        'published network, or tiny: three levels for 32x32 images on one CPU core',
+        choices=('published', 'tiny'),
+    )
+    ch: int = opt(128, 'width of the first level, a multiple of 32')
+    ch_mult: str = opt('1_1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
+    num_res_blocks: int = opt(2, 'residual blocks per encoder level', limits=(1, INF))
+    # optimisation
+    base_lr: float = opt(1e-4, 'learning rate', 'tblr', limits=(0, INF))
+    warmup: float = opt(
+        0.0, 'epochs of learning rate warm-up; 0 is none, for vqvae epochs / 100', 'wp', limits=(0, INF)
+    )
+    weight_decay: float = opt(0.0, 'weight decay at the start', 'twd', limits=(0, INF))
+    clip: float = opt(1.0, 'clip of both gradient norms; <= 0 is off', 'tclip')
+    batch_size: int = opt(
+        128, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
+    )
+    epochs: int = opt(40, 'epochs', 'ep', limits=(1, INF))
+    lr_end: float = opt(0.1, 'learning rate ratio at the last step', 'wpe', limits=(0, 1))
+    schedule: str = opt('flat', SCHEDULES, 'sche')
+    ema: float = opt(0.9999, 'decay of the moving average of the weights; 0 is off', limits=(0, 0.999999))
+    # reconstruction
+    l1_weight: float = opt(0.0, 'weight of the mean absolute error', limits=(0, INF))
+    l2_weight: float = opt(1.0, 'weight of the mean squared error', limits=(0, INF))
+    lpips: str = opt(
+        'vgg',
+        'perceptual loss: vgg (LPIPS, needs its files), pyramid (needs none) or none',
+        choices=('vgg', 'pyramid', 'none'),
+    )
+    lpips_weight: float = opt(1.0, 'weight of the perceptual loss', limits=(0, INF))
+    lpips_min: int = opt(48, 'pixels per side below which an image has no perceptual loss', limits=(16, INF))
+    lpips_vgg: str = opt(
+        'vgg16-397923af.pth', 'LPIPS: VGG16 weights of torchvision', path=True, free=True, per_node=True
+    )
+    lpips_lin: str = opt('vgg.pth', 'LPIPS: linear heads, version 0.1', path=True, free=True, per_node=True)
+    lpips_path: str = opt(
+        '',
+        'LPIPS: both in one file, in place of lpips_vgg and lpips_lin',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    allow_download: bool = opt(False, 'fetch missing LPIPS files', free=True, per_node=True)
+    # discriminator
+    disc: str = opt(
+        'patchgan',
+        'patchgan, stylegan, dino (needs --dino_path) or none',
+        choices=('patchgan', 'stylegan', 'dino', 'none'),
+    )
+    dino_path: str = opt(
+        '', 'weights of DINO ViT-S/16, original or timm keys', path=True, free=True, per_node=True
+    )
+    disc_start: float = opt(20_000, 'first discriminator step; below 1 a share of all steps', limits=(0, INF))
+    disc_ramp: float = opt(
+        1000, 'steps over which its loss fades in; below 1 a share of all steps', limits=(0, INF)
+    )
+    disc_blur: float = opt(
+        0.0, 'steps over which the blur of its input fades out; below 1 a share; 0 is off', limits=(0, INF)
+    )
+    disc_weight: float = opt(0.5, 'weight of its loss', limits=(0, INF))
+    disc_loss: str = opt(
+        'hinge', 'hinge, vanilla or non-saturating', choices=('hinge', 'vanilla', 'non-saturating')
+    )
+    disc_lr: float = opt(0.0, 'its highest learning rate; 0 is that of the tokenizer', limits=(0, INF))
+    disc_weight_decay: float = opt(0.0, 'its weight decay', limits=(0, INF))
+    disc_width: int = opt(64, 'channels of the first layer of patchgan', limits=(1, INF))
+    adaptive: bool = opt(False, 'scale the loss by the ratio of gradients at the last layer')
+    diffaug: bool = opt(False, 'differentiable augmentation of what it sees')
+    consistency: float = opt(0.0, 'weight of balanced consistency, needs diffaug', limits=(0, INF))
+    lecam: float = opt(0.0, 'weight of LeCAM regularisation', limits=(0, INF))
+
+    CHECKPOINT_PREFIX: typing.ClassVar[str] = 'vae-ckpt'
+    GAN_EXTRAS: typing.ClassVar[dict[str, Any]] = dict(half=True, adaptive_min=0.0, adaptive_eps=1e-4)
+
+    def __post_init__(self):
+        if not self.output_dir:
+            object.__setattr__(self, 'output_dir', str(REPO / 'local_output' / self.model))
+        super().__post_init__()
+        if self.ch % 32:
+            raise ValueError(f'--ch must be a multiple of 32 (GroupNorm), got {self.ch}')
+        if self.precision == 1:
+            raise ValueError('a tokenizer cannot be trained in float16: pass --fp16=2 for bfloat16')
+        if self.consistency and not self.diffaug:
+            raise ValueError('--consistency compares two augmentations: pass --diffaug=1 as well')
+        if self.train_only and not self.init_from:
+            raise ValueError('--train_only=decoder needs trained codes: pass --init_from=FILE')
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of a code."""
+        return 8 if self.net == 'tiny' else 2 ** (len(ints(self.ch_mult)) - 1)
+
+    def peak_lr(self, world_size: int) -> float:
+        return self.base_lr
+
+    @property
+    def warmup_epochs(self) -> float:
+        return self.warmup
+
+    def peaks(self, world_size: int) -> list[tuple[float, float, float]]:
+        of_discriminator = (
+            self.disc_lr or self.peak_lr(world_size),
+            self.disc_weight_decay,
+            self.disc_weight_decay,
+        )
+        return [*super().peaks(world_size), of_discriminator]
+
+    def gan_kwargs(self, total_steps: int) -> dict[str, Any]:
+        """Fields of `GANSettings`; moments are shares of the run."""
+        return dict(
+            weight=self.disc_weight,
+            start=share(self.disc_start, total_steps),
+            ramp=share(self.disc_ramp, total_steps),
+            kind=self.disc_loss,
+            adaptive=self.adaptive,
+            adaptive_max=1e4,
+            augment=self.diffaug,
+            consistency=self.consistency,
+            lecam=self.lecam,
+            blur=share(self.disc_blur, total_steps),
+            **self.GAN_EXTRAS,
+        )
+
+
+@dataclass(frozen=True)
+class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
+    """The multi-scale residual tokenizer of VAR."""
+
+    model: str = opt('vqvae', 'what is trained')
+    vocab_size: int = opt(4096, 'codes in the codebook', limits=(2, INF))
+    z_channels: int = opt(32, 'width of a code', limits=(1, INF))
+    ch: int = opt(160, 'width of the first level, a multiple of 32')
+    dropout: float = opt(0.05, 'dropout inside residual blocks', limits=(0, 0.999))
+    hflip: bool = opt(False, 'random horizontal flip')
+    crop: str = opt('vae', CROPS, choices=CROP_KINDS)
+    mid_reso: float = opt(1.125, MID_RESO_HELP, limits=(1, INF))
+    # codebook
+    beta: float = opt(0.25, 'weight of the commitment term', limits=(0, INF))
+    codebook: str = opt(
+        'ema', 'ema: moving averages; grad: by gradient, as published', choices=('ema', 'grad')
+    )
+    codebook_init: str = opt(
+        'uniform',
+        'uniform in +-1/(36 sqrt z_channels), inv_v in +-1/V, or normal',
+        choices=('uniform', 'inv_v', 'normal'),
+    )
+    restart: bool = opt(True, 'restart codes that nothing chooses, candidates equally from every scale')
+    defer: int = opt(
+        -1,
+        'steps before quantisation starts, by k-means; -1: 1 % of the run, at least 1000, at most 1/8 of it',
+        limits=(-1, INF),
+    )
+    scale_drop: float = opt(
+        0.1, 'share of the images that keep a random number of leading scales', limits=(0, 1)
+    )
+    lookup: str = opt(
+        'euclidean', 'euclidean or cosine distance to the codes', choices=('euclidean', 'cosine')
+    )
+    entropy: float = opt(0.0, 'weight of the entropy loss of the assignments', limits=(0, INF))
+    rotation: bool = opt(False, 'rotate and rescale the gradient at the quantizer')
+    unshared: bool = opt(False, 'a codebook for every scale; such weights fit no published model')
+    # optimisation
+    base_lr: float = opt(
+        3e-4, 'learning rate at 768 images, scaled by sqrt(batch / 768)', 'tblr', limits=(0, INF)
+    )
+    weight_decay: float = opt(0.005, 'weight decay at the start', 'twd', limits=(0, INF))
+    clip: float = opt(10.0, 'clip of both gradient norms; <= 0 is off', 'tclip')
+    batch_size: int = opt(
+        768, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
+    )
+    epochs: int = opt(250, 'epochs', 'ep', limits=(1, INF))
+    lr_end: float = opt(0.3, 'learning rate ratio at the last step', 'wpe', limits=(0, 1))
+    schedule: str = opt('cos', SCHEDULES, 'sche')
+    beta1: float = opt(0.5, 'first moment decay of AdamW', limits=(0, 1))
+    beta2: float = opt(0.9, 'second moment decay of AdamW', limits=(0, 1))
+    l1_weight: float = opt(0.2, 'weight of the mean absolute error', limits=(0, INF))
+    disc: str = opt(
+        'dino',
+        'patchgan, stylegan, dino (needs --dino_path) or none',
+        choices=('patchgan', 'stylegan', 'dino', 'none'),
+    )
+    disc_start: float = opt(0.2, 'first discriminator step; below 1 a share of all steps', limits=(0, INF))
+    disc_ramp: float = opt(
+        0.02, 'steps over which its loss fades in; below 1 a share of all steps', limits=(0, INF)
+    )
+    disc_blur: float = opt(
+        0.04, 'steps over which the blur of its input fades; below 1 a share; 0 is off', limits=(0, INF)
+    )
+    disc_weight: float = opt(0.4, 'weight of its loss', limits=(0, INF))
+    disc_weight_decay: float = opt(0.0005, 'its weight decay', limits=(0, INF))
+    adaptive: bool = opt(True, 'scale the loss by the ratio of gradients at the last layer')
+    diffaug: bool = opt(True, 'differentiable augmentation of what it sees')
+    consistency: float = opt(8.0, 'weight of balanced consistency, needs diffaug', limits=(0, INF))
+
+    GAN_EXTRAS: typing.ClassVar[dict[str, Any]] = dict(half=False, adaptive_min=0.015, adaptive_eps=1e-6)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stride != self.patch_size:
+            raise ValueError(
+                f'--net={self.net} --ch_mult={self.ch_mult} has stride {self.stride}, '
+                f'but --patch_size={self.patch_size}: pass --patch_size={self.stride}'
+            )
+
+    def peak_lr(self, world_size: int) -> float:
+        return self.base_lr * (self.accumulate * self.micro_batch(world_size) / 768) ** 0.5
+
+    @property
+    def warmup_epochs(self) -> float:
+        return self.warmup or self.epochs / 100
+
+    def defer_steps(self, total_steps: int) -> int:
+        """Optimizer steps before quantisation starts."""
+        if self.train_only or self.init_from:
+            return 0
+        return (
+            self.defer
+            if self.defer >= 0
+            else min(max(1000, total_steps // 100), total_steps // SHORTEST_SHARE)
+        )
+
+    def _model_tag(self) -> str:
+        return f'vqvae-ch{self.ch}v{self.vocab_size}z{self.z_channels}__pn{self.pn_list}'
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        moving = not self.train_only
+        upkeep = dict(
+            ema=self.codebook == 'ema' and moving,
+            restart=self.restart and moving,
+            scale_drop=self.scale_drop * moving,
+            defer_steps=self.defer_steps(total_steps),
+            entropy=self.entropy,
+            rotation=self.rotation,
+        )
+        kwargs = dict(
+            vocab_size=self.vocab_size,
+            z_channels=self.z_channels,
+            ch=self.ch,
+            ch_mult=ints(self.ch_mult),
+            num_res_blocks=self.num_res_blocks,
+            dropout=self.dropout * moving,
+            beta=self.beta,
+            v_patch_nums=self.patch_nums,
+            net=self.net,
+            unshared=self.unshared,
+            upkeep=upkeep,
+            test_mode=False,
+        )
+        return kwargs | (dict(using_znorm=True) if self.lookup == 'cosine' else {})
+
+    def init_kwargs(self) -> dict[str, Any]:
+        return dict(codebook_init=self.codebook_init)
+
+
+@dataclass(frozen=True)
+class SquareRecipe(TokenizerRecipe):
+    """A tokenizer of square images of any side."""
+
+    side: int = opt(256, 'pixels per side of the training images', 'image_size img_size')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.side % self.stride or not self.side:
+            raise ValueError(
+                f'--image_size must be a multiple of the stride {self.stride}, got {self.side}: '
+                f'pass --image_size={max(1, round(self.side / self.stride)) * self.stride}'
+            )
+
+    @property
+    def image_size(self) -> int:
+        return self.side
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        return dict(ch=self.ch, num_res_blocks=self.num_res_blocks, net=self.net)
+
+
+@dataclass(frozen=True)
+class VQRecipe(SquareRecipe):
+    """VQ-16 of LlamaGen: one map of unit codes of few dimensions."""
+
+    model: str = opt('vq16', 'what is trained')
+    vocab_size: int = opt(16384, 'codes in the codebook', limits=(2, INF))
+    z_channels: int = opt(8, 'width of a code', limits=(1, INF))
+    dropout: float = opt(0.0, 'dropout inside residual blocks', limits=(0, 0.999))
+    beta: float = opt(0.25, 'weight of the commitment term', limits=(0, INF))
+    entropy: float = opt(0.0, 'weight of the entropy loss of the assignments', limits=(0, INF))
+    restart: bool = opt(True, 'restart codes that nothing chooses')
+
+    def _model_tag(self) -> str:
+        return f'{self.model}-ch{self.ch}v{self.vocab_size}z{self.z_channels}__{self.side}'
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        mult = ints(self.ch_mult)
+        return super().model_kwargs(total_steps, steps_per_epoch) | dict(
+            codebook_size=self.vocab_size,
+            codebook_embed_dim=self.z_channels,
+            encoder_ch_mult=mult,
+            decoder_ch_mult=mult,
+            commit_loss_beta=self.beta,
+            entropy_loss_ratio=self.entropy,
+            dropout_p=0.0 if self.train_only else self.dropout,
+            z_channels=64 if self.net == 'tiny' else 256,
+            upkeep=dict(ema=False, restart=self.restart and not self.train_only),
+        )
+
+
+@dataclass(frozen=True)
+class VQ8Recipe(VQRecipe):
+    """VQ-8 of LlamaGen."""
+
+    model: str = opt('vq8', 'what is trained')
+    ch_mult: str = opt('1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
+
+
+@dataclass(frozen=True)
+class FlexVAERecipe(VQRecipe):
+    """FlexVAE of FlexVAR: the VQ-16 network, trained to decode its latent at any size."""
+
+    model: str = opt('flexvae', 'what is trained')
+    vocab_size: int = opt(
+        8912, 'codes in the codebook; the published weights have 8912, not 8192', limits=(2, INF)
+    )
+    z_channels: int = opt(32, 'width of a code', limits=(1, INF))
+    batch_size: int = opt(
+        256, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
+    )
+    schedule: str = opt('flat0.8', SCHEDULES, 'sche')
+    lpips_min: int = opt(16, 'pixels per side below which an image has no perceptual loss', limits=(16, INF))
+    num_sides: int = opt(5, 'code maps per step: the native one and distinct smaller ones', limits=(1, INF))
+    min_side: int = opt(1, 'smallest side of a code map in training', limits=(1, INF))
+    disc: str = opt('patchgan', 'patchgan or none', choices=('patchgan', 'none'))
+    flex_gan: str = opt(
+        'all',
+        'all: the discriminator sees every size from 32 px, full: the native one only',
+        choices=('all', 'full'),
+    )
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        return super().model_kwargs(total_steps, steps_per_epoch) | dict(
+            num_sides=self.num_sides, min_side=self.min_side
+        )
+
+    def gan_kwargs(self, total_steps: int) -> dict[str, Any]:
+        return super().gan_kwargs(total_steps) | dict(full_view_only=self.flex_gan == 'full')
+
+
+@dataclass(frozen=True)
+class KLRecipe(SquareRecipe):
+    """KL-16 of MAR and FlowAR: a continuous latent."""
+
+    model: str = opt('kl16', 'what is trained')
+    z_channels: int = opt(16, 'channels of the latent', limits=(1, INF))
+    kl_weight: float = opt(
+        1e-6, 'weight of the KL divergence, summed over the latent, per pixel value', limits=(0, INF)
+    )
+    crop: str = opt('vae', CROPS, choices=CROP_KINDS)
+    mid_reso: float = opt(1.0, MID_RESO_HELP, limits=(1, INF))
+    batch_size: int = opt(
+        256, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
+    )
+    epochs: int = opt(50, 'epochs', 'ep', limits=(1, INF))
+    beta1: float = opt(0.5, 'first moment decay of AdamW', limits=(0, 1))
+    beta2: float = opt(0.9, 'second moment decay of AdamW', limits=(0, 1))
+    l1_weight: float = opt(1.0, 'weight of the mean absolute error', limits=(0, INF))
+    l2_weight: float = opt(0.0, 'weight of the mean squared error', limits=(0, INF))
+    disc_start: float = opt(50_001, 'first discriminator step; below 1 a share of all steps', limits=(0, INF))
+    adaptive: bool = opt(True, 'scale the loss by the ratio of gradients at the last layer')
+
+    def _model_tag(self) -> str:
+        return f'kl16-ch{self.ch}z{self.z_channels}__{self.side}'
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        return super().model_kwargs(total_steps, steps_per_epoch) | dict(
+            embed_dim=self.z_channels, ch_mult=ints(self.ch_mult), kl_weight=self.kl_weight
+        )
+
+
+RECIPES: dict[str, type[TokenizerRecipe]] = {
+    'vqvae': VQVAERecipe,
+    'vq16': VQRecipe,
+    'vq8': VQ8Recipe,
+    'flexvae': FlexVAERecipe,
+    'kl16': KLRecipe,
+}
+
+# 32x32 images on one CPU core, a minute or two; no files needed
+_TINY = dict(
+    data_path='toy',
+    net='tiny',
+    batch_size=32,
+    steps=800,
+    base_lr=5e-4,
+    beta1=0.9,
+    beta2=0.95,
+    weight_decay=0.0,
+    warmup=0.2,
+    schedule='flat0.6',
+    lr_end=0.1,
+    clip=1.0,
+    ema=0.0,
+    hflip=True,
+    crop='vae',
+    mid_reso=1.0,
+    lpips='none',
+    disc='none',
+    workers=0,
+)
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    'vqvae': {
+        'paper': dict(batch_size=768, epochs=250),  # lengths and rates of vaex, network of VAR
+        'practical': dict(batch_size=256, epochs=60),  # one node; the rate follows the batch, 1.7e-4
+        'tiny': _TINY
+        | dict(
+            pn='1_2_3_4', patch_size=8, vocab_size=512, z_channels=16, dropout=0.0, base_lr=5e-4 * 24**0.5
+        ),  # 5e-4 at 32 images
+    },
+    'vq16': {
+        'paper': dict(batch_size=128, epochs=40),  # LlamaGen
+        'practical': dict(batch_size=256, epochs=20, base_lr=1.4e-4),
+        'tiny': _TINY | dict(side=32, vocab_size=512, steps=400),
+    },
+    'flexvae': {
+        'paper': dict(batch_size=128, epochs=20),  # lengths as in the paper's supplement
+        'practical': dict(batch_size=256, epochs=20, base_lr=1.4e-4),
+        'tiny': _TINY | dict(side=32, vocab_size=512, z_channels=8, num_sides=3, steps=400),
+    },
+    'kl16': {
+        'paper': dict(batch_size=256, epochs=50),  # MAR's authors, on the configuration of LDM
+        'practical': dict(batch_size=256, epochs=20),
+        'tiny': _TINY | dict(side=32, z_channels=4, steps=400),
+    },
+}
+PRESETS['vq8'] = {name: PRESETS['vq16'][name] for name in ('paper', 'practical', 'tiny')}

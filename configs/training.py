@@ -1,0 +1,493 @@
+"""Settings that several kinds of trainings share."""
+
+import re
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from configs.options import INF, REPO, check_values, expand_paths, ints, opt
+from utils.machine import automatic_workers, workers_note
+
+PATCH_NUMS = {
+    '256': '1_2_3_4_5_6_8_10_13_16',
+    '512': '1_2_3_4_6_9_13_18_24_32',
+    '1024': '1_2_3_4_5_7_9_12_16_21_27_36_48_64',
+}
+
+SMALL_PYRAMIDS = {  # side of the finest code map -> sides that work well for small images
+    4: '1_2_3_4',
+    6: '1_2_3_4_6',
+    8: '1_2_3_4_6_8',
+    12: '1_2_3_4_6_8_12',
+    16: PATCH_NUMS['256'],
+}
+
+SCHEDULES = 'cos, lin, lin0, lin00, lin<number>, exp, flat or flat<share before a cosine>'
+
+CROP_KINDS = ('resize', 'adm', 'vae')
+CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm'
+
+MOST_WORKERS = 16  # loader processes per rank that are started unasked
+
+TOKEN_BYTES = 128  # stored tokens take no more per code: 16 means and 16 log-variances in float32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of any training, generator or tokenizer. Derived values are properties and never stored."""
+
+    model: str = opt('var', 'what is trained')
+    # data
+    data_path: str = opt(
+        '/path/to/imagenet', 'root with train/ and val/ class folders, or "digits"', path=True, per_node=True
+    )
+    num_classes: int = opt(
+        0,
+        'classes; 0 takes the number of folders, any other number must agree with it',
+        'num_classes class_num',
+        limits=(0, INF),
+    )
+    mid_reso: float = opt(
+        1.125, 'images are resized to this multiple of the crop before cropping', limits=(1, INF)
+    )
+    hflip: bool = opt(False, 'random horizontal flip')
+    crop: str = opt('resize', CROPS, choices=CROP_KINDS)
+    exif: bool = opt(
+        True,
+        'turn images as their EXIF orientation says, as viewers do; 0 reads the pixels as '
+        'they are stored, as the published code does',
+    )
+    max_bad_images: int = opt(
+        100,
+        'training images that may be unreadable: each is replaced by another one and named; more end the run',
+        limits=(0, INF),
+        free=True,
+    )
+    workers: int = opt(
+        -1,
+        'loader processes per rank; -1 is automatic, 0 loads in the main process (the '
+        'comment in the published code of VAR says the opposite)',
+        'workers num_workers',
+        limits=(-1, INF),
+        free=True,
+        per_node=True,
+    )
+    # run
+    exp_name: str = opt('text', 'name written to the log header', free=True, per_node=True)
+    output_dir: str = opt(
+        str(REPO / 'local_output'),
+        'logs and checkpoints',
+        'local_out_dir_path',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    seed: int | None = opt(
+        None,
+        'None draws one, kept in the checkpoint; given, cudnn is deterministic too',
+        limits=(0, 2**63 - 1),
+        free=True,
+    )
+    same_seed_for_all_ranks: int = opt(0, 'offset of the data order seed')
+    save_every: str = opt(
+        '20m',
+        'checkpoint also every N optimizer steps ("500") or minutes ("20m"); empty '
+        'is off, and then there is one per epoch',
+        free=True,
+    )
+    max_skipped_steps: int = opt(
+        10,
+        'steps in a row that may be left out since their loss or gradient is '
+        'not finite; more end the run; 0 never ends it',
+        limits=(0, INF),
+        free=True,
+    )
+    eval_every: int = opt(
+        10, 'epochs between evaluations; the last epoch always has one', limits=(1, INF), free=True
+    )
+    log_every: int = opt(500, 'optimizer steps between TensorBoard points', limits=(1, INF), free=True)
+    dry_run: bool = opt(False, 'print every derived value as JSON and exit')
+    allow_round: bool = opt(False, 'accept a batch size that the ranks cannot share evenly, and round it')
+    # optimisation
+    base_lr: float = opt(1e-4, 'learning rate per 256 images', 'tblr', limits=(0, INF))
+    tlr: float | None = opt(None, 'accepted, always replaced by what follows from base_lr')
+    weight_decay: float = opt(0.05, 'weight decay at the start', 'twd', limits=(0, INF))
+    weight_decay_end: float = opt(0.0, 'weight decay at the end; 0 keeps the start', 'twde', limits=(0, INF))
+    clip: float = opt(2.0, 'clip of the gradient norm; <= 0 is off', 'tclip')
+    batch_size: int = opt(
+        768, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
+    )
+    accumulate: int = opt(1, 'micro-steps per optimizer step', 'ac', limits=(1, INF))
+    epochs: int = opt(250, 'epochs', 'ep', limits=(1, INF))
+    steps: int = opt(0, 'optimizer steps in place of epochs; 0 is off', limits=(0, INF))
+    warmup: float = opt(0.0, 'epochs of learning rate warm-up; 0 means epochs / 50', 'wp', limits=(0, INF))
+    warmup_start: float = opt(0.005, 'learning rate ratio at the first step', 'wp0', limits=(0, 1))
+    lr_end: float = opt(0.01, 'learning rate ratio at the last step', 'wpe', limits=(0, 1))
+    schedule: str = opt('lin0', SCHEDULES, 'sche')
+    optimizer: str = opt('adamw', 'adam and adamw both mean AdamW', 'opt')
+    fused: bool = opt(True, 'fused AdamW kernel', 'afuse')
+    beta1: float = opt(0.9, 'first moment decay of AdamW', limits=(0, 1))
+    beta2: float = opt(0.95, 'second moment decay of AdamW', limits=(0, 1))
+    # numerics
+    precision: int = opt(0, '0 float32, 1 float16 with loss scaling, 2 bfloat16', 'fp16', limits=(0, 2))
+    tf32: bool = opt(True, 'allow TF32 products on CUDA')
+    compile_tokenizer: int = opt(
+        0, 'torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 default', 'vfast', limits=(0, 3)
+    )
+    compile_model: int = opt(0, 'as vfast, for the model', 'tfast', limits=(0, 3))
+
+    # Settings that some kinds of models have; those without them behave as if they were off.
+    picture_every = 0
+    fid_images = 0
+    cached_path = ''
+
+    CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
+    IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
+
+    def __post_init__(self):
+        expand_paths(self)
+        check_values(self)
+        if not re.fullmatch(
+            r'cos|lin|lin00|lin\d*\.?\d+|exp|flat|flat0?\.\d+|cosine|constant|tail0?\.?\d+',
+            self.schedule.strip(),
+        ):
+            raise ValueError(f'--sche must be {SCHEDULES}, got {self.schedule!r}')
+        if self.optimizer.lower().strip() not in ('adam', 'adamw'):
+            raise ValueError(f'--opt must be adam or adamw, got {self.optimizer!r}')
+        if not re.fullmatch(r'|[1-9]\d*m?', self.save_every):
+            raise ValueError(
+                f'--save_every must be a number of steps ("500") or minutes ("20m"), got {self.save_every!r}'
+            )
+
+    # ------------------------------------------------------------------------------ what follows
+    local_out_dir_path = property(lambda self: self.output_dir)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the training images in pixels."""
+        raise NotImplementedError
+
+    def local_batch(self, world_size: int) -> int:
+        """Images per rank and micro-step."""
+        return round(self.batch_size / self.accumulate / world_size)
+
+    def micro_batch(self, world_size: int) -> int:
+        """Images of all ranks per micro-step (published: glb_batch_size)."""
+        return self.local_batch(world_size) * world_size
+
+    def check_batch(self, world_size: int) -> None:
+        """Make sure that the batch can be shared.
+
+        Raises:
+            ValueError: ranks and accumulation steps cannot share the batch evenly.
+        """
+        share = self.accumulate * world_size
+        if self.local_batch(world_size) < 1 or (self.batch_size % share and not self.allow_round):
+            fitting = max(share, self.batch_size // share * share)
+            raise ValueError(
+                f'--bs={self.batch_size} cannot be shared by {world_size} ranks x '
+                f'--ac={self.accumulate}: pass --bs={fitting}, or --allow_round=1 to round it'
+            )
+
+    def peak_lr(self, world_size: int) -> float:
+        return self.accumulate * self.base_lr * self.micro_batch(world_size) / 256
+
+    def peaks(self, world_size: int) -> list[tuple[float, float, float]]:
+        """(highest learning rate, first weight decay, last one) of every optimizer, the model's own first."""
+        return [(self.peak_lr(world_size), self.weight_decay, self.final_weight_decay)]
+
+    def lr_phase(self, step: int, total_steps: int, steps_per_epoch: int) -> tuple[int, int]:
+        """(step within its phase, steps of that phase): the learning rate begins anew with every phase."""
+        return step, total_steps
+
+    def final_lr_ratio(self, world_size: int) -> float:
+        """Learning rate at the last step over the peak."""
+        return self.lr_end
+
+    @property
+    def final_weight_decay(self) -> float:
+        return self.weight_decay_end or self.weight_decay
+
+    @property
+    def warmup_epochs(self) -> float:
+        return self.warmup or self.epochs / 50
+
+    @property
+    def lr_schedule(self) -> str:
+        return self.schedule
+
+    def num_workers(self, world_size: int, num_cpus: int | None = None) -> int:
+        """Loader processes per rank: as asked, but no more than a batch has images.
+
+        Where nobody asked, the CPUs of this process divided by the ranks of the machine, less one, up to 16,
+        and only as many as the shared memory has room for.
+        """
+        local_batch = self.local_batch(world_size)
+        if self.workers >= 0:
+            return min(self.workers, local_batch)
+        return automatic_workers(min(MOST_WORKERS, local_batch), self.batch_bytes(world_size), num_cpus)
+
+    def workers_note(self, world_size: int, num_cpus: int | None = None) -> str:
+        """One line where little shared memory makes the automatic number of loader processes smaller."""
+        if self.workers >= 0:
+            return ''
+        most = min(MOST_WORKERS, self.local_batch(world_size))
+        return workers_note(most, self.batch_bytes(world_size), num_cpus)
+
+    def batch_bytes(self, world_size: int) -> int:
+        """Bytes of the batch that a loader process makes: float32 images of all micro-steps of one rank."""
+        return self.local_batch(world_size) * self.accumulate * 3 * self.image_size**2 * 4
+
+    @property
+    def save_steps_minutes(self) -> tuple[int, float]:
+        """(optimizer steps, minutes) between extra checkpoints; 0 is off."""
+        if self.save_every.endswith('m'):
+            return 0, float(self.save_every[:-1])
+        return int(self.save_every or 0), 0.0
+
+    def run_name(self, world_size: int) -> str:
+        """Name of the TensorBoard folder."""
+        name = (
+            f'tb-{self._model_tag()}__b{self.micro_batch(world_size)}ep{self.epochs}'
+            f'{self.optimizer[:4]}lr{self.base_lr:g}wd{self.weight_decay:g}'
+        )
+        return re.sub(r'[^\w\-+,.]', '_', name)
+
+    def _model_tag(self) -> str:
+        return self.model
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        """Constructor arguments of the model, beside the number of classes and the tokenizer.
+
+        Args:
+            total_steps, steps_per_epoch: optimizer steps, for curricula.
+        """
+        raise NotImplementedError
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """Arguments of the model's `init_weights`."""
+        return {}
+
+    def tokenizer_kwargs(self) -> dict[str, Any]:
+        """Constructor arguments of the tokenizer that its weights do not tell."""
+        return {}
+
+    def derived(self, world_size: int) -> dict[str, Any]:
+        """Every derived value under its published name."""
+        note = self.workers_note(world_size)
+        return dict(
+            batch_size=self.local_batch(world_size),
+            glb_batch_size=self.micro_batch(world_size),
+            bs=self.micro_batch(world_size),
+            tlr=self.peak_lr(world_size),
+            twde=self.final_weight_decay,
+            wp=self.warmup_epochs,
+            sche=self.lr_schedule,
+            workers=self.num_workers(world_size),
+            data_load_reso=self.image_size,
+            tb_dir_name=self.run_name(world_size),
+            world_size=world_size,
+            **(dict(workers_note=note) if note else {}),
+        )
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe(Recipe):
+    """What all generators have in common."""
+
+    init_from: str = opt(
+        '',
+        'weights to begin with in place of random ones; checkpoints in the output folder come first',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    ema: float = opt(
+        0.0, 'decay of averaged weights, for evaluation and sampling; 0 keeps none', limits=(0, 0.999999)
+    )
+    ema_warmup: bool = opt(True, 'average over few steps at the beginning, so that it follows the start fast')
+    fid_images: int = opt(
+        0,
+        'images to draw at every evaluation, logged as fid_<n>k; 0 is off',
+        limits=(0, 1_000_000),
+        free=True,
+    )
+    fid_ref: str = opt(
+        '',
+        'npz with mu and sigma to compare them with; empty takes the validation images',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+    fid_flags: str = opt('', 'flags of sample.py for them, such as "--cfg=1.5 --top_k=900"', free=True)
+    fid_features: str = opt('inception', 'feature network: inception, or digits', free=True)
+    inception_weights: str = opt(
+        '',
+        'its weights; empty searches as evaluate.py, and never downloads',
+        path=True,
+        free=True,
+        per_node=True,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fid_images == 1:
+            raise ValueError('--fid_images must be 0 or at least 2, got 1: draw some thousand')
+
+
+@dataclass(frozen=True)
+class CachedRecipe(GeneratorRecipe):
+    """A generator that can train on the tokens that `extract.py` stored."""
+
+    use_cached: bool = opt(False, 'train on stored tokens; follows from --cached_path')
+    cached_path: str = opt(
+        '',
+        'folder of the tokens that extract.py wrote, or several joined by commas, of '
+        'which every access picks one',
+        'cached_path code_path',
+        path=True,
+        several=True,
+        per_node=True,
+    )
+    cached_val_path: str = opt(
+        '',
+        'the same of the validation images; empty reads those of --data_path',
+        path=True,
+        several=True,
+        per_node=True,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_cached and not self.cached_path:
+            raise ValueError('--use_cached needs the folder of the tokens: pass --cached_path=FOLDER')
+        if self.cached_val_path and not self.cached_path:
+            raise ValueError('--cached_val_path goes with --cached_path: pass both')
+        object.__setattr__(self, 'use_cached', bool(self.cached_path))
+
+    def batch_bytes(self, world_size: int) -> int:
+        if not self.cached_path:
+            return super().batch_bytes(world_size)
+        num_codes = (self.image_size // self.patch_size) ** 2
+        return self.local_batch(world_size) * self.accumulate * num_codes * TOKEN_BYTES
+
+
+def advice_on_size(size: int, stride: int) -> str:
+    """Which `--pn` and `--patch_size` fit images of `size` pixels per side.
+
+    Args:
+        stride: the one that was asked for, which is kept where the size is a multiple of it.
+    """
+    published = {int(name): pn for name, pn in PATCH_NUMS.items()}
+    if size in published:
+        return f'pass --pn={size} --patch_size=16'
+    for patch_size in dict.fromkeys((stride, 16, 8, 4)):
+        if size % patch_size == 0 and size // patch_size in SMALL_PYRAMIDS:
+            return f'pass --pn={SMALL_PYRAMIDS[size // patch_size]} --patch_size={patch_size}'
+    return f'pass a --pn that ends with {size}/N and --patch_size=N, where N is the stride of the tokenizer'
+
+
+@dataclass(frozen=True)
+class PyramidRecipe(Recipe):
+    """A run over a pyramid of code maps."""
+
+    pn: str = opt(
+        PATCH_NUMS['256'], 'sides of the code maps, joined by _ or -; 256, 512, 1024 are the published lists'
+    )
+    patch_size: int = opt(
+        16, 'pixels per side of the finest code, the stride of the tokenizer', limits=(1, INF)
+    )
+    img_size: int = opt(
+        0,
+        'pixels per side of the training images, where they are to be checked: they '
+        'follow from the last side of --pn and from --patch_size',
+        'image_size img_size',
+        limits=(0, INF),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.img_size not in (0, self.image_size):
+            raise ValueError(
+                f'--img_size={self.img_size} is not what --pn and '
+                f'--patch_size={self.patch_size} give, {self.image_size}: '
+                f'{advice_on_size(self.img_size, self.patch_size)}'
+            )
+        object.__setattr__(self, 'img_size', 0)  # it was a check alone: a resumed run may leave the flag out
+        if list(self.patch_nums) != sorted(self.patch_nums):
+            raise ValueError(f'--pn must go from coarse to fine, got {self.pn}')
+
+    @property
+    def pn_list(self) -> str:
+        """`pn` with the published names written out."""
+        return PATCH_NUMS.get(self.pn, self.pn)
+
+    @property
+    def patch_nums(self) -> tuple[int, ...]:
+        return ints(self.pn_list)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Pixels per side of every scale."""
+        return tuple(pn * self.patch_size for pn in self.patch_nums)
+
+    @property
+    def image_size(self) -> int:
+        return max(self.resolutions)
+
+    def derived(self, world_size: int) -> dict[str, Any]:
+        return super().derived(world_size) | dict(
+            pn=self.pn_list, patch_nums=self.patch_nums, resos=self.resolutions
+        )
+
+
+@dataclass(frozen=True)
+class AdaLNRecipe(PyramidRecipe, GeneratorRecipe):
+    """What VAR and FlexVAR have in common."""
+
+    IGNORED: typing.ClassVar[dict[str, str]] = {
+        'data_name': 'classes and images are those of --data_path',
+        'dbg_nan': 'steps that are not finite are always looked for, see --max_skipped_steps',
+        'local_debug': 'a run without torchrun is local',
+    }
+
+    depth: int = opt(16, 'transformer blocks; heads = depth, width = 64 * depth', limits=(1, INF))
+    shared_aln: bool = opt(False, 'one AdaLN projection for all blocks', 'saln')
+    attn_l2_norm: bool = opt(True, 'unit queries and keys with a learnt scale', 'anorm')
+    flash: bool = opt(True, 'use flash-attn or xformers where installed and suitable', 'fuse')
+    drop_path: float = opt(
+        -1.0, 'drop path of the last block; negative means 0.1 * depth / 24', limits=(-1, 0.999)
+    )
+    init_std: float = opt(-1.0, 'std of the weights; negative means sqrt(1 / (3 width))', 'ini')
+    init_head: float = opt(0.02, 'multiplier of the head weights', 'hd')
+    init_adaln: float = opt(0.5, 'multiplier of the AdaLN weights', 'aln')
+    init_adaln_gamma: float = opt(1e-5, 'multiplier of the AdaLN gamma weights', 'alng')
+    label_smooth: float = opt(0.0, 'label smoothing', 'ls', limits=(0, 0.999))
+
+    def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+        drop_path = self.drop_path if self.drop_path >= 0 else 0.1 * self.depth / 24
+        return dict(
+            depth=self.depth,
+            embed_dim=64 * self.depth,
+            num_heads=self.depth,
+            drop_path_rate=drop_path,
+            shared_aln=self.shared_aln,
+            attn_l2_norm=self.attn_l2_norm,
+            patch_nums=self.patch_nums,
+            flash_if_available=self.flash,
+            label_smooth=self.label_smooth,
+        )
+
+    def init_kwargs(self) -> dict[str, Any]:
+        return dict(
+            init_adaln=self.init_adaln,
+            init_adaln_gamma=self.init_adaln_gamma,
+            init_head=self.init_head,
+            init_std=self.init_std,
+        )
+
+    def derived(self, world_size: int) -> dict[str, Any]:
+        kwargs, std = self.model_kwargs(1, 1), (1 / (3 * 64 * self.depth)) ** 0.5
+        return super().derived(world_size) | dict(
+            drop_path_rate=kwargs['drop_path_rate'], init_std=self.init_std if self.init_std >= 0 else std
+        )
