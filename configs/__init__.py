@@ -77,7 +77,7 @@ def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: di
         f'{what} --model is one of: {", ".join(recipes)}; --preset of {chosen.model} is one of: {names}.',
     )
     # both are taken above, and stand here for --help and for the search of the nearest flag
-    parser.add_argument(
+    parser.groups['most used'].add_argument(
         '--preset',
         metavar='NAME',
         default=argparse.SUPPRESS,

@@ -19,7 +19,12 @@ class FlexVARRecipe(AdaLNRecipe):
 
     model: str = opt('flexvar', 'what is trained')
     vae_ckpt: str = opt(
-        'pretrained/FlexVAE.pth', 'tokenizer weights: a file of any kind', path=True, free=True, per_node=True
+        'pretrained/FlexVAE.pth',
+        'tokenizer weights: a file of any kind',
+        path=True,
+        free=True,
+        per_node=True,
+        group='most used',
     )
     depth: int = opt(20, 'transformer blocks; heads = depth, width = 64 * depth', limits=(1, INF))
     pn: str = opt(
@@ -83,7 +88,11 @@ class FlexVARSampleRecipe(SampleRecipe):
 
     model: str = opt('flexvar', 'family of the generator')
     ckpt: str = opt(
-        '', 'generator weights: a checkpoint of train.py or a released file', 'var_ckpt', path=True
+        '',
+        'generator weights: a checkpoint of train.py or a released file',
+        'var_ckpt',
+        path=True,
+        group='most used',
     )
     depth: int | None = opt(
         None, 'blocks of the generator, for a check; None takes those of the file', limits=(1, INF), free=True

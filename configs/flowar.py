@@ -35,16 +35,21 @@ class FlowARRecipe(CachedRecipe):
         path=True,
         free=True,
         per_node=True,
+        group='most used',
     )
     size: str = opt(
         'large',
         'trunk: small, large or huge (published as flowar_small, ...)',
         choices=('small', 'large', 'huge'),
+        group='most used',
     )
     diffloss_d: int = opt(12, 'blocks of the flow head', limits=(1, INF))
     diffloss_w: int = opt(1536, 'width of the flow head, a multiple of 64', limits=(64, INF))
     depth: int | None = opt(
-        None, 'blocks of each stack of the trunk; None is that of the size', limits=(1, INF)
+        None,
+        'blocks of each stack of the trunk; None is that of the size',
+        limits=(1, INF),
+        group='most used',
     )
     width: int | None = opt(
         None, 'width of the trunk, in heads of 64; None is that of the size', limits=(64, INF)
@@ -233,7 +238,11 @@ class FlowARSampleRecipe(SampleRecipe):
 
     model: str = opt('flowar', 'family of the generator')
     ckpt: str = opt(
-        '', 'generator weights: a checkpoint of train.py or a released file', 'resume ckpt', path=True
+        '',
+        'generator weights: a checkpoint of train.py or a released file',
+        'resume ckpt',
+        path=True,
+        group='most used',
     )
     output: str = opt(
         str(REPO / 'local_output' / 'samples'),
@@ -243,7 +252,11 @@ class FlowARSampleRecipe(SampleRecipe):
         free=True,
     )
     vae_ckpt: str = opt(
-        '', 'tokenizer weights; empty takes those inside the checkpoint', 'vae_path', path=True
+        '',
+        'tokenizer weights; empty takes those inside the checkpoint',
+        'vae_path',
+        path=True,
+        group='most used',
     )
     batch_size: int = opt(
         64, 'images per batch; batches are cut by image index', 'eval_bsz bs', limits=(1, INF), free=True

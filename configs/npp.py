@@ -43,9 +43,10 @@ class NPPRecipe(CachedRecipe):
         path=True,
         free=True,
         per_node=True,
+        group='most used',
     )
-    gpt_model: str = opt('GPT-B', 'size: ' + ', '.join(GPT_SIZES), choices=(*GPT_SIZES,))
-    depth: int | None = opt(None, 'blocks; None is that of the size', limits=(1, INF))
+    gpt_model: str = opt('GPT-B', 'size: ' + ', '.join(GPT_SIZES), choices=(*GPT_SIZES,), group='most used')
+    depth: int | None = opt(None, 'blocks; None is that of the size', limits=(1, INF), group='most used')
     width: int | None = opt(None, 'width, in heads of 64; None is that of the size', limits=(64, INF))
     img_size: int = opt(256, 'pixels per side of the training images', 'image_size img_size', limits=(0, INF))
     patch_size: int = opt(
@@ -238,10 +239,18 @@ class NPPSampleRecipe(SampleRecipe):
 
     model: str = opt('npp', 'family of the generator')
     ckpt: str = opt(
-        '', 'generator weights: a checkpoint of train.py or a released file', 'gpt_ckpt ckpt', path=True
+        '',
+        'generator weights: a checkpoint of train.py or a released file',
+        'gpt_ckpt ckpt',
+        path=True,
+        group='most used',
     )
     vae_ckpt: str = opt(
-        '', 'tokenizer weights; empty takes those inside the checkpoint', 'vq_ckpt vae_ckpt', path=True
+        '',
+        'tokenizer weights; empty takes those inside the checkpoint',
+        'vq_ckpt vae_ckpt',
+        path=True,
+        group='most used',
     )
     weights: str = opt(
         'ema',

@@ -6,6 +6,7 @@ Only the standard library is needed here.
 import argparse
 import dataclasses
 import difflib
+import inspect
 import os
 import re
 import shlex
@@ -19,6 +20,18 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 
 INF = float('inf')
+GROUPS = (  # headings of `--help`, in this order
+    'most used',
+    'data',
+    'model',
+    'codebook',
+    'reconstruction',
+    'discriminator',
+    'optimisation',
+    'run',
+    'sweep',
+    'numerics',
+)
 
 
 def opt(
@@ -33,6 +46,7 @@ def opt(
     choices: tuple[Any, ...] | None = None,
     free: bool = False,
     per_node: bool = False,
+    group: str = '',
 ) -> Any:
     """A field with all that is known about it.
 
@@ -47,6 +61,7 @@ def opt(
         choices: all values that are allowed; `check_values` compares.
         free: it may differ between two starts of one job.
         per_node: it may differ between the nodes of one job, as it says where things lie on each.
+        group: heading in `--help`, one of `GROUPS`; a field that replaces that of a base class keeps it.
     """
     return field(
         default=default,
@@ -61,6 +76,7 @@ def opt(
             choices=choices,
             free=free,
             per_node=per_node,
+            group=group,
         ),
     )
 
@@ -131,52 +147,55 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f'expected true, false, 1 or 0, got {text!r}')
 
 
-def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
+def make_parser(cls: type, prog: str, description: str) -> 'OneLineParser':
     """A parser: one flag per field of a dataclass of `opt` fields, a second spelling where published.
 
     Flags are spelt with hyphens or underscores alike.
     """
-    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
-    hints, published = (
-        typing.get_type_hints(cls),
-        {flag for f in dataclasses.fields(cls) for flag in f.metadata['flag'].split()},
-    )
+    has_places = any(f.metadata['positional'] for f in dataclasses.fields(cls))
+    usage = None if has_places else f'{prog} [--flag=value ...]'
+    parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    groups = {_group_of(cls, f.name) for f in dataclasses.fields(cls)}
+    if groups == {'model'}:  # a small command without headings
+        parser.groups = {'model': parser.add_argument_group('settings')}
+    else:
+        parser.groups = {name: parser.add_argument_group(name) for name in GROUPS if name in groups}
+    hints = typing.get_type_hints(cls)
+    published = {flag for f in dataclasses.fields(cls) for flag in f.metadata['flag'].split()}
     for f in dataclasses.fields(cls):
-        kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None))
-        name = f.name if f.name not in published else ''  # one field's flag may be another one's name
-        spellings = [f'--{s}' for s in dict.fromkeys([*f.metadata['flag'].split(), name]) if s]
-        help_text = f.metadata['help'].replace('%', '%%') + f' (default: {f.default})'
+        group = parser.groups[_group_of(cls, f.name)]
         if f.metadata['positional']:
-            parser.add_argument(
+            group.add_argument(
                 f.name, nargs='?', default=argparse.SUPPRESS, help=f.metadata['help'], metavar=f.name.upper()
             )
-        elif kind is bool:
-            parser.add_argument(
-                *spellings,
-                dest=f.name,
-                type=_boolean,
-                nargs='?',
-                const=True,
-                default=argparse.SUPPRESS,
-                help=help_text,
-                metavar='BOOL',
-            )
+            continue
+        # One field's flag may be another one's name, which is then no spelling of the latter.
+        name = '' if f.name in published else f.name
+        spellings = [f'--{s}' for s in dict.fromkeys([*f.metadata['flag'].split(), name]) if s]
+        kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None))
+        words = f.metadata['words']
+        if kind is bool:
+            reading = dict(type=_boolean, nargs='?', const=True, metavar='BOOL')
         else:
-            words = f.metadata['words']
-            alone = dict(nargs='?', const=words['']) if '' in words else {}
-            parser.add_argument(
-                *spellings,
-                dest=f.name,
-                type=_with_words(kind, words),
-                help=help_text,
-                default=argparse.SUPPRESS,
-                metavar=kind.__name__.upper(),
-                **alone,
-            )
+            reading = dict(type=_with_words(kind, words), metavar=kind.__name__.upper())
+            if '' in words:
+                reading |= dict(nargs='?', const=words[''])
+        help_text = f.metadata['help'].replace('%', '%%') + f' (default: {f.default})'
+        group.add_argument(*spellings, dest=f.name, default=argparse.SUPPRESS, help=help_text, **reading)
     parser.ignored = getattr(cls, 'IGNORED', {})
     for name in parser.ignored:
         parser.add_argument(f'--{name}', nargs='?', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
+
+
+def _group_of(cls: type, name: str) -> str:
+    """The heading of a field in `--help`: its own, or that of the field that it replaces."""
+    for base in cls.__mro__:
+        if name in inspect.get_annotations(base):
+            group = base.__dataclass_fields__[name].metadata['group']
+            if group:
+                return group
+    return 'model'
 
 
 def _with_words(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:

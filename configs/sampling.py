@@ -15,53 +15,88 @@ from configs.options import INF, REPO, check_values, expand_paths, marked_fields
 class SampleRecipe:
     """Settings of a sampling job. All but `FREE` decide the images; all are in the manifest."""
 
-    model: str = opt('var', 'family of the generator')
+    model: str = opt('var', 'family of the generator', group='most used')
     ckpt: str = opt(
-        '', 'generator weights: a checkpoint of train.py, a released file, or a published name', path=True
+        '',
+        'generator weights: a checkpoint of train.py, a released file, or a published name',
+        path=True,
+        group='most used',
     )
-    vae_ckpt: str = opt('', 'tokenizer weights; empty takes those inside a checkpoint of train.py', path=True)
+    vae_ckpt: str = opt(
+        '',
+        'tokenizer weights; empty takes those inside a checkpoint of train.py',
+        path=True,
+        group='most used',
+    )
     weights: str = opt(
         'ema',
         'ema: averaged weights where the file has them; raw: those of the last step',
         choices=('ema', 'raw'),
+        group='run',
     )
-    source: str = opt('', 'where these settings come from, for the manifest; presets say it', free=True)
+    source: str = opt(
+        '', 'where these settings come from, for the manifest; presets say it', free=True, group='run'
+    )
     output: str = opt(
         str(REPO / 'local_output' / 'samples'),
         'folder of the images; the npz lies beside it',
         path=True,
         free=True,
+        group='most used',
     )
-    num_images: int = opt(50_000, 'images, spread evenly over the classes', limits=(1, INF), free=True)
-    classes: str = opt('', 'class ids joined by "_"; empty takes all')
-    labels: str = opt('', 'class of every image: .npy, or .txt with one per line, or random', path=True)
-    seed: int = opt(0, 'the noise of image i is a function of (seed, i)', limits=(0, 2**63 - 1))
-    cfg: float = opt(1.5, 'classifier-free guidance in the unit of the paper', limits=(-1000, 1000))
-    precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16', limits=(0, 2))
-    tf32: bool = opt(True, 'allow TF32 products on CUDA')
+    num_images: int = opt(
+        50_000, 'images, spread evenly over the classes', limits=(1, INF), free=True, group='most used'
+    )
+    classes: str = opt('', 'class ids joined by "_"; empty takes all', group='most used')
+    labels: str = opt(
+        '', 'class of every image: .npy, or .txt with one per line, or random', path=True, group='run'
+    )
+    seed: int = opt(
+        0, 'the noise of image i is a function of (seed, i)', limits=(0, 2**63 - 1), group='most used'
+    )
+    cfg: float = opt(
+        1.5, 'classifier-free guidance in the unit of the paper', limits=(-1000, 1000), group='most used'
+    )
+    precision: int = opt(0, '0 float32, 1 float16, 2 bfloat16', 'fp16', limits=(0, 2), group='numerics')
+    tf32: bool = opt(True, 'allow TF32 products on CUDA', group='numerics')
     batch_size: int = opt(
-        64, 'images per batch; batches are cut by image index', 'bs', limits=(1, INF), free=True
+        64,
+        'images per batch; batches are cut by image index',
+        'bs',
+        limits=(1, INF),
+        free=True,
+        group='numerics',
     )
     format: str = opt(
         'png',
         'png: keep a PNG file of every image; npz: the packed file alone',
         choices=('png', 'npz'),
         free=True,
+        group='run',
     )
-    pack: bool = opt(True, 'pack the images into an npz with a manifest', free=True)
+    pack: bool = opt(True, 'pack the images into an npz with a manifest', free=True, group='run')
     shuffle: int = opt(
-        0, 'seed of the order in the npz; -1 packs by image index', limits=(-1, 2**32 - 1), free=True
+        0,
+        'seed of the order in the npz; -1 packs by image index',
+        limits=(-1, 2**32 - 1),
+        free=True,
+        group='run',
     )
-    writers: int = opt(4, 'threads per rank that write images', limits=(1, 256), free=True)
+    writers: int = opt(4, 'threads per rank that write images', limits=(1, 256), free=True, group='numerics')
     sweep: str = opt(
         '',
         'settings to try, such as "cfg=1.25,1.5,2.0 top_k=600,900": one job each, scored '
         'into <output>.csv and <output>.png',
         free=True,
+        group='sweep',
     )
-    ref: str = opt('', 'sweep: reference of the scores, see evaluate.py', path=True, free=True)
-    score: str = opt('', 'sweep: further flags of evaluate.py, such as "--metrics=fid,is"', free=True)
-    keep: bool = opt(True, 'sweep: keep the npz of every setting after it was scored', free=True)
+    ref: str = opt('', 'sweep: reference of the scores, see evaluate.py', path=True, free=True, group='sweep')
+    score: str = opt(
+        '', 'sweep: further flags of evaluate.py, such as "--metrics=fid,is"', free=True, group='sweep'
+    )
+    keep: bool = opt(
+        True, 'sweep: keep the npz of every setting after it was scored', free=True, group='sweep'
+    )
 
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
     CKPT_HINT: typing.ClassVar[str] = ''  # where such a file is to be had

@@ -35,13 +35,18 @@ class TokenizerRecipe(Recipe):
     )
     log_every: int = opt(50, 'optimizer steps between TensorBoard points', limits=(1, INF), free=True)
     picture_every: int = opt(
-        1000, 'optimizer steps between pictures in TensorBoard', limits=(1, INF), free=True
+        1000, 'optimizer steps between pictures in TensorBoard', limits=(1, INF), free=True, group='run'
     )
     hflip: bool = opt(True, 'random horizontal flip')
     crop: str = opt('adm', CROPS, choices=CROP_KINDS)
     mid_reso: float = opt(1.25, MID_RESO_HELP, limits=(1, INF))
     init_from: str = opt(
-        '', 'weights to start from: a checkpoint or a released file', path=True, free=True, per_node=True
+        '',
+        'weights to start from: a checkpoint or a released file',
+        path=True,
+        free=True,
+        per_node=True,
+        group='run',
     )
     train_only: str = opt(
         '', '"decoder" trains the decoder alone: codes stay exactly as they are', choices=('', 'decoder')
@@ -67,56 +72,110 @@ class TokenizerRecipe(Recipe):
     epochs: int = opt(40, 'epochs', 'ep', limits=(1, INF))
     lr_end: float = opt(0.1, 'learning rate ratio at the last step', 'wpe', limits=(0, 1))
     schedule: str = opt('flat', SCHEDULES, 'sche')
-    ema: float = opt(0.9999, 'decay of the moving average of the weights; 0 is off', limits=(0, 0.999999))
+    ema: float = opt(
+        0.9999,
+        'decay of the moving average of the weights; 0 is off',
+        limits=(0, 0.999999),
+        group='optimisation',
+    )
     # reconstruction
-    l1_weight: float = opt(0.0, 'weight of the mean absolute error', limits=(0, INF))
-    l2_weight: float = opt(1.0, 'weight of the mean squared error', limits=(0, INF))
+    l1_weight: float = opt(0.0, 'weight of the mean absolute error', limits=(0, INF), group='reconstruction')
+    l2_weight: float = opt(1.0, 'weight of the mean squared error', limits=(0, INF), group='reconstruction')
     lpips: str = opt(
         'vgg',
         'perceptual loss: vgg (LPIPS, needs its files), pyramid (needs none) or none',
         choices=('vgg', 'pyramid', 'none'),
+        group='reconstruction',
     )
-    lpips_weight: float = opt(1.0, 'weight of the perceptual loss', limits=(0, INF))
-    lpips_min: int = opt(48, 'pixels per side below which an image has no perceptual loss', limits=(16, INF))
+    lpips_weight: float = opt(1.0, 'weight of the perceptual loss', limits=(0, INF), group='reconstruction')
+    lpips_min: int = opt(
+        48,
+        'pixels per side below which an image has no perceptual loss',
+        limits=(16, INF),
+        group='reconstruction',
+    )
     lpips_vgg: str = opt(
-        'vgg16-397923af.pth', 'LPIPS: VGG16 weights of torchvision', path=True, free=True, per_node=True
+        'vgg16-397923af.pth',
+        'LPIPS: VGG16 weights of torchvision',
+        path=True,
+        free=True,
+        per_node=True,
+        group='reconstruction',
     )
-    lpips_lin: str = opt('vgg.pth', 'LPIPS: linear heads, version 0.1', path=True, free=True, per_node=True)
+    lpips_lin: str = opt(
+        'vgg.pth',
+        'LPIPS: linear heads, version 0.1',
+        path=True,
+        free=True,
+        per_node=True,
+        group='reconstruction',
+    )
     lpips_path: str = opt(
         '',
         'LPIPS: both in one file, in place of lpips_vgg and lpips_lin',
         path=True,
         free=True,
         per_node=True,
+        group='reconstruction',
     )
-    allow_download: bool = opt(False, 'fetch missing LPIPS files', free=True, per_node=True)
+    allow_download: bool = opt(
+        False, 'fetch missing LPIPS files', free=True, per_node=True, group='reconstruction'
+    )
     # discriminator
     disc: str = opt(
         'patchgan',
         'patchgan, stylegan, dino (needs --dino_path) or none',
         choices=('patchgan', 'stylegan', 'dino', 'none'),
+        group='discriminator',
     )
     dino_path: str = opt(
-        '', 'weights of DINO ViT-S/16, original or timm keys', path=True, free=True, per_node=True
+        '',
+        'weights of DINO ViT-S/16, original or timm keys',
+        path=True,
+        free=True,
+        per_node=True,
+        group='discriminator',
     )
-    disc_start: float = opt(20_000, 'first discriminator step; below 1 a share of all steps', limits=(0, INF))
+    disc_start: float = opt(
+        20_000,
+        'first discriminator step; below 1 a share of all steps',
+        limits=(0, INF),
+        group='discriminator',
+    )
     disc_ramp: float = opt(
-        1000, 'steps over which its loss fades in; below 1 a share of all steps', limits=(0, INF)
+        1000,
+        'steps over which its loss fades in; below 1 a share of all steps',
+        limits=(0, INF),
+        group='discriminator',
     )
     disc_blur: float = opt(
-        0.0, 'steps over which the blur of its input fades out; below 1 a share; 0 is off', limits=(0, INF)
+        0.0,
+        'steps over which the blur of its input fades out; below 1 a share; 0 is off',
+        limits=(0, INF),
+        group='discriminator',
     )
-    disc_weight: float = opt(0.5, 'weight of its loss', limits=(0, INF))
+    disc_weight: float = opt(0.5, 'weight of its loss', limits=(0, INF), group='discriminator')
     disc_loss: str = opt(
-        'hinge', 'hinge, vanilla or non-saturating', choices=('hinge', 'vanilla', 'non-saturating')
+        'hinge',
+        'hinge, vanilla or non-saturating',
+        choices=('hinge', 'vanilla', 'non-saturating'),
+        group='discriminator',
     )
-    disc_lr: float = opt(0.0, 'its highest learning rate; 0 is that of the tokenizer', limits=(0, INF))
-    disc_weight_decay: float = opt(0.0, 'its weight decay', limits=(0, INF))
-    disc_width: int = opt(64, 'channels of the first layer of patchgan', limits=(1, INF))
-    adaptive: bool = opt(False, 'scale the loss by the ratio of gradients at the last layer')
-    diffaug: bool = opt(False, 'differentiable augmentation of what it sees')
-    consistency: float = opt(0.0, 'weight of balanced consistency, needs diffaug', limits=(0, INF))
-    lecam: float = opt(0.0, 'weight of LeCAM regularisation', limits=(0, INF))
+    disc_lr: float = opt(
+        0.0, 'its highest learning rate; 0 is that of the tokenizer', limits=(0, INF), group='discriminator'
+    )
+    disc_weight_decay: float = opt(0.0, 'its weight decay', limits=(0, INF), group='discriminator')
+    disc_width: int = opt(
+        64, 'channels of the first layer of patchgan', limits=(1, INF), group='discriminator'
+    )
+    adaptive: bool = opt(
+        False, 'scale the loss by the ratio of gradients at the last layer', group='discriminator'
+    )
+    diffaug: bool = opt(False, 'differentiable augmentation of what it sees', group='discriminator')
+    consistency: float = opt(
+        0.0, 'weight of balanced consistency, needs diffaug', limits=(0, INF), group='discriminator'
+    )
+    lecam: float = opt(0.0, 'weight of LeCAM regularisation', limits=(0, INF), group='discriminator')
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'vae-ckpt'
     GAN_EXTRAS: typing.ClassVar[dict[str, Any]] = dict(half=True, adaptive_min=0.0, adaptive_eps=1e-4)
@@ -184,30 +243,47 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
     crop: str = opt('vae', CROPS, choices=CROP_KINDS)
     mid_reso: float = opt(1.125, MID_RESO_HELP, limits=(1, INF))
     # codebook
-    beta: float = opt(0.25, 'weight of the commitment term', limits=(0, INF))
+    beta: float = opt(0.25, 'weight of the commitment term', limits=(0, INF), group='codebook')
     codebook: str = opt(
-        'ema', 'ema: moving averages; grad: by gradient, as published', choices=('ema', 'grad')
+        'ema',
+        'ema: moving averages; grad: by gradient, as published',
+        choices=('ema', 'grad'),
+        group='codebook',
     )
     codebook_init: str = opt(
         'uniform',
         'uniform in +-1/(36 sqrt z_channels), inv_v in +-1/V, or normal',
         choices=('uniform', 'inv_v', 'normal'),
+        group='codebook',
     )
-    restart: bool = opt(True, 'restart codes that nothing chooses, candidates equally from every scale')
+    restart: bool = opt(
+        True, 'restart codes that nothing chooses, candidates equally from every scale', group='codebook'
+    )
     defer: int = opt(
         -1,
         'steps before quantisation starts, by k-means; -1: 1 % of the run, at least 1000, at most 1/8 of it',
         limits=(-1, INF),
+        group='codebook',
     )
     scale_drop: float = opt(
-        0.1, 'share of the images that keep a random number of leading scales', limits=(0, 1)
+        0.1,
+        'share of the images that keep a random number of leading scales',
+        limits=(0, 1),
+        group='codebook',
     )
     lookup: str = opt(
-        'euclidean', 'euclidean or cosine distance to the codes', choices=('euclidean', 'cosine')
+        'euclidean',
+        'euclidean or cosine distance to the codes',
+        choices=('euclidean', 'cosine'),
+        group='codebook',
     )
-    entropy: float = opt(0.0, 'weight of the entropy loss of the assignments', limits=(0, INF))
-    rotation: bool = opt(False, 'rotate and rescale the gradient at the quantizer')
-    unshared: bool = opt(False, 'a codebook for every scale; such weights fit no published model')
+    entropy: float = opt(
+        0.0, 'weight of the entropy loss of the assignments', limits=(0, INF), group='codebook'
+    )
+    rotation: bool = opt(False, 'rotate and rescale the gradient at the quantizer', group='codebook')
+    unshared: bool = opt(
+        False, 'a codebook for every scale; such weights fit no published model', group='codebook'
+    )
     # optimisation
     base_lr: float = opt(
         3e-4, 'learning rate at 768 images, scaled by sqrt(batch / 768)', 'tblr', limits=(0, INF)
@@ -305,7 +381,7 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
 class SquareRecipe(TokenizerRecipe):
     """A tokenizer of square images of any side."""
 
-    side: int = opt(256, 'pixels per side of the training images', 'image_size img_size')
+    side: int = opt(256, 'pixels per side of the training images', 'image_size img_size', group='most used')
 
     def __post_init__(self):
         super().__post_init__()
@@ -331,9 +407,11 @@ class VQRecipe(SquareRecipe):
     vocab_size: int = opt(16384, 'codes in the codebook', limits=(2, INF))
     z_channels: int = opt(8, 'width of a code', limits=(1, INF))
     dropout: float = opt(0.0, 'dropout inside residual blocks', limits=(0, 0.999))
-    beta: float = opt(0.25, 'weight of the commitment term', limits=(0, INF))
-    entropy: float = opt(0.0, 'weight of the entropy loss of the assignments', limits=(0, INF))
-    restart: bool = opt(True, 'restart codes that nothing chooses')
+    beta: float = opt(0.25, 'weight of the commitment term', limits=(0, INF), group='codebook')
+    entropy: float = opt(
+        0.0, 'weight of the entropy loss of the assignments', limits=(0, INF), group='codebook'
+    )
+    restart: bool = opt(True, 'restart codes that nothing chooses', group='codebook')
 
     def _model_tag(self) -> str:
         return f'{self.model}-ch{self.ch}v{self.vocab_size}z{self.z_channels}__{self.side}'

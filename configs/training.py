@@ -36,32 +36,42 @@ TOKEN_BYTES = 128  # stored tokens take no more per code: 16 means and 16 log-va
 class Recipe:
     """Settings of any training, generator or tokenizer. Derived values are properties and never stored."""
 
-    model: str = opt('var', 'what is trained')
+    model: str = opt('var', 'what is trained', group='most used')
     # data
     data_path: str = opt(
-        '/path/to/imagenet', 'root with train/ and val/ class folders, or "digits"', path=True, per_node=True
+        '/path/to/imagenet',
+        'root with train/ and val/ class folders, or "digits"',
+        path=True,
+        per_node=True,
+        group='most used',
     )
     num_classes: int = opt(
         0,
         'classes; 0 takes the number of folders, any other number must agree with it',
         'num_classes class_num',
         limits=(0, INF),
+        group='data',
     )
     mid_reso: float = opt(
-        1.125, 'images are resized to this multiple of the crop before cropping', limits=(1, INF)
+        1.125,
+        'images are resized to this multiple of the crop before cropping',
+        limits=(1, INF),
+        group='data',
     )
-    hflip: bool = opt(False, 'random horizontal flip')
-    crop: str = opt('resize', CROPS, choices=CROP_KINDS)
+    hflip: bool = opt(False, 'random horizontal flip', group='data')
+    crop: str = opt('resize', CROPS, choices=CROP_KINDS, group='data')
     exif: bool = opt(
         True,
         'turn images as their EXIF orientation says, as viewers do; 0 reads the pixels as '
         'they are stored, as the published code does',
+        group='data',
     )
     max_bad_images: int = opt(
         100,
         'training images that may be unreadable: each is replaced by another one and named; more end the run',
         limits=(0, INF),
         free=True,
+        group='data',
     )
     workers: int = opt(
         -1,
@@ -71,9 +81,10 @@ class Recipe:
         limits=(-1, INF),
         free=True,
         per_node=True,
+        group='data',
     )
     # run
-    exp_name: str = opt('text', 'name written to the log header', free=True, per_node=True)
+    exp_name: str = opt('text', 'name written to the log header', free=True, per_node=True, group='run')
     output_dir: str = opt(
         str(REPO / 'local_output'),
         'logs and checkpoints',
@@ -81,19 +92,22 @@ class Recipe:
         path=True,
         free=True,
         per_node=True,
+        group='most used',
     )
     seed: int | None = opt(
         None,
         'None draws one, kept in the checkpoint; given, cudnn is deterministic too',
         limits=(0, 2**63 - 1),
         free=True,
+        group='most used',
     )
-    same_seed_for_all_ranks: int = opt(0, 'offset of the data order seed')
+    same_seed_for_all_ranks: int = opt(0, 'offset of the data order seed', group='run')
     save_every: str = opt(
         '20m',
         'checkpoint also every N optimizer steps ("500") or minutes ("20m"); empty '
         'is off, and then there is one per epoch',
         free=True,
+        group='run',
     )
     max_skipped_steps: int = opt(
         10,
@@ -101,40 +115,73 @@ class Recipe:
         'not finite; more end the run; 0 never ends it',
         limits=(0, INF),
         free=True,
+        group='run',
     )
     eval_every: int = opt(
-        10, 'epochs between evaluations; the last epoch always has one', limits=(1, INF), free=True
+        10,
+        'epochs between evaluations; the last epoch always has one',
+        limits=(1, INF),
+        free=True,
+        group='run',
     )
-    log_every: int = opt(500, 'optimizer steps between TensorBoard points', limits=(1, INF), free=True)
-    dry_run: bool = opt(False, 'print every derived value as JSON and exit')
-    allow_round: bool = opt(False, 'accept a batch size that the ranks cannot share evenly, and round it')
+    log_every: int = opt(
+        500, 'optimizer steps between TensorBoard points', limits=(1, INF), free=True, group='run'
+    )
+    dry_run: bool = opt(False, 'print every derived value as JSON and exit', group='run')
+    allow_round: bool = opt(
+        False, 'accept a batch size that the ranks cannot share evenly, and round it', group='run'
+    )
     # optimisation
-    base_lr: float = opt(1e-4, 'learning rate per 256 images', 'tblr', limits=(0, INF))
-    tlr: float | None = opt(None, 'accepted, always replaced by what follows from base_lr')
-    weight_decay: float = opt(0.05, 'weight decay at the start', 'twd', limits=(0, INF))
-    weight_decay_end: float = opt(0.0, 'weight decay at the end; 0 keeps the start', 'twde', limits=(0, INF))
-    clip: float = opt(2.0, 'clip of the gradient norm; <= 0 is off', 'tclip')
+    base_lr: float = opt(1e-4, 'learning rate per 256 images', 'tblr', limits=(0, INF), group='most used')
+    tlr: float | None = opt(
+        None, 'accepted, always replaced by what follows from base_lr', group='optimisation'
+    )
+    weight_decay: float = opt(0.05, 'weight decay at the start', 'twd', limits=(0, INF), group='optimisation')
+    weight_decay_end: float = opt(
+        0.0, 'weight decay at the end; 0 keeps the start', 'twde', limits=(0, INF), group='optimisation'
+    )
+    clip: float = opt(2.0, 'clip of the gradient norm; <= 0 is off', 'tclip', group='optimisation')
     batch_size: int = opt(
-        768, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
+        768,
+        'images per optimizer step, all ranks and accumulation steps together',
+        'bs',
+        limits=(1, INF),
+        group='most used',
     )
-    accumulate: int = opt(1, 'micro-steps per optimizer step', 'ac', limits=(1, INF))
-    epochs: int = opt(250, 'epochs', 'ep', limits=(1, INF))
-    steps: int = opt(0, 'optimizer steps in place of epochs; 0 is off', limits=(0, INF))
-    warmup: float = opt(0.0, 'epochs of learning rate warm-up; 0 means epochs / 50', 'wp', limits=(0, INF))
-    warmup_start: float = opt(0.005, 'learning rate ratio at the first step', 'wp0', limits=(0, 1))
-    lr_end: float = opt(0.01, 'learning rate ratio at the last step', 'wpe', limits=(0, 1))
-    schedule: str = opt('lin0', SCHEDULES, 'sche')
-    optimizer: str = opt('adamw', 'adam and adamw both mean AdamW', 'opt')
-    fused: bool = opt(True, 'fused AdamW kernel', 'afuse')
-    beta1: float = opt(0.9, 'first moment decay of AdamW', limits=(0, 1))
-    beta2: float = opt(0.95, 'second moment decay of AdamW', limits=(0, 1))
+    accumulate: int = opt(1, 'micro-steps per optimizer step', 'ac', limits=(1, INF), group='optimisation')
+    epochs: int = opt(250, 'epochs', 'ep', limits=(1, INF), group='most used')
+    steps: int = opt(0, 'optimizer steps in place of epochs; 0 is off', limits=(0, INF), group='optimisation')
+    warmup: float = opt(
+        0.0,
+        'epochs of learning rate warm-up; 0 means epochs / 50',
+        'wp',
+        limits=(0, INF),
+        group='optimisation',
+    )
+    warmup_start: float = opt(
+        0.005, 'learning rate ratio at the first step', 'wp0', limits=(0, 1), group='optimisation'
+    )
+    lr_end: float = opt(
+        0.01, 'learning rate ratio at the last step', 'wpe', limits=(0, 1), group='optimisation'
+    )
+    schedule: str = opt('lin0', SCHEDULES, 'sche', group='optimisation')
+    optimizer: str = opt('adamw', 'adam and adamw both mean AdamW', 'opt', group='optimisation')
+    fused: bool = opt(True, 'fused AdamW kernel', 'afuse', group='optimisation')
+    beta1: float = opt(0.9, 'first moment decay of AdamW', limits=(0, 1), group='optimisation')
+    beta2: float = opt(0.95, 'second moment decay of AdamW', limits=(0, 1), group='optimisation')
     # numerics
-    precision: int = opt(0, '0 float32, 1 float16 with loss scaling, 2 bfloat16', 'fp16', limits=(0, 2))
-    tf32: bool = opt(True, 'allow TF32 products on CUDA')
-    compile_tokenizer: int = opt(
-        0, 'torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 default', 'vfast', limits=(0, 3)
+    precision: int = opt(
+        0, '0 float32, 1 float16 with loss scaling, 2 bfloat16', 'fp16', limits=(0, 2), group='most used'
     )
-    compile_model: int = opt(0, 'as vfast, for the model', 'tfast', limits=(0, 3))
+    tf32: bool = opt(True, 'allow TF32 products on CUDA', group='numerics')
+    compile_tokenizer: int = opt(
+        0,
+        'torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 default',
+        'vfast',
+        limits=(0, 3),
+        group='numerics',
+    )
+    compile_model: int = opt(0, 'as vfast, for the model', 'tfast', limits=(0, 3), group='numerics')
 
     # Settings that some kinds of models have; those without them behave as if they were off.
     picture_every = 0
@@ -301,16 +348,25 @@ class GeneratorRecipe(Recipe):
         path=True,
         free=True,
         per_node=True,
+        group='run',
     )
     ema: float = opt(
-        0.0, 'decay of averaged weights, for evaluation and sampling; 0 keeps none', limits=(0, 0.999999)
+        0.0,
+        'decay of averaged weights, for evaluation and sampling; 0 keeps none',
+        limits=(0, 0.999999),
+        group='optimisation',
     )
-    ema_warmup: bool = opt(True, 'average over few steps at the beginning, so that it follows the start fast')
+    ema_warmup: bool = opt(
+        True,
+        'average over few steps at the beginning, so that it follows the start fast',
+        group='optimisation',
+    )
     fid_images: int = opt(
         0,
         'images to draw at every evaluation, logged as fid_<n>k; 0 is off',
         limits=(0, 1_000_000),
         free=True,
+        group='run',
     )
     fid_ref: str = opt(
         '',
@@ -318,15 +374,19 @@ class GeneratorRecipe(Recipe):
         path=True,
         free=True,
         per_node=True,
+        group='run',
     )
-    fid_flags: str = opt('', 'flags of sample.py for them, such as "--cfg=1.5 --top_k=900"', free=True)
-    fid_features: str = opt('inception', 'feature network: inception, or digits', free=True)
+    fid_flags: str = opt(
+        '', 'flags of sample.py for them, such as "--cfg=1.5 --top_k=900"', free=True, group='run'
+    )
+    fid_features: str = opt('inception', 'feature network: inception, or digits', free=True, group='run')
     inception_weights: str = opt(
         '',
         'its weights; empty searches as evaluate.py, and never downloads',
         path=True,
         free=True,
         per_node=True,
+        group='run',
     )
 
     def __post_init__(self):
@@ -339,7 +399,7 @@ class GeneratorRecipe(Recipe):
 class CachedRecipe(GeneratorRecipe):
     """A generator that can train on the tokens that `extract.py` stored."""
 
-    use_cached: bool = opt(False, 'train on stored tokens; follows from --cached_path')
+    use_cached: bool = opt(False, 'train on stored tokens; follows from --cached_path', group='data')
     cached_path: str = opt(
         '',
         'folder of the tokens that extract.py wrote, or several joined by commas, of '
@@ -348,6 +408,7 @@ class CachedRecipe(GeneratorRecipe):
         path=True,
         several=True,
         per_node=True,
+        group='data',
     )
     cached_val_path: str = opt(
         '',
@@ -355,6 +416,7 @@ class CachedRecipe(GeneratorRecipe):
         path=True,
         several=True,
         per_node=True,
+        group='data',
     )
 
     def __post_init__(self):
@@ -392,7 +454,9 @@ class PyramidRecipe(Recipe):
     """A run over a pyramid of code maps."""
 
     pn: str = opt(
-        PATCH_NUMS['256'], 'sides of the code maps, joined by _ or -; 256, 512, 1024 are the published lists'
+        PATCH_NUMS['256'],
+        'sides of the code maps, joined by _ or -; 256, 512, 1024 are the published lists',
+        group='most used',
     )
     patch_size: int = opt(
         16, 'pixels per side of the finest code, the stride of the tokenizer', limits=(1, INF)
@@ -451,7 +515,9 @@ class AdaLNRecipe(PyramidRecipe, GeneratorRecipe):
         'local_debug': 'a run without torchrun is local',
     }
 
-    depth: int = opt(16, 'transformer blocks; heads = depth, width = 64 * depth', limits=(1, INF))
+    depth: int = opt(
+        16, 'transformer blocks; heads = depth, width = 64 * depth', limits=(1, INF), group='most used'
+    )
     shared_aln: bool = opt(False, 'one AdaLN projection for all blocks', 'saln')
     attn_l2_norm: bool = opt(True, 'unit queries and keys with a learnt scale', 'anorm')
     flash: bool = opt(True, 'use flash-attn or xformers where installed and suitable', 'fuse')

@@ -19,6 +19,7 @@ class VARRecipe(AdaLNRecipe):
         path=True,
         free=True,
         per_node=True,
+        group='most used',
     )
     progressive_until: float = opt(
         0.0, 'progressive training until this share of the run; 0 is off', 'pg', limits=(0, 1)
