@@ -22,7 +22,7 @@ import torch
 
 import dist
 from configs import Recipe, parse_recipe
-from configs.options import flag_of, marked_fields
+from configs.options import config_text, flag_of, marked_fields
 from models.helpers import global_rows
 from trainer import StepInfo, weights_checksum
 from training.build import build_model, build_trainer, count_parameters
@@ -47,7 +47,7 @@ from training.resume import (
     go_back_one_checkpoint,
     repair_best,
 )
-from utils.checkpoint import lock_folder, remove_leftovers, save_checkpoint
+from utils.checkpoint import atomic_path, lock_folder, remove_leftovers, save_checkpoint
 from utils.data import name_of
 from utils.loading import without_child_signal
 from utils.log import one_line_errors, setup_logging
@@ -173,6 +173,10 @@ class Run:
 
         # 6. The logs, rewound to where the checkpoint stands.
         self.made_with = dict(git_commit=git_commit(), versions=versions()) if dist.is_master() else {}
+        if dist.is_master():
+            with atomic_path(self.folder / 'config.yaml') as temporary:
+                command = f'python train.py --config={self.folder}/config.yaml'
+                temporary.write_text(config_text(recipe, command))
         header = dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]), seed=self.state.seed,
                       args=vars(recipe), **self.made_with)
         self.journal = Journal(self.folder, self.folder / recipe.run_name(world_size), self.trainer,

@@ -9,14 +9,14 @@ import argparse
 from typing import Any
 
 from configs import flexvar, flowar, npp, tokenizers, var
-from configs.flexvar import FlexVARRecipe, FlexVARSampleRecipe
-from configs.flowar import FlowARRecipe, FlowARSampleRecipe
-from configs.npp import NPPRecipe, NPPSampleRecipe
-from configs.options import OneLineParser, make_parser
+from configs.flexvar import FlexVARRecipe
+from configs.flowar import FlowARRecipe
+from configs.npp import NPPRecipe
+from configs.options import OneLineParser, make_parser, read_config
 from configs.sampling import SampleRecipe
 from configs.tokenizers import TokenizerRecipe
 from configs.training import GeneratorRecipe, Recipe
-from configs.var import VARRecipe, VARSampleRecipe
+from configs.var import VARRecipe
 
 __all__ = [
     'PRESETS',
@@ -38,65 +38,69 @@ __all__ = [
 # what --model is in published commands: our model, and the settings that the name stands for
 PUBLISHED_NAMES = {f'flowar_{size}': ('flowar', dict(size=size)) for size in ('small', 'large', 'huge')}
 
+FAMILIES = dict(var=var, flexvar=flexvar, flowar=flowar, npp=npp)  # of generators, a module each
 RECIPES: dict[str, type[Recipe]] = {
-    'var': VARRecipe,
-    'flexvar': FlexVARRecipe,
-    'flowar': FlowARRecipe,
-    'npp': NPPRecipe,
+    **{name: family.TRAINING for name, family in FAMILIES.items()},
     **tokenizers.RECIPES,
 }
-SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {
-    'var': VARSampleRecipe,
-    'flexvar': FlexVARSampleRecipe,
-    'flowar': FlowARSampleRecipe,
-    'npp': NPPSampleRecipe,
-}
-FAMILIES = dict(var=var, flexvar=flexvar, flowar=flowar, npp=npp)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     **{name: family.PRESETS for name, family in FAMILIES.items()},
     **tokenizers.PRESETS,
 }
+SAMPLE_RECIPES: dict[str, type[SampleRecipe]] = {name: family.SAMPLING for name, family in FAMILIES.items()}
 SAMPLE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     name: family.SAMPLE_PRESETS for name, family in FAMILIES.items()
 }
 
 
 def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: dict, what: str) -> Any:
-    """The recipe of a command line: `--model` chooses the class, `--preset` its values, flags come on top."""
+    """The recipe of a command line: `--model` chooses the class, `--preset` its values, then those of
+    `--config` come on top, then all other flags."""
     first = OneLineParser(prog=prog, add_help=False, allow_abbrev=False)
-    first.add_argument('--model', default=next(iter(recipes)), choices=[*recipes, *PUBLISHED_NAMES])
+    first.add_argument('--model', choices=[*recipes, *PUBLISHED_NAMES])
     first.add_argument('--preset', default='')
+    first.add_argument('--config', default='')
     first.add_argument('--local-rank', '--local_rank')  # of old launchers, dropped
     chosen, rest = first.parse_known_args(argv)
-    chosen.model, implied = PUBLISHED_NAMES.get(chosen.model, (chosen.model, {}))
-    cls, presets = recipes[chosen.model], {'': {}} | all_presets[chosen.model]
+    given = {}
+    if chosen.config:
+        try:
+            given = read_config(chosen.config)
+        except ValueError as error:
+            first.error(str(error))
+    name = chosen.model or given.pop('model', next(iter(recipes)))
+    if given.pop('model', name) != name or name not in (*recipes, *PUBLISHED_NAMES):
+        first.error(f'{chosen.config!r} is of another model than {name!r}: pass the --model of the file')
+    model, implied = PUBLISHED_NAMES.get(name, (name, {}))
+
+    cls, presets = recipes[model], {'': {}} | all_presets[model]
     names = ', '.join(filter(None, presets)) or 'none'
     parser = make_parser(
         cls,
         prog,
-        f'{what} --model is one of: {", ".join(recipes)}; --preset of {chosen.model} is one of: {names}.',
+        f'{what} --model is one of: {", ".join(recipes)}; --preset of {model} is one of: {names}.',
     )
-    # both are taken above, and stand here for --help and for the search of the nearest flag
-    parser.groups['most used'].add_argument(
-        '--preset',
-        metavar='NAME',
-        default=argparse.SUPPRESS,
-        help=f'settings to begin with, other flags come on top: {names}',
-    )
-    parser._option_string_actions['--model'].help = f'one of: {", ".join(recipes)} (here: {chosen.model})'
-    values = {name: value for name, value in implied.items() if hasattr(cls, name)} | parser.parse(rest)
+    # These are taken above, and stand here for --help and for the search of the nearest flag.
+    for flag, text in (
+        ('--preset', f'settings to begin with, other flags come on top: {names}'),
+        ('--config', 'config.yaml of another run, flags come on top'),
+    ):
+        parser.groups['most used'].add_argument(flag, metavar='NAME', default=argparse.SUPPRESS, help=text)
+    parser._option_string_actions['--model'].help = f'one of: {", ".join(recipes)} (here: {model})'
+    of_file = parser.parse([f'--{flag}={value}' for flag, value in given.items()], chosen.config)
+    values = {key: value for key, value in implied.items() if hasattr(cls, key)} | of_file
+    values |= parser.parse(rest)
     if chosen.preset not in presets:
         others = [
-            f'; pass --model={model} for that one'
-            for model in all_presets
-            if chosen.preset in all_presets[model]
+            f'; pass --model={other} for that one'
+            for other in all_presets
+            if chosen.preset in all_presets[other]
         ]
         parser.error(
-            f'unknown --preset={chosen.preset} of --model={chosen.model}: it has {names}'
-            + ''.join(others[:1])
+            f'unknown --preset={chosen.preset} of --model={model}: it has {names}' + ''.join(others[:1])
         )
     try:
-        return cls(**{**presets[chosen.preset], **values, 'model': chosen.model})
+        return cls(**{**presets[chosen.preset], **values, 'model': model})
     except ValueError as error:
         parser.error(str(error))
 

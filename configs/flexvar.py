@@ -212,3 +212,6 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
         for depth, last_epoch in ((16, 179), (20, 249), (24, 349))
     },
 }
+
+TRAINING = FlexVARRecipe
+SAMPLING = FlexVARSampleRecipe

@@ -322,3 +322,6 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     'flowar_l': dict(num_images=50_000, num_step=25, cfg=2.4, guidance=0.9, source='README of FlowAR, L'),
     'flowar_h': dict(num_images=50_000, num_step=50, cfg=2.4, guidance=0.7, source='README of FlowAR, H'),
 }
+
+TRAINING = FlowARRecipe
+SAMPLING = FlowARSampleRecipe

@@ -346,3 +346,6 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     )
     for size, cfg in (('b', 2.0), ('l', 1.75), ('xl', 1.7), ('xxl', 1.65))
 }
+
+TRAINING = NPPRecipe
+SAMPLING = NPPSampleRecipe

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -132,6 +133,45 @@ def check_values(settings: Any) -> None:
             raise ValueError(f'--{flag_of(settings, f.name)} must be {allowed}, got {value!r}')
 
 
+def config_text(settings: Any, title: str) -> str:
+    """All settings under their flags as YAML, which `read_config` reads.
+
+    Args:
+        title: the comment in the first line.
+    """
+    values = {flag_of(settings, name): value for name, value in vars(settings).items()}
+    return f'# {title}\n' + ''.join(f'{flag}: {json.dumps(value)}\n' for flag, value in values.items())
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Settings by flag in a file of YAML; those without a value are left out.
+
+    Raises:
+        ValueError: it cannot be read, or holds anything but names with plain values.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text())
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        reason = ' '.join(str(getattr(error, 'strerror', None) or error).split())[:200]
+        raise ValueError(
+            f'expected settings in {path!r}, cannot read it ({reason}): pass the config.yaml of a run'
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f'expected "name: value" in the lines of {path!r}, got {type(content).__name__}: '
+            'pass the config.yaml of a run'
+        )
+    odd = [name for name, value in content.items() if isinstance(value, dict | list)]
+    if odd:
+        raise ValueError(
+            f'expected a number or a text as {odd[0]!r} in {path!r}, got {content[odd[0]]!r}: '
+            'write "name: value"'
+        )
+    return {str(name).replace('-', '_'): value for name, value in content.items() if value is not None}
+
+
 def flag_of(recipe: Any, name: str) -> str:
     """The published flag of a field, or its own name."""
     by_name = {f.name: f.metadata['flag'] or f.name for f in dataclasses.fields(recipe)}
@@ -221,16 +261,22 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f'{self.prog}: {message}\n')
 
-    def parse(self, argv: list[str]) -> dict[str, Any]:
-        """The given flags by field name."""
+    def parse(self, argv: list[str], source: str = '') -> dict[str, Any]:
+        """The given flags by field name.
+
+        Args:
+            source: the file that they stand in, for errors; empty is the command line.
+        """
         underscored = [_with_underscores(arg) for arg in argv]
         as_typed = dict(zip(underscored, argv, strict=True))  # for the message about an unknown flag
         values, unknown = self.parse_known_args(underscored)
         if unknown:
             flag = unknown[0].split('=')[0]
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.0)
+            place = f' in {source!r}' if source else ''
             self.error(
-                f'unknown argument {as_typed[unknown[0]]!r}: the nearest flag is {near[0]}; --help lists all'
+                f'unknown argument {as_typed[unknown[0]]!r}{place}: the nearest flag is {near[0]}; --help '
+                'lists all'
             )
         for name in sorted(self.ignored.keys() & vars(values).keys()):
             self._print_message(f'{self.prog}: --{name} is ignored: {self.ignored[name]}\n', sys.stderr)

@@ -148,3 +148,6 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     | _files('d30')
     | dict(num_images=100_000, source='README of VAR; ratio 2 is ours, none is published'),
 }
+
+TRAINING = VARRecipe
+SAMPLING = VARSampleRecipe

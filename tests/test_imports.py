@@ -12,7 +12,7 @@ OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'hugging
             'torch.utils.tensorboard', 'torch_fidelity.feature_extractor_inceptionv3',
             'tensorboard.backend.event_processing.event_file_loader', 'tensorboard.compat.proto.event_pb2',
             'tensorboard.summary.writer.record_writer', 'matplotlib.backends.backend_agg',
-            'matplotlib.figure', 'sklearn.neural_network'}
+            'matplotlib.figure', 'sklearn.neural_network', 'yaml'}
 # inside models
 ORDER = ['scales', 'attention', 'base', 'helpers', 'layers', 'editing', 'basic_var', 'tokenizers', 'vqvae',
 'quant', 'basic_vae', 'var',

@@ -21,7 +21,7 @@ from configs import (
     parse_recipe,
     parse_sample_recipe,
 )
-from configs.options import flag_of, make_parser
+from configs.options import config_text, flag_of, make_parser
 from evaluation.classify import ClassifySettings, RejectSettings
 from evaluation.pack import PackSettings, StatsSettings
 from evaluation.score import ScoreSettings
@@ -567,6 +567,33 @@ def test_a_size_that_a_pyramid_does_not_give_names_one_that_does(capsys, size, a
     assert f'--img_size={size}' in error and '256' in error and advice in error
     if '--pn' in advice:
         assert parse_recipe([f'--image_size={size}', *advice.split()]).image_size == size
+
+
+@pytest.mark.parametrize('argv', [
+    ['--preset=var_d36_512', '--data_path=a: b #c'], ['--model=flexvar', '--pn=1_2_4', '--ema=1e-5'],
+    ['--model=flowar_small', '--use_checkpoint=1'], ['--model=npp', '--mixed_precision=fp16', '--ema'],
+    ['--model=vqvae', '--preset=tiny', '--seed=7'], ['--model=kl16']])
+def test_a_config_file_holds_everything_and_flags_win(tmp_path, argv):
+    recipe = parse_recipe(argv)
+    path = tmp_path / 'config.yaml'
+    path.write_text(config_text(recipe, 'title'))
+    assert parse_recipe([f'--config={path}']) == recipe
+    changed = dataclasses.replace(recipe, epochs=3, seed=9)
+    assert parse_recipe([f'--config={path}', '--ep=3', '--seed=9']) == changed
+
+
+@pytest.mark.parametrize(('text', 'words'), [
+    ('depht: 3', ["'--depht=3' in", 'config.yaml', '--depth']), ('depth: x', ["invalid int value: 'x'"]),
+    ('depth: [1]', ["'depth' in", '[1]']), ('- 1', ['got list']), ('a: {', ['cannot read it']),
+    ('model: gan', ["'gan'"])])
+def test_bad_config_files_are_one_line(tmp_path, capsys, text, words):
+    path = tmp_path / 'config.yaml'
+    path.write_text(text)
+    error = fails([f'--config={path}'], capsys)
+    assert all(word in error for word in words), error
+    assert 'No such file' in fails([f'--config={tmp_path}/nowhere.yaml'], capsys)
+    path.write_text('model: npp')
+    assert '--model of the file' in fails([f'--config={path}', '--model=var'], capsys)
 
 
 def test_help_names_presets_and_unknown_flags_stand_as_typed(capsys):
