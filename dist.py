@@ -243,7 +243,8 @@ def from_master(make: Callable[[], Any]) -> Any:
     Raises:
         ValueError: what `make` raised, on every rank.
     """
-    value, failure = None, None
+    value = None
+    failure = None
     if is_master():
         try:
             value = make()
@@ -261,7 +262,8 @@ def first_of_node_first(make: Callable[[bool], Any]) -> Any:
     Raises:
         ValueError: what `make` raised on any rank, so that no rank goes on alone.
     """
-    value, failure = None, None
+    value = None
+    failure = None
     for is_first in (True, False):
         if is_local_master() == is_first:
             try:

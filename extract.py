@@ -116,7 +116,8 @@ def tokens_of(tokenizer: Tokenizer, views_BA3HW: torch.Tensor) -> np.ndarray:
 def extract(settings: ExtractSettings) -> None:
     """Write all tokens that are not there yet, and the manifest when none is missing."""
     allow_tf32(settings.tf32)
-    device, folder = dist.get_device(), Path(settings.cached_path)
+    device = dist.get_device()
+    folder = Path(settings.cached_path)
     path = fetch(settings.vae_ckpt)
     state, config = tokenizer_weights(load_file(path))
     tokenizer = build_tokenizer(FAMILIES[settings.model].tokenizer, state, str(path), device, **config)
@@ -179,20 +180,23 @@ def open_writer(settings: ExtractSettings, folder: Path, names: list[str], token
 
 def import_codes(settings: ExtractSettings) -> None:
     """Pack published codes, of which nobody knows the tokenizer and the names of the classes."""
-    files, folder = CodeFiles(Path(settings.import_codes), settings.image_size), Path(settings.cached_path)
+    files = CodeFiles(Path(settings.import_codes), settings.image_size)
+    folder = Path(settings.cached_path)
     description = dict(tokenizer=None, image_size=settings.image_size, count=files.count,
                        import_codes=str(Path(settings.import_codes).resolve()))
     with lock_folder(folder), progress_bar(files.count, str(folder)) as bar:
         if (folder / MANIFEST).is_file():
             raise ValueError(f'{folder} holds a complete cache: pass another folder')
         claim(folder, description, {})
-        writer, labels = None, []
+        writer = None
+        labels = []
         for index, (codes_AL, label) in enumerate(files):
             if writer is None:
                 writer = PackedWriter(folder, files.count, codes_AL.shape, np.uint16)
                 writer.create()
                 writer.open()
-            low, high = codes_AL.min(initial=0), codes_AL.max(initial=0)
+            low = codes_AL.min(initial=0)
+            high = codes_AL.max(initial=0)
             square = codes_AL.ndim == 2 and math.isqrt(codes_AL.shape[1]) ** 2 == codes_AL.shape[1]
             if codes_AL.shape != writer.shape or not square or low < 0 or high >= 2 ** 16 or label < 0:
                 raise ValueError(f'expected views of a square map, {writer.shape}, codes in 0..65,535, and '

@@ -194,7 +194,9 @@ def draw_missing(model: ARModel, recipe: SampleRecipe, store: ImageStore, labels
     A batch is drawn whole even if a kill left some of its images: kernels may round in another way in another
     batch. Images that are there are never written again.
     """
-    count, size, world_size = recipe.num_images, recipe.batch_size, dist.get_world_size()
+    count = recipe.num_images
+    size = recipe.batch_size
+    world_size = dist.get_world_size()
     stored_N = store.stored(count)
     dist.barrier()  # every rank has seen the same files
     pending = [first for first in range(0, count, size) if not stored_N[first:first + size].all()]
@@ -222,7 +224,9 @@ def pack(recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray, target: 
 
 def sample(recipe: SampleRecipe) -> Path:
     """Draw, pack and describe the images of a recipe, as far as that is not done; the path of the npz."""
-    begin, device, folder = time.time(), dist.get_device(), Path(recipe.output)
+    begin = time.time()
+    device = dist.get_device()
+    folder = Path(recipe.output)
     allow_tf32(recipe.tf32)
     model, origin = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
     recipe.check_model(model)
@@ -308,7 +312,8 @@ def sweep(recipe: SampleRecipe) -> None:
         MissingWeights: of the feature network.
         ValueError: the reference cannot be read; both are known before anything is drawn.
     """
-    combinations, folder = recipe.combinations(), Path(recipe.output)
+    combinations = recipe.combinations()
+    folder = Path(recipe.output)
     swept = list(combinations[0])
     settings = score_settings(recipe, recipe.output)
     reference = open_set(recipe.ref, needs_images=False)

@@ -252,7 +252,8 @@ class Run:
         """(step since the beginning of the training, batch) for what is left of an epoch; a progress line now
         and then."""
         begin = epoch * self.state.steps_per_epoch
-        first, last = self.first_step(epoch), self.last_step(epoch)
+        first = self.first_step(epoch)
+        last = self.last_step(epoch)
         rates = [self.set_rates(begin + it)[1] for it in range(first)]
         meters = self.journal.begin_epoch(begin, rates)
         batches = meters.log_every(

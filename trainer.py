@@ -371,7 +371,9 @@ class TokenizerTrainer(Trainer):
 
         `rec_score`, L1 plus the perceptual loss, is what the best checkpoint is chosen by.
         """
-        device, sums, usage = next(self.model.parameters()).device, defaultdict(float), None
+        device = next(self.model.parameters()).device
+        sums = defaultdict(float)
+        usage = None
         if self.model.vocab_size:
             usage = CodeUsage(self.model.vocab_size)
         with self.averaged():

@@ -1,8 +1,8 @@
 """How readable the code is, in numbers: `python -m bench.house [FOLDER]`.
 
 Counts files and lines, sizes of functions, density of tokens, tuple assignments, comments and docstrings of
-the product, which is all but bench and tests. They are a smoke detector, no goal: a number is easy to please,
-and the reader is not.
+the product, which is all but bench and tests. They are a smoke detector, no goal: a number is easy to
+please, and the reader is not.
 """
 import ast
 import io

@@ -73,7 +73,8 @@ def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: di
         first.error(f'{chosen.config!r} is of another model than {name!r}: pass the --model of the file')
     model, implied = PUBLISHED_NAMES.get(name, (name, {}))
 
-    cls, presets = recipes[model], {'': {}} | all_presets[model]
+    cls = recipes[model]
+    presets = {'': {}} | all_presets[model]
     names = ', '.join(filter(None, presets)) or 'none'
     parser = make_parser(
         cls,

@@ -164,7 +164,7 @@ class FlexVARSampleRecipe(SampleRecipe):
     def sample_kwargs(self) -> dict[str, Any]:
         size = tuple(map(int, self.size.split('x'))) if self.size else None
         return dict(
-            guidance=self.cfg + (not self.used_llamagen_cfg),
+            guidance=self.cfg if self.used_llamagen_cfg else self.cfg + 1,
             top_k=self.top_k,
             top_p=self.top_p,
             max_pn=self.maxpn,

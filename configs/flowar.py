@@ -183,7 +183,8 @@ class FlowARRecipe(CachedRecipe):
             small=(768, 6, 12, False), large=(1024, 8, 16, True), huge=(1536, 15, 16, True)
         )[self.size]
         heads = heads if self.width is None else self.width // 64
-        width, depth = self.width or width, self.depth or depth
+        width = self.width or width
+        depth = self.depth or depth
         stack = dict(embed_dim=width, depth=depth, num_heads=heads)
         both = {f'{part}_{name}': value for part in ('encoder', 'decoder') for name, value in stack.items()}
         return dict(

@@ -122,7 +122,8 @@ def check_values(settings: Any) -> None:
     """
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
-        limits, choices = f.metadata['limits'], f.metadata['choices']
+        limits = f.metadata['limits']
+        choices = f.metadata['choices']
         if limits and value is not None and not limits[0] <= value <= limits[1]:
             low, high = limits
             bounds = f'at least {low:g}' if high == INF else f'in [{low:g}, {high:g}]'

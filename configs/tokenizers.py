@@ -352,7 +352,7 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
         upkeep = dict(
             ema=self.codebook == 'ema' and moving,
             restart=self.restart and moving,
-            scale_drop=self.scale_drop * moving,
+            scale_drop=self.scale_drop if moving else 0.0,
             defer_steps=self.defer_steps(total_steps),
             entropy=self.entropy,
             rotation=self.rotation,
@@ -363,7 +363,7 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
             ch=self.ch,
             ch_mult=ints(self.ch_mult),
             num_res_blocks=self.num_res_blocks,
-            dropout=self.dropout * moving,
+            dropout=self.dropout if moving else 0.0,
             beta=self.beta,
             v_patch_nums=self.patch_nums,
             net=self.net,

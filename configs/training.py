@@ -553,7 +553,8 @@ class AdaLNRecipe(PyramidRecipe, GeneratorRecipe):
         )
 
     def derived(self, world_size: int) -> dict[str, Any]:
-        kwargs, std = self.model_kwargs(1, 1), (1 / (3 * 64 * self.depth)) ** 0.5
+        kwargs = self.model_kwargs(1, 1)
+        std = (1 / (3 * 64 * self.depth)) ** 0.5
         return super().derived(world_size) | dict(
             drop_path_rate=kwargs['drop_path_rate'], init_std=self.init_std if self.init_std >= 0 else std
         )

@@ -56,7 +56,8 @@ class Judgement(NamedTuple):
 
     def scores(self, num_classes: int, rows: np.ndarray | slice = np.s_[:]) -> dict[str, float]:
         """Accuracy and mean probability of some images; there is no top-5 among 5 classes or fewer."""
-        log_prob_K, rank_K = self.log_prob_N[rows].astype(np.float64), self.rank_N[rows]
+        log_prob_K = self.log_prob_N[rows].astype(np.float64)
+        rank_K = self.rank_N[rows]
         top5 = dict(top5=float((rank_K < 5).mean())) if num_classes > 5 else {}
         return dict(top1=float((rank_K == 0).mean()), **top5, mean_prob=float(np.exp(log_prob_K).mean()),
                     mean_log_prob=float(log_prob_K.mean()))
@@ -158,7 +159,8 @@ class ClassifySettings(ClassifierSettings):
         if not self.sample:
             raise ValueError('expected SAMPLE: evaluate.py classify-eval FOLDER_OR_NPZ --classifier=NAME')
         if self.json:
-            refuse_overwriting(self.json, self.sample, *[self.labels] * bool(self.labels))
+            inputs = [self.sample, self.labels] if self.labels else [self.sample]
+            refuse_overwriting(self.json, *inputs)
 
 
 def evaluate_classify(settings: ClassifySettings) -> str | None:
@@ -171,7 +173,8 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
     classifier = load(settings, labels_N)
     digest, manifest = describe_images(batch)
     judgement = judge(batch, labels_N, classifier, settings.batch_size)
-    scores, rejection = judgement.scores(classifier.num_classes), (manifest or {}).get('rejection')
+    scores = judgement.scores(classifier.num_classes)
+    rejection = (manifest or {}).get('rejection')
     if settings.json and dist.is_master():
         write_json(settings.json, dict(
             command='classify-eval', scores=scores, count=batch.count,
@@ -236,7 +239,8 @@ def candidates_of(labels_N: np.ndarray, n_keep: int, ratio: int) -> dict[int, np
     Raises:
         ValueError: a class has too few.
     """
-    needed, candidates = n_keep * max(ratio, 1), {}
+    needed = n_keep * max(ratio, 1)
+    candidates = {}
     for label in np.unique(labels_N).tolist():
         index = np.flatnonzero(labels_N == label)
         if len(index) < needed:
@@ -259,11 +263,13 @@ def select(candidates: dict[int, np.ndarray], log_prob_N: np.ndarray, n_keep: in
     Raises:
         ValueError: in a class too few reach the threshold.
     """
-    kept, seen = [], {}
+    kept = []
+    seen = {}
     for label, index in candidates.items():
         log_prob = log_prob_N[index]
         if threshold is None:
-            chosen, end = np.argsort(-log_prob, kind='stable')[:n_keep], len(index)
+            chosen = np.argsort(-log_prob, kind='stable')[:n_keep]
+            end = len(index)
         else:
             chosen = np.flatnonzero(log_prob >= threshold)[:n_keep]
             if len(chosen) < n_keep:

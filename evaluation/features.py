@@ -102,13 +102,15 @@ class FeatureSet:
 
     def __init__(self, network: Any, num_images: int, device: torch.device, split_size: int = 0,
                  num_rows: int = 0):
-        self.network, self.device = network, device
+        self.network = network
+        self.device = device
         self.pool = FeatureStatistics(network.num_features, device)
         self.spatial = FeatureStatistics(network.num_spatial, device) if network.num_spatial else None
         self.score = None
         if split_size:
             self.score = InceptionScore(num_images, network.num_classes, split_size, device)
-        self.rows_NF, self.num_filled = torch.empty(num_rows, network.num_features), 0
+        self.rows_NF = torch.empty(num_rows, network.num_features)
+        self.num_filled = 0
 
     @torch.inference_mode()
     def add(self, images_u8: torch.Tensor, first: int) -> None:
@@ -154,7 +156,8 @@ def gather_rows(rows_NF: torch.Tensor, device: torch.device) -> torch.Tensor:
     counts = dist.allgather_object(len(rows_NF))
     if len(counts) == 1 or not sum(counts):
         return rows_NF
-    gathered, begin = torch.empty(sum(counts) if dist.is_master() else 0, rows_NF.shape[1]), 0
+    gathered = torch.empty(sum(counts) if dist.is_master() else 0, rows_NF.shape[1])
+    begin = 0
     for rank, count in enumerate(counts):
         for first in range(0, count, 1000):
             piece = rows_NF[first:first + 1000].to(device) if rank == dist.get_rank() else \
@@ -170,7 +173,9 @@ class Inspection:
     """What is odd about a set of images: `add` on any rank, `reduce` once on all."""
 
     def __init__(self):
-        self.digests, self.num_constant, self.num_grey = [], 0, 0
+        self.digests = []
+        self.num_constant = 0
+        self.num_grey = 0
 
     def add(self, images_NHW3: np.ndarray) -> None:
         for digest, is_constant, is_grey in map(_inspect, images_NHW3):
@@ -185,7 +190,8 @@ class Inspection:
 
     def warnings(self, name: str) -> list[str]:
         """One line for each thing that makes scores doubtful."""
-        total, found = len(self.digests), []
+        total = len(self.digests)
+        found = []
         repeated = total - len(set(self.digests))
         for count, what in ((repeated, 'repeat another image'), (self.num_constant, 'have one colour only')):
             if count > ODD_SHARE * total:
@@ -206,13 +212,15 @@ def _inspect(image_HW3: np.ndarray) -> tuple[bytes, bool, bool]:
 # ---------------------------------------------------------------------------------------------- extraction
 def share(count: int) -> tuple[int, int]:
     """First image of this rank, and the one after its last: contiguous, none twice, maybe none at all."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world_size = dist.get_world_size()
     return count * rank // world_size, count * (rank + 1) // world_size
 
 
 def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
     """The same items, made by a thread while the caller works on earlier ones."""
-    iterator, end = iter(items), object()
+    iterator = iter(items)
+    end = object()
     with ThreadPoolExecutor(1) as thread:
         pending = [thread.submit(next, iterator, end) for _ in range(depth)]
         while (item := pending.pop(0).result()) is not end:
@@ -229,9 +237,11 @@ def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_si
     Raises:
         ValueError: an image cannot be read, or gives features that are not finite.
     """
-    device, (begin, end) = settings.torch_device, share(batch.count)
+    device = settings.torch_device
+    (begin, end) = share(batch.count)
     num_rows = end - begin if keep_rows else 0
-    features, inspection = FeatureSet(network, batch.count, device, split_size, num_rows), Inspection()
+    features = FeatureSet(network, batch.count, device, split_size, num_rows)
+    inspection = Inspection()
 
     def tensors() -> Iterator[torch.Tensor]:
         for images_NHW3 in batch.blocks(begin, end, settings.batch_size):

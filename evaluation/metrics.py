@@ -109,12 +109,15 @@ def ssim(images_u8: torch.Tensor, reconstructions_u8: torch.Tensor,
         rows = F.conv2d(t_N1HW, window.view(1, 1, -1, 1))
         return F.conv2d(rows, window.view(1, 1, 1, -1)).unflatten(0, t_B3HW.shape[:2])
 
-    x, y = images_u8.double() / 255, reconstructions_u8.double() / 255
-    mean_x, mean_y = local_mean(x), local_mean(y)
+    x = images_u8.double() / 255
+    y = reconstructions_u8.double() / 255
+    mean_x = local_mean(x)
+    mean_y = local_mean(y)
     var_x = factor * (local_mean(x * x) - mean_x * mean_x)
     var_y = factor * (local_mean(y * y) - mean_y * mean_y)
     cov = factor * (local_mean(x * y) - mean_x * mean_y)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    c1 = (0.01 * data_range) ** 2
+    c2 = (0.03 * data_range) ** 2
     similarity = (2 * mean_x * mean_y + c1) * (2 * cov + c2) \
         / ((mean_x * mean_x + mean_y * mean_y + c1) * (var_x + var_y + c2))
     return similarity.flatten(1).mean(1)
@@ -152,7 +155,9 @@ class FeatureStatistics:
             row = features_NF.isfinite().all(1).int().argmin().item()
             raise ValueError(f'expected finite features, image {first + row} gives nan or infinite '
                              'ones: check its pixels and the weights')
-        count, total, shift = len(features_NF), self.count + len(features_NF), mean - self.mean
+        count = len(features_NF)
+        total = self.count + len(features_NF)
+        shift = mean - self.mean
         features_NF = features_NF - mean
         self.scatter += features_NF.T @ features_NF + torch.outer(shift, shift) * (self.count * count / total)
         self.mean += shift * (count / total)
@@ -160,14 +165,16 @@ class FeatureStatistics:
 
     def reduce(self) -> None:
         """Replace the statistics of every rank by those of all rows; every rank calls it, once at the end."""
-        total, mean = torch.tensor(float(self.count)).to(self.mean), self.mean * self.count
+        total = torch.tensor(float(self.count)).to(self.mean)
+        mean = self.mean * self.count
         dist.allreduce(total)
         dist.allreduce(mean)
         mean /= total.clamp_min(1)
         shift = self.mean - mean
         self.scatter += torch.outer(shift, shift) * self.count
         dist.allreduce(self.scatter)
-        self.count, self.mean = int(total), mean
+        self.count = int(total)
+        self.mean = mean
 
     def covariance(self) -> torch.Tensor:
         """(F, F) unbiased sample covariance.
@@ -242,7 +249,8 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
 
 def _trace_of_root(sigma1: torch.Tensor, sigma2: torch.Tensor) -> torch.Tensor:
     """With R the symmetric root of S1, tr sqrt(S1 S2) is tr sqrt(R S2 R), also of singular covariances."""
-    sigma1, sigma2 = (sigma1 + sigma1.T) / 2, (sigma2 + sigma2.T) / 2
+    sigma1 = (sigma1 + sigma1.T) / 2
+    sigma2 = (sigma2 + sigma2.T) / 2
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     product = root @ sigma2 @ root
@@ -251,7 +259,8 @@ def _trace_of_root(sigma1: torch.Tensor, sigma2: torch.Tensor) -> torch.Tensor:
 
 def _trace_of_root_as_original(sigma1: torch.Tensor, sigma2: torch.Tensor) -> float:
     """tr sqrt(S1 S2) by SciPy's root of a general matrix, with the original's rules where that fails."""
-    sigma1, sigma2 = sigma1.numpy(), sigma2.numpy()
+    sigma1 = sigma1.numpy()
+    sigma2 = sigma2.numpy()
     with warnings.catch_warnings(), np.errstate(all='ignore'):
         warnings.simplefilter('ignore')  # of singular matrices: what they lead to is checked here
         root = linalg.sqrtm(sigma1 @ sigma2)

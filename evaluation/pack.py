@@ -100,7 +100,8 @@ def evaluate_pack(settings: PackSettings) -> None:
 
 def pack_data_set(settings: PackSettings, seed: int | None) -> None:
     """Centre crops of a split of a data set and their classes, as a reference of one's own."""
-    size, count = settings.image_size, settings.count
+    size = settings.image_size
+    count = settings.count
     images = open_split(settings.folder, settings.split, build_transforms(size, crop='adm')[1],
                         exif=settings.exif)
     if count not in (None, len(images)):

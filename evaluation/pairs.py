@@ -34,8 +34,10 @@ class PairScores:
     def __init__(self, with_psnr: bool = True, ssim_definition: str = 'gauss11',
                  distances: dict[str, Callable] | None = None, features: Callable | None = None,
                  num_features: int = 0, device: torch.device | str = 'cpu'):
-        self.with_psnr, self.ssim_definition = with_psnr, ssim_definition
-        self.distances, self.features = distances or {}, features
+        self.with_psnr = with_psnr
+        self.ssim_definition = ssim_definition
+        self.distances = distances or {}
+        self.features = features
         if features is not None:
             self.originals = FeatureStatistics(num_features, device)
             self.reconstructions = FeatureStatistics(num_features, device)

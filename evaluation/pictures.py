@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from evaluation.metrics import to_uint8
 from utils.checkpoint import atomic_path
 
-COLUMNS, ROW_HEIGHT, GAP = 1024, 24, 2           # of the heat map: widest map, height of a scale, in pixels
+# of the heat map: widest map, height of a scale, in pixels
+COLUMNS = 1024
+ROW_HEIGHT = 24
+GAP = 2
 HEAT = ((13, 8, 60), (134, 20, 130), (233, 98, 60), (252, 240, 150))  # rare to frequent; unused codes: black
 
 

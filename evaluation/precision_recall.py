@@ -75,7 +75,8 @@ def _fold_block(x_NF: torch.Tensor, y_MF: torch.Tensor, mode: str, fold: Callabl
 
 def _merge_nearest(slices: Slices, nearest: torch.Tensor) -> torch.Tensor:
     """The smallest distances of every row so far, (N, k + 1) ascending, with those of a block."""
-    count, merged = nearest.shape[1], torch.empty_like(nearest)
+    count = nearest.shape[1]
+    merged = torch.empty_like(nearest)
     for rows, distance_nM in slices:
         nearest_here = distance_nM.topk(min(count, distance_nM.shape[1]), largest=False).values
         merged[rows] = torch.cat([nearest[rows], nearest_here], 1).topk(count, largest=False).values

@@ -327,7 +327,8 @@ def text_report(report: dict[str, Any]) -> str:
         images = f', {values["count"]:,} images of {values["width"]}x{values["height"]}' \
             if 'count' in values else ''
         return f'{name:10} {values["path"]}{images}, statistics {values["statistics"]}'
-    network, settings = report['network'], report['settings']
+    network = report['network']
+    settings = report['settings']
     published = 'published weights' if network['published'] else \
         'no Inception weights of FID: these scores compare with nothing published'
     rejected = f' with rejection (ratio {report["rejection"]["ratio"]:g})' if report['rejection'] else ''

@@ -22,7 +22,8 @@ class ScoreTable:
 
     def __init__(self, output: Path, settings: list[str]):
         self.csv, self.png = (output.with_name(f'{output.name}.{suffix}') for suffix in ('csv', 'png'))
-        self.settings, self.rows = settings, []
+        self.settings = settings
+        self.rows = []
         if self.csv.exists():
             try:
                 with self.csv.open(newline='') as file:

@@ -200,7 +200,8 @@ def load_networks(settings: TokenizerSettings,
         return InceptionFeatures(settings.inception_weights, device, settings.allow_unverified_weights,
                                  settings.cache)
 
-    networks, skipped = {}, {}
+    networks = {}
+    skipped = {}
     for metric, load in (('lpips', load_lpips), ('rfid', load_inception)):
         if metric in settings.wanted:
             try:
@@ -222,7 +223,8 @@ class TokenizerScores:
 
     def __init__(self, settings: TokenizerSettings, tokenizer: Tokenizer, networks: dict[str, Network],
                  device: torch.device):
-        self.settings, self.tokenizer = settings, tokenizer
+        self.settings = settings
+        self.tokenizer = tokenizer
         distances = {f'lpips_{settings.lpips_net}': networks['lpips']} if 'lpips' in networks else {}
         self.pairs = PairScores('psnr' in settings.wanted, settings.ssim if 'ssim' in settings.wanted else '',
                                 distances, networks.get('rfid'), NUM_FEATURES, device)
@@ -308,7 +310,9 @@ def table(report: dict[str, Any], scales: list[str]) -> str:
     """The report for a reader: a line per score, a row per scale, a line per score left out."""
     def number(value: float | int | None) -> str:
         return '-' if value is None else f'{value:.0f}' if value == int(value) else f'{value:.4f}'
-    source, scores, meaning = report['checkpoint'], report['scores'], report['definitions']
+    source = report['checkpoint']
+    scores = report['scores']
+    meaning = report['definitions']
     lines = [f'{Path(source["file"]).name}: {source["model"]}, {source["weights"]} weights, '
              f'{report["num_images"]} images of {report["images"]} at {report["image_size"]} pixels']
     per_scale = [name for name in scores if name.endswith(tuple(f'_{scale}' for scale in scales))]
@@ -339,7 +343,8 @@ def draw(folder: Path, tokenizer: Tokenizer, images: Dataset, usage: CodeUsage |
 # ---------------------------------------------------------------------------------------------- commands
 def evaluate_tokenizer(settings: TokenizerSettings) -> str | None:
     """`evaluate.py tokenizer`: the table for the reader, on the master."""
-    begin, device = time.time(), dist.get_device()
+    begin = time.time()
+    device = dist.get_device()
     allow_tf32(False)
     for folder in (settings.pictures, settings.json and Path(settings.json).parent):
         if folder:

@@ -108,7 +108,8 @@ class KVCache:
     """
 
     def __init__(self, capacity: int = 0):
-        self.capacity, self.length = capacity, 0
+        self.capacity = capacity
+        self.length = 0
         self.storage: torch.Tensor | None = None  # (2, B, capacity, H, d)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +121,8 @@ class KVCache:
             if self.storage is not None:
                 storage[:, :, :self.length] = self.storage[:, :, :self.length]
             self.storage = storage
-        self.storage[0, :, self.length:end], self.storage[1, :, self.length:end] = k, v
+        self.storage[0, :, self.length:end] = k
+        self.storage[1, :, self.length:end] = v
         self.length = end
         return self.storage[0, :, :end], self.storage[1, :, :end]
 

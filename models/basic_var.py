@@ -47,8 +47,10 @@ class SelfAttention(nn.Module):
                  attn_l2_norm: bool = False, flash_if_available: bool = True):
         super().__init__()
         assert embed_dim % num_heads == 0, f'{embed_dim=} must be a multiple of {num_heads=}'
-        self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
-        self.attn_l2_norm, self.attn_drop = attn_l2_norm, attn_drop
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.attn_l2_norm = attn_l2_norm
+        self.attn_drop = attn_drop
         self.backend = 'auto' if flash_if_available else 'sdpa'
         if attn_l2_norm:
             self.scale = 1.
@@ -56,7 +58,8 @@ class SelfAttention(nn.Module):
         else:
             self.scale = 0.25 / math.sqrt(self.head_dim)  # the 0.25 is part of the published model
         self.mat_qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(embed_dim)), nn.Parameter(torch.zeros(embed_dim))
+        self.q_bias = nn.Parameter(torch.zeros(embed_dim))
+        self.v_bias = nn.Parameter(torch.zeros(embed_dim))
         self.register_buffer('zero_k_bias', torch.zeros(embed_dim))
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -73,7 +76,8 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.unbind(2)  # (B, L, H, d)
         if self.attn_l2_norm:
             scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().view(self.num_heads, 1)
-            q, k = (F.normalize(q, dim=-1) * scale_H1).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+            q = (F.normalize(q, dim=-1) * scale_H1).to(v.dtype)
+            k = F.normalize(k, dim=-1).to(v.dtype)
         if self.cache is not None:
             k, v = self.cache.append(k, v)
         out = attend(q, k, v, bias=attn_bias, scale=self.scale,
@@ -105,7 +109,9 @@ class AdaLNSelfAttn(nn.Module):
                  drop: float = 0., attn_drop: float = 0., drop_path: float = 0., attn_l2_norm: bool = False,
                  norm_eps: float = 1e-6, flash_if_available: bool = True, fused_if_available: bool = True):
         super().__init__()
-        self.C, self.D, self.shared_aln = embed_dim, cond_dim, shared_aln
+        self.C = embed_dim
+        self.D = cond_dim
+        self.shared_aln = shared_aln
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, embed_dim) / embed_dim ** 0.5)
         self.drop_path = DropPath(drop_path)
@@ -130,7 +136,8 @@ class AdaLNBeforeHead(nn.Module):
 
     def __init__(self, embed_dim: int, cond_dim: int, norm_eps: float = 1e-6):
         super().__init__()
-        self.C, self.D = embed_dim, cond_dim
+        self.C = embed_dim
+        self.D = cond_dim
         self.ln_wo_grad = nn.LayerNorm(embed_dim, eps=norm_eps, elementwise_affine=False)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 2 * embed_dim))
 
@@ -162,10 +169,12 @@ def init_transformer(model: nn.Module, init_adaln: float, init_adaln_gamma: floa
         block.attn.proj.weight.div_(math.sqrt(2 * len(model.blocks)))
         block.ffn.fc2.weight.div_(math.sqrt(2 * len(model.blocks)))
         if block.shared_aln:
-            gamma, rest = block.ada_gss[:, :, :2], block.ada_gss[:, :, 2:]
+            gamma = block.ada_gss[:, :, :2]
+            rest = block.ada_gss[:, :, 2:]
         else:
             weight = block.ada_lin[-1].weight
-            gamma, rest = weight[:2 * block.C], weight[2 * block.C:]
+            gamma = weight[:2 * block.C]
+            rest = weight[2 * block.C:]
         gamma.mul_(init_adaln_gamma)
         rest.mul_(init_adaln)
 
@@ -192,10 +201,16 @@ class AdaLNTransformer(ARModel):
                  drop_path_rate: float, cond_drop_rate: float, patch_nums: Sequence[int],
                  label_smooth: float):
         super().__init__(tokenizer)
-        self.Cvae, self.V = tokenizer.channels, tokenizer.vocab_size
-        self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
-        self.num_classes, self.cond_drop_rate = num_classes, cond_drop_rate
-        self.drop_path_rate, self.label_smooth = drop_path_rate, label_smooth
+        self.Cvae = tokenizer.channels
+        self.V = tokenizer.vocab_size
+        self.depth = depth
+        self.C = embed_dim
+        self.D = embed_dim
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+        self.cond_drop_rate = cond_drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.label_smooth = label_smooth
         self.patch_nums = tuple(patch_nums)
         self.layout = ScaleLayout(self.patch_nums)
 
@@ -221,10 +236,13 @@ class AdaLNTransformer(ARModel):
     # ------------------------------------------------------------------------------ forward
     def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
         """(B, L, C) after all blocks; under autocast the residual stream is in low precision."""
-        modulation, device_type = self.shared_ada_lin(cond_BD), x_BLC.device.type
+        modulation = self.shared_ada_lin(cond_BD)
+        device_type = x_BLC.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-            x_BLC, modulation, attn_bias = x_BLC.to(dtype), modulation.to(dtype), attn_bias.to(dtype)
+            x_BLC = x_BLC.to(dtype)
+            modulation = modulation.to(dtype)
+            attn_bias = attn_bias.to(dtype)
         for block in self.blocks:
             x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
         return x_BLC
@@ -307,7 +325,8 @@ class AdaLNTransformer(ARModel):
         out = dict(L_mean=loss_L.mean(), acc_mean=acc_L.mean())
         for (begin, end), (height, _) in zip(layout.spans, layout.sizes, strict=True):
             side = height * self.tokenizer.stride
-            out[f'L_{side}'], out[f'acc_{side}'] = loss_L[begin:end].mean(), acc_L[begin:end].mean()
+            out[f'L_{side}'] = loss_L[begin:end].mean()
+            out[f'acc_{side}'] = acc_L[begin:end].mean()
         out |= dict(L_tail=out[f'L_{side}'], acc_tail=out[f'acc_{side}'])
         if self.training:
             hit_V = torch.bincount(predicted_BL.flatten(), minlength=self.V).float()
@@ -334,7 +353,8 @@ class AdaLNTransformer(ARModel):
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Everything but the sides of the code maps."""
         width = state['pos_start'].shape[-1]
-        head, q_bias = 'blocks.0.attn.scale_mul_1H11', state['blocks.0.attn.q_bias']
+        head = 'blocks.0.attn.scale_mul_1H11'
+        q_bias = state['blocks.0.attn.q_bias']
         depth = 1 + max(int(key.split('.')[1]) for key in state if key.startswith('blocks.'))
         return dict(num_classes=len(state['class_emb.weight']) - 1, depth=depth, embed_dim=width,
                     num_heads=state[head].shape[1] if head in state else len(q_bias) // 64,

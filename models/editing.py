@@ -39,8 +39,10 @@ def place(images_B3HW: torch.Tensor, size: tuple[int, int], corner: tuple[int, i
     Raises:
         ValueError: the image does not fit there.
     """
-    (height, width), (top, left) = images_B3HW.shape[-2:], corner
-    bottom, right = size[0] - top - height, size[1] - left - width
+    (height, width) = images_B3HW.shape[-2:]
+    (top, left) = corner
+    bottom = size[0] - top - height
+    right = size[1] - left - width
     if min(top, left, bottom, right) < 0:
         raise ValueError(f'an image of {height}x{width} pixels at row {top}, column {left} does not fit on a '
                          f'canvas of {size[0]}x{size[1]}: pass a larger size or another corner')

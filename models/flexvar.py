@@ -47,7 +47,8 @@ class ScheduleSampler:
     def draw(self, rng: Any = random) -> tuple[int, ...]:
         """Sides, coarse to fine; `rng` is python's `random` or a `random.Random`."""
         last = self.patch_nums[-1]
-        coarse, fine = range(3, last * 10 // 16 + 1), range(max(last * 10 // 16 + 1, 3), last)
+        coarse = range(3, last * 10 // 16 + 1)
+        fine = range(max(last * 10 // 16 + 1, 3), last)
         first = [side for side in self.patch_nums[:-1] if side < 3]  # 1 and 2
         if rng.random() < 0.05:
             sides = list(self.patch_nums)
@@ -80,7 +81,8 @@ def sinusoid_grid(width: int) -> torch.Tensor:
     """(1, C, GRID, GRID): sines of the row in even channels, cosines of the column in odd ones."""
     frequency = torch.exp(-torch.arange(0, width, 2) * (math.log(10000) / width))
     angle = torch.arange(GRID)[None] * frequency[:, None]  # (C / 2, GRID)
-    rows, columns = angle.sin()[:, :, None], angle.cos()[:, None]
+    rows = angle.sin()[:, :, None]
+    columns = angle.cos()[:, None]
     pairs = torch.stack([rows.expand(-1, GRID, GRID), columns.expand(-1, GRID, GRID)], dim=1)
     return pairs.reshape(1, width, GRID, GRID)
 
@@ -197,7 +199,8 @@ class FlexVAR(AdaLNTransformer):
         """
         layout = ScaleLayout(as_sizes(self.patch_nums if infer_patch_nums is None else infer_patch_nums))
         check_sizes(layout.sizes)
-        B, given = len(label_B), 0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1]
+        B = len(label_B)
+        given = 0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1]
         if given != layout.total - 1:
             raise ValueError(f'expected {layout.total - 1} tokens after the first for scales of '
                              f'{layout.sizes}, got {given}: pass the sides that the input was made with')
@@ -247,7 +250,9 @@ class FlexVAR(AdaLNTransformer):
         check_sizes(layout.sizes)
         if pos_mode not in ('stretch', 'crop'):
             raise ValueError(f"pos_mode must be 'stretch' or 'crop', got {pos_mode!r}")
-        B, num_scales, was_training = len(label_B), len(layout.sizes), self.training
+        B = len(label_B)
+        num_scales = len(layout.sizes)
+        was_training = self.training
         cond_BD = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)]))
         modulation = self.shared_ada_lin(cond_BD)
         x_BlC = (cond_BD + self.pos_start[0]).view(2 * B, 1, -1) + self.positions((1, 1), pos_mode)

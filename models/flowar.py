@@ -46,7 +46,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, qkv_bias: bool, attn_drop: float = 0.,
                  proj_drop: float = 0.):
         super().__init__()
-        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -58,7 +59,8 @@ class Attention(nn.Module):
         B, L, C = x_BLC.shape
         q, k, v = self.qkv(x_BLC).view(B, L, 3, self.num_heads, -1).unbind(2)  # (B, L, H, d)
         table_2Lp = self.rope(positions_L2)
-        q, k = rotate(q, table_2Lp), rotate(k, table_2Lp)
+        q = rotate(q, table_2Lp)
+        k = rotate(k, table_2Lp)
         if self.cache is not None:
             k, v = self.cache.append(k, v)
         out = attend(q, k, v, bias=attn_bias, dropout_p=self.attn_drop if self.training else 0.)
@@ -91,8 +93,10 @@ class GatedMLP(nn.Module):
     def __init__(self, width: int, mlp_ratio: float, drop: float = 0.):
         super().__init__()
         hidden = int(width * mlp_ratio * 2 / 3.)
-        self.fc1_g, self.fc1_x = nn.Linear(width, hidden), nn.Linear(width, hidden)
-        self.fc2, self.drop = nn.Linear(hidden, width), nn.Dropout(drop)
+        self.fc1_g = nn.Linear(width, hidden)
+        self.fc1_x = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1_g(x)) * self.fc1_x(x))))
@@ -148,9 +152,11 @@ class AttnCrossAttnMLP(nn.Module):
         self.norm = RMSNorm(width, affine=False)
         self.attn = Attention(width, num_heads, qkv_bias=False)
         self.crossattn = CrossAttention(width, cond_width, num_heads)
-        self.norm2_1, self.norm2_2 = RMSNorm(width), RMSNorm(cond_width)
+        self.norm2_1 = RMSNorm(width)
+        self.norm2_2 = RMSNorm(cond_width)
         self.mlp = GatedMLP(width, 4.)
-        self.ada_lin_attn, self.ada_lin_mlp = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
+        self.ada_lin_attn = nn.Linear(width, 3 * width)
+        self.ada_lin_mlp = nn.Linear(width, 3 * width)
 
     def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor, z_BlC: torch.Tensor,
                 positions_l2: torch.Tensor) -> torch.Tensor:
@@ -208,7 +214,9 @@ class FlowHead(nn.Module):
     def forward(self, x_BlZ: torch.Tensor, t_B: torch.Tensor, z_BlC: torch.Tensor,
                 positions_l2: torch.Tensor) -> torch.Tensor:
         """(B, l, Z)."""
-        t_B1W, c_BlW, x_BlW = self.time_embed(t_B)[:, None], self.cond_embed(z_BlC), self.input_proj(x_BlZ)
+        t_B1W = self.time_embed(t_B)[:, None]
+        c_BlW = self.cond_embed(z_BlC)
+        x_BlW = self.input_proj(x_BlZ)
         for block in self.res_blocks:
             x_BlW = block(x_BlW, t_B1W, c_BlW, z_BlC, positions_l2)
         return self.final_layer(x_BlW, t_B1W + c_BlW)
@@ -288,28 +296,35 @@ class FlowAR(ARModel):
         if loss_weighting not in LOSS_WEIGHTS:
             raise ValueError(f'loss_weighting must be one of {", ".join(LOSS_WEIGHTS)}, '
                              f'got {loss_weighting!r}')
-        self.num_classes, self.label_drop_prob = num_classes, label_drop_prob
-        self.loss_weighting, self.use_checkpoint = loss_weighting, use_checkpoint
-        self.C, self.Z = encoder_embed_dim, vae_local.channels
+        self.num_classes = num_classes
+        self.label_drop_prob = label_drop_prob
+        self.loss_weighting = loss_weighting
+        self.use_checkpoint = use_checkpoint
+        self.C = encoder_embed_dim
+        self.Z = vae_local.channels
         self.layout = ScaleLayout(tuple(scale))
 
         # 1. input: class token, then the resized coarser scale
         self.class_emb = nn.Embedding(num_classes + 1, self.C)
-        self.z_proj, self.z_proj_ln = nn.Linear(self.Z, self.C), RMSNorm(self.C)
+        self.z_proj = nn.Linear(self.Z, self.C)
+        self.z_proj_ln = RMSNorm(self.C)
 
         # 2. absolute positions of every token, before each stack and after the last
         def positions() -> nn.Parameter:
             return nn.Parameter(torch.empty(1, self.layout.total, self.C))
-        self.encoder_pos_embed_learned, self.decoder_pos_embed_learned = positions(), positions()
+        self.encoder_pos_embed_learned = positions()
+        self.decoder_pos_embed_learned = positions()
         self.diffusion_pos_embed_learned = positions()
 
         # 3. trunk
         def stack(depth: int, num_heads: int) -> nn.ModuleList:
             return nn.ModuleList(TrunkBlock(self.C, num_heads, mlp_ratio, attn_dropout, proj_dropout)
                                  for _ in range(depth))
-        self.encoder_blocks, self.encoder_norm = stack(encoder_depth, encoder_num_heads), RMSNorm(self.C)
+        self.encoder_blocks = stack(encoder_depth, encoder_num_heads)
+        self.encoder_norm = RMSNorm(self.C)
         self.decoder_embed = nn.Linear(self.C, self.C)
-        self.decoder_blocks, self.decoder_norm = stack(decoder_depth, decoder_num_heads), RMSNorm(self.C)
+        self.decoder_blocks = stack(decoder_depth, decoder_num_heads)
+        self.decoder_norm = RMSNorm(self.C)
         self.register_buffer('mask', self.layout.causal_bias()[None, None])
 
         # 4. flow head
@@ -335,7 +350,8 @@ class FlowAR(ARModel):
 
     def next_input(self, x_BZnn: torch.Tensor, k: int) -> torch.Tensor:
         """(B, next l, Z): scale k brought to full size, then averaged to the size of the next scale."""
-        full, n = self.layout.patch_nums[-1], self.layout.patch_nums[k + 1]
+        full = self.layout.patch_nums[-1]
+        n = self.layout.patch_nums[k + 1]
         large = F.interpolate(x_BZnn, size=(full, full), mode='bicubic')
         return to_tokens(F.interpolate(large, size=(n, n), mode='area'))
 
@@ -352,11 +368,13 @@ class FlowAR(ARModel):
         target_BLZ, teacher_BLZ = self.pyramid(latent_BZhw)
         if self.training:
             label_B = drop_labels(label_B, self.num_classes, self.label_drop_prob)
-        B, device = len(label_B), label_B.device
+        B = len(label_B)
+        device = label_B.device
         draws = [(draw_rows(B, device, lambda t: t.uniform_()),
                   draw_rows(B, device, lambda t: t.normal_(), (length, self.Z)))
                  for length in self.layout.lengths]
-        t_KB, noise_BLZ = torch.stack([t for t, _ in draws]), torch.cat([noise for _, noise in draws], dim=1)
+        t_KB = torch.stack([t for t, _ in draws])
+        noise_BLZ = torch.cat([noise for _, noise in draws], dim=1)
         part_ways()
         z_BLC = self(label_B, teacher_BLZ)
         error_KB = self.velocity_error(target_BLZ, z_BLC, t_KB, noise_BLZ)
@@ -367,7 +385,9 @@ class FlowAR(ARModel):
         """(K, B) mean squared error of the head's velocity on x_t = (1 - t) x + t noise."""
         errors = []
         for k, ((begin, end), t_B) in enumerate(zip(self.layout.spans, t_KB, strict=True)):
-            x, noise, t_B11 = target_BLZ[:, begin:end], noise_BLZ[:, begin:end], t_B[:, None, None]
+            x = target_BLZ[:, begin:end]
+            noise = noise_BLZ[:, begin:end]
+            t_B11 = t_B[:, None, None]
             v = self.flownet((1 - t_B11) * x + t_B11 * noise, t_B, z_BLC[:, begin:end], self.positions(k))
             errors.append((v.float() - (noise - x)).square().mean((1, 2)))
         return torch.stack(errors)
@@ -420,9 +440,11 @@ class FlowAR(ARModel):
             lower_steps: of the last scale, see `annealed_steps`; None anneals nothing.
             rng: a generator, `ImageNoise`, or None for torch's global generator.
         """
-        num_scales, was_training = len(self.layout.patch_nums), self.training
+        num_scales = len(self.layout.patch_nums)
+        was_training = self.training
         steps = annealed_steps(num_steps, num_steps if lower_steps is None else lower_steps, num_scales)
-        grids, B = [time_grid(n) for n in steps], len(label_B)
+        grids = [time_grid(n) for n in steps]
+        B = len(label_B)
         both = 2 if cfg > 1 else 1  # the null class takes no part without guidance
         cond_BC = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)])[:both * B])
         x_BlC = cond_BC[:, None]
@@ -430,7 +452,8 @@ class FlowAR(ARModel):
         try:
             with kv_caching([*self.encoder_blocks, *self.decoder_blocks], capacity=self.layout.total):
                 for k, n in enumerate(self.layout.patch_nums):
-                    span, scale = slice(*self.layout.spans[k]), 1 + (cfg - 1) * self.layout.ratio(k)
+                    span = slice(*self.layout.spans[k])
+                    scale = 1 + (cfg - 1) * self.layout.ratio(k)
                     z_BlC = self.trunk(x_BlC, cond_BC, self.positions(k), span)  # no mask: all cached is seen
                     noise_BlZ = normal_like(x_BlC.new_empty(B, n * n, self.Z, dtype=torch.float32), rng)
                     tokens_BlZ, evaluations = self.integrate(noise_BlZ, z_BlC, k, scale, guidance_until,
@@ -454,14 +477,19 @@ class FlowAR(ARModel):
         Returns:
             (tokens (B, l, Z) float32, evaluations of the head with label and without).
         """
-        B, positions_l2, x, num_null = len(x_BlZ), self.positions(k), x_BlZ.double(), 0
+        B = len(x_BlZ)
+        positions_l2 = self.positions(k)
+        x = x_BlZ.double()
+        num_null = 0
         for t, t_next in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
             guided = scale > 1 and t <= guidance_until
             z = z_BlC if guided else z_BlC[:B]
-            x_in, t_in = x.float().repeat(len(z) // B, 1, 1), torch.full((len(z),), t, device=x.device)
+            x_in = x.float().repeat(len(z) // B, 1, 1)
+            t_in = torch.full((len(z),), t, device=x.device)
             v = self.flownet(x_in, t_in, z, positions_l2).double()
             if guided:
-                v, num_null = guide(*v.chunk(2), scale), num_null + 1
+                v = guide(*v.chunk(2), scale)
+                num_null = num_null + 1
             x = x + (t_next - t) * v
         return x.float(), (len(grid) - 1, num_null)
 
@@ -508,7 +536,8 @@ class FlowAR(ARModel):
 
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-        width, freqs = state['class_emb.weight'].shape[1], 'blocks.0.attn.rope.freqs'
+        width = state['class_emb.weight'].shape[1]
+        freqs = 'blocks.0.attn.rope.freqs'
 
         def depth(prefix: str) -> int:
             return 1 + max(int(key[len(prefix):].split('.')[0]) for key in state if key.startswith(prefix))

@@ -24,7 +24,9 @@ class ImageNoise:
     """
 
     def __init__(self, seed: int, index_B: list[int]):
-        self.seed, self.index_B, self.num_draws = seed, list(index_B), 0
+        self.seed = seed
+        self.index_B = list(index_B)
+        self.num_draws = 0
 
     def exponential_like(self, t: torch.Tensor) -> torch.Tensor:
         """Fresh float32 noise of t's shape and device; dim 0 is the image."""
@@ -78,7 +80,8 @@ def global_rows(start: int, total: int) -> Iterator[None]:
     rank give every image the same draws for any number of ranks and accumulation steps.
     """
     global _rows
-    outer, _rows = _rows, (torch.tensor(start, device='cpu'), total)
+    outer = _rows
+    _rows = (torch.tensor(start, device='cpu'), total)
     try:
         yield
     finally:

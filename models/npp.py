@@ -66,7 +66,9 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, n_head: int, n_kv_head: int, attn_drop: float, resid_drop: float):
         super().__init__()
-        self.n_head, self.n_kv_head, self.attn_drop = n_head, n_kv_head, attn_drop
+        self.n_head = n_head
+        self.n_kv_head = n_kv_head
+        self.attn_drop = attn_drop
         self.wqkv = nn.Linear(dim, (n_head + 2 * n_kv_head) * (dim // n_head), bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
         self.resid_dropout = nn.Dropout(resid_drop)
@@ -76,7 +78,8 @@ class Attention(nn.Module):
         B, L, C = x_BLC.shape
         heads = self.wqkv(x_BLC).view(B, L, self.n_head + 2 * self.n_kv_head, -1)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)  # (B, L, H, d)
-        q, k = rotate(q, table_2Lp), rotate(k, table_2Lp)
+        q = rotate(q, table_2Lp)
+        k = rotate(k, table_2Lp)
         if self.cache is not None:
             k, v = self.cache.append(k, v)
         if self.n_kv_head < self.n_head:
@@ -90,7 +93,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float):
         super().__init__()
-        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.ffn_dropout = nn.Dropout(drop)
 
@@ -106,7 +110,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(dim, n_head, n_kv_head, attn_drop, resid_drop)
         self.feed_forward = FeedForward(dim, hidden, ffn_drop)
-        self.attention_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.attention_norm = RMSNorm(dim, eps)
+        self.ffn_norm = RMSNorm(dim, eps)
         self.drop_path = DropPath(drop_path)
 
     @property
@@ -153,7 +158,8 @@ class NPP(ARModel):
         if dim % n_head or n_head % n_kv_head:
             raise ValueError(f'expected heads that divide the width and groups that divide the heads, got '
                              f'width {dim}, {n_head} heads, {n_kv_head} groups: choose other numbers')
-        ends, sides = [end for end, _ in phases], [p for _, p in phases]
+        ends = [end for end, _ in phases]
+        sides = [p for _, p in phases]
         if not phases or ends != sorted({*ends}) or ends[0] <= 0 or (ends[-1], sides[-1]) != (1, 1) \
                 or any(p < 1 or grid % p for p in sides):
             raise ValueError('expected phases (share at which it ends, side of a patch that divides '
@@ -161,9 +167,13 @@ class NPP(ARModel):
                              'and --patch_level')
         if drop_path_rate:
             resid_dropout_p = ffn_dropout_p = 0.
-        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
-        self.grid, self.phases, self.vocab_size = grid, tuple(phases), vae_local.vocab_size
-        self.n_head, self.n_kv_head = n_head, n_kv_head
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        self.grid = grid
+        self.phases = tuple(phases)
+        self.vocab_size = vae_local.vocab_size
+        self.n_head = n_head
+        self.n_kv_head = n_kv_head
 
         # 1. input: class token, then patches of codes
         self.cls_embedding = LabelEmbedder(num_classes, dim)
@@ -190,11 +200,13 @@ class NPP(ARModel):
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
         """Cross-entropy of every code given the class and the patches before its own."""
-        idx_BN, p = self.tokenizer.encode(images_B3HW), self.patch_side(progress)
+        idx_BN = self.tokenizer.encode(images_B3HW)
+        p = self.patch_side(progress)
         if self.training:
             label_B = drop_labels(label_B, self.num_classes, self.class_dropout_prob)
             part_ways()
-        logits_BPV, idx_BPM = self(label_B, idx_BN, p), patches(idx_BN, p)
+        logits_BPV = self(label_B, idx_BN, p)
+        idx_BPM = patches(idx_BN, p)
         loss = patch_loss(logits_BPV, idx_BPM)
         return loss, dict(loss=loss.detach(), hit=logits_BPV.argmax(2, keepdim=True) == idx_BPM, p=p)
 
@@ -244,10 +256,13 @@ class NPP(ARModel):
             grid: side of the map; None is that of training.
             rng: a generator, `ImageNoise`, or None for torch's global generator.
         """
-        B, num_codes, was_training = len(label_B), (grid or self.grid) ** 2, self.training
+        B = len(label_B)
+        num_codes = (grid or self.grid) ** 2
+        was_training = self.training
         null_B = torch.full_like(label_B, self.num_classes)
         x_B1C = self.cls_embedding(torch.cat([label_B, null_B]) if guidance > 1 else label_B)
-        table_2Lp, codes = self.rope_table(grid or self.grid), []
+        table_2Lp = self.rope_table(grid or self.grid)
+        codes = []
         self.eval()
         try:
             with kv_caching(self.layers, capacity=num_codes):
@@ -272,7 +287,9 @@ class NPP(ARModel):
         if greedy or top_p <= 0:
             return logits_B1V.argmax(2)
         logits_B1V = logits_B1V / max(temperature, 1e-5)
-        top_k, top_p = min(top_k, self.vocab_size), top_p if top_p < 1 else 0.  # 0 is off there
+        # 0 is off there
+        top_k = min(top_k, self.vocab_size)
+        top_p = top_p if top_p < 1 else 0.
         return sample_with_top_k_top_p_(logits_B1V, top_k, top_p, rng)[:, :, 0]
 
     def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 1., rng: Rng = None,

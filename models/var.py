@@ -46,7 +46,8 @@ class ProgressiveSchedule:
 
     def stage(self, step: np.ndarray) -> np.ndarray:
         """Index of the finest scale trained at each step."""
-        last, full_from = self.num_scales - 1, self.total * self.until
+        last = self.num_scales - 1
+        full_from = self.total * self.until
         done = np.clip((step - self.warmup) / max(full_from - self.warmup, 1e-9), 0, 1)
         stage = self.first_stage + np.round(done * (last - self.first_stage)).astype(int)
         return np.where(step <= self.warmup, self.first_stage, np.where(step >= full_from, last, stage))
@@ -135,7 +136,8 @@ class VAR(AdaLNTransformer):
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
         """Cross-entropy of all tokens given the coarser scales, each token weighted 1 / L."""
-        stage, newest_weight = len(self.patch_nums) - 1, 1.
+        stage = len(self.patch_nums) - 1
+        newest_weight = 1.
         if self.progressive:
             stage, newest_weight = self.progressive.at(progress)
         idx_kBl = self.tokenizer.encode(images_B3HW)[:stage + 1]
@@ -162,7 +164,8 @@ class VAR(AdaLNTransformer):
         Returns:
             (B, first_l + tokens, V) float32.
         """
-        B, L = len(label_B), self.first_l + (0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1])
+        B = len(label_B)
+        L = self.first_l + (0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1])
         self.layout.num_scales_of(L)
         device_type = label_B.device.type
         with torch.autocast(device_type, enabled=False):
@@ -193,7 +196,9 @@ class VAR(AdaLNTransformer):
             rng: a generator, `ImageNoise`, or None for torch's global generator.
             keep: codes that replace drawn ones; they consume the same noise.
         """
-        B, quantize, was_training = len(label_B), self.tokenizer.quantize, self.training
+        B = len(label_B)
+        quantize = self.tokenizer.quantize
+        was_training = self.training
         cond_BD = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)]))
         modulation = self.shared_ada_lin(cond_BD)
         position_1LC = self.lvl_embed(self.lvl_1L) + self.pos_1LC
@@ -289,7 +294,8 @@ class VAR(AdaLNTransformer):
         config = dict(patch_nums=list(self.patch_nums), resos=resos, label_smooth=self.label_smooth,
                       prog_it=0, last_prog_si=-1, first_prog=True)
         if self.progressive:
-            schedule, (stage, _) = self.progressive, self.progressive.at(progress)
+            schedule = self.progressive
+            (stage, _) = self.progressive.at(progress)
             begin = schedule.stage_begins[stage]
             config.update(prog_it=round(progress * schedule.total) - begin, last_prog_si=stage,
                           first_prog=begin == 0)

@@ -35,7 +35,9 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
     if tokenizer_class is not None:
         args.append(load_tokenizer(recipe, tokenizer_class, device))
         kwargs['num_classes'] = num_classes
-    on_meta, state, checkpoint = torch.device(device).type == 'meta', None, {}
+    on_meta = torch.device(device).type == 'meta'
+    state = None
+    checkpoint = {}
     if recipe.init_from and not on_meta:
         path = fetch(recipe.init_from)
         checkpoint = load_file(path)

@@ -36,7 +36,9 @@ class TrainingFID:
     """
 
     def __init__(self, network: Any, settings: SampleRecipe, reference: tuple[torch.Tensor, torch.Tensor]):
-        self.network, self.settings, self.reference = network, settings, reference
+        self.network = network
+        self.settings = settings
+        self.reference = reference
         self.name = f'fid_{settings.num_images / 1000:g}k'
 
     def __call__(self, model: ARModel, autocast: AbstractContextManager,
@@ -46,8 +48,10 @@ class TrainingFID:
         Args:
             stop_request: becomes true when a rank must end soon; all then give nan after their current batch.
         """
-        count, size = self.settings.num_images, self.settings.batch_size
-        features, is_finite = FeatureSet(self.network, count, model.device), True
+        count = self.settings.num_images
+        size = self.settings.batch_size
+        features = FeatureSet(self.network, count, model.device)
+        is_finite = True
         for first in range(dist.get_rank() * size, count, dist.get_world_size() * size):
             index_B = range(first, min(first + size, count))
             with torch.no_grad(), autocast:

@@ -158,7 +158,8 @@ def read_as_told(path: Path, digest: str, position: tuple[int, int]) -> Newest:
             if dist.is_local_master():
                 content, found_digest = load_with_digest(path)
             else:
-                content, found_digest = load_file(path, verify=False), digest
+                content = load_file(path, verify=False)
+                found_digest = digest
             if (found_digest, position_of(content)) == (digest, position):
                 return Newest(path, content, digest, ())
             reason = (f'{str(path)!r} is another file than the one that rank 0 continues from '

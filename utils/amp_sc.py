@@ -28,9 +28,12 @@ class AmpOptimizer:
 
     def __init__(self, mixed_precision: int, optimizer: torch.optim.Optimizer, names: list[str],
                  paras: list[nn.Parameter], grad_clip: float, n_gradient_accumulation: int = 1):
-        self.optimizer, self.names, self.paras = optimizer, names, paras
+        self.optimizer = optimizer
+        self.names = names
+        self.paras = paras
         self.moved = True
-        self.grad_clip, self.r_accu = grad_clip, 1 / n_gradient_accumulation
+        self.grad_clip = grad_clip
+        self.r_accu = 1 / n_gradient_accumulation
         self.device_type = paras[0].device.type
         self.amp_ctx = autocast(self.device_type, mixed_precision)
         self.scaler = None

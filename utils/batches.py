@@ -91,7 +91,8 @@ class NpzBatch(ImageBatch):
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.warnings = Path(path), []
+        self.path = Path(path)
+        self.warnings = []
         keys = npz_keys(path)
         if 'arr_0' not in keys:
             raise ValueError(f'expected images as arr_0 in {path}, got the arrays '
@@ -103,7 +104,8 @@ class NpzBatch(ImageBatch):
             info = archive.getinfo('arr_0.npy')
         if info.file_size - self.header_size < prod(shape):
             raise _truncated(path, prod(shape), info.file_size - self.header_size)
-        self.shape, self.is_stored = shape, info.compress_type == zipfile.ZIP_STORED
+        self.shape = shape
+        self.is_stored = info.compress_type == zipfile.ZIP_STORED
         self.count, self.height, self.width, _ = shape
         if self.is_stored:
             with self.path.open('rb') as file:  # a local header of 30 bytes, name and extra field come first
@@ -246,7 +248,8 @@ def _check_images(shape: tuple[int, ...], dtype: np.dtype, stream: IO[bytes], pa
     if dtype.kind == 'f':
         data = stream.read(2 ** 20)
         values = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
-        low, high = values.min(initial=0), values.max(initial=0)
+        low = values.min(initial=0)
+        high = values.max(initial=0)
         # with some room, as the outputs of decoders leave [0, 1] or [-1, 1] a little
         scale = 'x.round()' if high > 2 else 'x * 127.5 + 128' if low < -0.1 else 'x * 255 + 0.5'
         raise ValueError(f'expected 8-bit images as arr_0 of {path}, got {dtype} with values from {low:g} to '
@@ -269,7 +272,8 @@ class FolderBatch(ImageBatch):
     """
 
     def __init__(self, path: str | Path, allow_jpeg: bool = True):
-        self.path, self.warnings = Path(path), []
+        self.path = Path(path)
+        self.warnings = []
         if not self.path.is_dir():
             raise ValueError(f'expected a folder of PNG files, found none at {str(path)!r}: check the path')
         self.files = sorted(file for file in self.path.iterdir()
@@ -281,7 +285,8 @@ class FolderBatch(ImageBatch):
         for file in self.files:
             kind, (width, height) = _inspect(file)
             if file == self.files[0]:
-                self.height, self.width = height, width
+                self.height = height
+                self.width = width
             if (height, width) != (self.height, self.width):
                 raise ValueError(f'expected images of {self.width}x{self.height} in {str(path)!r}, got '
                                  f'{width}x{height} in {file.name!r}: make all of one size, in a fresh '
@@ -388,7 +393,8 @@ def write_npz(path: str | Path, images: Iterable[np.ndarray], count: int, height
     if labels is not None and np.shape(labels) != (count,):
         raise ValueError(f'expected {count} labels for {path}, got shape {np.shape(labels)}: '
                          'give one per image')
-    shape, num_written = (count, height, width, 3), 0
+    shape = (count, height, width, 3)
+    num_written = 0
     try:
         with atomic_path(path) as temporary, zipfile.ZipFile(temporary, 'w') as archive:
             with _new_member(archive, 'arr_0.npy') as stream:

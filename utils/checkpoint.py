@@ -74,7 +74,8 @@ def remove_leftovers(folder: str | os.PathLike, prefix: str) -> None:
 
 def set_aside(path: Path) -> Path:
     """Rename a file that is in the way to `<name>.damaged`, with a number where that is taken."""
-    target, number = path.with_name(f'{path.name}.damaged'), 1
+    target = path.with_name(f'{path.name}.damaged')
+    number = 1
     while os.path.lexists(target):
         number += 1
         target = path.with_name(f'{path.name}.damaged{number}')

@@ -119,13 +119,20 @@ class Shapes(Dataset):
         def draw(low: float, high: float) -> np.ndarray:
             return rng.uniform(low, high, (count, 1, 1))
         background, colour = rng.uniform(size=(2, count, 1, 1, 3))
-        center_x, center_y, radius = draw(0.3, 0.7), draw(0.3, 0.7), draw(0.15, 0.35)
-        angle, frequency, phase = draw(0, np.pi), draw(2, 6), draw(0, 2 * np.pi)
+        center_x = draw(0.3, 0.7)
+        center_y = draw(0.3, 0.7)
+        radius = draw(0.15, 0.35)
+        angle = draw(0, np.pi)
+        frequency = draw(2, 6)
+        phase = draw(0, 2 * np.pi)
         self.images_u8 = np.empty((count, EMBEDDED_SIZE, EMBEDDED_SIZE, 3), np.uint8)
         y, x = (np.mgrid[:EMBEDDED_SIZE, :EMBEDDED_SIZE] + 0.5) / EMBEDDED_SIZE
         for label, mask in enumerate(SHAPES.values()):
             i = self.targets == label
-            dx, dy, cos, sin = x - center_x[i], y - center_y[i], np.cos(angle[i]), np.sin(angle[i])
+            dx = x - center_x[i]
+            dy = y - center_y[i]
+            cos = np.cos(angle[i])
+            sin = np.sin(angle[i])
             m = mask(cos * dx + sin * dy, cos * dy - sin * dx, np.hypot(dx, dy),
                      radius[i], frequency[i], phase[i])[..., None]
             pixels = background[i] * (1 - m) + colour[i] * m
@@ -156,7 +163,8 @@ def adm_crop(image: Image.Image, side: int, size: int,
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+    width = round(image.width * scale)
+    height = round(image.height * scale)
     top, left = place(height, width)
     box = left, top, left + size, top + size
     return resized_part(image, (width, height), Image.Resampling.BICUBIC, box)
@@ -176,7 +184,8 @@ class AdmRandomCrop:
     """
 
     def __init__(self, size: int, min_ratio: float = 0.8):
-        self.size, self.largest = size, math.ceil(size / min_ratio)
+        self.size = size
+        self.largest = math.ceil(size / min_ratio)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         def place(height: int, width: int) -> tuple[int, int]:
@@ -225,7 +234,8 @@ def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.1
         raise ValueError(f'--crop must be one of {", ".join(crops)}, got {crop!r}')
     train, val = crops[crop]
     finish = [ToTensor(), normalize_01_into_pm1]
-    return Compose([RandomHorizontalFlip()] * hflip + train + finish), Compose(val + finish)
+    flip = [RandomHorizontalFlip()] if hflip else []
+    return Compose(flip + train + finish), Compose(val + finish)
 
 
 def crop_views(image: Image.Image, size: int, crop_range: float = 0.) -> torch.Tensor:
@@ -364,7 +374,8 @@ def files_below(folder: str, around: frozenset[str] | None = None) -> Iterator[t
         around = frozenset(map(os.path.realpath, parents))
     if here in around:
         return
-    names, below = [], []
+    names = []
+    below = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if not is_data(entry.name):
@@ -391,7 +402,8 @@ class ClassFolders(DatasetFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         classes = _folders(Path(directory))
         if not classes:
-            folder, count = Path(directory), _count_images(Path(directory))
+            folder = Path(directory)
+            count = _count_images(Path(directory))
             if not count:
                 raise ValueError(f'{directory!r} holds no class folder and no images: put images into '
                                  f'{folder.name}/<class>/, one folder per class, a part of them, a tenth '
@@ -449,7 +461,8 @@ class ListedImages(Dataset):
 
     def __init__(self, listing: Path, folder: Path, transform: Callable | None = None,
                  loader: Callable = pil_loader):
-        self.transform, self.loader = transform, loader
+        self.transform = transform
+        self.loader = loader
         self.root = str(folder)
         self.paths: list[str] = []
         self.targets: list[int] = []
@@ -515,7 +528,8 @@ def name_of(dataset: Dataset, index: int) -> str:
     """The file of an image, or its number in a data set without files."""
     if isinstance(dataset, Subset):
         return name_of(dataset.dataset, dataset.indices[index])
-    samples, paths = getattr(dataset, 'samples', None), getattr(dataset, 'paths', None)
+    samples = getattr(dataset, 'samples', None)
+    paths = getattr(dataset, 'paths', None)
     if samples:
         return str(samples[index][0])
     if isinstance(paths, list):
@@ -537,7 +551,9 @@ class KeyedAugmentation(Dataset):
     """
 
     def __init__(self, dataset: Dataset, seed: int, replace_damaged: bool = False):
-        self.dataset, self.seed, self.replace_damaged = dataset, seed, replace_damaged
+        self.dataset = dataset
+        self.seed = seed
+        self.replace_damaged = replace_damaged
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -41,12 +41,19 @@ class DistInfiniteBatchSampler(Sampler):
         if glb_batch_size % world_size:
             raise ValueError(f'a global batch of {glb_batch_size} cannot be shared '
                              f'by {world_size} ranks evenly')
-        self.world_size, self.rank, self.dataset_len = world_size, rank, dataset_len
-        self.glb_batch_size, self.batch_size = glb_batch_size, glb_batch_size // world_size
-        self.seed, self.repeated_aug = same_seed_for_all_ranks, repeated_aug
-        self.fill_last, self.shuffle = fill_last, shuffle
-        self.start_ep, self.start_it = start_ep, start_it
-        self.by_batch, self.with_epoch = by_batch, with_epoch
+        self.world_size = world_size
+        self.rank = rank
+        self.dataset_len = dataset_len
+        self.glb_batch_size = glb_batch_size
+        self.batch_size = glb_batch_size // world_size
+        self.seed = same_seed_for_all_ranks
+        self.repeated_aug = repeated_aug
+        self.fill_last = fill_last
+        self.shuffle = shuffle
+        self.start_ep = start_ep
+        self.start_it = start_it
+        self.by_batch = by_batch
+        self.with_epoch = with_epoch
         self.iters_per_ep = -(-dataset_len // glb_batch_size)
 
     def __len__(self) -> int:
@@ -78,8 +85,10 @@ class DistInfiniteBatchSampler(Sampler):
         return [mine[i:i + self.batch_size].tolist() for i in range(0, len(mine), self.batch_size)]
 
     def __iter__(self) -> Iterator[list]:
-        epoch, first = self.start_ep, self.start_it
+        epoch = self.start_ep
+        first = self.start_it
         while True:
             for batch in self.epoch_batches(epoch)[first:]:
                 yield [(epoch, index) for index in batch] if self.with_epoch else batch
-            epoch, first = epoch + 1, 0
+            epoch = epoch + 1
+            first = 0

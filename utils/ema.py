@@ -21,7 +21,10 @@ class WeightEMA:
 
     def __init__(self, model: nn.Module, decay: float, copied: set[str] = frozenset(),
                  warmup: bool = True):
-        self.model, self.decay, self.warmup, self.num_updates = model, decay, warmup, 0
+        self.model = model
+        self.decay = decay
+        self.warmup = warmup
+        self.num_updates = 0
         self.averaged = {name for name, parameter in model.named_parameters()
                          if parameter.requires_grad} - set(copied)
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -41,7 +41,8 @@ class ImageStore:
     """
 
     def __init__(self, folder: str | Path, num_threads: int = 4):
-        self.folder, self.num_threads = Path(folder), num_threads
+        self.folder = Path(folder)
+        self.num_threads = num_threads
         self.threads = ThreadPoolExecutor(num_threads)
         self.pending: deque[tuple[Future, int]] = deque()  # with their numbers of images
 

@@ -179,7 +179,8 @@ def _from_deep_grey(image: Image.Image, raw_mode: str) -> Image.Image:
         ValueError: values that are not finite, negative, above 65535, or little above 1 or 255.
     """
     values = np.asarray(image)
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError('its pixels are nan or infinite')
     span = f'its pixels lie in [{low:g}, {high:g}], expected [0, 1], [0, 255] or [0, 65535]'
@@ -257,7 +258,9 @@ class ResizedCrop:
     """
 
     def __init__(self, side: int, size: int, place: Callable[[int, int], tuple[int, int]]):
-        self.side, self.size, self.place = side, size, place
+        self.side = side
+        self.size = size
+        self.place = place
 
     def __call__(self, image: Image.Image) -> Image.Image:
         short, long = sorted(image.size)

@@ -91,7 +91,8 @@ def _going_on(batches: Iterator[Any], make_loader: Callable[[tuple[int, int]], D
                     restarts = 0
                     step += 1
                     if step == steps_per_epoch:
-                        epoch, step = epoch + 1, 0
+                        epoch = epoch + 1
+                        step = 0
             batches = begun(make_loader((epoch, step)))
         except LoaderDied as death:
             restarts += 1

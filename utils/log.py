@@ -81,7 +81,9 @@ class SmoothedValue:
 
     def __init__(self, window_size: int = 30, fmt: str = '{median:.4f} ({global_avg:.4f})'):
         self.deque: deque[float] = deque(maxlen=window_size)
-        self.total, self.count, self.fmt = 0., 0, fmt
+        self.total = 0.
+        self.count = 0
+        self.fmt = fmt
 
     def update(self, value: float, n: int = 1) -> None:
         self.deque.append(value)
@@ -118,7 +120,8 @@ class MetricLogger:
 
     def __init__(self, delimiter: str = '  '):
         self.meters: dict[str, SmoothedValue] = {}
-        self.delimiter, self.log_iters = delimiter, set()
+        self.delimiter = delimiter
+        self.log_iters = set()
         self.regular_iters: set[int] = set()  # of these, what does not depend on where a start begins
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
@@ -140,8 +143,10 @@ class MetricLogger:
         # the same iterations whether an epoch is done in one go or by several starts
         self.regular_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist())
         self.log_iters = self.regular_iters | {start_it}
-        width, epoch_begin = len(str(max_iters)), time.time()
-        iterator, window = iter(itrt), dict(seconds=0., data=0., iters=0)
+        width = len(str(max_iters))
+        epoch_begin = time.time()
+        iterator = iter(itrt)
+        window = dict(seconds=0., data=0., iters=0)
         tokenizer_seconds()  # forget what an evaluation spent
         for it in range(start_it, max_iters):
             begin = time.time()
@@ -154,7 +159,8 @@ class MetricLogger:
                 per_iter = (time.time() - epoch_begin) / (it + 1 - start_it)
                 eta = datetime.timedelta(seconds=round(per_iter * (max_iters - it - 1)))
                 seconds = max(window['seconds'], 1e-9)
-                data, tokens = window['data'] / seconds, min(tokenizer_seconds() / seconds, 1.)
+                data = window['data'] / seconds
+                tokens = min(tokenizer_seconds() / seconds, 1.)
                 logger.info(self.delimiter.join([
                     f'{header} [{it:{width}d}/{max_iters}]', f'eta: {eta}',
                     *(f'{name}: {meter}' for name, meter in self.meters.items()),
@@ -172,7 +178,9 @@ class TensorboardLogger:
     """
 
     def __init__(self, log_dir: str | None, filename_suffix: str = '', every: int = 500):
-        self.step, self.writer, self.every = 0, None, every
+        self.step = 0
+        self.writer = None
+        self.every = every
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
             try:

@@ -77,7 +77,8 @@ def filter_params(model: nn.Module,
         (names, parameters, groups); groups, in order of first appearance, hold params, wd_sc (0 or 1), lr_sc.
     """
     groups: dict[float, dict] = {}
-    names, params = [], []
+    names = []
+    params = []
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue

@@ -39,7 +39,8 @@ def auto_resume(args: Any, pattern: str = 'ar-ckpt*.pth') -> tuple[list[str], in
     path, checkpoint, *_ = newest_checkpoint(args.local_out_dir_path, pattern)
     if path is None:
         return [f'no {pattern} in {args.local_out_dir_path}, starting anew'], 0, 0, {}, {}
-    epoch, iteration = checkpoint['epoch'], checkpoint['iter']
+    epoch = checkpoint['epoch']
+    iteration = checkpoint['iter']
     return ([f'resuming from {path} at epoch {epoch}, iteration {iteration}'], epoch, iteration,
             checkpoint['trainer'], checkpoint['args'])
 

@@ -188,7 +188,10 @@ def load_on_all_ranks(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """
     node = socket.gethostname(), os.environ.get('GROUP_RANK', '')
     for _ in range(ATTEMPTS):
-        content, digest, identity, failure = {}, '', None, None
+        content = {}
+        digest = ''
+        identity = None
+        failure = None
         try:
             is_first = dist.is_local_master()
             content, digest, identity = _load(path, verify=is_first, hashed=is_first)
@@ -222,7 +225,8 @@ def _load(path: str | os.PathLike, verify: bool, hashed: bool,
           accept: Callable[[str], None] = lambda digest: None) -> tuple[dict[str, Any], str, Identity]:
     """(content, SHA-256 if `hashed`, identity), all of the same file."""
     for _ in range(ATTEMPTS):
-        before, failure = identity_of(path), None
+        before = identity_of(path)
+        failure = None
         try:
             digest = _examine(path, verify, hashed, accept)
             content = _read(path)

@@ -22,7 +22,8 @@ from utils.files import read_json
 
 logger = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile)  # what numpy raises
-BEGUN, MANIFEST = 'settings.json', 'manifest.json'  # the same content; the latter when the cache is complete
+BEGUN = 'settings.json'      # what the cache is made of, written first
+MANIFEST = 'manifest.json'   # the same content, written when the cache is complete
 NAMES = ('moments', 'moments_flip')                 # the views of a published file of latents
 FLUSH_EVERY = 4096                                  # images between two syncs with the disk
 EARLIER = dict(exif=False)  # settings that earlier versions did not note, as they were then
@@ -87,7 +88,8 @@ class PackedTokens:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
-        self.path, self.mapped = folder / 'tokens.npy', None
+        self.path = folder / 'tokens.npy'
+        self.mapped = None
         try:
             self.classes = manifest['classes']
             self.targets = read_npy(folder / 'labels.npy')
@@ -120,13 +122,15 @@ class MomentFiles:
         self.folder = folder
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         self.classes = manifest.get('classes', found)
-        paths, targets = [], []
+        paths = []
+        targets = []
         for label, name in enumerate(self.classes):
             files = sorted(_npz_files(f'{folder}/{name}'))
             paths += [f'{name}/{file}' for file in files]
             targets += [label] * len(files)
         # one array, not a million objects, whose reference counts would copy them into every loader process
-        self.paths, self.targets = np.array(paths, dtype=np.bytes_), np.array(targets, dtype=np.int64)
+        self.paths = np.array(paths, dtype=np.bytes_)
+        self.targets = np.array(targets, dtype=np.int64)
 
     def read(self, index: int, view: int) -> np.ndarray:
         path = self.folder / os.fsdecode(self.paths[index])
@@ -195,9 +199,12 @@ class TokenCache(Dataset):
         self.folders = [Path(name) for name in str(folders).split(',')]
         self.manifests = [read_note(folder / MANIFEST) for folder in self.folders]
         self.parts = [self._open(*part) for part in zip(self.folders, self.manifests, strict=True)]
-        self.hflip, self.fixed = hflip, fixed
-        self.classes, self.targets = self.parts[0].classes, self.parts[0].targets
-        shapes, first = [part.read(0, 0).shape for part in self.parts], self.manifests[0].get('images')
+        self.hflip = hflip
+        self.fixed = fixed
+        self.classes = self.parts[0].classes
+        self.targets = self.parts[0].targets
+        shapes = [part.read(0, 0).shape for part in self.parts]
+        first = self.manifests[0].get('images')
         for i, (folder, part) in enumerate(zip(self.folders, self.parts, strict=True)):
             same = self.manifests[i].get('images', first) == first and shapes[i] == shapes[0]
             if not same or not np.array_equal(part.targets, self.targets):
@@ -283,7 +290,10 @@ class PackedWriter:
     """
 
     def __init__(self, folder: Path, count: int, shape: tuple[int, ...], dtype: np.dtype):
-        self.folder, self.count, self.shape, self.dtype = folder, count, shape, np.dtype(dtype)
+        self.folder = folder
+        self.count = count
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
         self.record = self.dtype.itemsize * int(np.prod(shape))  # bytes per image
         self.pending: list[int] = []  # written, perhaps not on disk yet
 
@@ -313,7 +323,8 @@ class PackedWriter:
 
     def open(self) -> list[int]:
         """Indices of the images that are not there yet."""
-        self.files, self.begin = {}, {}
+        self.files = {}
+        self.begin = {}
         for name in ('tokens.npy', 'done.npy'):
             self.begin[name] = np.load(self.folder / name, mmap_mode='r').offset
             self.files[name] = os.open(self.folder / name, os.O_RDWR)

@@ -29,7 +29,9 @@ STOP_AT = 0.8             # no restart in the last fifth of training
 EPS = 1e-7                # a code with a smaller average count keeps its vector
 WINDOW = 100              # steps per usage figure
 ALARM_AFTER = 500         # steps of quantised training before the first alarm
-HEALTHY, HEALTHY_1X1 = 0.1, 0.05  # lowest perplexity / reachable codes of a scale
+# lowest perplexity / reachable codes of a scale
+HEALTHY = 0.1
+HEALTHY_1X1 = 0.05
 POINTS_PER_CENTRE = 256   # k-means needs no more
 PART = 2 ** 16            # queries compared with all centres at once
 CHECKSUM_EVERY = 1000     # steps between two comparisons of the codebook over ranks
@@ -49,14 +51,18 @@ class CodebookUpkeep:
 
     def __init__(self, embedding: nn.Embedding, ema: bool = True, restart: bool = True,
                  rows: slice = slice(None)):
-        self.embedding, self.ema, self.restart, self.rows = embedding, ema, restart, rows
+        self.embedding = embedding
+        self.ema = ema
+        self.restart = restart
+        self.rows = rows
         if ema:
             embedding.weight.requires_grad_(False)
         self.vocab_size = len(embedding.weight[rows])
         self.count_V = self.sum_VZ = self.age_V = None  # running counts and sums; steps since the last hit
         self.hit_KV: torch.Tensor | None = None  # hits of the last step, of all ranks
         self.step = self.num_restarts = 0
-        self.window, self.last_window = CodeUsage(self.vocab_size), CodeUsage(self.vocab_size)
+        self.window = CodeUsage(self.vocab_size)
+        self.last_window = CodeUsage(self.vocab_size)
         self.best_share: dict[str, float] = {}  # highest perplexity / reachable codes of each scale so far
         self.collapsed: list[str] = []          # scales that the last window found collapsed
         self._codes: list[dict[str, torch.Tensor]] = []
@@ -70,7 +76,8 @@ class CodebookUpkeep:
     def begin(self) -> None:
         """Start the averages from the codes as they are."""
         weight_VZ = self.weight_VZ
-        self.count_V, self.sum_VZ = weight_VZ.new_ones(self.vocab_size), weight_VZ.clone()
+        self.count_V = weight_VZ.new_ones(self.vocab_size)
+        self.sum_VZ = weight_VZ.clone()
         self.age_V = torch.zeros(self.vocab_size, dtype=torch.int64, device=weight_VZ.device)
 
     def observe(self, codes: dict[str, torch.Tensor], queries: dict[str, torch.Tensor]) -> None:
@@ -101,7 +108,8 @@ class CodebookUpkeep:
             return {}
         if self.count_V is None:
             self.begin()
-        codes, queries = _joined(self._codes), _joined(self._queries)
+        codes = _joined(self._codes)
+        queries = _joined(self._queries)
         self._codes.clear()
         self._queries.clear()
         count_KV, sum_VZ = self._global_statistics(codes, queries)
@@ -166,9 +174,11 @@ class CodebookUpkeep:
     # ------------------------------------------------------------------------------ usage
     def _close_window(self) -> None:
         """Take the figures of the last steps, and warn of a scale that lives on few codes."""
-        self.last_window, self.window = self.window, CodeUsage(self.vocab_size)
+        self.last_window = self.window
+        self.window = CodeUsage(self.vocab_size)
         values = self.last_window.metrics()
-        before, self.collapsed = self.collapsed, []
+        before = self.collapsed
+        self.collapsed = []
         for name, count_V in self.last_window.counts.items():
             reachable = min(self.vocab_size, int(count_V.sum()))
             share = values[f'perplexity_{name}'] / reachable
@@ -220,7 +230,8 @@ def balanced_candidates(queries: list[torch.Tensor], count: int) -> torch.Tensor
         queries: (N, Z) of this rank per scale; N is equal on all ranks.
     """
     share, extra = divmod(count, len(queries))
-    chosen, rank = [], dist.get_rank()
+    chosen = []
+    rank = dist.get_rank()
     for k, query_NZ in enumerate(queries):
         num_local = len(query_NZ)
         pick = torch.randperm(num_local * dist.get_world_size())[:share + (k < extra)] - rank * num_local
@@ -250,7 +261,8 @@ def float32_matmul() -> Iterator[None]:
     newer ones are cleared from the general to the special, so that each shows what it holds itself, and are
     all restored exactly.
     """
-    backends, newer = torch.backends, []
+    backends = torch.backends
+    newer = []
     if hasattr(backends.cuda.matmul, 'fp32_precision'):
         newer = [backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul]
     before = []

@@ -152,8 +152,10 @@ class Encoder(nn.Module):
                  dropout: float = 0., z_channels: int = 32, in_channels: int = 3,
                  layout: Layout = VAR_LAYOUT):
         super().__init__()
-        widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
-        self.stride, self.layout = 2 ** last, layout
+        widths = [ch * m for m in ch_mult]
+        last = len(ch_mult) - 1
+        self.stride = 2 ** last
+        self.layout = layout
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         levels = nn.ModuleList()
         for i, width in enumerate(widths):
@@ -187,7 +189,8 @@ class Decoder(nn.Module):
                  dropout: float = 0., z_channels: int = 32, in_channels: int = 3, layout: Layout = VAR_LAYOUT,
                  with_attn: bool = True):
         super().__init__()
-        widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
+        widths = [ch * m for m in ch_mult]
+        last = len(ch_mult) - 1
         self.layout = layout
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], dropout, layout)
@@ -208,7 +211,8 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        h, levels = self.mid(self.conv_in(z)), getattr(self, self.layout.up)
+        h = self.mid(self.conv_in(z))
+        levels = getattr(self, self.layout.up)
         for level in levels if self.layout.deepest_first else reversed(levels):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -283,7 +287,8 @@ def build_towers(net: str, *, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 
     Raises:
         ValueError: an unknown net, or towers of different strides.
     """
-    decoder_ch_mult, encoder_channels = decoder_ch_mult or ch_mult, encoder_channels or z_channels
+    decoder_ch_mult = decoder_ch_mult or ch_mult
+    encoder_channels = encoder_channels or z_channels
     if net == 'tiny':
         return (TinyEncoder(dropout=dropout, z_channels=encoder_channels),
                 TinyDecoder(dropout=dropout, z_channels=z_channels))
@@ -314,7 +319,8 @@ def read_ch_mult(state: Mapping[str, torch.Tensor], tower: str) -> tuple[int, ..
     """Width multiples of the 'encoder' or 'decoder' in a tokenizer's weights, finest first."""
     if 'encoder.body.0.weight' in state:
         return tuple(width // TINY_WIDTHS[0] for width in TINY_WIDTHS)
-    ch, widths = state['encoder.conv_in.weight'].shape[0], {}
+    ch = state['encoder.conv_in.weight'].shape[0]
+    widths = {}
     for match in map(BLOCK_KEY.fullmatch, state):
         if match and match[1] == tower:
             widths[int(match[2])] = state[match[0]].shape[0]

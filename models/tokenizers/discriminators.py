@@ -19,7 +19,8 @@ from models.attention import attend
 from models.base import at_least_float32
 from models.helpers import draw_rows
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 # ---------------------------------------------------------------------------------------------- parts
@@ -86,7 +87,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or dist.get_world_size() == 1:
             return super().forward(x)
-        others, per_channel = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+        others = [0, *range(2, x.dim())]
+        per_channel = (1, -1, *[1] * (x.dim() - 2))
         num = x.numel() // self.num_features * dist.get_world_size()
         values = at_least_float32(x)
         mean_C = SumOverRanks.apply(values.sum(others)) / num
@@ -111,7 +113,8 @@ class DiffAug(nn.Module):
 
     def __init__(self, cutout: float = 0.2, translation: float = 1 / 8):
         super().__init__()
-        self.cutout, self.translation = cutout, translation
+        self.cutout = cutout
+        self.translation = translation
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         x = images_B3HW
@@ -174,7 +177,8 @@ class PatchGAN(nn.Module):
         layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = width
         for i in range(1, num_layers + 1):
-            last, channels = channels, width * min(2 ** i, 8)
+            last = channels
+            channels = width * min(2 ** i, 8)
             layers += [nn.Conv2d(last, channels, 4, stride=2 if i < num_layers else 1, padding=1, bias=False),
                        GlobalBatchNorm(channels), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, padding=1))
@@ -254,7 +258,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width)))
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
         self.num_heads = num_heads
@@ -277,7 +282,8 @@ class VisionTransformer(Frozen):
     def __init__(self, image_size: int = 224, patch: int = 16, width: int = 384, depth: int = 12,
                  num_heads: int = 6):
         super().__init__()
-        self.image_size, self.width = image_size, width
+        self.image_size = image_size
+        self.width = width
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (image_size // patch) ** 2, width) * 0.02)
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, width, patch, stride=patch)))
@@ -361,11 +367,13 @@ class DINODiscriminator(nn.Module):
 
     def _resized(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """At the trunk's size; by chance the same for the whole batch, so equal on all ranks."""
-        size, (height, width) = self.trunk.image_size, images_B3HW.shape[-2:]
+        size = self.trunk.image_size
+        (height, width) = images_B3HW.shape[-2:]
         if min(height, width) > size:
             chance, top, left = torch.rand(3, device='cpu').tolist()
             if chance < 0.5:
-                top, left = int(top * (height - size + 1)), int(left * (width - size + 1))
+                top = int(top * (height - size + 1))
+                left = int(left * (width - size + 1))
                 return images_B3HW[..., top:top + size, left:left + size]
         if (height, width) == (size, size):
             return images_B3HW

@@ -116,8 +116,12 @@ class AutoencoderKL(Tokenizer):
                  latent_mean: Sequence[float] | None = None, latent_std: Sequence[float] | None = None,
                  test_mode: bool = False):
         super().__init__()
-        self.channels, self.use_variational, self.kl_weight = embed_dim, use_variational, kl_weight
-        self.scaling_factor, self.latent_mean, self.latent_std = scaling_factor, latent_mean, latent_std
+        self.channels = embed_dim
+        self.use_variational = use_variational
+        self.kl_weight = kl_weight
+        self.scaling_factor = scaling_factor
+        self.latent_mean = latent_mean
+        self.latent_std = latent_std
         self.kl_Z: torch.Tensor | None = None  # of the last step, in nats; None before the alarm is on
         self.dead_channels: list[int] = []
         num_moments = 2 * embed_dim if use_variational else embed_dim
@@ -220,7 +224,8 @@ class AutoencoderKL(Tokenizer):
         with torch.autocast(device.type, enabled=False):
             for images_B3HW in batches:
                 posterior = self.posterior(at_least_float32(images_B3HW.to(device)))
-                mean, var = posterior.mean.double(), posterior.std.double().square()
+                mean = posterior.mean.double()
+                var = posterior.std.double().square()
                 moments = torch.stack([torch.ones_like(mean), mean, mean.square() + var])
                 sums += moments.sum((1, 3, 4))
         dist.allreduce(sums)
@@ -229,7 +234,8 @@ class AutoencoderKL(Tokenizer):
         count_Z, sum_Z, square_Z = sums
         self.latent_mean = (sum_Z / count_Z).tolist()
         self.latent_std = (square_Z / count_Z - (sum_Z / count_Z).square()).sqrt().tolist()
-        mean, square = sum_Z.sum() / count_Z.sum(), square_Z.sum() / count_Z.sum()
+        mean = sum_Z.sum() / count_Z.sum()
+        square = square_Z.sum() / count_Z.sum()
         self.scaling_factor = (square - mean.square()).rsqrt().item()
 
     def code_metrics(self) -> dict[str, float]:

@@ -32,7 +32,8 @@ ALARM = 100  # a larger lambda for as many steps in a row is worth a warning
 # ---------------------------------------------------------------------------------------------- perceptual
 def vgg16_features() -> nn.Sequential:
     """Convolutions of VGG16 up to relu5_3; indices as in torchvision."""
-    layers, channels = [], 3
+    layers = []
+    channels = 3
     for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(depth):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
@@ -69,7 +70,8 @@ class LPIPS(Frozen):
         if trunk not in LPIPS_TRUNKS:
             raise ValueError(f'the trunk of LPIPS must be one of {list(LPIPS_TRUNKS)}, got {trunk!r}')
         make_features, self.taps, widths = LPIPS_TRUNKS[trunk]
-        self.trunk, self.features = trunk, make_features()
+        self.trunk = trunk
+        self.features = make_features()
         for i, width in enumerate(widths):
             self.register_parameter(f'lin{i}', nn.Parameter(torch.full((width,), 1 / width)))
         self.shift = nn.Parameter(torch.tensor([-.030, -.088, -.188]).view(3, 1, 1))
@@ -264,9 +266,14 @@ class TokenizerLoss(nn.Module):
         super().__init__()
         if (discriminator is None) != (gan is None):
             raise ValueError('a discriminator and its GANSettings go together: pass both or none')
-        self.l1_weight, self.l2_weight, self.latent_weight = l1_weight, l2_weight, latent_weight
-        self.perceptual_weight, self.perceptual_min = perceptual_weight, perceptual_min
-        self.perceptual, self.discriminator, self.gan = perceptual, discriminator, gan
+        self.l1_weight = l1_weight
+        self.l2_weight = l2_weight
+        self.latent_weight = latent_weight
+        self.perceptual_weight = perceptual_weight
+        self.perceptual_min = perceptual_min
+        self.perceptual = perceptual
+        self.discriminator = discriminator
+        self.gan = gan
         self.augment = DiffAug()
         self.lecam = LeCAM() if gan and gan.lecam else None
         self.register_buffer('num_alarming', torch.zeros((), dtype=torch.int64))  # steps in a row
@@ -286,9 +293,11 @@ class TokenizerLoss(nn.Module):
     def per_image(self, target_B3HW: torch.Tensor, rec_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
         """l1, l2 and lp (perceptual distance, 0 where skipped) of every image, (B,) float32, unweighted."""
         with torch.autocast(rec_B3HW.device.type, enabled=False):
-            target_B3HW, rec_B3HW = at_least_float32(target_B3HW), at_least_float32(rec_B3HW)
+            target_B3HW = at_least_float32(target_B3HW)
+            rec_B3HW = at_least_float32(rec_B3HW)
             error = rec_B3HW - target_B3HW
-            l1_B, l2_B = error.abs().mean((1, 2, 3)), error.square().mean((1, 2, 3))
+            l1_B = error.abs().mean((1, 2, 3))
+            l2_B = error.square().mean((1, 2, 3))
             skipped = self.perceptual is None or min(rec_B3HW.shape[-2:]) < self.perceptual_min
             lp_B = torch.zeros_like(l1_B) if skipped else self.perceptual(target_B3HW, rec_B3HW)
             return dict(l1=l1_B, l2=l2_B, lp=lp_B)
@@ -356,7 +365,8 @@ class TokenizerLoss(nn.Module):
             (scalar float32, detached scalars): losses, mean logits, shares of images told right.
         """
         self.discriminator.train().requires_grad_(True)
-        gan, terms = self.gan, defaultdict(list)
+        gan = self.gan
+        terms = defaultdict(list)
         with torch.autocast(rec.latent_loss.device.type, enabled=False):
             for target, image in self._gan_views(rec):
                 shown = [self._shown(target, progress), self._shown(image.detach(), progress)]

@@ -73,7 +73,8 @@ def weighted_mse(a: torch.Tensor, b: torch.Tensor, weight_B: torch.Tensor | None
 
 def rotated(f_BZhw: torch.Tensor, q_BZhw: torch.Tensor) -> torch.Tensor:
     """q with the gradient of f rotated and rescaled onto it, per position (arXiv 2410.06424, Sec. 4.2)."""
-    u, v = F.normalize(f_BZhw.detach(), dim=1), F.normalize(q_BZhw, dim=1)
+    u = F.normalize(f_BZhw.detach(), dim=1)
+    v = F.normalize(q_BZhw, dim=1)
     w = F.normalize(u + v, dim=1)
     scale = q_BZhw.norm(dim=1, keepdim=True) / f_BZhw.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
     along_w, along_u = ((f_BZhw * t).sum(1, keepdim=True) for t in (w, u))
@@ -142,7 +143,10 @@ class VectorQuantizer2(nn.Module):
                  quant_resi: float = 0.5, share_quant_resi: int = 4, unshared: bool = False,
                  measures: QuantizerTraining | None = None):
         super().__init__()
-        self.vocab_size, self.Cvae, self.using_znorm, self.beta = vocab_size, Cvae, using_znorm, beta
+        self.vocab_size = vocab_size
+        self.Cvae = Cvae
+        self.using_znorm = using_znorm
+        self.beta = beta
         self.v_patch_nums = tuple(v_patch_nums)
         num_scales = len(self.v_patch_nums)
         self.quant_resi = PhiBank(Cvae, quant_resi, share_quant_resi,
@@ -245,14 +249,21 @@ class VectorQuantizer2(nn.Module):
             return out._replace(parts=latent | out.parts)
 
     def _quantised(self, f_BZhw: torch.Tensor) -> Quantised:
-        measures, num_scales = self.measures, len(self.v_patch_nums)
-        f_hat, code_loss, commitment, entropy = torch.zeros_like(f_BZhw), 0., 0., 0.
-        codes, queries, parts = {}, {}, {}
+        measures = self.measures
+        num_scales = len(self.v_patch_nums)
+        f_hat = torch.zeros_like(f_BZhw)
+        code_loss = 0.
+        commitment = 0.
+        entropy = 0.
+        codes = {}
+        queries = {}
+        parts = {}
         dropping = self.training and measures.scale_drop > 0
         weight_BK = self._kept_scales(f_BZhw) if dropping else None
         for scale in self.residual_scales(f_BZhw):
             name = scale_name(scale.idx_Bhw.shape[1:])
-            codes[name], queries[name] = scale.idx_Bhw.flatten(1), scale.query_NZ
+            codes[name] = scale.idx_Bhw.flatten(1)
+            queries[name] = scale.query_NZ
             parts[f'residual_{name}'] = scale.rest_BZhw.square().mean().sqrt()
             if measures.entropy and self.training:
                 entropy = entropy + self._entropy(f_BZhw - f_BZhw.detach() + scale.rest_BZhw, scale)
@@ -261,7 +272,8 @@ class VectorQuantizer2(nn.Module):
             f_hat = f_hat + scale.h_BZhw * kept
             code_loss = code_loss + weighted_mse(f_hat, f_BZhw.detach(), weight_B)
             commitment = commitment + weighted_mse(f_hat.detach(), f_BZhw, weight_B)
-        code_loss, commitment = code_loss / num_scales, self.beta * commitment / num_scales
+        code_loss = code_loss / num_scales
+        commitment = self.beta * commitment / num_scales
         parts |= dict(residual_end=(scale.rest_BZhw - scale.h_BZhw).detach().square().mean().sqrt(),
                       code_loss=code_loss.detach(), commitment=commitment.detach())
         loss = code_loss + commitment
@@ -347,8 +359,11 @@ class VectorQuantizer2(nn.Module):
         Args:
             f_BZhw: features of the same images on every rank.
         """
-        num_scales, full, rest_BZhw = len(self.v_patch_nums), f_BZhw.shape[-2:], f_BZhw
-        table_VZ, share = self.embedding.weight.data, self.vocab_size // num_scales
+        num_scales = len(self.v_patch_nums)
+        full = f_BZhw.shape[-2:]
+        rest_BZhw = f_BZhw
+        table_VZ = self.embedding.weight.data
+        share = self.vocab_size // num_scales
         for k, size in enumerate(as_sizes(self.v_patch_nums) if dist.is_master() else ()):
             query_NZ = self.queries(rest_BZhw, size, is_last=k == num_scales - 1)
             first, last = (0, self.vocab_size) if self.unshared else (k * share, (k + 1) * share)
@@ -368,7 +383,8 @@ class VectorQuantizer2(nn.Module):
 
     def load_training_state(self, state: dict) -> None:
         """Inverse of `training_state`."""
-        self.record_hit, self.steps_waited = state['record_hit'], state['steps_waited']
+        self.record_hit = state['record_hit']
+        self.steps_waited = state['steps_waited']
         self.gathered = [f.to(self.embedding.weight.device) for f in state['gathered']]
         for upkeep, saved in zip(self.upkeeps, state['upkeeps'], strict=True):
             upkeep.load_state_dict(saved)
@@ -393,7 +409,8 @@ class VectorQuantizer2(nn.Module):
     def f_to_idxBl_or_fhat(self, f_BChw: torch.Tensor, to_fhat: bool,
                            v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
         """Per scale, coarse to fine: codes (B, ph * pw) int64, or f_hat so far (B, Z, h, w) if `to_fhat`."""
-        f_hat, out = torch.zeros_like(f_BChw), []
+        f_hat = torch.zeros_like(f_BChw)
+        out = []
         for scale in self.residual_scales(f_BChw, v_patch_nums):
             f_hat = f_hat + scale.h_BZhw
             out.append(f_hat if to_fhat else scale.idx_Bhw.flatten(1))
@@ -406,8 +423,10 @@ class VectorQuantizer2(nn.Module):
 
         With `all_to_max_scale` every f_hat has the finest size; without, f_hat k has the size of scale k.
         """
-        num_scales, full = len(ms_h_BChw), ms_h_BChw[-1].shape[-2:]
-        f_hat, out = torch.zeros_like(ms_h_BChw[-1 if all_to_max_scale else 0]), []
+        num_scales = len(ms_h_BChw)
+        full = ms_h_BChw[-1].shape[-2:]
+        f_hat = torch.zeros_like(ms_h_BChw[-1 if all_to_max_scale else 0])
+        out = []
         for k, h_BZpp in enumerate(ms_h_BChw):
             if not all_to_max_scale:
                 full = h_BZpp.shape[-2:]
@@ -427,8 +446,10 @@ class VectorQuantizer2(nn.Module):
             (B, tokens of scales 1..n-1, Z) float32: f_hat so far, resized to the next scale; None if n is 1.
         Source: arXiv 2404.02905, Algorithm 2.
         """
-        pns, num_scales = self.v_patch_nums, len(self.v_patch_nums)
-        f_hat, inputs = 0., []
+        pns = self.v_patch_nums
+        num_scales = len(self.v_patch_nums)
+        f_hat = 0.
+        inputs = []
         for k, idx_Bl in enumerate(gt_ms_idx_Bl[:num_scales - 1]):
             if k + 1 == len(gt_ms_idx_Bl):
                 break

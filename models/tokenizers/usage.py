@@ -38,7 +38,8 @@ class CodeUsage:
         names = sorted(names, key=lambda name: (len(name), name))
         if not names:
             return
-        device, unseen_V = dist.get_device(), torch.zeros(self.vocab_size, dtype=torch.int64)
+        device = dist.get_device()
+        unseen_V = torch.zeros(self.vocab_size, dtype=torch.int64)
         total_KV = torch.stack([self.counts.get(name, unseen_V).to(device) for name in names])
         dist.allreduce(total_KV)
         self.counts = dict(zip(names, total_KV, strict=True))
@@ -74,7 +75,8 @@ class CodeUsage:
         return metrics
 
     def _figures(self, count_V: torch.Tensor) -> dict[str, float]:
-        tokens, distinct = count_V.sum().item(), count_V.count_nonzero().item()
+        tokens = count_V.sum().item()
+        distinct = count_V.count_nonzero().item()
         p_V = count_V[count_V > 0].double() / tokens
         return dict(usage=distinct / min(self.vocab_size, tokens),
                     perplexity=p_V.log().mul(-p_V).sum().exp().item(),

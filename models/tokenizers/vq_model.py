@@ -38,7 +38,8 @@ def entropy_loss(affinity_NV: torch.Tensor) -> torch.Tensor:
     It is low when each query is sure of its code and all codes are used alike.
     """
     scaled_NV = affinity_NV / TEMPERATURE
-    p_NV, log_p_NV = scaled_NV.softmax(1), scaled_NV.log_softmax(1)
+    p_NV = scaled_NV.softmax(1)
+    log_p_NV = scaled_NV.log_softmax(1)
     p_V = p_NV.mean(0)
     return (p_V * (p_V + 1e-5).log()).sum() - (p_NV * log_p_NV).sum(1).mean()
 
@@ -76,8 +77,11 @@ class VectorQuantizer(nn.Module):
     def __init__(self, vocab_size: int, channels: int, beta: float = 0.25, entropy_ratio: float = 0.,
                  l2_norm: bool = True):
         super().__init__()
-        self.vocab_size, self.channels = vocab_size, channels
-        self.beta, self.entropy_ratio, self.l2_norm = beta, entropy_ratio, l2_norm
+        self.vocab_size = vocab_size
+        self.channels = channels
+        self.beta = beta
+        self.entropy_ratio = entropy_ratio
+        self.l2_norm = l2_norm
         # part of the published weights; it starts as if code 0 had been used throughout
         self.register_buffer('codebook_used', torch.zeros(HISTORY))
         self.embedding = nn.Embedding(vocab_size, channels)
@@ -260,7 +264,8 @@ class VQModel(Tokenizer):
     def reconstruct(self, images_B3HW: torch.Tensor, progress: float = 1.) -> Reconstruction:
         self.check_size(images_B3HW)
         f_BZhw = self.features(images_B3HW)
-        views, maps = [], {}
+        views = []
+        maps = {}
         for h, w in self.training_sizes(self.native_size(images_B3HW)):
             out = maps[scale_name((h, w))] = self.quantize(area_resize(f_BZhw, (h, w)))
             target = area_resize(images_B3HW, (h * self.stride, w * self.stride))
@@ -345,7 +350,8 @@ class FlexVAE(VQModel):
     def __init__(self, codebook_size: int = 8912, codebook_embed_dim: int = 32, num_sides: int = 5,
                  min_side: int = 1, **kwargs: Any):
         super().__init__(codebook_size, codebook_embed_dim, **kwargs)
-        self.num_sides, self.min_side = num_sides, min_side
+        self.num_sides = num_sides
+        self.min_side = min_side
         if codebook_size == 8192:
             logger.warning('FlexVAE with 8192 codes: the published weights have 8912 and will not load')
 
@@ -410,7 +416,9 @@ class FlexVAE(VQModel):
     def multi_scale_encode(self, x: torch.Tensor, v_patch_nums: Sequence[Side],
                            ) -> tuple[list[torch.Tensor], list[Losses]]:
         """Quantised features (B, Z, h, w) with gradients, and losses with usage, of every scale."""
-        f_BZhw, quants, losses = self.features(x), [], []
+        f_BZhw = self.features(x)
+        quants = []
+        losses = []
         for size in as_sizes(v_patch_nums):
             out = self.quantize(area_resize(f_BZhw, size))
             quants.append(out.quant_BZhw)

@@ -125,7 +125,8 @@ class VQVAE(Tokenizer):
         return self.fhat_to_img(f_hats[-1]) if last_one else [self.fhat_to_img(f) for f in f_hats]
 
     def progressive(self, images_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        sizes, images = as_sizes(self.quantize.v_patch_nums), self.img_to_reconstructed_img(images_B3HW)
+        sizes = as_sizes(self.quantize.v_patch_nums)
+        images = self.img_to_reconstructed_img(images_B3HW)
         return {scale_name(size): image for size, image in zip(sizes, images, strict=True)}
 
     # ------------------------------------------------------------------------------ training
