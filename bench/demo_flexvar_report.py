@@ -1,16 +1,17 @@
 """Score what `make demo-flexvar` made and draw it.
 
-    python bench/demo_flexvar_report.py --dir=local_output/demo_flexvar
+    python -m bench.demo_flexvar_report --dir=local_output/demo_flexvar
 
 Writes report.json, samples.png, inpainted.png, reconstructions.png and curves.png.
 """
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from demo_report import (
+from torch.nn import functional as F
+
+from bench.demo_report import (
     conclude,
     draw_curves,
     draw_rows,
@@ -24,9 +25,6 @@ from demo_report import (
     stack,
     within_class_distance,
 )
-from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import CodeUsage
 from models.editing import box_mask
 from models.helpers import ImageNoise

@@ -1,20 +1,20 @@
 """Score what `make demo-flowar` made and draw it.
 
-    python bench/demo_flowar_report.py --dir=local_output/demo_flowar
+    python -m bench.demo_flowar_report --dir=local_output/demo_flowar
 
 Writes report.json, comparison.png, samples_uniform.png, samples_debiased.png and curves.png. Compares the two
 weightings of the loss at equal steps, then ways to sample: evaluations of the flow head, time and quality.
 
 Letters: B batch, K scales, L all tokens, l tokens of one scale, C width, Z latent channels.
 """
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from demo_report import (
+
+from bench.demo_report import (
     conclude,
     draw_curves,
     draw_rows,
@@ -28,9 +28,7 @@ from demo_report import (
     stack,
     within_class_distance,
 )
-from published_solver import both_halves
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.published_solver import both_halves
 from evaluation.digits_features import DigitsFeatures
 from evaluation.metrics import FeatureStatistics, frechet_distance, to_uint8
 from models import FlowAR

@@ -1,19 +1,20 @@
 """Score what `make demo-npp` made and draw it.
 
-    python bench/demo_npp_report.py --dir=local_output/demo_npp
+    python -m bench.demo_npp_report --dir=local_output/demo_npp
 
 Writes report.json, comparison.png, samples.png and curves.png: the patch curriculum against next-token
 training of at least equal time. Steps of both patch sizes are timed here, in turn: a busy machine hits both.
 """
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from demo_report import (
+from torch.nn import functional as F
+
+from bench.demo_report import (
     conclude,
     draw_curves,
     draw_rows,
@@ -27,9 +28,6 @@ from demo_report import (
     stack,
     within_class_distance,
 )
-from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs import RECIPES
 from models import NPP
 from sample import load_generator

@@ -1,6 +1,6 @@
 """Score what `make demo` made and draw it: report.json, samples.png, reconstructions.png, curves.png.
 
-    python bench/demo_report.py --dir=local_output/demo
+    python -m bench.demo_report --dir=local_output/demo
 """
 import argparse
 import json
@@ -15,7 +15,6 @@ from scipy.spatial.distance import pdist
 from sklearn.svm import SVC
 from torchvision.utils import make_grid
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import VQVAE, CodeUsage, build_tokenizer
 from utils.checkpoint import atomic_path, load_file, tokenizer_weights
 from utils.data import build_dataset

@@ -1,7 +1,7 @@
 """Does a pyramid that changes at every step slow training down? Mixed against fixed, in one run, whole steps.
 
-    python bench/flexvar_throughput.py --out=bench/results/flexvar_throughput_cpu.json
-    python bench/flexvar_throughput.py --compile
+    python -m bench.flexvar_throughput --out=bench/results/flexvar_throughput_cpu.json
+    python -m bench.flexvar_throughput --compile
 
 The fixed pyramid is the drawn one whose length is nearest to their mean, so that both train on equally many
 tokens; steps of both alternate, so that a busy machine hits both.
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import FlexVAE, FlexVAR
 from models.flexvar import ScheduleSampler
 from models.scales import ScaleLayout, cached_causal_bias
@@ -80,7 +79,7 @@ def main() -> None:
         ScaleLayout(sides).causal_bias(device)
     mask = (time.perf_counter() - begin) / args.steps
     report = dict(
-        command=' '.join(['python', 'bench/flexvar_throughput.py', *sys.argv[1:]]),
+        command=' '.join(['python', '-m', 'bench.flexvar_throughput', *sys.argv[1:]]),
         device=device_name(device), versions=versions(), threads=torch.get_num_threads(),
         depth=args.depth, batch=args.batch, pyramids=len(set(mixed)),
         mean_tokens=statistics.mean(lengths), fixed=fixed,

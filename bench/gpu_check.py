@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command of a few minutes, without downloads:
 
-    python bench/gpu_check.py --out=bench/results
+    python -m bench.gpu_check --out=bench/results
 
 Reference vectors in float32, VAR-d16 training and sampling at 256 px in bf16 and fp16 with random weights,
 FlowAR-S in TF32 and bf16, what FlowAR saves of sampling time and of memory, the attention kernels that ran,
@@ -20,10 +20,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from published_solver import both_halves
-
 import dist
+from bench.published_solver import both_halves
 from configs import PRESETS, FlowARRecipe
 from models import VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import ImageNoise, filter_top_k_top_p

@@ -1,6 +1,6 @@
 """What the patch curriculum saves: steps at every patch size against plain ones; memory of the loss.
 
-    python bench/npp_cost.py --out=bench/results/npp_cost_cpu.json
+    python -m bench.npp_cost --out=bench/results/npp_cost_cpu.json
 
 Whole training steps of a published size on 16x16 stored codes; steps of all patch sizes alternate, so that a
 busy machine hits all. The memory is the peak of a process that computes the loss and its gradient once.
@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs import parse_recipe
 from models import NPP, VQModel
 from models.npp import patch_loss, patches
@@ -91,7 +90,7 @@ def main() -> None:
         cost = sum(length * step[p] for length, (_, p) in zip(lengths, phases, strict=True))
         ratios[f'{rate} level {level}'] = round(cost / (phases[-1][0] * step[1]), 3)
     report = dict(
-        command=' '.join(['python', 'bench/npp_cost.py', *sys.argv[1:]]), device=device_name(device),
+        command=' '.join(['python', '-m', 'bench.npp_cost', *sys.argv[1:]]), device=device_name(device),
         versions=versions(), threads=torch.get_num_threads(), model=args.gpt_model, batch=args.batch,
         seconds_per_step={str(p): round(value, 3) for p, value in step.items()}, time_over_plain=ratios,
         loss_peak_mib={form: round(peak / 2 ** 20) for form, peak in memory.items()},

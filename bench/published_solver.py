@@ -1,12 +1,9 @@
 """The published solver of FlowAR, to measure against: a state of the null class moves along, for nothing."""
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import FlowAR
 from models.helpers import guide
 

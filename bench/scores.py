@@ -1,6 +1,6 @@
 """Time and memory of scoring at full size on this machine.
 
-    python bench/scores.py --out=bench/results
+    python -m bench.scores --out=bench/results
 
 10,000 x 50,000 random features of width 2,048, float32 on the host as evaluate.py keeps them: precision and
 recall in both modes, streamed statistics, Frechet distance by both routes; then images/s of the Inception
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.options import REPO
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import FeatureStatistics, frechet_distance

@@ -1,6 +1,6 @@
 """Train the small VQVAE twice, with the published loss alone and with our defaults, and compare.
 
-    python bench/tokenizer_collapse.py --steps=800 --out=bench/results
+    python -m bench.tokenizer_collapse --steps=800 --out=bench/results
 
 Same seed, steps, network and images (the embedded toy set); both runs at once, one core each. Codes are
 counted over the validation images, by `evaluate.py`.
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.options import REPO
 from utils.checkpoint import atomic_path
 

@@ -21,4 +21,4 @@ torchrun $draw --ckpt="$OUT/flexvar/ar-ckpt-last.pth" --output="$OUT/steps_6" --
 torchrun $draw --ckpt="$OUT/flexvar/ar-ckpt-last.pth" --output="$OUT/large" --infer_patch_nums=1_2_3_4_6_9
 torchrun $draw --ckpt="$OUT/flexvar/ar-ckpt-last.pth" --output="$OUT/tall" --size=72x48
 torchrun $draw --ckpt="$OUT/flexvar/ar-ckpt-last.pth" --output="$OUT/wide" --size=48x72
-"$PYTHON" bench/demo_flexvar_report.py --dir="$OUT" --began="$BEGAN"
+"$PYTHON" -m bench.demo_flexvar_report --dir="$OUT" --began="$BEGAN"

@@ -19,4 +19,4 @@ for weighting in uniform debiased; do
     torchrun sample.py --model=flowar --ckpt="$OUT/$weighting/ar-ckpt-last.pth" --output="$OUT/samples_$weighting" \
         --num_images=1000 --bs=100 --cfg=1.5
 done
-"$PYTHON" bench/demo_flowar_report.py --dir="$OUT" --began="$BEGAN"
+"$PYTHON" -m bench.demo_flowar_report --dir="$OUT" --began="$BEGAN"

@@ -27,4 +27,4 @@ for name in npp plain; do
     torchrun sample.py --model=npp --ckpt="$OUT/$name/ar-ckpt-last.pth" --output="$OUT/samples_$name" --num_images=1000 \
         --bs=250 --cfg=2 --top_p=0.9
 done
-"$PYTHON" bench/demo_npp_report.py --dir="$OUT" --began="$BEGAN"
+"$PYTHON" -m bench.demo_npp_report --dir="$OUT" --began="$BEGAN"

@@ -3,23 +3,17 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench import demo_flexvar_report, demo_flowar_report, demo_npp_report, demo_report
 from configs import parse_recipe, parse_sample_recipe
 from configs.options import make_parser
 from extract import ExtractSettings
 from tests.test_imports import REPO
-
-sys.path.insert(0, str(REPO / 'bench'))
-import demo_flexvar_report
-import demo_flowar_report
-import demo_npp_report
-import demo_report
 
 
 def commands(script: str) -> list[list[str]]:
