@@ -228,6 +228,8 @@ def sample(recipe: SampleRecipe) -> Path:
     device = dist.get_device()
     folder = Path(recipe.output)
     allow_tf32(recipe.tf32)
+
+    # The model, and the class of every image of the job.
     model, origin = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
     recipe.check_model(model)
     labels_N = image_labels(recipe, model.num_classes)
@@ -236,11 +238,15 @@ def sample(recipe: SampleRecipe) -> Path:
     extent = dict(num_images=recipe.num_images, shuffle=recipe.shuffle)
     with lock_folder(folder) if dist.is_master() else nullcontext():
         store = STORES[recipe.format](folder, recipe.writers)
+
+        # The folder belongs to these settings alone, so that images of two jobs never mix.
         if dist.is_master():
             stored_N = store.stored(recipe.num_images)
             claim(folder / 'settings.json', description, is_empty=not (stored_N.any() or target.exists()))
             with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
                 np.save(file, labels_N)
+
+        # The same command after a finished job does nothing.
         complete = dist.is_master() and is_complete(manifest_path, target, description | extent) and (
             recipe.format == 'npz' or stored_N.all())
         if dist.allgather_object(bool(complete))[0]:
@@ -248,6 +254,8 @@ def sample(recipe: SampleRecipe) -> Path:
                 store.discard()  # a kill may have come in between
             logger.info('%s is complete', target)
             return target
+
+        # Draw, then pack; the manifest is written last and says what repeats the file.
         draw_missing(model, recipe, store, labels_N)
         if dist.is_master() and recipe.pack:
             pack(recipe, store, labels_N, target)

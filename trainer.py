@@ -228,6 +228,7 @@ class GeneratorTrainer(Trainer):
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:
         self.model.train()
+        # DDP averages the gradients of all ranks while the backward pass runs, on the last micro-step.
         with accumulating(self.loss_module, stepping):
             with self.optimizer.amp_ctx:
                 loss, aux = self.loss_module(images_B3HW, label_B, progress)
@@ -318,6 +319,8 @@ class TokenizerTrainer(Trainer):
         self.model.train()
         self._remember_buffers()
         amp = self.optimizer.amp_ctx
+
+        # The tokenizer moves, by what the discriminator of the last step thinks of its images.
         with accumulating(self.module, stepping):
             with amp:
                 rec = self.module(images_B3HW, progress)
@@ -325,6 +328,8 @@ class TokenizerTrainer(Trainer):
             grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
         aux |= rec.parts
         is_finite = self.optimizer.moved if stepping else True
+
+        # Then the discriminator, once it has begun, by the same images.
         if self.criterion.is_active(progress):
             if not self.gan_announced and dist.is_master():
                 logger.info('the discriminator has started: a rise of the reconstruction loss is normal now, '
@@ -336,6 +341,8 @@ class TokenizerTrainer(Trainer):
             aux |= disc_aux | (dict(disc_grad_norm=disc_norm) if stepping else {})
             if stepping and not self.disc_optimizer.moved:
                 is_finite = False
+
+        # Codes move and restart; what a step that is not finite did to running statistics is taken back.
         if stepping:
             self._after_step(progress, self.optimizer.moved)
             self._restore_buffers(is_finite)

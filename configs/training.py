@@ -187,6 +187,7 @@ class Recipe:
     picture_every = 0
     fid_images = 0
     cached_path = ''
+    train_only = ''
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why

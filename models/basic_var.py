@@ -71,9 +71,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLC: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         B, L, C = x_BLC.shape
+        # Keys have no bias, which softmax would cancel; zeros in its place allow one product for all three.
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x_BLC, self.mat_qkv.weight, bias).view(B, L, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.unbind(2)  # (B, L, H, d)
+        q, k, v = qkv.unbind(2)                                                            # (B, L, H, d)
+        # Cosine attention: unit queries and keys, and a learnt temperature of every head.
         if self.attn_l2_norm:
             scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().view(self.num_heads, 1)
             q = (F.normalize(q, dim=-1) * scale_H1).to(v.dtype)
@@ -105,9 +107,21 @@ class AdaLNSelfAttn(nn.Module):
         shared_aln: the condition comes as (B, 1, 6, C) from `SharedAdaLin` and the block only adds an offset.
     """
 
-    def __init__(self, embed_dim: int, cond_dim: int, shared_aln: bool, num_heads: int, mlp_ratio: float = 4.,
-                 drop: float = 0., attn_drop: float = 0., drop_path: float = 0., attn_l2_norm: bool = False,
-                 norm_eps: float = 1e-6, flash_if_available: bool = True, fused_if_available: bool = True):
+    def __init__(
+        self,
+        embed_dim: int,
+        cond_dim: int,
+        shared_aln: bool,
+        num_heads: int,
+        mlp_ratio: float = 4.,
+        drop: float = 0.,
+        attn_drop: float = 0.,
+        drop_path: float = 0.,
+        attn_l2_norm: bool = False,
+        norm_eps: float = 1e-6,
+        flash_if_available: bool = True,
+        fused_if_available: bool = True,
+    ):
         super().__init__()
         self.C = embed_dim
         self.D = cond_dim
@@ -123,8 +137,12 @@ class AdaLNSelfAttn(nn.Module):
 
     def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         """x (B, L, C); cond_BD (B, D), or (B, 1, 6, C) with `shared_aln`; attn_bias additive or None."""
-        mod_B16C = self.ada_gss + cond_BD if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
+        # Six vectors of the condition: gate, scale and shift of the attention and of the feed-forward part.
+        if self.shared_aln:
+            mod_B16C = self.ada_gss + cond_BD
+        else:
+            mod_B16C = self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)                # (B, 1, C) each
         attn = self.attn(self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1), attn_bias=attn_bias)
         x = x + self.drop_path(attn * gamma1)
         ffn = self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2))

@@ -103,14 +103,28 @@ class FlexVAR(AdaLNTransformer):
         ValueError: `patch_nums` do not rise from 1, or the width is odd.
     """
 
-    def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
-                 num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0.,
-                 attn_drop_rate: float = 0., drop_path_rate: float = 0., norm_eps: float = 1e-6,
-                 shared_aln: bool = False, cond_drop_rate: float = 0.1, token_dropout_p: float = 0.05,
-                 attn_l2_norm: bool = False,
-                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-                 flash_if_available: bool = True, fused_if_available: bool = True, label_smooth: float = 0.,
-                 keep_last: bool = False):
+    def __init__(
+        self,
+        vae_local: Tokenizer,
+        num_classes: int = 1000,
+        depth: int = 16,
+        embed_dim: int = 1024,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.,
+        drop_rate: float = 0.,
+        attn_drop_rate: float = 0.,
+        drop_path_rate: float = 0.,
+        norm_eps: float = 1e-6,
+        shared_aln: bool = False,
+        cond_drop_rate: float = 0.1,
+        token_dropout_p: float = 0.05,
+        attn_l2_norm: bool = False,
+        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        flash_if_available: bool = True,
+        fused_if_available: bool = True,
+        label_smooth: float = 0.,
+        keep_last: bool = False,
+    ):
         # 0. hyper-parameters
         sides = [height for height, width in as_sizes(patch_nums) if height == width]
         if len(sides) != len(patch_nums) or sides[:1] != [1] or sides != sorted(set(sides)):
@@ -162,10 +176,12 @@ class FlexVAR(AdaLNTransformer):
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
         """Mean cross-entropy of all tokens given the coarser scales; training draws the pyramid anew."""
+        # Every scale is a complete image, so the sides of a step are free; validation has fixed ones.
         patch_nums = self.schedule.draw() if self.training else self.patch_nums
         idx_kBl = self.tokenizer.encode(images_B3HW, patch_nums)
         target_BL = torch.cat(idx_kBl, dim=1)
-        logits_BLV = self(label_B, self.teacher_input(idx_kBl, patch_nums), patch_nums)
+        teacher_BLZ = self.teacher_input(idx_kBl, patch_nums)
+        logits_BLV = self(label_B, teacher_BLZ, patch_nums)
         loss = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=self.label_smooth)
         return loss, dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, patch_nums=patch_nums)
 
@@ -200,20 +216,28 @@ class FlexVAR(AdaLNTransformer):
         layout = ScaleLayout(as_sizes(self.patch_nums if infer_patch_nums is None else infer_patch_nums))
         check_sizes(layout.sizes)
         B = len(label_B)
-        given = 0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1]
-        if given != layout.total - 1:
+        num_given = 0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1]
+        if num_given != layout.total - 1:
             raise ValueError(f'expected {layout.total - 1} tokens after the first for scales of '
-                             f'{layout.sizes}, got {given}: pass the sides that the input was made with')
+                             f'{layout.sizes}, got {num_given}: pass the sides that the input was made with')
+
+        # Embeddings are in float32 under any autocast, as published.
         with torch.autocast(label_B.device.type, enabled=False):
             if self.training:
                 label_B = drop_labels(label_B, self.num_classes, self.cond_drop_rate)
-            cond_BD = self.class_emb(label_B)
-            x_BLC = (cond_BD + self.pos_start[0]).view(B, 1, -1)
-            if given:
-                x_BLC = torch.cat([x_BLC, self.word_embed(x_BLCv_wo_first_l.float())], dim=1)
-            x_BLC = x_BLC + torch.cat([self.positions(size) for size in layout.sizes], dim=1)
-        x_BLC = self.run_blocks(x_BLC, cond_BD, cached_causal_bias(layout, x_BLC.device))
-        return self.get_logits(x_BLC, cond_BD)
+            cond_BD = self.class_emb(label_B)                                              # (B, D), D = C
+            # The first scale has nothing to see but the class, which is its start token.
+            x_BLC = (cond_BD + self.pos_start[0]).view(B, 1, -1)                           # (B, 1, C)
+            if num_given:
+                given_BLC = self.word_embed(x_BLCv_wo_first_l.float())
+                x_BLC = torch.cat([x_BLC, given_BLC], dim=1)                               # (B, L, C)
+            position_1LC = torch.cat([self.positions(size) for size in layout.sizes], dim=1)
+            x_BLC = x_BLC + position_1LC
+
+        # A token sees its own scale and all coarser ones; the mask follows from the sides of this call.
+        attn_bias = cached_causal_bias(layout, x_BLC.device)                               # (1, 1, L, L)
+        x_BLC = self.run_blocks(x_BLC, cond_BD, attn_bias)
+        return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
 
     def compile(self, **options: Any) -> None:
         """Compile the blocks alone, once for any number of tokens: the pyramid changes at every step."""
@@ -253,15 +277,22 @@ class FlexVAR(AdaLNTransformer):
         B = len(label_B)
         num_scales = len(layout.sizes)
         was_training = self.training
-        cond_BD = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)]))
+
+        # The first half of the batch has its classes, the second one the null class, for guidance.
+        null_B = torch.full_like(label_B, self.num_classes)
+        cond_BD = self.class_emb(torch.cat([label_B, null_B]))                             # (2B, D)
         modulation = self.shared_ada_lin(cond_BD)
         x_BlC = (cond_BD + self.pos_start[0]).view(2 * B, 1, -1) + self.positions((1, 1), pos_mode)
         self.eval()
         try:
             with kv_caching(self.blocks, capacity=layout.total):
                 for k, size in enumerate(layout.sizes):
-                    for block in self.blocks:  # no mask: all that is cached may be seen
+                    # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
+                    #    scales alone, and all of them may be seen.
+                    for block in self.blocks:
                         x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
+
+                    # 2. Guidance, which grows with the scale up to the tenth, as published.
                     logits_BlV = self.get_logits(x_BlC, cond_BD)
                     if invalid_ids is not None:
                         logits_BlV[:, :, list(invalid_ids)] = -100.
@@ -269,12 +300,15 @@ class FlexVAR(AdaLNTransformer):
                     t = cfg * ratio if max(size) <= max_pn else cfg
                     logits_BlV = guide(*logits_BlV.chunk(2), cfg if used_llamagen_cfg else 1 + t)
 
+                    # 3. Codes: the most likely ones at sides that the published code does not draw at, else
+                    #    drawn, or given by an edit.
                     greedy = max(size) > max_pn or (greedy_unseen and max(size) not in DRAWN_SIDES)
-                    drawn_Bl = sample_with_top_k_top_p_(logits_BlV.clone(), 1 if greedy else top_k, top_p,
-                                                        rng)[:, :, 0]
+                    num_likely = 1 if greedy else top_k
+                    drawn_Bl = sample_with_top_k_top_p_(logits_BlV.clone(), num_likely, top_p, rng)[:, :, 0]
                     idx_Bl, _ = keep_of_scale(keep, k, drawn_Bl)
                     yield ScaleStep(k, size, logits_BlV, idx_Bl)
 
+                    # 4. The next scale sees the map of this one, resized; there is no sum, unlike in VAR.
                     if k < num_scales - 1:
                         next_size = layout.sizes[k + 1]
                         x_BlC = self.word_embed(self.next_input(idx_Bl, size, next_size))
@@ -324,7 +358,7 @@ class FlexVAR(AdaLNTransformer):
         if image_size is not None:
             base = self.patch_nums if infer_patch_nums is None else infer_patch_nums
             infer_patch_nums = rect_schedule(base, *self.tokenizer.map_size(*image_size))
-        cfg = guidance - (not options.get('used_llamagen_cfg', False))
+        cfg = guidance if options.get('used_llamagen_cfg', False) else guidance - 1
         pixels = self._pixels(self.as_labels(labels, len(labels), rng), rng=rng, cfg=cfg,
                               infer_patch_nums=infer_patch_nums, **options)
         return pixels.clamp_(-1, 1).add_(1).mul_(0.5)

@@ -214,9 +214,9 @@ class FlowHead(nn.Module):
     def forward(self, x_BlZ: torch.Tensor, t_B: torch.Tensor, z_BlC: torch.Tensor,
                 positions_l2: torch.Tensor) -> torch.Tensor:
         """(B, l, Z)."""
-        t_B1W = self.time_embed(t_B)[:, None]
-        c_BlW = self.cond_embed(z_BlC)
-        x_BlW = self.input_proj(x_BlZ)
+        t_B1W = self.time_embed(t_B)[:, None]                                              # (B, 1, W)
+        c_BlW = self.cond_embed(z_BlC)                                                     # (B, l, W)
+        x_BlW = self.input_proj(x_BlZ)                                                     # (B, l, W)
         for block in self.res_blocks:
             x_BlW = block(x_BlW, t_B1W, c_BlW, z_BlC, positions_l2)
         return self.final_layer(x_BlW, t_B1W + c_BlW)
@@ -276,13 +276,29 @@ class FlowAR(ARModel):
     headline = {'L': 'L_mean', 'Lt': 'L_tail'}
     selection = 'L_mean'
 
-    def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, encoder_embed_dim: int = 1024,
-                 encoder_depth: int = 16, encoder_num_heads: int = 16, decoder_embed_dim: int = 1024,
-                 decoder_depth: int = 16, decoder_num_heads: int = 16, mlp_ratio: float = 4.,
-                 label_drop_prob: float = 0.1, attn_dropout: float = 0., proj_dropout: float = 0.,
-                 diffloss_d: int = 3, diffloss_w: int = 1024, scale: Sequence[int] = (1, 2, 4, 8, 16),
-                 cross: bool = False, use_checkpoint: bool = False, loss_weighting: str = 'uniform',
-                 buffer_size: int = 0, patch_size: int = 1):
+    def __init__(
+        self,
+        vae_local: Tokenizer,
+        num_classes: int = 1000,
+        encoder_embed_dim: int = 1024,
+        encoder_depth: int = 16,
+        encoder_num_heads: int = 16,
+        decoder_embed_dim: int = 1024,
+        decoder_depth: int = 16,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.,
+        label_drop_prob: float = 0.1,
+        attn_dropout: float = 0.,
+        proj_dropout: float = 0.,
+        diffloss_d: int = 3,
+        diffloss_w: int = 1024,
+        scale: Sequence[int] = (1, 2, 4, 8, 16),
+        cross: bool = False,
+        use_checkpoint: bool = False,
+        loss_weighting: str = 'uniform',
+        buffer_size: int = 0,
+        patch_size: int = 1,
+    ):
         super().__init__(vae_local)
         # 0. hyper-parameters
         if encoder_embed_dim != decoder_embed_dim:
@@ -364,10 +380,14 @@ class FlowAR(ARModel):
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
         """Squared error of the velocity at random times; every token counts the same."""
+        # Teacher forcing: a scale sees the true coarser one, resized to its own side.
         latent_BZhw = self.tokenizer.encode(images_B3HW)
         target_BLZ, teacher_BLZ = self.pyramid(latent_BZhw)
         if self.training:
             label_B = drop_labels(label_B, self.num_classes, self.label_drop_prob)
+
+        # A time and a noise for every image and scale, drawn for the global batch so that neither ranks nor
+        # micro-steps matter.
         B = len(label_B)
         device = label_B.device
         draws = [(draw_rows(B, device, lambda t: t.uniform_()),
@@ -376,6 +396,8 @@ class FlowAR(ARModel):
         t_KB = torch.stack([t for t, _ in draws])
         noise_BLZ = torch.cat([noise for _, noise in draws], dim=1)
         part_ways()
+
+        # The trunk says what each token is like, the flow head how noise moves towards it.
         z_BLC = self(label_B, teacher_BLZ)
         error_KB = self.velocity_error(target_BLZ, z_BLC, t_KB, noise_BLZ)
         return self.total_loss(error_KB, t_KB), dict(error_KB=error_KB.detach(), t_KB=t_KB)
@@ -404,8 +426,9 @@ class FlowAR(ARModel):
             label_B: (B,) int64 in [0, num_classes].
             teacher_BLZ: inputs of all scales but the first, see `pyramid`.
         """
-        cond_BC = self.class_emb(label_B)
-        x_BLC = torch.cat([cond_BC[:, None], self.z_proj(teacher_BLZ)], dim=1)
+        cond_BC = self.class_emb(label_B)                                                  # (B, C)
+        # The first scale has nothing to see but the class, which is its start token.
+        x_BLC = torch.cat([cond_BC[:, None], self.z_proj(teacher_BLZ)], dim=1)             # (B, L, C)
         return self.trunk(x_BLC, cond_BC, self.positions(), slice(None), self.mask)
 
     def trunk(self, x_BlC: torch.Tensor, cond_BC: torch.Tensor, positions_l2: torch.Tensor, span: slice,
@@ -420,8 +443,10 @@ class FlowAR(ARModel):
     def run(self, blocks: nn.ModuleList, x_BlC: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
         """`x_BlC` after all blocks, which are recomputed in the backward pass where asked."""
         for block in blocks:
-            x_BlC = checkpoint(block, x_BlC, *args, use_reentrant=False) \
-                if self.use_checkpoint and self.training else block(x_BlC, *args)
+            if self.use_checkpoint and self.training:
+                x_BlC = checkpoint(block, x_BlC, *args, use_reentrant=False)
+            else:
+                x_BlC = block(x_BlC, *args)
         return x_BlC
 
     # ------------------------------------------------------------------------------ sampling
@@ -445,23 +470,35 @@ class FlowAR(ARModel):
         steps = annealed_steps(num_steps, num_steps if lower_steps is None else lower_steps, num_scales)
         grids = [time_grid(n) for n in steps]
         B = len(label_B)
-        both = 2 if cfg > 1 else 1  # the null class takes no part without guidance
-        cond_BC = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)])[:both * B])
+
+        # With guidance the second half of the batch has the null class.
+        num_copies = 1
+        if cfg > 1:
+            num_copies = 2
+            label_B = torch.cat([label_B, torch.full_like(label_B, self.num_classes)])
+        cond_BC = self.class_emb(label_B)                                                  # (2B, C)
         x_BlC = cond_BC[:, None]
         self.eval()
         try:
             with kv_caching([*self.encoder_blocks, *self.decoder_blocks], capacity=self.layout.total):
                 for k, n in enumerate(self.layout.patch_nums):
+                    # 1. One pass of the trunk over all tokens of the scale. There is no mask: the cache holds
+                    #    the coarser scales alone, and all of them may be seen.
                     span = slice(*self.layout.spans[k])
+                    z_BlC = self.trunk(x_BlC, cond_BC, self.positions(k), span)            # (2B, n^2, C)
+
+                    # 2. Euler steps of the flow head from noise to the latent of the scale, guided more
+                    #    strongly from scale to scale.
                     scale = 1 + (cfg - 1) * self.layout.ratio(k)
-                    z_BlC = self.trunk(x_BlC, cond_BC, self.positions(k), span)  # no mask: all cached is seen
                     noise_BlZ = normal_like(x_BlC.new_empty(B, n * n, self.Z, dtype=torch.float32), rng)
                     tokens_BlZ, evaluations = self.integrate(noise_BlZ, z_BlC, k, scale, guidance_until,
                                                              grids[k])
                     latent_BZnn = tokens_BlZ.transpose(1, 2).reshape(B, self.Z, n, n)
                     yield ScaleStep(k, latent_BZnn, evaluations)
+
+                    # 3. The next scale sees this one, resized.
                     if k < num_scales - 1:
-                        x_BlC = self.z_proj(self.next_input(latent_BZnn, k)).repeat(both, 1, 1)
+                        x_BlC = self.z_proj(self.next_input(latent_BZnn, k)).repeat(num_copies, 1, 1)
         finally:
             self.train(was_training)
 
@@ -482,6 +519,7 @@ class FlowAR(ARModel):
         x = x_BlZ.double()
         num_null = 0
         for t, t_next in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+            # Guidance acts late, at small times, where the latent has taken shape.
             guided = scale > 1 and t <= guidance_until
             z = z_BlC if guided else z_BlC[:B]
             x_in = x.float().repeat(len(z) // B, 1, 1)
@@ -489,7 +527,7 @@ class FlowAR(ARModel):
             v = self.flownet(x_in, t_in, z, positions_l2).double()
             if guided:
                 v = guide(*v.chunk(2), scale)
-                num_null = num_null + 1
+                num_null += 1
             x = x + (t_next - t) * v
         return x.float(), (len(grid) - 1, num_null)
 

@@ -77,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
         B, L, C = x_BLC.shape
         heads = self.wqkv(x_BLC).view(B, L, self.n_head + 2 * self.n_kv_head, -1)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)  # (B, L, H, d)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)        # (B, L, H, d)
         q = rotate(q, table_2Lp)
         k = rotate(k, table_2Lp)
         if self.cache is not None:
@@ -146,12 +146,26 @@ class NPP(ARModel):
     selection = 'L_mean'
     class_table = 'cls_embedding.embedding_table.weight'
 
-    def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, dim: int = 768, n_layer: int = 12,
-                 n_head: int = 12, n_kv_head: int | None = None, ffn_dim: int | None = None,
-                 rope_base: float = 10000., norm_eps: float = 1e-5, token_dropout_p: float = 0.1,
-                 attn_dropout_p: float = 0., resid_dropout_p: float = 0.1, ffn_dropout_p: float = 0.1,
-                 class_dropout_prob: float = 0.1, drop_path_rate: float = 0., grid: int = 16,
-                 phases: Sequence[tuple[float, int]] = ((1., 1),)):
+    def __init__(
+        self,
+        vae_local: Tokenizer,
+        num_classes: int = 1000,
+        dim: int = 768,
+        n_layer: int = 12,
+        n_head: int = 12,
+        n_kv_head: int | None = None,
+        ffn_dim: int | None = None,
+        rope_base: float = 10000.,
+        norm_eps: float = 1e-5,
+        token_dropout_p: float = 0.1,
+        attn_dropout_p: float = 0.,
+        resid_dropout_p: float = 0.1,
+        ffn_dropout_p: float = 0.1,
+        class_dropout_prob: float = 0.1,
+        drop_path_rate: float = 0.,
+        grid: int = 16,
+        phases: Sequence[tuple[float, int]] = ((1., 1),),
+    ):
         super().__init__(vae_local)
         # 0. hyper-parameters
         n_kv_head = n_kv_head or n_head
@@ -205,6 +219,8 @@ class NPP(ARModel):
         if self.training:
             label_B = drop_labels(label_B, self.num_classes, self.class_dropout_prob)
             part_ways()
+
+        # One prediction per patch, compared with each of its M = p^2 codes.
         logits_BPV = self(label_B, idx_BN, p)
         idx_BPM = patches(idx_BN, p)
         loss = patch_loss(logits_BPV, idx_BPM)
@@ -218,10 +234,13 @@ class NPP(ARModel):
             idx_BN: (B, N) codes, int64 in [0, V), row by row.
             p: side of a patch; it is read as the mean of its codes' embeddings.
         """
-        x_BPC = patches(self.tok_embeddings(idx_BN), p).mean(2)
+        x_BPC = patches(self.tok_embeddings(idx_BN), p).mean(2)                            # (B, P, C)
+        # Shifted by one: the class predicts the first patch, and nothing needs the last one.
         x_BPC = torch.cat([self.cls_embedding(label_B), x_BPC[:, :-1]], dim=1)
-        x_BPC, table_2Lp = self.tok_dropout(x_BPC), self.rope_table(math.isqrt(x_BPC.shape[1]))
-        return self.transform(x_BPC, table_2Lp[:, :x_BPC.shape[1]])
+        x_BPC = self.tok_dropout(x_BPC)
+        num_patches = x_BPC.shape[1]
+        table_2Lp = self.rope_table(math.isqrt(num_patches))[:, :num_patches]
+        return self.transform(x_BPC, table_2Lp)                                            # (B, P, V)
 
     def transform(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, V) in float32 of what follows each token."""
@@ -259,10 +278,15 @@ class NPP(ARModel):
         B = len(label_B)
         num_codes = (grid or self.grid) ** 2
         was_training = self.training
-        null_B = torch.full_like(label_B, self.num_classes)
-        x_B1C = self.cls_embedding(torch.cat([label_B, null_B]) if guidance > 1 else label_B)
         table_2Lp = self.rope_table(grid or self.grid)
+        last_guided = cfg_interval + 1 if cfg_interval >= 0 else num_codes
         codes = []
+
+        # With guidance the second half of the batch has the null class.
+        if guidance > 1:
+            null_B = torch.full_like(label_B, self.num_classes)
+            label_B = torch.cat([label_B, null_B])
+        x_B1C = self.cls_embedding(label_B)                                                # (2B, 1, C)
         self.eval()
         try:
             with kv_caching(self.layers, capacity=num_codes):
@@ -272,7 +296,7 @@ class NPP(ARModel):
                         logits_B1V = guide(*logits_B1V.chunk(2), guidance)
                     idx_B1 = self.draw(logits_B1V, temperature, top_k, top_p, greedy, rng)
                     codes.append(idx_B1)
-                    if 0 <= cfg_interval == i - 1:  # the last code that is guided: the null class may go
+                    if i == last_guided:  # what follows needs no null class
                         for block in self.layers:
                             block.attn.cache.keep(B)
                         x_B1C = x_B1C[:B]
@@ -287,9 +311,8 @@ class NPP(ARModel):
         if greedy or top_p <= 0:
             return logits_B1V.argmax(2)
         logits_B1V = logits_B1V / max(temperature, 1e-5)
-        # 0 is off there
         top_k = min(top_k, self.vocab_size)
-        top_p = top_p if top_p < 1 else 0.
+        top_p = top_p if top_p < 1 else 0.  # the filter below takes 0 for "off"
         return sample_with_top_k_top_p_(logits_B1V, top_k, top_p, rng)[:, :, 0]
 
     def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 1., rng: Rng = None,

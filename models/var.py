@@ -25,6 +25,7 @@ from models.tokenizers.vqvae import VQVAE
 __all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 'SharedAdaLin',
            'gumbel_softmax_with_rng', 'sample_with_top_k_top_p_']
 
+
 @dataclass(frozen=True)
 class ProgressiveSchedule:
     """Progressive training: coarse scales first, finer ones added one by one. All counts are micro-steps.
@@ -94,13 +95,27 @@ class VAR(AdaLNTransformer):
         progressive: arguments of `ProgressiveSchedule` beside num_scales, or None for all scales at once.
     """
 
-    def __init__(self, vae_local: Tokenizer, num_classes: int = 1000, depth: int = 16, embed_dim: int = 1024,
-                 num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0.,
-                 attn_drop_rate: float = 0., drop_path_rate: float = 0., norm_eps: float = 1e-6,
-                 shared_aln: bool = False, cond_drop_rate: float = 0.1, attn_l2_norm: bool = False,
-                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-                 flash_if_available: bool = True, fused_if_available: bool = True, label_smooth: float = 0.,
-                 progressive: dict[str, float] | None = None):
+    def __init__(
+        self,
+        vae_local: Tokenizer,
+        num_classes: int = 1000,
+        depth: int = 16,
+        embed_dim: int = 1024,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.,
+        drop_rate: float = 0.,
+        attn_drop_rate: float = 0.,
+        drop_path_rate: float = 0.,
+        norm_eps: float = 1e-6,
+        shared_aln: bool = False,
+        cond_drop_rate: float = 0.1,
+        attn_l2_norm: bool = False,
+        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        flash_if_available: bool = True,
+        fused_if_available: bool = True,
+        label_smooth: float = 0.,
+        progressive: dict[str, float] | None = None,
+    ):
         # 0. hyper-parameters
         super().__init__(vae_local, num_classes, depth, embed_dim, num_heads, drop_path_rate, cond_drop_rate,
                          patch_nums, label_smooth)
@@ -135,17 +150,22 @@ class VAR(AdaLNTransformer):
     # ------------------------------------------------------------------------------ training
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Cross-entropy of all tokens given the coarser scales, each token weighted 1 / L."""
+        """Cross-entropy of all tokens given the coarser scales (Eq. 6), each token weighted 1 / L."""
+        # Progressive training leaves out the finest scales at first, and fades in the newest one.
         stage = len(self.patch_nums) - 1
         newest_weight = 1.
         if self.progressive:
             stage, newest_weight = self.progressive.at(progress)
+
+        # The target is the whole pyramid of codes, flattened from coarse to fine. Teacher forcing: a scale
+        # sees the sum of the true coarser ones, resized to its own side.
         idx_kBl = self.tokenizer.encode(images_B3HW)[:stage + 1]
         target_BL = torch.cat(idx_kBl, dim=1)
         with torch.autocast(images_B3HW.device.type, enabled=False):
             teacher_BLZ = self.tokenizer.quantize.idxBl_to_var_input(idx_kBl)
         logits_BLV = self(label_B, teacher_BLZ)
 
+        # Weights stay 1 / L of the whole pyramid, also where some scales are left out, as published.
         weight_L = torch.full((target_BL.shape[1],), 1 / self.L, device=target_BL.device)
         weight_L[self.layout.spans[stage][0]:] *= newest_weight
         loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=self.label_smooth,
@@ -165,19 +185,26 @@ class VAR(AdaLNTransformer):
             (B, first_l + tokens, V) float32.
         """
         B = len(label_B)
-        L = self.first_l + (0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1])
-        self.layout.num_scales_of(L)
-        device_type = label_B.device.type
-        with torch.autocast(device_type, enabled=False):
+        num_given = 0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1]
+        L = self.first_l + num_given
+        self.layout.num_scales_of(L)  # refuses a length that ends within a scale
+
+        # Embeddings are in float32 under any autocast, as published.
+        with torch.autocast(label_B.device.type, enabled=False):
             if self.training:
                 label_B = drop_labels(label_B, self.num_classes, self.cond_drop_rate)
-            cond_BD = self.class_emb(label_B)
-            x_BLC = cond_BD[:, None].expand(B, self.first_l, -1) + self.pos_start
+            cond_BD = self.class_emb(label_B)                                              # (B, D), D = C
+            # The first scale has nothing to see but the class, which is its start token.
+            x_BLC = cond_BD[:, None].expand(B, self.first_l, -1) + self.pos_start          # (B, 1, C)
             if x_BLCv_wo_first_l is not None:
-                x_BLC = torch.cat([x_BLC, self.word_embed(x_BLCv_wo_first_l.float())], dim=1)
+                given_BLC = self.word_embed(x_BLCv_wo_first_l.float())
+                x_BLC = torch.cat([x_BLC, given_BLC], dim=1)                               # (B, L, C)
             x_BLC = x_BLC + self.lvl_embed(self.lvl_1L[:, :L]) + self.pos_1LC[:, :L]
-        x_BLC = self.run_blocks(x_BLC, cond_BD, self.attn_bias_for_masking[:, :, :L, :L])
-        return self.get_logits(x_BLC, cond_BD)
+
+        # A token sees its own scale and all coarser ones.
+        attn_bias = self.attn_bias_for_masking[:, :, :L, :L]                               # (1, 1, L, L)
+        x_BLC = self.run_blocks(x_BLC, cond_BD, attn_bias)
+        return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
 
     # ------------------------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -199,7 +226,10 @@ class VAR(AdaLNTransformer):
         B = len(label_B)
         quantize = self.tokenizer.quantize
         was_training = self.training
-        cond_BD = self.class_emb(torch.cat([label_B, torch.full_like(label_B, self.num_classes)]))
+
+        # The first half of the batch has its classes, the second one the null class, for guidance.
+        null_B = torch.full_like(label_B, self.num_classes)
+        cond_BD = self.class_emb(torch.cat([label_B, null_B]))                             # (2B, D)
         modulation = self.shared_ada_lin(cond_BD)
         position_1LC = self.lvl_embed(self.lvl_1L) + self.pos_1LC
         next_BlC = (cond_BD[:, None].expand(2 * B, self.first_l, -1) + self.pos_start
@@ -209,13 +239,18 @@ class VAR(AdaLNTransformer):
         try:
             with kv_caching(self.blocks, capacity=self.L):
                 for k, pn in enumerate(self.patch_nums):
-                    x_BlC = next_BlC
-                    for block in self.blocks:  # no mask: all that is cached may be seen
+                    # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
+                    #    scales alone, and all of them may be seen.
+                    x_BlC = next_BlC                                                       # (2B, pn^2, C)
+                    for block in self.blocks:
                         x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
+
+                    # 2. Guidance, which grows from 0 at the first scale to cfg at the last one.
                     cond_BlV, uncond_BlV = self.get_logits(x_BlC, cond_BD).chunk(2)
                     ratio = self.layout.ratio(k)
-                    logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)
+                    logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)              # (B, pn^2, V)
 
+                    # 3. Codes: drawn, or given by an edit; then their embeddings.
                     kept_BlV = logits_BlV.clone()  # filtered in place by the draw
                     drawn_Bl = sample_with_top_k_top_p_(kept_BlV, top_k, top_p, rng)[:, :, 0]
                     idx_Bl, given_Bl = keep_of_scale(keep, k, drawn_Bl)
@@ -225,11 +260,14 @@ class VAR(AdaLNTransformer):
                         mix_BlV = gumbel_softmax_with_rng(kept_BlV.mul(1 + ratio), tau=tau, rng=rng)
                         smooth_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
                         h_BlZ = torch.where(given_Bl[..., None], h_BlZ, smooth_BlZ)
+
+                    # 4. The scale is added to the sum of all scales so far (Algorithm 2 of the paper).
                     h_BZpp = h_BlZ.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
                     f_hat, next_BZpp = quantize.get_next_autoregressive_input(
                         k, len(self.patch_nums), f_hat, h_BZpp)
                     yield ScaleStep(k, logits_BlV, idx_Bl, f_hat)
 
+                    # 5. That sum, resized to the next side, is what the next scale sees.
                     if k < len(self.patch_nums) - 1:
                         begin, end = self.layout.spans[k + 1]
                         next_BlC = self.word_embed(next_BZpp.flatten(2).transpose(1, 2))
@@ -295,7 +333,7 @@ class VAR(AdaLNTransformer):
                       prog_it=0, last_prog_si=-1, first_prog=True)
         if self.progressive:
             schedule = self.progressive
-            (stage, _) = self.progressive.at(progress)
+            stage, _ = self.progressive.at(progress)
             begin = schedule.stage_begins[stage]
             config.update(prog_it=round(progress * schedule.total) - begin, last_prog_si=stage,
                           first_prog=begin == 0)
@@ -320,12 +358,25 @@ class VARHF(VAR, PyTorchModelHubMixin):
         vae_kwargs: arguments of the VQVAE it builds; the tokenizer's weights are loaded separately.
     """
 
-    def __init__(self, vae_kwargs: dict[str, Any], num_classes: int = 1000, depth: int = 16,
-                 embed_dim: int = 1024, num_heads: int = 16, mlp_ratio: float = 4., drop_rate: float = 0.,
-                 attn_drop_rate: float = 0., drop_path_rate: float = 0., norm_eps: float = 1e-6,
-                 shared_aln: bool = False, cond_drop_rate: float = 0.1, attn_l2_norm: bool = False,
-                 patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-                 flash_if_available: bool = True, fused_if_available: bool = True):
+    def __init__(
+        self,
+        vae_kwargs: dict[str, Any],
+        num_classes: int = 1000,
+        depth: int = 16,
+        embed_dim: int = 1024,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.,
+        drop_rate: float = 0.,
+        attn_drop_rate: float = 0.,
+        drop_path_rate: float = 0.,
+        norm_eps: float = 1e-6,
+        shared_aln: bool = False,
+        cond_drop_rate: float = 0.1,
+        attn_l2_norm: bool = False,
+        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        flash_if_available: bool = True,
+        fused_if_available: bool = True,
+    ):
         super().__init__(VQVAE(**vae_kwargs), num_classes, depth, embed_dim, num_heads, mlp_ratio, drop_rate,
                          attn_drop_rate, drop_path_rate, norm_eps, shared_aln, cond_drop_rate, attn_l2_norm,
                          patch_nums, flash_if_available, fused_if_available)

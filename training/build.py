@@ -31,32 +31,40 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
     """
     model_class, tokenizer_class = FAMILIES[recipe.model]
     kwargs = recipe.model_kwargs(total_steps, steps_per_epoch)
+    is_generator = tokenizer_class is not None
+    on_meta = torch.device(device).type == 'meta'
+
+    # A generator is built around its frozen tokenizer.
     args = []
-    if tokenizer_class is not None:
+    if is_generator:
         args.append(load_tokenizer(recipe, tokenizer_class, device))
         kwargs['num_classes'] = num_classes
-    on_meta = torch.device(device).type == 'meta'
+
+    # Weights to begin with, and what they say of a tokenizer beside its flags.
     state = None
-    checkpoint = {}
     if recipe.init_from and not on_meta:
-        path = fetch(recipe.init_from)
+        path = str(fetch(recipe.init_from))
         checkpoint = load_file(path)
-        if tokenizer_class is None:
+        if is_generator:
+            state = model_weights(checkpoint)
+        else:
             state, config = tokenizer_weights(checkpoint)
             kwargs = config | kwargs
-        else:
-            state = model_weights(checkpoint)
+
     with torch.device(device):
         model = model_class(*args, **kwargs)
     if not on_meta:
         model.init_weights(**recipe.init_kwargs())
-    if state is not None:
-        theirs = checkpoint.get('classes')
-        if tokenizer_class is not None and theirs and classes and list(theirs) != classes:
-            key = model.class_table
-            state = rows_by_class(state, key, list(theirs), classes, model.state_dict()[key], str(path))
-        model.warm_start(state, str(path))
-    if getattr(recipe, 'train_only', '') and state is not None:
+    if state is None:
+        return model
+
+    # The rows of the class embedding follow the names of the classes.
+    theirs = checkpoint.get('classes')
+    if is_generator and theirs and classes and list(theirs) != classes:
+        fresh = model.state_dict()[model.class_table]
+        state = rows_by_class(state, model.class_table, list(theirs), classes, fresh, path)
+    model.warm_start(state, path)
+    if recipe.train_only:
         model.freeze_codes()
     return model
 

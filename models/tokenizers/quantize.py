@@ -215,8 +215,10 @@ class VectorQuantizer2(nn.Module):
             f'the last scale must have the size of the feature map {tuple(full)}, got {sizes[-1]}'
         rest_BZhw = f_BZhw.detach()
         for k, size in enumerate(sizes):
+            # r_k: the rest, averaged to the side of the scale, and the code next to each of its vectors.
             query_NZ = self.queries(rest_BZhw, size, is_last=k == len(sizes) - 1)
             idx_Bl = self.nearest_code(query_NZ, k).view(len(f_BZhw), -1)
+            # phi_k(z_k): what these codes say of the full map, which is then taken off the rest.
             h_BZhw = self.contribution(self.embed(idx_Bl, size, k), k, len(sizes), full)
             yield ScaleCode(k, query_NZ, idx_Bl.view(-1, *size), h_BZhw, rest_BZhw)
             rest_BZhw = rest_BZhw - h_BZhw.detach()
@@ -258,6 +260,9 @@ class VectorQuantizer2(nn.Module):
         codes = {}
         queries = {}
         parts = {}
+
+        # Scale dropout: some images keep their leading scales alone, so that these learn to stand for
+        # themselves.
         dropping = self.training and measures.scale_drop > 0
         weight_BK = self._kept_scales(f_BZhw) if dropping else None
         for scale in self.residual_scales(f_BZhw):
@@ -267,9 +272,13 @@ class VectorQuantizer2(nn.Module):
             parts[f'residual_{name}'] = scale.rest_BZhw.square().mean().sqrt()
             if measures.entropy and self.training:
                 entropy = entropy + self._entropy(f_BZhw - f_BZhw.detach() + scale.rest_BZhw, scale)
-            weight_B = weight_BK[:, scale.k] if dropping else None
-            kept = (weight_B > 0).view(-1, 1, 1, 1) if dropping else True
-            f_hat = f_hat + scale.h_BZhw * kept
+            # After every scale, codes and phi move the sum so far towards f, and f is held to the sum.
+            weight_B = None
+            h_BZhw = scale.h_BZhw
+            if dropping:
+                weight_B = weight_BK[:, scale.k]
+                h_BZhw = h_BZhw * (weight_B > 0).view(-1, 1, 1, 1)
+            f_hat = f_hat + h_BZhw
             code_loss = code_loss + weighted_mse(f_hat, f_BZhw.detach(), weight_B)
             commitment = commitment + weighted_mse(f_hat.detach(), f_BZhw, weight_B)
         code_loss = code_loss / num_scales
@@ -280,6 +289,8 @@ class VectorQuantizer2(nn.Module):
         if measures.entropy and self.training:
             parts['entropy_loss'] = entropy.detach() / num_scales
             loss = loss + measures.entropy * entropy / num_scales
+
+        # Hits of all ranks, for the running averages; with upkeeps they are counted after the step.
         if self.training and not self.upkeeps:
             hit_KV = torch.stack([torch.bincount(idx_Bl.flatten(), minlength=self.vocab_size)
                                   for idx_Bl in codes.values()]).float()
@@ -289,7 +300,13 @@ class VectorQuantizer2(nn.Module):
             for upkeep, names in self._looked_after(codes):
                 upkeep.observe({name: codes[name] for name in names},
                                {name: queries[name] for name in names})
-        passed = rotated(f_BZhw, f_hat.detach()) if measures.rotation else (f_hat - f_BZhw).detach() + f_BZhw
+
+        # The decoder sees f_hat, the encoder gets its gradient: straight through, or rotated (arXiv
+        # 2410.06424).
+        if measures.rotation:
+            passed = rotated(f_BZhw, f_hat.detach())
+        else:
+            passed = (f_hat - f_BZhw).detach() + f_BZhw
         return Quantised(passed, loss, parts, codes)
 
     def _kept_scales(self, f_BZhw: torch.Tensor) -> torch.Tensor:
@@ -324,11 +341,14 @@ class VectorQuantizer2(nn.Module):
 
     def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
         """Move and restart codes, or come closer to the start of quantisation; see `Trainable.after_step`."""
+        # Quantisation is on: moving averages and restarts of the codebook.
         if not self.waiting:
             replaced = [rows for upkeep in self.upkeeps for rows in upkeep.update(progress).values()]
             if self.upkeeps and self.upkeeps[0].hit_KV is not None:
                 self._record(torch.cat([upkeep.hit_KV for upkeep in self.upkeeps]))
             return {self.embedding.weight: torch.cat(replaced)} if replaced else {}
+
+        # It is deferred: the last steps of the wait gather features of all ranks, as many as k-means needs.
         batch_BZhw = torch.cat(self._features)
         self._features.clear()
         self.steps_waited += 1
@@ -339,6 +359,8 @@ class VectorQuantizer2(nn.Module):
             self.gathered.append(dist.allgather(batch_BZhw))
         if self.waiting:
             return {}
+
+        # The wait is over: the codebook begins where the features are.
         self.place_codes(torch.cat(self.gathered))
         self.gathered.clear()
         return {self.embedding.weight: torch.arange(len(self.embedding.weight))}
