@@ -173,15 +173,15 @@ class Run:
 
         # 6. The logs, rewound to where the checkpoint stands.
         self.made_with = dict(git_commit=git_commit(), versions=versions()) if dist.is_master() else {}
-        if dist.is_master():
-            with atomic_path(self.folder / 'config.yaml') as temporary:
-                command = f'python train.py --config={self.folder}/config.yaml'
-                temporary.write_text(config_text(recipe, command))
         header = dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]), seed=self.state.seed,
                       args=vars(recipe), **self.made_with)
         self.journal = Journal(self.folder, self.folder / recipe.run_name(world_size), self.trainer,
                                recipe.log_every, header,
                                (self.steps_done, self.state.epochs_ended) if self.resumed_from else None)
+        if dist.is_master():
+            with atomic_path(self.folder / 'config.yaml') as temporary:
+                command = f'python train.py --config={self.folder}/config.yaml'
+                temporary.write_text(config_text(recipe, command))
         self.announce()
 
     def announce(self) -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from configs import PRESETS, FlowARRecipe, FlowARSampleRecipe
+from configs import PRESETS, FlowARRecipe
+from configs.flowar import FlowARSampleRecipe
 from models import AutoencoderKL, FlowAR, build_generator, flowar, helpers, load_weights
 from models.attention import kv_caching
 from models.flowar import FlowHead, TimeEmbedder, annealed_steps, grid_positions, time_grid

@@ -62,7 +62,7 @@ def run_notebook(name, folder):
             sum('image/png' in out.get('data', {}) for out in outputs))
 
 
-@pytest.mark.parametrize('given', [True, False])
+@pytest.mark.parametrize('given', [pytest.param(True, marks=pytest.mark.slow), False])
 def test_sampling_notebook_runs(checkpoint, tmp_path, monkeypatch, without_hub, given):
     """With CKPT it loads that file; without, and without the hub, the demo's own checkpoint."""
     monkeypatch.setenv('CKPT', str(checkpoint) if given else '')

@@ -15,7 +15,7 @@ from utils.data import build_dataset
 
 PLAIN = ['--codebook=grad', '--restart=0', '--defer=0', '--scale_drop=0']  # the published training of codes
 DEFAULTS = ('vqvae', '--eval_every=1', '--log_every=2')
-SHORT = (*DEFAULTS, '--steps=400')
+SHORT = (*DEFAULTS, '--steps=250')
 SCALES = ('1x1', '2x2', '3x3', '4x4')
 
 
@@ -27,21 +27,22 @@ def assert_healthy(scores):
 
 
 @pytest.mark.parametrize(('steps', 'psnr'), [
-    (400, 21.3), pytest.param(800, 22.4, marks=pytest.mark.slow)])
+    (250, 20.2), pytest.param(800, 22.4, marks=pytest.mark.slow)])
 def test_defaults_learn_and_use_the_codebook(toy, steps, psnr):
-    """Measured: 21.79 dB; 104, 361, 363, 397 codes, 506 at any scale; perplexity of 1x1 91. In 800 steps:
+    """Measured: 20.68 dB; 97, 332, 318, 399 codes, 495 at any scale; perplexity of 1x1 76. In 800 steps:
     22.87 dB; 131, 344, 355, 372, 511; 121."""
     run = toy(*DEFAULTS, f'--steps={steps}')
     assert run.scores['psnr'] >= psnr
     assert_healthy(run.scores)
-    assert run.scores['psnr'] - run.epochs[0]['vpsnr'] >= 1.5  # after the first 250 steps
+    if steps > 250:
+        assert run.scores['psnr'] - run.epochs[0]['vpsnr'] >= 1.5  # after the first 250 steps
     quarters = [run.mean('rec_loss', steps * i // 4, steps * (i + 1) // 4) for i in range(4)]
     assert quarters == sorted(quarters, reverse=True)
     validation = [line['vrec_loss'] for line in run.epochs]
     assert len(validation) == -(-steps // 250) and validation == sorted(validation, reverse=True)
     assert all(line['alarm_collapse'] == 0 for line in run.steps if 'alarm_collapse' in line)
     first = next(line for line in run.steps if 'usage' in line)
-    assert first['step'] == steps // 8 + 1  # quantised from an eighth of the run on, logged every other step
+    assert first['step'] == steps // 8 | 1  # quantised from an eighth of the run on; odd steps are logged
     assert next(line['usage'] for line in run.steps if line['step'] > first['step'] + 4) > 0.5
 
 
