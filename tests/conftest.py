@@ -86,7 +86,9 @@ def toy(tmp_path_factory):
     return get
 
 
+LONG = ('test_toy.py', 'test_toy_others.py', 'test_run.py', 'test_pinned.py', 'test_continue.py')
+
+
 def pytest_collection_modifyitems(items):
     """The files with whole trainings first: they take longest, and two processes share the files."""
-    items.sort(key=lambda item: item.path.name not in ('test_toy.py', 'test_toy_others.py', 'test_run.py', 'test_pinned.py',
-                                                     'test_continue.py'))
+    items.sort(key=lambda item: item.path.name not in LONG)

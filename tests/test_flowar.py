@@ -707,7 +707,7 @@ def test_initial_weights():
     (lambda m: FlowARSampleRecipe(ckpt='a file', temperature=0.9), 'must be 1 and --cfg_schedule linear'),
     (lambda m: FlowARRecipe(latent_patch=2), '--patch_size must be 1, got 2'),
     (lambda m: FlowARRecipe(buffer_size=64), '--buffer_size must be 0, got 64'),
-    (lambda m: FlowARRecipe(loss_weighting='snr'), '--loss_weighting must be uniform or debiased, got snr'),
+    (lambda m: FlowARRecipe(loss_weighting='snr'), "--loss_weighting must be uniform or debiased, got 'snr'"),
     (lambda m: FlowARRecipe(img_size=240), 'times 2, 4, 8, ..., got 240'),
 ], ids=itertools.count())
 def test_errors(model, call, message):
