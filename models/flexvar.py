@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.attention import kv_caching
 from models.base import Tokenizer
 from models.basic_var import AdaLNBeforeHead, AdaLNTransformer
 from models.editing import Keep, keep_of_scale, mostly_kept, place
 from models.helpers import Rng, drop_labels, guide, sample_with_top_k_top_p_
+from models.sampling import sampling_mode
 from models.scales import ScaleLayout, Side, as_sizes, cached_causal_bias, check_sizes, rect_schedule
 
 GRID = 32  # rows and columns of the position grid, twice the side of the finest published code map
@@ -276,45 +276,40 @@ class FlexVAR(AdaLNTransformer):
             raise ValueError(f"pos_mode must be 'stretch' or 'crop', got {pos_mode!r}")
         B = len(label_B)
         num_scales = len(layout.sizes)
-        was_training = self.training
 
         # The first half of the batch has its classes, the second one the null class, for guidance.
         null_B = torch.full_like(label_B, self.num_classes)
         cond_BD = self.class_emb(torch.cat([label_B, null_B]))                             # (2B, D)
         modulation = self.shared_ada_lin(cond_BD)
         x_BlC = (cond_BD + self.pos_start[0]).view(2 * B, 1, -1) + self.positions((1, 1), pos_mode)
-        self.eval()
-        try:
-            with kv_caching(self.blocks, capacity=layout.total):
-                for k, size in enumerate(layout.sizes):
-                    # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
-                    #    scales alone, and all of them may be seen.
-                    for block in self.blocks:
-                        x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
+        with sampling_mode(self, self.blocks, capacity=layout.total):
+            for k, size in enumerate(layout.sizes):
+                # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
+                #    scales alone, and all of them may be seen.
+                for block in self.blocks:
+                    x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
 
-                    # 2. Guidance, which grows with the scale up to the tenth, as published.
-                    logits_BlV = self.get_logits(x_BlC, cond_BD)
-                    if invalid_ids is not None:
-                        logits_BlV[:, :, list(invalid_ids)] = -100.
-                    ratio = k / min(num_scales - 1, 9) if num_scales > 1 else 1.
-                    t = cfg * ratio if max(size) <= max_pn else cfg
-                    logits_BlV = guide(*logits_BlV.chunk(2), cfg if used_llamagen_cfg else 1 + t)
+                # 2. Guidance, which grows with the scale up to the tenth, as published.
+                logits_BlV = self.get_logits(x_BlC, cond_BD)
+                if invalid_ids is not None:
+                    logits_BlV[:, :, list(invalid_ids)] = -100.
+                ratio = k / min(num_scales - 1, 9) if num_scales > 1 else 1.
+                t = cfg * ratio if max(size) <= max_pn else cfg
+                logits_BlV = guide(*logits_BlV.chunk(2), cfg if used_llamagen_cfg else 1 + t)
 
-                    # 3. Codes: the most likely ones at sides that the published code does not draw at, else
-                    #    drawn, or given by an edit.
-                    greedy = max(size) > max_pn or (greedy_unseen and max(size) not in DRAWN_SIDES)
-                    num_likely = 1 if greedy else top_k
-                    drawn_Bl = sample_with_top_k_top_p_(logits_BlV.clone(), num_likely, top_p, rng)[:, :, 0]
-                    idx_Bl, _ = keep_of_scale(keep, k, drawn_Bl)
-                    yield ScaleStep(k, size, logits_BlV, idx_Bl)
+                # 3. Codes: the most likely ones at sides that the published code does not draw at, else
+                #    drawn, or given by an edit.
+                greedy = max(size) > max_pn or (greedy_unseen and max(size) not in DRAWN_SIDES)
+                num_likely = 1 if greedy else top_k
+                drawn_Bl = sample_with_top_k_top_p_(logits_BlV.clone(), num_likely, top_p, rng)[:, :, 0]
+                idx_Bl, _ = keep_of_scale(keep, k, drawn_Bl)
+                yield ScaleStep(k, size, logits_BlV, idx_Bl)
 
-                    # 4. The next scale sees the map of this one, resized; there is no sum, unlike in VAR.
-                    if k < num_scales - 1:
-                        next_size = layout.sizes[k + 1]
-                        x_BlC = self.word_embed(self.next_input(idx_Bl, size, next_size))
-                        x_BlC = (x_BlC + self.positions(next_size, pos_mode)).repeat(2, 1, 1)
-        finally:
-            self.train(was_training)
+                # 4. The next scale sees the map of this one, resized; there is no sum, unlike in VAR.
+                if k < num_scales - 1:
+                    next_size = layout.sizes[k + 1]
+                    x_BlC = self.word_embed(self.next_input(idx_Bl, size, next_size))
+                    x_BlC = (x_BlC + self.positions(next_size, pos_mode)).repeat(2, 1, 1)
 
     @torch.no_grad()
     def autoregressive_infer_cfg(self, vqvae: Tokenizer | None, B: int,

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import KVCache, attend, kv_caching
+from models.attention import KVCache, attend
 from models.base import ARModel, Tokenizer
-from models.helpers import Rng, draw_rows, drop_labels, guide, normal_like, part_ways
+from models.helpers import Rng, draw_rows, drop_labels, guide, normal_like, reseed_per_rank
 from models.layers import RMSNorm, Rope2d, rotate, sinusoid
+from models.sampling import sampling_mode
 from models.scales import ScaleLayout, scale_name
 
 TIMES = 1000     # times are told apart in steps of 1 / TIMES
@@ -395,7 +396,7 @@ class FlowAR(ARModel):
                  for length in self.layout.lengths]
         t_KB = torch.stack([t for t, _ in draws])
         noise_BLZ = torch.cat([noise for _, noise in draws], dim=1)
-        part_ways()
+        reseed_per_rank()
 
         # The trunk says what each token is like, the flow head how noise moves towards it.
         z_BLC = self(label_B, teacher_BLZ)
@@ -466,7 +467,6 @@ class FlowAR(ARModel):
             rng: a generator, `ImageNoise`, or None for torch's global generator.
         """
         num_scales = len(self.layout.patch_nums)
-        was_training = self.training
         steps = annealed_steps(num_steps, num_steps if lower_steps is None else lower_steps, num_scales)
         grids = [time_grid(n) for n in steps]
         B = len(label_B)
@@ -478,29 +478,25 @@ class FlowAR(ARModel):
             label_B = torch.cat([label_B, torch.full_like(label_B, self.num_classes)])
         cond_BC = self.class_emb(label_B)                                                  # (2B, C)
         x_BlC = cond_BC[:, None]
-        self.eval()
-        try:
-            with kv_caching([*self.encoder_blocks, *self.decoder_blocks], capacity=self.layout.total):
-                for k, n in enumerate(self.layout.patch_nums):
-                    # 1. One pass of the trunk over all tokens of the scale. There is no mask: the cache holds
-                    #    the coarser scales alone, and all of them may be seen.
-                    span = slice(*self.layout.spans[k])
-                    z_BlC = self.trunk(x_BlC, cond_BC, self.positions(k), span)            # (2B, n^2, C)
+        with sampling_mode(self, [*self.encoder_blocks, *self.decoder_blocks], capacity=self.layout.total):
+            for k, n in enumerate(self.layout.patch_nums):
+                # 1. One pass of the trunk over all tokens of the scale. There is no mask: the cache holds
+                #    the coarser scales alone, and all of them may be seen.
+                span = slice(*self.layout.spans[k])
+                z_BlC = self.trunk(x_BlC, cond_BC, self.positions(k), span)                # (2B, n^2, C)
 
-                    # 2. Euler steps of the flow head from noise to the latent of the scale, guided more
-                    #    strongly from scale to scale.
-                    scale = 1 + (cfg - 1) * self.layout.ratio(k)
-                    noise_BlZ = normal_like(x_BlC.new_empty(B, n * n, self.Z, dtype=torch.float32), rng)
-                    tokens_BlZ, evaluations = self.integrate(noise_BlZ, z_BlC, k, scale, guidance_until,
-                                                             grids[k])
-                    latent_BZnn = tokens_BlZ.transpose(1, 2).reshape(B, self.Z, n, n)
-                    yield ScaleStep(k, latent_BZnn, evaluations)
+                # 2. Euler steps of the flow head from noise to the latent of the scale, guided more
+                #    strongly from scale to scale.
+                scale = 1 + (cfg - 1) * self.layout.ratio(k)
+                noise_BlZ = normal_like(x_BlC.new_empty(B, n * n, self.Z, dtype=torch.float32), rng)
+                tokens_BlZ, evaluations = self.integrate(noise_BlZ, z_BlC, k, scale, guidance_until,
+                                                         grids[k])
+                latent_BZnn = tokens_BlZ.transpose(1, 2).reshape(B, self.Z, n, n)
+                yield ScaleStep(k, latent_BZnn, evaluations)
 
-                    # 3. The next scale sees this one, resized.
-                    if k < num_scales - 1:
-                        x_BlC = self.z_proj(self.next_input(latent_BZnn, k)).repeat(num_copies, 1, 1)
-        finally:
-            self.train(was_training)
+                # 3. The next scale sees this one, resized.
+                if k < num_scales - 1:
+                    x_BlC = self.z_proj(self.next_input(latent_BZnn, k)).repeat(num_copies, 1, 1)
 
     def integrate(self, x_BlZ: torch.Tensor, z_BlC: torch.Tensor, k: int, scale: float,
                   guidance_until: float, grid: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -96,7 +96,7 @@ def draw_rows(batch: int, device: torch.device, fill: Callable[[torch.Tensor], t
     return drawn if total is None else drawn[start + torch.arange(batch, device=device)]
 
 
-def part_ways() -> None:
+def reseed_per_rank() -> None:
     """Inside `global_rows`: from here on torch's generators differ between ranks and micro-steps.
 
     For dropout: masks of a global batch would be too large to draw, and equal ones would average badly.

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.attention import KVCache, attend, kv_caching
+from models.attention import KVCache, attend
 from models.base import ARModel, Tokenizer
-from models.helpers import DropPath, Rng, drop_labels, guide, part_ways, sample_with_top_k_top_p_
+from models.helpers import DropPath, Rng, drop_labels, guide, reseed_per_rank, sample_with_top_k_top_p_
 from models.layers import RMSNorm, Rope2d, rotate
+from models.sampling import sampling_mode
 
 # heads of the published widths, which weights do not tell
 NUM_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
@@ -218,7 +219,7 @@ class NPP(ARModel):
         p = self.patch_side(progress)
         if self.training:
             label_B = drop_labels(label_B, self.num_classes, self.class_dropout_prob)
-            part_ways()
+            reseed_per_rank()
 
         # One prediction per patch, compared with each of its M = p^2 codes.
         logits_BPV = self(label_B, idx_BN, p)
@@ -277,7 +278,6 @@ class NPP(ARModel):
         """
         B = len(label_B)
         num_codes = (grid or self.grid) ** 2
-        was_training = self.training
         table_2Lp = self.rope_table(grid or self.grid)
         last_guided = cfg_interval + 1 if cfg_interval >= 0 else num_codes
         codes = []
@@ -287,22 +287,18 @@ class NPP(ARModel):
             null_B = torch.full_like(label_B, self.num_classes)
             label_B = torch.cat([label_B, null_B])
         x_B1C = self.cls_embedding(label_B)                                                # (2B, 1, C)
-        self.eval()
-        try:
-            with kv_caching(self.layers, capacity=num_codes):
-                for i in range(num_codes):
-                    logits_B1V = self.transform(x_B1C, table_2Lp[:, i:i + 1])
-                    if len(logits_B1V) > B:
-                        logits_B1V = guide(*logits_B1V.chunk(2), guidance)
-                    idx_B1 = self.draw(logits_B1V, temperature, top_k, top_p, greedy, rng)
-                    codes.append(idx_B1)
-                    if i == last_guided:  # what follows needs no null class
-                        for block in self.layers:
-                            block.attn.cache.keep(B)
-                        x_B1C = x_B1C[:B]
-                    x_B1C = self.tok_embeddings(idx_B1).repeat(len(x_B1C) // B, 1, 1)
-        finally:
-            self.train(was_training)
+        with sampling_mode(self, self.layers, capacity=num_codes):
+            for i in range(num_codes):
+                logits_B1V = self.transform(x_B1C, table_2Lp[:, i:i + 1])
+                if len(logits_B1V) > B:
+                    logits_B1V = guide(*logits_B1V.chunk(2), guidance)
+                idx_B1 = self.draw(logits_B1V, temperature, top_k, top_p, greedy, rng)
+                codes.append(idx_B1)
+                if i == last_guided:  # what follows needs no null class
+                    for block in self.layers:
+                        block.attn.cache.keep(B)
+                    x_B1C = x_B1C[:B]
+                x_B1C = self.tok_embeddings(idx_B1).repeat(len(x_B1C) // B, 1, 1)
         return torch.cat(codes, dim=1)
 
     def draw(self, logits_B1V: torch.Tensor, temperature: float, top_k: int, top_p: float, greedy: bool,

@@ -15,11 +15,11 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.nn import functional as F
 
-from models.attention import kv_caching
 from models.base import Tokenizer
 from models.basic_var import AdaLNBeforeHead, AdaLNSelfAttn, AdaLNTransformer, SharedAdaLin
 from models.editing import Keep, keep_of_scale, mostly_kept
 from models.helpers import Rng, drop_labels, guide, gumbel_softmax_with_rng, sample_with_top_k_top_p_
+from models.sampling import sampling_mode
 from models.tokenizers.vqvae import VQVAE
 
 __all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 'SharedAdaLin',
@@ -225,7 +225,6 @@ class VAR(AdaLNTransformer):
         """
         B = len(label_B)
         quantize = self.tokenizer.quantize
-        was_training = self.training
 
         # The first half of the batch has its classes, the second one the null class, for guidance.
         null_B = torch.full_like(label_B, self.num_classes)
@@ -235,45 +234,41 @@ class VAR(AdaLNTransformer):
         next_BlC = (cond_BD[:, None].expand(2 * B, self.first_l, -1) + self.pos_start
                     + position_1LC[:, :self.first_l])
         f_hat = cond_BD.new_zeros(B, self.Cvae, self.patch_nums[-1], self.patch_nums[-1])
-        self.eval()
-        try:
-            with kv_caching(self.blocks, capacity=self.L):
-                for k, pn in enumerate(self.patch_nums):
-                    # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
-                    #    scales alone, and all of them may be seen.
-                    x_BlC = next_BlC                                                       # (2B, pn^2, C)
-                    for block in self.blocks:
-                        x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
+        with sampling_mode(self, self.blocks, capacity=self.L):
+            for k, pn in enumerate(self.patch_nums):
+                # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
+                #    scales alone, and all of them may be seen.
+                x_BlC = next_BlC                                                           # (2B, pn^2, C)
+                for block in self.blocks:
+                    x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
 
-                    # 2. Guidance, which grows from 0 at the first scale to cfg at the last one.
-                    cond_BlV, uncond_BlV = self.get_logits(x_BlC, cond_BD).chunk(2)
-                    ratio = self.layout.ratio(k)
-                    logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)              # (B, pn^2, V)
+                # 2. Guidance, which grows from 0 at the first scale to cfg at the last one.
+                cond_BlV, uncond_BlV = self.get_logits(x_BlC, cond_BD).chunk(2)
+                ratio = self.layout.ratio(k)
+                logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)                  # (B, pn^2, V)
 
-                    # 3. Codes: drawn, or given by an edit; then their embeddings.
-                    kept_BlV = logits_BlV.clone()  # filtered in place by the draw
-                    drawn_Bl = sample_with_top_k_top_p_(kept_BlV, top_k, top_p, rng)[:, :, 0]
-                    idx_Bl, given_Bl = keep_of_scale(keep, k, drawn_Bl)
-                    h_BlZ = quantize.lookup(idx_Bl, k)
-                    if more_smooth:
-                        tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
-                        mix_BlV = gumbel_softmax_with_rng(kept_BlV.mul(1 + ratio), tau=tau, rng=rng)
-                        smooth_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
-                        h_BlZ = torch.where(given_Bl[..., None], h_BlZ, smooth_BlZ)
+                # 3. Codes: drawn, or given by an edit; then their embeddings.
+                kept_BlV = logits_BlV.clone()  # filtered in place by the draw
+                drawn_Bl = sample_with_top_k_top_p_(kept_BlV, top_k, top_p, rng)[:, :, 0]
+                idx_Bl, given_Bl = keep_of_scale(keep, k, drawn_Bl)
+                h_BlZ = quantize.lookup(idx_Bl, k)
+                if more_smooth:
+                    tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+                    mix_BlV = gumbel_softmax_with_rng(kept_BlV.mul(1 + ratio), tau=tau, rng=rng)
+                    smooth_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
+                    h_BlZ = torch.where(given_Bl[..., None], h_BlZ, smooth_BlZ)
 
-                    # 4. The scale is added to the sum of all scales so far (Algorithm 2 of the paper).
-                    h_BZpp = h_BlZ.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
-                    f_hat, next_BZpp = quantize.get_next_autoregressive_input(
-                        k, len(self.patch_nums), f_hat, h_BZpp)
-                    yield ScaleStep(k, logits_BlV, idx_Bl, f_hat)
+                # 4. The scale is added to the sum of all scales so far (Algorithm 2 of the paper).
+                h_BZpp = h_BlZ.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
+                f_hat, next_BZpp = quantize.get_next_autoregressive_input(
+                    k, len(self.patch_nums), f_hat, h_BZpp)
+                yield ScaleStep(k, logits_BlV, idx_Bl, f_hat)
 
-                    # 5. That sum, resized to the next side, is what the next scale sees.
-                    if k < len(self.patch_nums) - 1:
-                        begin, end = self.layout.spans[k + 1]
-                        next_BlC = self.word_embed(next_BZpp.flatten(2).transpose(1, 2))
-                        next_BlC = (next_BlC + position_1LC[:, begin:end]).repeat(2, 1, 1)
-        finally:
-            self.train(was_training)
+                # 5. That sum, resized to the next side, is what the next scale sees.
+                if k < len(self.patch_nums) - 1:
+                    begin, end = self.layout.spans[k + 1]
+                    next_BlC = self.word_embed(next_BZpp.flatten(2).transpose(1, 2))
+                    next_BlC = (next_BlC + position_1LC[:, begin:end]).repeat(2, 1, 1)
 
     @torch.no_grad()
     def autoregressive_infer_cfg(self, B: int, label_B: int | Sequence[int] | torch.Tensor | None,

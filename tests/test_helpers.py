@@ -18,7 +18,7 @@ from models.helpers import (
     global_rows,
     guide,
     gumbel_softmax_with_rng,
-    part_ways,
+    reseed_per_rank,
     sample_with_top_k_top_p_,
 )
 from models.tokenizers.codebook import float32_matmul
@@ -239,7 +239,7 @@ def test_dropout_differs_between_ranks_and_repeats():
         torch.manual_seed(6)
         with global_rows(begin, 8):
             shared = draw_rows(2, 'cpu', lambda t: t.uniform_())
-            part_ways()
+            reseed_per_rank()
             return shared, torch.rand(3)
     parts = [draws(begin) for begin in (0, 2, 4, 6)]
     assert len(torch.cat([shared for shared, _ in parts]).unique()) == 8
@@ -249,7 +249,7 @@ def test_dropout_differs_between_ranks_and_repeats():
 
 def test_outside_of_a_global_batch_nobody_parts():
     torch.manual_seed(6)
-    part_ways()
+    reseed_per_rank()
     after = torch.rand(1)
     torch.manual_seed(6)
     assert torch.equal(after, torch.rand(1))

@@ -1,0 +1,25 @@
+"""What sampling is like in every family: eval mode, a key/value cache, and everything back as it was."""
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from models.attention import kv_caching
+
+
+@contextmanager
+def sampling_mode(model: nn.Module, blocks: Iterable[nn.Module], capacity: int) -> Iterator[None]:
+    """Inside, the model is in eval mode and its blocks keep keys and values: it serves nothing else.
+
+    Mode and caches are put back after an error, too, and where a generator that stands inside is closed.
+
+    Args:
+        capacity: tokens that are cached at most.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with kv_caching(blocks, capacity=capacity):
+            yield
+    finally:
+        model.train(was_training)
