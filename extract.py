@@ -49,7 +49,7 @@ class ExtractSettings:
 
     IGNORED: ClassVar[dict[str, str]] = {
         **dict.fromkeys(('vq_model', 'vae_embed_dim', 'codebook_size', 'codebook_embed_dim'),
-                        'the file of the tokenizer tells it'),
+                        'it is read from the file of the tokenizer'),
         **dict.fromkeys(('seed', 'global_seed'), 'nothing here is random'),
         **dict.fromkeys(('dataset', 'debug'), '--data_path is read, with torchrun or without')}
 

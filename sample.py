@@ -339,7 +339,7 @@ def sweep(recipe: SampleRecipe) -> None:
             claim(folder / 'sweep.json', dict(
                 swept=swept, settings=fixed, sha256=hashes | hash_of_labels, network=network.digest,
                 reference_sha256=reference.describe()['sha256']), is_empty=not table.rows)
-        for combination in combinations:  # what the model refuses is news before hours of drawing
+        for combination in combinations:  # every setting is tried before hours of drawing
             job = recipe.at(combination)
             model, _ = load_for(job, hashes)
             draw(model, job, range(1), image_labels(job, model.num_classes)[:1])

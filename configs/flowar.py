@@ -15,12 +15,12 @@ class FlowARRecipe(CachedRecipe):
     """FlowAR on the latents of a frozen KL-16. Flags are those of the published script."""
 
     IGNORED: ClassVar[dict[str, str]] = {
-        'vae_embed_dim': 'the file of the tokenizer tells it',
+        'vae_embed_dim': 'it is read from the file of the tokenizer',
         'log_dir': 'logs lie in --output_dir',
         'save_last_freq': 'every epoch has a checkpoint',
         'start_epoch': 'a run continues by itself from --output_dir',
         **dict.fromkeys(('pin_mem', 'no_pin_mem'), 'memory is pinned where there is CUDA'),
-        **dict.fromkeys(('device', 'world_size', 'dist_on_itp', 'dist_url'), 'torchrun tells it'),
+        **dict.fromkeys(('device', 'world_size', 'dist_on_itp', 'dist_url'), 'torchrun sets it'),
         **dict.fromkeys(
             ('online_eval', 'eval_bsz', 'num_images', 'num_step', 'guidance', 'cfg'),
             'while training, --fid_images samples; after it, sample.py',
@@ -220,7 +220,7 @@ class FlowARSampleRecipe(SampleRecipe):
                 'pin_mem',
                 'no_pin_mem',
             ),
-            'it is of training',
+            'only training uses it',
         ),
         **dict.fromkeys(
             (
@@ -233,7 +233,7 @@ class FlowARSampleRecipe(SampleRecipe):
                 'diffloss_d',
                 'diffloss_w',
             ),
-            'the files tell it',
+            'it is read from the files of weights',
         ),
     }
 

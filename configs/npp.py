@@ -31,7 +31,7 @@ class NPPRecipe(CachedRecipe):
         'gradient_accumulation_steps': 'it is not read in the published script; --ac accumulates',
         'no_compile': '--tfast compiles',
         'dataset': '--code_path is read',
-        **dict.fromkeys(('vocab_size', 'vq_model'), 'the file of the tokenizer tells it'),
+        **dict.fromkeys(('vocab_size', 'vq_model'), 'it is read from the file of the tokenizer'),
         **dict.fromkeys(('gpt_type', 'cls_token_num'), 'there is one class token'),
     }
 
@@ -233,7 +233,7 @@ class NPPSampleRecipe(SampleRecipe):
                 'downsample_size',
                 'num_classes',
             ),
-            'the files tell it',
+            'it is read from the files of weights',
         ),
     }
 

@@ -13,11 +13,11 @@ from configs.training import CROP_KINDS, CROPS, SCHEDULES, PyramidRecipe, Recipe
 
 MID_RESO_HELP = 'images are resized to this multiple of the crop before cropping (adm: at most to it)'
 
-SHORTEST_SHARE = 8  # an automatic deferral takes at most 1/8 of a short run
+MAX_DEFER_FRACTION = 1 / 8  # of a short run, which an automatic deferral may take
 
 
-def share(value: float, total_steps: int) -> float:
-    """Share of a run: `value` itself below 1, else that many optimizer steps of it."""
+def as_fraction(value: float, total_steps: int) -> float:
+    """A moment of a run as a fraction of it: `value` itself below 1, else that many optimizer steps."""
     return value if value < 1 else value / total_steps
 
 
@@ -217,15 +217,15 @@ class TokenizerRecipe(Recipe):
         """Fields of `GANSettings`; moments are shares of the run."""
         return dict(
             weight=self.disc_weight,
-            start=share(self.disc_start, total_steps),
-            ramp=share(self.disc_ramp, total_steps),
+            start=as_fraction(self.disc_start, total_steps),
+            ramp=as_fraction(self.disc_ramp, total_steps),
             kind=self.disc_loss,
             adaptive=self.adaptive,
             adaptive_max=1e4,
             augment=self.diffaug,
             consistency=self.consistency,
             lecam=self.lecam,
-            blur=share(self.disc_blur, total_steps),
+            blur=as_fraction(self.disc_blur, total_steps),
             **self.GAN_EXTRAS,
         )
 
@@ -341,7 +341,7 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
         return (
             self.defer
             if self.defer >= 0
-            else min(max(1000, total_steps // 100), total_steps // SHORTEST_SHARE)
+            else min(max(1000, total_steps // 100), int(total_steps * MAX_DEFER_FRACTION))
         )
 
     def _model_tag(self) -> str:

@@ -69,7 +69,7 @@ class VARSampleRecipe(SampleRecipe):
     """Sampling from VAR."""
 
     IGNORED: typing.ClassVar[dict[str, str]] = dict.fromkeys(
-        ('image_size', 'img_size'), 'a VAR draws the size that it was trained for, the files tell it'
+        ('image_size', 'img_size'), 'a VAR draws the size that it was trained for: it is read from its file'
     )
     CKPT_HINT: typing.ClassVar[str] = (
         ', one of your own or a published one, which --preset=var_d16, '

@@ -19,7 +19,7 @@ import torch
 import dist
 from configs.options import opt
 from evaluation.classifiers import Classifier, load_classifier
-from evaluation.features import DeviceSettings, read_ahead, share
+from evaluation.features import DeviceSettings, rank_range, read_ahead
 from evaluation.score import check_output, read_manifest, refuse_overwriting, write_json
 from utils.batches import NUM_READERS, ImageBatch, open_batch, read_labels, shuffled, write_npz
 from utils.hub import sha256_of
@@ -100,8 +100,10 @@ def judge(batch: ImageBatch, labels_N: np.ndarray, classifier: Classifier, batch
     Raises:
         ValueError: an image cannot be read, or gives probabilities that are not finite.
     """
-    # whole batches, the same for any number of ranks: kernels may round in another way in another batch
-    begin, end = (min(batch_size * number, batch.count) for number in share(-(-batch.count // batch_size)))
+    # Every rank gets whole batches, the same ones for any number of ranks: in another batch kernels may round
+    # in another way.
+    num_batches = -(-batch.count // batch_size)
+    begin, end = (min(batch_size * number, batch.count) for number in rank_range(num_batches))
     own = Judgement(np.empty(end - begin, np.float32), np.empty(end - begin, np.int64))
     classes_C = torch.arange(classifier.num_classes, device=classifier.device)
 

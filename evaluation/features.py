@@ -210,7 +210,7 @@ def _inspect(image_HW3: np.ndarray) -> tuple[bytes, bool, bool]:
 
 
 # ---------------------------------------------------------------------------------------------- extraction
-def share(count: int) -> tuple[int, int]:
+def rank_range(count: int) -> tuple[int, int]:
     """First image of this rank, and the one after its last: contiguous, none twice, maybe none at all."""
     rank = dist.get_rank()
     world_size = dist.get_world_size()
@@ -238,7 +238,7 @@ def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_si
         ValueError: an image cannot be read, or gives features that are not finite.
     """
     device = settings.torch_device
-    (begin, end) = share(batch.count)
+    begin, end = rank_range(batch.count)
     num_rows = end - begin if keep_rows else 0
     features = FeatureSet(network, batch.count, device, split_size, num_rows)
     inspection = Inspection()

@@ -348,7 +348,7 @@ def evaluate_tokenizer(settings: TokenizerSettings) -> str | None:
     allow_tf32(False)
     for folder in (settings.pictures, settings.json and Path(settings.json).parent):
         if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is news now
+            Path(folder).mkdir(parents=True, exist_ok=True)  # fail now where it cannot be written
     tokenizer, source = load_tokenizer(settings, device)
     images, size = load_images(settings, tokenizer)
     networks, skipped = load_networks(settings, device)

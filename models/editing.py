@@ -39,8 +39,8 @@ def place(images_B3HW: torch.Tensor, size: tuple[int, int], corner: tuple[int, i
     Raises:
         ValueError: the image does not fit there.
     """
-    (height, width) = images_B3HW.shape[-2:]
-    (top, left) = corner
+    height, width = images_B3HW.shape[-2:]
+    top, left = corner
     bottom = size[0] - top - height
     right = size[1] - left - width
     if min(top, left, bottom, right) < 0:

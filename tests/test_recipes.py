@@ -147,7 +147,7 @@ def test_published_flags_without_effect_are_named(capsys):
     sampling = ['--model=flowar', '--ckpt=x', '--output=y']
     assert parse_sample_recipe([*sampling, '--evaluate', '--class_num=1000', '--diffloss_d=12']) \
         == parse_sample_recipe(['--model=flowar_large', '--resume=x', '--output_dir=y'])
-    assert '--diffloss_d is ignored: the files tell it' in capsys.readouterr().err
+    assert '--diffloss_d is ignored: it is read from the files of weights' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('script', NPP_IGNORED)

@@ -88,7 +88,7 @@ def build_training_fid(recipe: Recipe, model: Trainable, val_loader: DataLoader)
         raise ValueError(f'--fid_flags takes cfg, seed, batch_size and what is special to {recipe.model}, '
                          f'got {", ".join(useless)}: leave it out')
     settings = cls(**flags, model=recipe.model, ckpt='in training', num_images=recipe.fid_images)
-    with torch.no_grad():  # what the model refuses is news before the first epoch
+    with torch.no_grad():  # fail before the first epoch where the model refuses these settings
         size = model.sample([0], rng=ImageNoise(0, [0]), **settings.sample_kwargs()).shape[2:]
     feature_settings = FeatureSettings(features=recipe.fid_features, offline=True,
                                        inception_weights=recipe.inception_weights)

@@ -47,7 +47,7 @@ def fetch(name: str, sha256: str = '') -> Path:
             raise ValueError(f'expected a checkpoint, found no file {name!r}: pass a path{published}')
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging as hub_logging
-        hub_logging.set_verbosity_error()  # retries are no news, their outcome is
+        hub_logging.set_verbosity_error()  # no line for every retry
         try:
             path = Path(hf_hub_download(repo, name))
         except Exception as error:  # the hub's client raises many kinds, all of them mean "not to be had now"

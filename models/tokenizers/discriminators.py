@@ -368,7 +368,7 @@ class DINODiscriminator(nn.Module):
     def _resized(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """At the trunk's size; by chance the same for the whole batch, so equal on all ranks."""
         size = self.trunk.image_size
-        (height, width) = images_B3HW.shape[-2:]
+        height, width = images_B3HW.shape[-2:]
         if min(height, width) > size:
             chance, top, left = torch.rand(3, device='cpu').tolist()
             if chance < 0.5:
