@@ -53,16 +53,18 @@ class ExtractSettings:
         **dict.fromkeys(('seed', 'global_seed'), 'nothing here is random'),
         **dict.fromkeys(('dataset', 'debug'), '--data_path is read, with torchrun or without')}
 
-    model: str = opt('flowar', 'generator that the tokens are for: flowar or npp')
+    model: str = opt('flowar', 'generator that the tokens are for: flowar or npp', choices=('flowar', 'npp'))
     vae_ckpt: str = opt('', 'tokenizer weights, any file', 'vae_path vq_ckpt', path=True)
     data_path: str = opt('/path/to/imagenet', 'data set, as for train.py', path=True)
     cached_path: str = opt('', 'folder of the tokens', 'cached_path code_path', path=True)
-    split: str = opt('train', 'train or val')
+    split: str = opt('train', 'train or val', choices=('train', 'val'))
     exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
     image_size: int = opt(256, 'side of the crops in pixels', 'img_size image_size', limits=(1, INF))
     ten_crop: bool = opt(False, 'corners and centre of a larger centre crop, instead of the centre alone')
-    crop_range: float = opt(1.1, 'ten_crop: how much larger; published: 1.1, then 1.05 into another folder')
-    layout: str = opt('packed', 'packed: one array; files: one npz per image, as published with MAR')
+    crop_range: float = opt(1.1, 'ten_crop: how much larger; published: 1.1, then 1.05 into another folder',
+                            limits=(1, INF))
+    layout: str = opt('packed', 'packed: one array; files: one npz per image, as published with MAR',
+                      choices=('packed', 'files'))
     import_codes: str = opt('', 'pack the codes in this folder: one file per image, as published', path=True)
     batch_size: int = opt(128, 'views per batch', limits=(1, INF))
     workers: int = opt(-1, 'loader processes per rank; -1 is automatic, up to the published 10; 0 loads in '
@@ -77,16 +79,10 @@ class ExtractSettings:
             object.__setattr__(self, 'workers', automatic_workers(10, batch_bytes))
         if not self.cached_path:
             raise ValueError('expected a folder for the tokens: pass --cached_path=FOLDER')
-        for name, allowed in (('model', ('flowar', 'npp')), ('split', ('train', 'val')),
-                              ('layout', ('packed', 'files'))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'--{name} must be {" or ".join(allowed)}, got {getattr(self, name)!r}')
         if self.layout == 'files' and (self.model != 'flowar' or self.ten_crop):
             raise ValueError('--layout=files is of latents of the centre crop alone: leave it out')
         if self.import_codes and self.model != 'npp':
             raise ValueError('--import_codes is of codes, not of latents: pass --model=npp')
-        if self.crop_range < 1:
-            raise ValueError(f'--crop_range must be at least 1, got {self.crop_range:g}')
         if not (self.vae_ckpt or self.import_codes):
             raise ValueError('expected the weights of a tokenizer: pass --vae_path=FILE')
 

@@ -129,7 +129,7 @@ def check_values(settings: Any) -> None:
             bounds = f'at least {low:g}' if high == INF else f'in [{low:g}, {high:g}]'
             raise ValueError(f'--{flag_of(settings, f.name)} must be {bounds}, got {value:g}')
         if choices and value not in choices:
-            names = [str(choice) or "''" for choice in choices]
+            names = [str(choice) for choice in choices if choice != '']
             allowed = ' or '.join(names) if len(names) < 3 else f'one of {", ".join(names)}'
             raise ValueError(f'--{flag_of(settings, f.name)} must be {allowed}, got {value!r}')
 

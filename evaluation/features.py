@@ -37,13 +37,11 @@ class DeviceSettings:
     """Where a command runs."""
 
     batch_size: int = opt(64, 'images per batch and rank', 'bs', limits=(1, INF))
-    device: str = opt('', 'cpu or cuda; empty takes cuda where there is one')
+    device: str = opt('', 'cpu or cuda; empty takes cuda where there is one', choices=('', 'cpu', 'cuda'))
 
     def __post_init__(self):
         expand_paths(self)
         check_values(self)
-        if self.device not in ('', 'cpu', 'cuda'):
-            raise ValueError(f'--device must be one of cpu, cuda, got {self.device!r}')
 
     @property
     def torch_device(self) -> torch.device:
@@ -58,20 +56,15 @@ class DeviceSettings:
 class FeatureSettings(DeviceSettings):
     """The feature network of a command, and how it runs."""
 
-    features: str = opt('inception', 'network: inception, or digits, which needs no file, for digits alone')
+    features: str = opt('inception', 'network: inception, or digits, which needs no file, for digits alone',
+                        choices=NETWORKS)
     inception_weights: str = opt('', 'its published weights; empty searches $INCEPTION_WEIGHTS, the cache, '
                                      "torch's hub folder, then downloads", path=True)
     allow_unverified_weights: bool = opt(False, 'accept other weights: the scores compare with nothing')
     offline: bool = opt(False, 'never download')
     cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references',
                      path=True)
-    dtype: str = opt('float32', 'of the network: float32 or float64')
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, allowed in (('features', NETWORKS), ('dtype', ('float32', 'float64'))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'--{name} must be {" or ".join(allowed)}, got {getattr(self, name)!r}')
+    dtype: str = opt('float32', 'of the network: float32 or float64', choices=('float32', 'float64'))
 
 
 def load_network(settings: FeatureSettings) -> Any:

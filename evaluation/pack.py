@@ -67,7 +67,7 @@ class PackSettings:
     allow_jpeg: bool = opt(False, 'accept JPEG files, whose losses change FID')
     image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
                                        'of this side as the references of ADM', limits=(1, INF))
-    split: str = opt('val', 'of the data set: val or train')
+    split: str = opt('val', 'of the data set: val or train', choices=('val', 'train'))
     exif: bool = opt(True, 'turn the images of a data set as their EXIF orientation says, as in training')
 
     def __post_init__(self):
@@ -79,8 +79,6 @@ class PackSettings:
             raise ValueError(f'--seed must be below 2**32, got {self.seed}')
         if Path(self.output).resolve() != Path(f'{self.folder}.npz').resolve():  # which is where it belongs
             refuse_overwriting(self.output, self.folder)
-        if self.split not in ('val', 'train'):
-            raise ValueError(f'--split must be val or train, got {self.split!r}')
 
 
 def evaluate_pack(settings: PackSettings) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import dist
-from configs.options import opt
+from configs.options import INF, opt
 from evaluation.features import (
     FeatureSet,
     FeatureSettings,
@@ -50,10 +50,12 @@ class ScoreSettings(FeatureSettings):
     ref: str = opt('', 'reference: npz or folder of PNG files', positional=True, path=True)
     sample: str = opt('', 'images to score: npz or folder of PNG files', positional=True, path=True)
     metrics: str = opt('', f'{",".join(METRICS)} or some of them; empty takes all that the files allow')
-    pr_mode: str = opt('adm', 'precision and recall: adm (float16 as the original) or fp32')
-    fd_method: str = opt('eigh', 'Frechet distance: eigh, or scipy (sqrtm as the original)')
-    split_size: int = opt(5000, 'images per chunk of the Inception Score')
-    expected_count: int = opt(STANDARD_COUNT, 'number of images that the sample must hold')
+    pr_mode: str = opt('adm', 'precision and recall: adm (float16 as the original) or fp32',
+                       choices=('adm', 'fp32'))
+    fd_method: str = opt('eigh', 'Frechet distance: eigh, or scipy (sqrtm as the original)',
+                         choices=('eigh', 'scipy'))
+    split_size: int = opt(5000, 'images per chunk of the Inception Score', limits=(1, INF))
+    expected_count: int = opt(STANDARD_COUNT, 'number of images that the sample must hold', limits=(1, INF))
     allow_any_count: bool = opt(False, 'score any number of images')
     json: str = opt('', 'file for scores, settings, hashes and versions', path=True)
 
@@ -63,15 +65,9 @@ class ScoreSettings(FeatureSettings):
             if not getattr(self, name):
                 raise ValueError(f'expected REF and SAMPLE, got no {what}: evaluate.py REF.npz SAMPLE.npz, '
                                  'or one of the commands that --help lists')
-        for name, allowed in (('pr_mode', ('adm', 'fp32')), ('fd_method', ('eigh', 'scipy'))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'--{name} must be {" or ".join(allowed)}, got {getattr(self, name)!r}')
         unknown = sorted(set(self.wanted) - set(METRICS))
         if unknown:
             raise ValueError(f'--metrics must be of {", ".join(METRICS)}, got {", ".join(unknown)}')
-        for name in ('split_size', 'expected_count'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'--{name} must be at least 1, got {getattr(self, name)}')
         if self.json:
             refuse_overwriting(self.json, self.ref, self.sample)
         if self.features == 'digits' and self.metrics and 'sfid' in self.wanted:

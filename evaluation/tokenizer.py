@@ -52,19 +52,21 @@ class TokenizerSettings:
 
     ckpt: str = opt('', 'weights: a checkpoint of train.py, a released file, or a published name', path=True)
     model: str = opt('', f'{", ".join(TOKENIZERS)}; empty recognises the weights, but a released flexvae, '
-                         'whose keys are those of a vq16')
-    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step')
+                         'whose keys are those of a vq16', choices=('', *TOKENIZERS))
+    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step',
+                       choices=('ema', 'raw'))
     pn: str = opt('', 'sides of the code maps of a vqvae, as in training; empty takes what the file says')
     data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"', path=True)
-    split: str = opt('val', 'val or train')
+    split: str = opt('val', 'val or train', choices=('val', 'train'))
     exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
     num_images: int | None = opt(None, 'images, evenly spread over the split; None takes all',
                                  limits=(1, INF))
     image_size: int | None = opt(None, 'side of the centre crops; None takes what the pyramid fixes, 32 for '
                                        'digits and toy, else 256', limits=(1, INF))
     metrics: str = opt('', f'{", ".join(METRICS)} joined by ","; empty takes all that is possible here')
-    ssim: str = opt('gauss11', 'definition of SSIM: ' + ', '.join(SSIM_DEFINITIONS))
-    lpips_net: str = opt('vgg', 'network of LPIPS: vgg or alex')
+    ssim: str = opt('gauss11', 'definition of SSIM: ' + ', '.join(SSIM_DEFINITIONS),
+                    choices=(*SSIM_DEFINITIONS,))
+    lpips_net: str = opt('vgg', 'network of LPIPS: vgg or alex', choices=('vgg', 'alex'))
     lpips_vgg: str = opt('', "LPIPS: torchvision's weights of the network", path=True)
     lpips_lin: str = opt('', 'LPIPS: linear heads, version 0.1', path=True)
     lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin', path=True)
@@ -93,17 +95,9 @@ class TokenizerSettings:
             raise ValueError('expected the weights of a tokenizer: pass --ckpt=FILE')
         if not self.data_path:
             raise ValueError('expected images: pass --data_path=ROOT with ROOT/val, or digits, or toy')
-        choices = dict(model=('', *TOKENIZERS), weights=('ema', 'raw'), split=('val', 'train'),
-                       ssim=tuple(SSIM_DEFINITIONS), lpips_net=('vgg', 'alex'))
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'--{name} must be one of {", ".join(filter(None, allowed))}, '
-                                 f'got {getattr(self, name)!r}')
         unknown = sorted(set(self.wanted) - set(METRICS))
         if unknown:
             raise ValueError(f'--metrics must be of {", ".join(METRICS)}, got {", ".join(unknown)}')
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f'--image_size must be at least 1, got {self.image_size}')
         if self.pn:
             ints(self.pn)
 
