@@ -226,14 +226,16 @@ def require_equal(value: Any, what: str, remedy: str) -> None:
 
 
 def what_differs(a: Any, b: Any) -> tuple[str, str]:
-    """The parts in which two values differ, each short enough for a line of a log."""
+    """The first part in which two values differ, short enough for a line of a log."""
     if isinstance(a, dict) and isinstance(b, dict):
         a, b = ({key: value for key, value in one.items() if key not in other or other[key] != value}
                 for one, other in ((a, b), (b, a)))
-    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        differing = [i for i in range(len(a)) if a[i] != b[i]]
-        if len(differing) == 1:
-            return what_differs(a[differing[0]], b[differing[0]])
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        shorter = min(len(a), len(b))
+        first = next((i for i in range(shorter) if a[i] != b[i]), shorter)
+        if first < shorter:
+            return what_differs(a[first], b[first])
+        return tuple(f'{len(one)} entries, the last one {str(one[-1:])[:LONGEST_VALUE]}' for one in (a, b))
     return str(a)[:LONGEST_VALUE], str(b)[:LONGEST_VALUE]
 
 

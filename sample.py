@@ -65,7 +65,7 @@ def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
     for flag, path in paths.items():
         content, digests[flag] = load_on_all_ranks(path)
         files.append(content)
-    tokenizer_state, config = tokenizer_weights(files[-1], prefer_ema)
+    tokenizer_state, config = tokenizer_weights(files[-1])  # as in training, whatever --weights says
     trainer = files[0].get('trainer', {})
     config = trainer.get('vae_config', {}) | config  # a bare file of the same tokenizer does not tell it
     generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state,

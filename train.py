@@ -84,10 +84,10 @@ def train(run: 'Run') -> None:
                 run.show_pictures(step + 1)
             # One exchange tells all ranks of a signal to any of them, of images that could not be read, and
             # of the time by the clock of the first rank.
-            is_stopping, num_damaged, is_late = run.exchange(damage_B)
-            if num_damaged:
+            stops, has_damage, is_late = run.exchange(damage_B)
+            if has_damage:
                 run.bad_images.add(damage_B)
-            if is_stopping:
+            if stops:
                 run.stop_at(epoch, run.step_of_epoch(step) + 1)
             if run.saves_after(epoch, step, is_late):
                 run.save(epoch, run.step_of_epoch(step) + 1)
@@ -119,8 +119,6 @@ class Run:
         self.folder = Path(recipe.output_dir)
         self.device = dist.get_device()
         self.stop_request = StopRequest()
-        self.began = time.time()
-        self.last_save = time.time()
         world_size = dist.get_world_size()
 
         # 1. All ranks do the same, with the same data.
@@ -181,8 +179,10 @@ class Run:
         if dist.is_master():
             with atomic_path(self.folder / 'config.yaml') as temporary:
                 command = f'python train.py --config={self.folder}/config.yaml'
-                temporary.write_text(config_text(recipe, command))
+                temporary.write_text(config_text(recipe, command, seed=self.state.seed))
         self.announce()
+        self.began = time.time()
+        self.last_save = time.time()
 
     def announce(self) -> None:
         """Say what is trained."""
@@ -301,13 +301,14 @@ class Run:
                     progress=step / self.total_steps, stepping=i + 1 == num_micro)
         return info
 
-    def exchange(self, damage_B: list[str]) -> tuple[int, int, int]:
-        """How many ranks were asked to stop, how many images of this step could not be read, and whether a
+    def exchange(self, damage_B: list[str]) -> tuple[bool, bool, bool]:
+        """Whether any rank was asked to stop, whether any met an image that could not be read, and whether a
         checkpoint is due by the clock of the first rank; the same on every rank."""
         _, minutes = self.recipe.save_steps_minutes
         is_late = bool(minutes) and time.time() - self.last_save >= 60 * minutes
-        return dist.sum_over_ranks(bool(self.stop_request), sum(map(bool, damage_B)),
-                                   is_late and dist.is_master())
+        sums = dist.sum_over_ranks(bool(self.stop_request), any(damage_B), is_late and dist.is_master())
+        stops, has_damage, is_late = map(bool, sums)
+        return stops, has_damage, is_late
 
     # ------------------------------------------------------------------------------ what goes wrong
     def count_skipped(self, epoch: int, step: int, info: StepInfo) -> None:

@@ -80,10 +80,8 @@ def accumulating(module: nn.Module, stepping: bool) -> AbstractContextManager:
 class Trainer:
     """A model, what moves its weights, and what a checkpoint keeps of both; one subclass per kind of model.
 
-    Args:
-        ema: average of the weights, with which the model is evaluated; None evaluates the weights themselves.
-
     Attributes:
+        ema: average of the weights, with which the model is evaluated; None evaluates the weights themselves.
         step_tag, epoch_tag: published heads of the TensorBoard tags of steps and of epochs.
         weights_key, optimizer_key, ema_key: published keys of a checkpoint under `trainer`.
         has_scores_in_every_line: whether a line of log.txt names the validation scores before there are any.
@@ -96,10 +94,10 @@ class Trainer:
     ema_key: str
     has_scores_in_every_line = False
 
-    def __init__(self, model: Trainable, optimizer: AmpOptimizer, ema: WeightEMA | None):
+    def __init__(self, model: Trainable, optimizer: AmpOptimizer):
         self.model = model
         self.optimizer = optimizer
-        self.ema = ema
+        self.ema: WeightEMA | None = None
 
     # ------------------------------------------------------------------------------ the step
     @property
@@ -221,9 +219,10 @@ class GeneratorTrainer(Trainer):
 
     def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decay: float = 0.,
                  ema_warmup: bool = True):
-        ema = WeightEMA(model, ema_decay, warmup=ema_warmup) if ema_decay else None
-        super().__init__(model, optimizer, ema)
+        super().__init__(model, optimizer)
         self.loss_module = distributed(Wrapped(model, 'training_loss'))
+        if ema_decay:  # after DDP has given all ranks the weights of the first one
+            self.ema = WeightEMA(model, ema_decay, warmup=ema_warmup)
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:
@@ -299,12 +298,13 @@ class TokenizerTrainer(Trainer):
 
     def __init__(self, model: Tokenizer, optimizer: AmpOptimizer, criterion: TokenizerLoss,
                  disc_optimizer: AmpOptimizer | None = None, ema_decay: float = 0.):
-        super().__init__(model, optimizer,
-                         WeightEMA(model, ema_decay, model.not_averaged) if ema_decay else None)
+        super().__init__(model, optimizer)
         self.criterion = criterion
         self.disc_optimizer = disc_optimizer
         self.module = distributed(Wrapped(model, 'reconstruct'), model.has_idle_parameters)
         self.disc_module = distributed(criterion.discriminator) if disc_optimizer else None
+        if ema_decay:  # after DDP has given all ranks the weights of the first one
+            self.ema = WeightEMA(model, ema_decay, model.not_averaged)
         self.gan_announced = False
         # running statistics with their values before the current step
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -472,7 +472,10 @@ def weights_checksum(model: nn.Module) -> str:
     """16 hexadecimal digits that differ where a bit of a weight or buffer does; made on the device, in one
     go."""
     sums = []
-    for value in model.state_dict().values():
+    rank_local = getattr(model, 'rank_local', frozenset())
+    for name, value in model.state_dict().items():
+        if name in rank_local:
+            continue
         words = value.detach().contiguous().reshape(-1)
         if words.numel() == 0:
             continue

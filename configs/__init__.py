@@ -2,7 +2,7 @@
 
 A recipe is a frozen dataclass of settings. Field names are English; the published flag, where there is one,
 is given beside each field and parses as well (`--tblr` and `--base_lr` are the same).
-Only the standard library and `utils.machine` are needed here.
+Only the standard library and `utils.machine` are needed here, and PyYAML for `--config`.
 """
 
 import argparse
@@ -64,14 +64,22 @@ def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: di
     chosen, rest = first.parse_known_args(argv)
     given = {}
     if chosen.config:
+        if chosen.preset:
+            first.error('--config holds all settings of a run: leave out --preset')
         try:
             given = read_config(chosen.config)
         except ValueError as error:
             first.error(str(error))
-    name = chosen.model or given.pop('model', next(iter(recipes)))
-    if given.pop('model', name) != name or name not in (*recipes, *PUBLISHED_NAMES):
-        first.error(f'{chosen.config!r} is of another model than {name!r}: pass the --model of the file')
+    of_file = given.pop('model', '')
+    name = chosen.model or of_file or next(iter(recipes))
+    if name not in (*recipes, *PUBLISHED_NAMES):
+        first.error(f'{chosen.config!r} names the model {name!r}, expected one of {", ".join(recipes)}')
     model, implied = PUBLISHED_NAMES.get(name, (name, {}))
+    if of_file and PUBLISHED_NAMES.get(of_file, (of_file,))[0] != model:
+        first.error(f'{chosen.config!r} is of the model {of_file!r}, got --model={name}: leave it out')
+    for flag in ('preset', 'config'):
+        if flag in given:
+            first.error(f'{chosen.config!r} holds {flag!r}, which is for the command line: take it out')
 
     cls = recipes[model]
     presets = {'': {}} | all_presets[model]
@@ -88,9 +96,8 @@ def _parse(argv: list[str], prog: str, recipes: dict[str, type], all_presets: di
     ):
         parser.groups['most used'].add_argument(flag, metavar='NAME', default=argparse.SUPPRESS, help=text)
     parser._option_string_actions['--model'].help = f'one of: {", ".join(recipes)} (here: {model})'
-    of_file = parser.parse([f'--{flag}={value}' for flag, value in given.items()], chosen.config)
-    values = {key: value for key, value in implied.items() if hasattr(cls, key)} | of_file
-    values |= parser.parse(rest)
+    values = parser.parse([f'--{flag}={value}' for flag, value in given.items()], chosen.config)
+    values |= {key: value for key, value in implied.items() if hasattr(cls, key)} | parser.parse(rest)
     if chosen.preset not in presets:
         others = [
             f'; pass --model={other} for that one'

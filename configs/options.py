@@ -1,6 +1,6 @@
 """One setting: its default, help, flags and limits; and how settings are read from a command line.
 
-Only the standard library is needed here.
+Only the standard library is needed here, and PyYAML for `--config`.
 """
 
 import argparse
@@ -134,18 +134,26 @@ def check_values(settings: Any) -> None:
             raise ValueError(f'--{flag_of(settings, f.name)} must be {allowed}, got {value!r}')
 
 
-def config_text(settings: Any, title: str) -> str:
+def config_text(settings: Any, title: str, **drawn: Any) -> str:
     """All settings under their flags as YAML, which `read_config` reads.
 
     Args:
         title: the comment in the first line.
+        drawn: values that the run has drawn where none was given, by field.
     """
-    values = {flag_of(settings, name): value for name, value in vars(settings).items()}
-    return f'# {title}\n' + ''.join(f'{flag}: {json.dumps(value)}\n' for flag, value in values.items())
+    values = {
+        flag_of(settings, name): value
+        for name, value in {**vars(settings), **drawn}.items()
+        if name not in settings.DERIVED
+    }
+    lines = [f'{flag}: {json.dumps(value)}' for flag, value in values.items()]
+    return '\n'.join([f'# {ascii(title)[1:-1]}', *lines, ''])
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """Settings by flag in a file of YAML; those without a value are left out.
+def read_config(path: str) -> dict[str, str]:
+    """Settings by flag in a file of YAML, as texts, which the command line understands as it does flags.
+
+    Those without a value, or with null, are left out.
 
     Raises:
         ValueError: it cannot be read, or holds anything but names with plain values.
@@ -153,8 +161,10 @@ def read_config(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text())
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        with open(os.path.expanduser(path), encoding='utf-8') as file:
+            # The base loader keeps texts as they stand: 1_2_3 would be the number 123 to YAML.
+            content = yaml.load(file, yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = ' '.join(str(getattr(error, 'strerror', None) or error).split())[:200]
         raise ValueError(
             f'expected settings in {path!r}, cannot read it ({reason}): pass the config.yaml of a run'
@@ -164,13 +174,19 @@ def read_config(path: str) -> dict[str, Any]:
             f'expected "name: value" in the lines of {path!r}, got {type(content).__name__}: '
             'pass the config.yaml of a run'
         )
-    odd = [name for name, value in content.items() if isinstance(value, dict | list)]
-    if odd:
-        raise ValueError(
-            f'expected a number or a text as {odd[0]!r} in {path!r}, got {content[odd[0]]!r}: '
-            'write "name: value"'
-        )
-    return {str(name).replace('-', '_'): value for name, value in content.items() if value is not None}
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise ValueError(
+                f'expected a number or a text as {name!r} in {path!r}, got {value!r}: write "name: value"'
+            )
+    # JSON writes a character beyond 16 bits as a pair, which YAML reads as two.
+    texts = {
+        name.replace('-', '_'): value.encode('utf-16', 'surrogatepass').decode('utf-16', 'surrogatepass')
+        if not value.isascii()
+        else value
+        for name, value in content.items()
+    }
+    return {name: value for name, value in texts.items() if value not in ('null', '~')}
 
 
 def flag_of(recipe: Any, name: str) -> str:
@@ -257,10 +273,12 @@ def _with_underscores(arg: str) -> str:
 class OneLineParser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit code 2; an unknown flag names the nearest one."""
 
+    source = ''  # the file that is being read, for errors
     ignored: dict[str, str] = {}  # flags that are accepted with a warning, and why they have no effect
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f'{self.prog}: {message}\n')
+        place = f' (in {self.source!r})' if self.source else ''
+        self.exit(2, f'{self.prog}: {message}{place}\n')
 
     def parse(self, argv: list[str], source: str = '') -> dict[str, Any]:
         """The given flags by field name.
@@ -270,14 +288,15 @@ class OneLineParser(argparse.ArgumentParser):
         """
         underscored = [_with_underscores(arg) for arg in argv]
         as_typed = dict(zip(underscored, argv, strict=True))  # for the message about an unknown flag
+        self.source = source
         values, unknown = self.parse_known_args(underscored)
+        self.source = ''
         if unknown:
             flag = unknown[0].split('=')[0]
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.0)
-            place = f' in {source!r}' if source else ''
+            self.source = source
             self.error(
-                f'unknown argument {as_typed[unknown[0]]!r}{place}: the nearest flag is {near[0]}; --help '
-                'lists all'
+                f'unknown argument {as_typed[unknown[0]]!r}: the nearest flag is {near[0]}; --help lists all'
             )
         for name in sorted(self.ignored.keys() & vars(values).keys()):
             self._print_message(f'{self.prog}: --{name} is ignored: {self.ignored[name]}\n', sys.stderr)

@@ -13,7 +13,7 @@ from configs.options import INF, REPO, check_values, expand_paths, marked_fields
 
 @dataclass(frozen=True)
 class SampleRecipe:
-    """Settings of a sampling job. All but `FREE` decide the images; all are in the manifest."""
+    """Settings of a sampling job. All fields but those marked `free` decide the images."""
 
     model: str = opt('var', 'family of the generator', group='most used')
     ckpt: str = opt(

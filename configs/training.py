@@ -111,8 +111,8 @@ class Recipe:
     )
     max_skipped_steps: int = opt(
         10,
-        'steps in a row that may be left out since their loss or gradient is '
-        'not finite; more end the run; 0 never ends it',
+        'so many steps in a row that are left out, since their loss or gradient is not finite, end the run; '
+        '0 never ends it',
         limits=(0, INF),
         free=True,
         group='run',
@@ -183,6 +183,8 @@ class Recipe:
     )
     compile_model: int = opt(0, 'as vfast, for the model', 'tfast', limits=(0, 3), group='numerics')
 
+    # fields that follow from others, so that config.yaml leaves them out
+    DERIVED: typing.ClassVar[tuple[str, ...]] = ('use_cached',)
     # Settings that some kinds of models have; those without them behave as if they were off.
     picture_every = 0
     fid_images = 0

@@ -54,6 +54,7 @@ class Trainable(nn.Module):
 
     headline: dict[str, str] = {}  # name in the progress line -> key of the metrics
     selection: str = ''            # key of the metrics whose lowest value marks the best checkpoint
+    rank_local: frozenset[str] = frozenset()  # keys of the state dict that differ between ranks by design
 
     def warm_start(self, state: dict[str, torch.Tensor], source: str) -> None:
         """Begin training from the weights of an earlier one; see `load_weights`."""

@@ -289,7 +289,8 @@ class FlexVAR(AdaLNTransformer):
                 for block in self.blocks:
                     x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
 
-                # 2. Guidance, which grows with the scale up to the tenth, as published.
+                # 2. Guidance, which reaches cfg at the tenth scale and grows on from there, as published;
+                #    maps beyond max_pn have cfg itself.
                 logits_BlV = self.get_logits(x_BlC, cond_BD)
                 if invalid_ids is not None:
                     logits_BlV[:, :, list(invalid_ids)] = -100.

@@ -474,7 +474,9 @@ def test_prefixes_of_all_keys_come_off(prefix, wrap):
 
 def test_averages_of_torch_are_weights():
     averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 3))
-    assert set(model_weights(averaged.state_dict())) == {'weight', 'bias'}
+    for prefix in ('', '_orig_mod.', 'module.'):
+        state = {prefix + key: value for key, value in averaged.state_dict().items()}
+        assert set(model_weights(state)) == {'weight', 'bias'}
 
 
 def test_prefixes_of_compiled_parts_come_off():

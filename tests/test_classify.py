@@ -417,7 +417,7 @@ def test_missing_weights_have_their_exit_code(fails, candidates, hub):
     (['--classifier='], 'expected a classifier: pass --classifier=NAME'),
     (['--classifier=resnet51'], "got 'resnet51': the nearest is resnet50"),
     (['--classifier=digits', '--classifier_weights=x.pth'], 'leave out --classifier_weights'),
-    (['--device=tpu'], "--device must be one of cpu, cuda, got 'tpu'"),
+    (['--device=tpu'], "--device must be cpu or cuda, got 'tpu'"),
     (['--bs=0'], '--bs must be at least 1, got 0'),
     (['--labels=absent.npy'], 'expected the class of every image in absent.npy, cannot read it'),
 ])

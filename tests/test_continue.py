@@ -235,6 +235,14 @@ def test_the_checksum_notices_every_bit_and_every_swap():
     assert trainer.weights_checksum(model) != before
 
 
+@pytest.mark.parametrize('model', ['vq16', 'flexvae', 'kl16'])
+def test_ranks_that_train_a_tokenizer_agree(data, tmp_path, model):
+    """Their weights are compared at every save; what a rank notes of its own images does not count."""
+    launch('train.py', [f'--model={model}', '--preset=tiny', f'--data_path={data[0]}', '--image_size=16',
+                        '--bs=8', '--steps=3', '--save_every=1', f'--output_dir={tmp_path}'], nproc=2)
+    assert read(tmp_path, 'vae-ckpt-last.pth')['iter'] == 3
+
+
 @pytest.mark.parametrize(('variables', 'words'), [
     (dict(RANK='0', WORLD_SIZE='2'), 'MASTER_ADDR and MASTER_PORT'),
     (dict(RANK='3', WORLD_SIZE='2', MASTER_ADDR='x', MASTER_PORT='1'), 'RANK below WORLD_SIZE=2'),

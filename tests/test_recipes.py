@@ -570,21 +570,27 @@ def test_a_size_that_a_pyramid_does_not_give_names_one_that_does(capsys, size, a
 
 
 @pytest.mark.parametrize('argv', [
-    ['--preset=var_d36_512', '--data_path=a: b #c'], ['--model=flexvar', '--pn=1_2_4', '--ema=1e-5'],
+    ['--preset=var_d36_512', '--data_path=a: b #c \U0001f600\udce9'],
+    ['--model=flexvar', '--pn=1_2_4', '--ema=1e-5'],
     ['--model=flowar_small', '--use_checkpoint=1'], ['--model=npp', '--mixed_precision=fp16', '--ema'],
     ['--model=vqvae', '--preset=tiny', '--seed=7'], ['--model=kl16']])
 def test_a_config_file_holds_everything_and_flags_win(tmp_path, argv):
     recipe = parse_recipe(argv)
     path = tmp_path / 'config.yaml'
-    path.write_text(config_text(recipe, 'title'))
+    path.write_text(config_text(recipe, 'title \udce9'))
     assert parse_recipe([f'--config={path}']) == recipe
+    if recipe.model == 'flowar':
+        assert parse_recipe([f'--config={path}', '--model=flowar_large']) == \
+            dataclasses.replace(recipe, size='large')
     changed = dataclasses.replace(recipe, epochs=3, seed=9)
     assert parse_recipe([f'--config={path}', '--ep=3', '--seed=9']) == changed
 
 
 @pytest.mark.parametrize(('text', 'words'), [
-    ('depht: 3', ["'--depht=3' in", 'config.yaml', '--depth']), ('depth: x', ["invalid int value: 'x'"]),
-    ('depth: [1]', ["'depth' in", '[1]']), ('- 1', ['got list']), ('a: {', ['cannot read it']),
+    ('depht: 3', ["'--depht=3'", '--depth', "(in '"]),
+    ('depth: x', ["invalid int value: 'x' (in", 'config.yaml']),
+    ('preset: var_d16', ["holds 'preset'"]), ('seed: 2024-13-45', ["'2024-13-45' (in"]),
+    ('depth: [1]', ["'depth' in", "['1']"]), ('- 1', ['got list']), ('a: {', ['cannot read it']),
     ('model: gan', ["'gan'"])])
 def test_bad_config_files_are_one_line(tmp_path, capsys, text, words):
     path = tmp_path / 'config.yaml'
@@ -593,7 +599,10 @@ def test_bad_config_files_are_one_line(tmp_path, capsys, text, words):
     assert all(word in error for word in words), error
     assert 'No such file' in fails([f'--config={tmp_path}/nowhere.yaml'], capsys)
     path.write_text('model: npp')
-    assert '--model of the file' in fails([f'--config={path}', '--model=var'], capsys)
+    assert "is of the model 'npp', got --model=var" in fails([f'--config={path}', '--model=var'], capsys)
+    assert 'leave out --preset' in fails([f'--config={path}', '--preset=npp_b'], capsys)
+    path.write_text('pn: 1_2_3_4_6_8\nbs: 64  # images\nep: null\n')  # as a person writes it
+    assert parse_recipe([f'--config={path}']).patch_nums == (1, 2, 3, 4, 6, 8)
 
 
 def test_help_names_presets_and_unknown_flags_stand_as_typed(capsys):

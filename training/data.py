@@ -42,7 +42,7 @@ def build_data(recipe: Recipe) -> Data:
     """Training and validation set of a recipe.
 
     Raises:
-        ValueError: a folder is missing, or caches are of other images or of another tokenizer.
+        ValueError: a folder is missing, or caches are of other images.
     """
     if not recipe.cached_path:
         _, train_set, val_set = build_dataset(recipe.data_path, recipe.image_size, recipe.hflip,

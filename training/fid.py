@@ -80,6 +80,8 @@ def build_training_fid(recipe: Recipe, model: Trainable, val_loader: DataLoader)
     if getattr(recipe, 'cached_val_path', '') and not recipe.fid_ref:
         raise ValueError('--fid_images compares with the validation images, --cached_val_path holds none: '
                          'pass --fid_ref=FILE.npz')
+    dist.require_equal(bool(recipe.fid_ref), 'whether --fid_ref is given',
+                       'pass it on every node, or on none')
     cls = SAMPLE_RECIPES[recipe.model]
     flags = parse_flags(cls, '--fid_flags', recipe.fid_flags)
     of_the_family = {f.name for f in fields(cls)} - {f.name for f in fields(SampleRecipe)}

@@ -181,10 +181,10 @@ def _age(path: Path) -> tuple[bool, bool, int]:
 # ---------------------------------------------------------------------------------------------- weights
 def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
     """Weights whose keys lose the prefixes that all of them have, such as `module.` or `_orig_mod.`."""
-    weights = {key: value for key, value in state.items() if key != COUNTER}
-    if COUNTER in state and weights and all(str(key).startswith('module.') for key in weights):
-        state = weights
     while state and all(isinstance(key, str) for key in state):
+        weights = {key: value for key, value in state.items() if key != COUNTER}
+        if COUNTER in state and weights and all(key.startswith('module.') for key in weights):
+            state = weights
         prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
         if prefix is None:
             if not any('_orig_mod.' in key for key in state):

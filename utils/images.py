@@ -102,9 +102,10 @@ def _opened(path: str | os.PathLike) -> tuple[Image.Image, str]:
             return _decoded(file)
         except (ValueError, UnidentifiedImageError):
             file.seek(0)
-            content = file.read()
-            if not content.startswith(PNG_HEAD):
+            if file.read(len(PNG_HEAD)) != PNG_HEAD:
                 raise
+            file.seek(0)
+            content = file.read()
         # Programs that draw images may leave texts in a PNG that are longer than Pillow accepts, or damaged.
         # The pixels are fine; what is not read cannot fill the memory.
         return _decoded(io.BytesIO(_without_remarks(content)))

@@ -78,13 +78,15 @@ def restarting_batches(make_loader: Callable[[tuple[int, int]], DataLoader], sta
     return _going_on(begun(make_loader(start)), make_loader, start, steps_per_epoch)
 
 
-def _going_on(batches: Iterator[Any], make_loader: Callable[[tuple[int, int]], DataLoader],
+def _going_on(batches: Iterator[Any] | None, make_loader: Callable[[tuple[int, int]], DataLoader],
               position: tuple[int, int], steps_per_epoch: int) -> Iterator[Any]:
     """`batches`, which begin at `position`, and those of further loaders after a death."""
     epoch, step = position
     restarts = 0
     while True:
         try:
+            if batches is None:
+                batches = begun(make_loader((epoch, step)))
             with named_loader_errors():
                 for batch in batches:
                     yield batch
@@ -93,7 +95,7 @@ def _going_on(batches: Iterator[Any], make_loader: Callable[[tuple[int, int]], D
                     if step == steps_per_epoch:
                         epoch = epoch + 1
                         step = 0
-            batches = begun(make_loader((epoch, step)))
+            batches = None
         except LoaderDied as death:
             restarts += 1
             if restarts > MAX_RESTARTS:
@@ -101,4 +103,4 @@ def _going_on(batches: Iterator[Any], make_loader: Callable[[tuple[int, int]], D
                                  'may be out of memory, pass fewer --workers') from None
             logger.warning('a loader process died (%s): the loader is started again at epoch %d, step %d',
                            death, epoch, step)
-            batches = begun(make_loader((epoch, step)))
+            batches = None  # its other processes end before new ones begin

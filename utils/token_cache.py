@@ -258,9 +258,9 @@ class TokenCache(Dataset):
                 raise ValueError(f'{folder} holds tokens of images of {manifest["image_size"]} pixels, this '
                                  f'training has {image_size}: pass that size, or extract the cache again')
             if manifest and (EARLIER | manifest)['exif'] != exif:
-                logger.warning('%s was extracted with --exif=%d, this training has --exif=%d, so images with '
-                               'an EXIF orientation lie otherwise: pass the same, or extract the cache again',
-                               folder, not exif, exif)
+                logger.warning('%s was extracted with --exif=%d, this training has --exif=%d, so photos with '
+                               'an EXIF orientation are turned differently: pass --exif=%d, or extract the '
+                               'cache again', folder, not exif, exif, not exif)
         if self.parts[0].read(0, 0).shape != shape:
             raise ValueError(f'{self.folders[0]} holds tokens of {self.parts[0].read(0, 0).shape}, this '
                              f'tokenizer gives {shape} for {image_size} pixels: extract the cache again')

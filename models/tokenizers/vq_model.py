@@ -161,6 +161,7 @@ class VQModel(Tokenizer):
     """
 
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'use': 'usage'}
+    rank_local = frozenset({'quantize.codebook_used'})  # the latest codes of this rank, as published
 
     def __init__(self, codebook_size: int = 16384, codebook_embed_dim: int = 8, codebook_l2_norm: bool = True,
                  commit_loss_beta: float = 0.25, entropy_loss_ratio: float = 0.,
