@@ -86,7 +86,9 @@ def toy(tmp_path_factory):
     return get
 
 
-LONG = ('test_toy.py', 'test_toy_others.py', 'test_run.py', 'test_pinned.py', 'test_continue.py')
+LONG = ('test_toy.py', 'test_toy_others.py', 'test_run.py', 'test_pinned.py', 'test_continue.py',
+        'test_sample.py', 'test_tokenizer_training.py', 'test_token_cache.py', 'test_notebook.py',
+        'test_scores.py')
 
 
 def pytest_collection_modifyitems(items):
