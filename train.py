@@ -69,15 +69,17 @@ def train(run: 'Run') -> None:
     Raises:
         Stopped: a signal came; everything is saved.
         NotFinite: too many steps in a row were not finite.
+        ValueError: more images cannot be read than `--max_bad_images`, or ranks differ at a checkpoint.
     """
     run.draw_missing_distance()
     for epoch in run.remaining_epochs():
         for step, (images_B3HW, label_B, damage_B) in run.steps(epoch):
             # Learning rate and weight decay depend on the step alone.
             rates = run.set_rates(step)
-            # Forward, backward and the optimizer. A step that is not finite moves nothing, on no rank.
+            # Forward, backward and the optimizer, which a gradient that is not finite moves on no rank.
             info = run.train_step(images_B3HW, label_B, step)
-            # Meters, steps.jsonl and TensorBoard, where this step is due.
+            # The learning rate goes into the meters; five times an epoch and at every `--log_every`th step
+            # all metrics go there, into steps.jsonl and into TensorBoard.
             run.journal.after_step(step, run.step_of_epoch(step), info, rates, run.recipe.clip)
             run.count_skipped(epoch, step, info)
             if run.shows_pictures_after(step):
@@ -92,10 +94,10 @@ def train(run: 'Run') -> None:
             if run.saves_after(epoch, step, is_late):
                 run.save(epoch, run.step_of_epoch(step) + 1)
 
-        # The logs come before the checkpoint that covers them: a kill in between repeats the epoch's end, and
-        # the next start takes its lines out again. The distance of samples takes a while and comes last.
         run.require_finite_end(epoch)
         is_best = run.evaluates_after(epoch) and run.evaluate(epoch)
+        # Log, then save: after a kill in between, the next start takes the lines out and repeats the end of
+        # the epoch. The distance of samples is slow, so it follows the checkpoint.
         run.end_epoch(epoch, is_best)
         run.save(*run.position_after(epoch), is_best)
         if run.evaluates_after(epoch):
@@ -209,6 +211,7 @@ class Run:
     def remaining_epochs(self) -> Iterator[int]:
         """Numbers of the epochs of which anything is left to do, be it the evaluation alone."""
         for epoch in range(self.start[0], self.recipe.epochs):
+            # A checkpoint of a longer training than this one has nothing left to evaluate, either.
             is_trained = self.first_step(epoch) >= self.last_step(epoch)
             has_ended = self.state.epochs_ended > epoch or self.steps_done > self.total_steps
             if not (is_trained and has_ended):
@@ -328,6 +331,8 @@ class Run:
 
     def require_finite_end(self, epoch: int) -> None:
         """Do not end as if all were well, with the weights that made the last steps overflow.
+
+        A single one may come from its images, and is left out like any other.
 
         Raises:
             NotFinite: this is the last epoch, and its last steps were left out.
@@ -515,7 +520,10 @@ def choose_seed(recipe: Recipe, saved: int | None) -> int:
 
 
 def train_from_newest(recipe: Recipe, data: Data) -> None:
-    """A training from its newest checkpoint on; one that fails at once goes back one checkpoint, once.
+    """A training from its newest checkpoint on.
+
+    Where not one step after a restart is finite, that checkpoint is set aside and the one before it is
+    continued, once.
 
     Raises:
         NotFinite: it fails again, or later.

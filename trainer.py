@@ -35,7 +35,7 @@ class StepInfo(NamedTuple):
     grad_norm: torch.Tensor | None  # before clipping; None if the optimizer did not step
     scale_log2: float | None        # log2 of the float16 loss scale
     aux: dict[str, Any]             # for `model.metrics`
-    is_finite: bool                 # False where a gradient was nan or infinite, so that nothing moved by it
+    is_finite: bool                 # False where a gradient was nan or infinite; its optimizer did not move
 
 
 class Wrapped(nn.Module):

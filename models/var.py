@@ -248,13 +248,13 @@ class VAR(AdaLNTransformer):
                 logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)                  # (B, pn^2, V)
 
                 # 3. Codes: drawn, or given by an edit; then their embeddings.
-                kept_BlV = logits_BlV.clone()  # filtered in place by the draw
-                drawn_Bl = sample_with_top_k_top_p_(kept_BlV, top_k, top_p, rng)[:, :, 0]
+                filtered_BlV = logits_BlV.clone()  # in place, by the draw
+                drawn_Bl = sample_with_top_k_top_p_(filtered_BlV, top_k, top_p, rng)[:, :, 0]
                 idx_Bl, given_Bl = keep_of_scale(keep, k, drawn_Bl)
                 h_BlZ = quantize.lookup(idx_Bl, k)
                 if more_smooth:
                     tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
-                    mix_BlV = gumbel_softmax_with_rng(kept_BlV.mul(1 + ratio), tau=tau, rng=rng)
+                    mix_BlV = gumbel_softmax_with_rng(filtered_BlV.mul(1 + ratio), tau=tau, rng=rng)
                     smooth_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
                     h_BlZ = torch.where(given_Bl[..., None], h_BlZ, smooth_BlZ)
 
