@@ -563,7 +563,7 @@ def test_non_finite_features_name_the_image(run, files, monkeypatch, kind, bad):
     (None, ['--split_size=0'], 'at least 1'),
     (None, ['--bs=0'], '--bs must be at least 1'),
     (None, ['--pr'], 'unknown argument'),
-    (None, ['--device=tpu'], 'cpu, cuda'),
+    (None, ['--device=tpu'], 'cpu or cuda'),
 ])
 def test_errors_are_one_line_and_exit_with_2(run, files, capsys, change, flags, message):
     content = dict(arr_0=noise(101, 1)) | (change or {})

@@ -7,7 +7,8 @@ from tests.runs import read
 SCALES = ('1x1', '2x2', '3x3', '4x4')
 
 
-@pytest.mark.parametrize(('steps', 'bar'), [(50, 15.2), pytest.param(400, 21., marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('steps', 'bar'), [(50, 15.2), (400, 21.)])
 def test_kl(toy, steps, bar):
     """Measured: 15.7 dB, 22.2 dB."""
     run = toy('kl16', f'--steps={steps}')
@@ -26,6 +27,7 @@ def test_vq(toy):
     assert run.scores['distinct_4x4'] >= 450 and run.scores['perplexity_4x4'] >= 200
 
 
+@pytest.mark.slow
 def test_flexvae(toy):
     """Every size of map learns from the first steps. Measured: 0.40 to 0.43 of the first loss."""
     run = toy('flexvae', '--steps=90', '--num_sides=4')
