@@ -15,7 +15,7 @@ from utils.data import build_dataset
 
 PLAIN = ['--codebook=grad', '--restart=0', '--defer=0', '--scale_drop=0']  # the published training of codes
 DEFAULTS = ('vqvae', '--eval_every=1', '--log_every=2')
-SHORT = ('vqvae', '--eval_every=1', '--log_every=1', '--steps=64')
+SHORT = ('vqvae', '--eval_every=1', '--log_every=1', '--steps=64', '--bs=16')
 SCALES = ('1x1', '2x2', '3x3', '4x4')
 
 
