@@ -24,7 +24,7 @@ from configs.options import marked_fields, parse_flags
 from evaluation.features import load_network
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
-from models import ARModel, build_generator
+from models import ARModel, build_generator, differing_parameters
 from models.helpers import ImageNoise
 from utils.amp_sc import autocast
 from utils.batches import read_labels, shuffled, write_npz
@@ -86,9 +86,8 @@ def check_same_codes(generator: ARModel, trained_with: dict[str, Any], ckpt: str
     Raises:
         ValueError: encoder or codebook differ.
     """
-    for name, parameter in generator.tokenizer.named_parameters():
-        of_codes = name.startswith(('encoder.', 'quant_conv.', 'quantize.'))
-        if of_codes and name in trained_with and not torch.equal(parameter, trained_with[name].to(parameter)):
+    for name in differing_parameters(generator.tokenizer, trained_with):
+        if name.startswith(('encoder.', 'quant_conv.', 'quantize.')):
             raise ValueError(f'{ckpt!r} was trained on the codes of another tokenizer than {vae_ckpt!r} '
                              f'({name} differs): pass the tokenizer of its training, or --vae_ckpt= without '
                              'a value for the one inside that file')

@@ -19,7 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dist
 from evaluation.pictures import reconstruction_rows, usage_heat_map
-from models import ARModel, CodeUsage, Tokenizer, TokenizerLoss, Trainable, load_weights
+from models import (
+    ARModel,
+    CodeUsage,
+    Tokenizer,
+    TokenizerLoss,
+    Trainable,
+    differing_parameters,
+    load_weights,
+)
 from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import save_file
 from utils.ema import WeightEMA
@@ -267,9 +275,7 @@ class GeneratorTrainer(Trainer):
                                                    vae_config=tokenizer.config_state(progress))
 
     def check_state(self, state: dict[str, Any], source: str) -> None:
-        saved = state.get('vae_local', {})
-        differing = [name for name, parameter in self.model.tokenizer.named_parameters()
-                     if name in saved and not torch.equal(parameter.cpu(), saved[name].cpu())]
+        differing = differing_parameters(self.model.tokenizer, state.get('vae_local', {}))
         config = state.get('vae_config', {})
         here = self.model.tokenizer.config_state(1.)
         differing += [name for name in CODES if name in config and config[name] != here.get(name)]

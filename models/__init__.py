@@ -4,7 +4,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models.base import ARModel, Reconstruction, Tokenizer, Trainable, load_weights, read_kwargs
+from models.base import (
+    ARModel,
+    Reconstruction,
+    Tokenizer,
+    Trainable,
+    differing_parameters,
+    load_weights,
+    read_kwargs,
+)
 from models.flexvar import FlexVAR
 from models.flowar import FlowAR
 from models.npp import NPP
@@ -20,7 +28,8 @@ from models.var import VAR, VARHF
 __all__ = ['FAMILIES', 'LPIPS', 'NPP', 'VAR', 'VARHF', 'VQVAE', 'VQ_8', 'VQ_16', 'ARModel', 'AutoencoderKL',
            'CodeUsage', 'Family', 'FlexVAE', 'FlexVAR', 'FlowAR', 'Reconstruction', 'Tokenizer',
            'TokenizerLoss', 'Trainable', 'VQModel', 'VQ_models', 'VectorQuantizer2', 'build_flexvar',
-           'build_generator', 'build_loss', 'build_tokenizer', 'build_vae_var', 'load_weights']
+           'build_generator', 'build_loss', 'build_tokenizer', 'build_vae_var', 'differing_parameters',
+           'load_weights']
 
 State = dict[str, torch.Tensor]
 

@@ -129,6 +129,12 @@ def load_weights(model: Trainable, state: dict[str, torch.Tensor], source: str) 
                          f'{" ".join(str(error).split())[:400]}') from None
 
 
+def differing_parameters(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the parameters that `state` holds with other values; those that it lacks do not count."""
+    return [name for name, parameter in model.named_parameters()
+            if name in state and not torch.equal(parameter, state[name].to(parameter))]
+
+
 class Reconstruction(NamedTuple):
     """What a tokenizer hands to its training losses.
 
