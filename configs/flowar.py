@@ -9,6 +9,12 @@ from configs.options import INF, REPO, opt
 from configs.sampling import SampleRecipe
 from configs.training import CROP_KINDS, CROPS, CachedRecipe, Recipe
 
+SIZES = {  # width, blocks of each stack and heads of the trunk; whether the head has cross-attention
+    'small': (768, 6, 12, False),
+    'large': (1024, 8, 16, True),
+    'huge': (1536, 15, 16, True),
+}
+
 
 @dataclass(frozen=True)
 class FlowARRecipe(CachedRecipe):
@@ -40,7 +46,7 @@ class FlowARRecipe(CachedRecipe):
     size: str = opt(
         'large',
         'trunk: small, large or huge (published as flowar_small, ...)',
-        choices=('small', 'large', 'huge'),
+        choices=(*SIZES,),
         group='most used',
     )
     diffloss_d: int = opt(12, 'blocks of the flow head', limits=(1, INF))
@@ -179,9 +185,7 @@ class FlowARRecipe(CachedRecipe):
         return f'FlowAR-{self.size}__d{self.diffloss_d}w{self.diffloss_w}'
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        width, depth, heads, cross = dict(
-            small=(768, 6, 12, False), large=(1024, 8, 16, True), huge=(1536, 15, 16, True)
-        )[self.size]
+        width, depth, heads, cross = SIZES[self.size]
         heads = heads if self.width is None else self.width // 64
         width = self.width or width
         depth = self.depth or depth

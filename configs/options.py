@@ -179,14 +179,13 @@ def read_config(path: str) -> dict[str, str]:
             raise ValueError(
                 f'expected a number or a text as {name!r} in {path!r}, got {value!r}: write "name: value"'
             )
-    # JSON writes a character beyond 16 bits as a pair, which YAML reads as two.
-    texts = {
-        name.replace('-', '_'): value.encode('utf-16', 'surrogatepass').decode('utf-16', 'surrogatepass')
-        if not value.isascii()
-        else value
-        for name, value in content.items()
-    }
-    return {name: value for name, value in texts.items() if value not in ('null', '~')}
+    given = {name: value for name, value in content.items() if value not in ('null', '~')}
+    return {name.replace('-', '_'): _with_pairs_joined(value) for name, value in given.items()}
+
+
+def _with_pairs_joined(text: str) -> str:
+    """A text in which a character beyond 16 bits is one again: JSON writes it as two, which YAML keeps."""
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'surrogatepass')
 
 
 def flag_of(recipe: Any, name: str) -> str:
@@ -229,7 +228,7 @@ def make_parser(cls: type, prog: str, description: str) -> 'OneLineParser':
         # One field's flag may be another one's name, which is then no spelling of the latter.
         name = '' if f.name in published else f.name
         spellings = [f'--{s}' for s in dict.fromkeys([*f.metadata['flag'].split(), name]) if s]
-        kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None))
+        kind = _kind_of(hints[f.name])
         words = f.metadata['words']
         if kind is bool:
             reading = dict(type=_boolean, nargs='?', const=True, metavar='BOOL')
@@ -253,6 +252,12 @@ def _group_of(cls: type, name: str) -> str:
             if group:
                 return group
     return 'model'
+
+
+def _kind_of(hint: Any) -> type:
+    """The type of a field's values: of `int | None` it is int."""
+    kinds = typing.get_args(hint) or (hint,)
+    return next(kind for kind in kinds if kind is not type(None))
 
 
 def _with_words(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
@@ -290,14 +295,13 @@ class OneLineParser(argparse.ArgumentParser):
         as_typed = dict(zip(underscored, argv, strict=True))  # for the message about an unknown flag
         self.source = source
         values, unknown = self.parse_known_args(underscored)
-        self.source = ''
         if unknown:
             flag = unknown[0].split('=')[0]
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.0)
-            self.source = source
             self.error(
                 f'unknown argument {as_typed[unknown[0]]!r}: the nearest flag is {near[0]}; --help lists all'
             )
+        self.source = ''
         for name in sorted(self.ignored.keys() & vars(values).keys()):
             self._print_message(f'{self.prog}: --{name} is ignored: {self.ignored[name]}\n', sys.stderr)
             delattr(values, name)
