@@ -54,8 +54,9 @@ def fetch(name: str, sha256: str = '') -> Path:
             raise ValueError(f'{name!r} is not in the working directory and cannot be fetched from the hub '
                              f'repository {repo} ({type(error).__name__}): '
                              'download it elsewhere and pass its path') from None
-    if sha256 and sha256_of(path) != sha256:
-        raise ValueError(f'{str(path)!r} has SHA-256 {sha256_of(path)[:16]}..., expected {sha256[:16]}...: '
+    found = sha256_of(path) if sha256 else ''
+    if found != sha256:
+        raise ValueError(f'{str(path)!r} has SHA-256 {found[:16]}..., expected {sha256[:16]}...: '
                          'download it again')
     return path
 
