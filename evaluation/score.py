@@ -31,7 +31,7 @@ from evaluation.inception import SHA256
 from evaluation.metrics import frechet_distance, read_statistics
 from evaluation.precision_recall import precision_recall
 from utils.batches import SUFFIXES, ImageBatch, npz_keys, open_batch
-from utils.checkpoint import atomic_path
+from utils.files import write_text
 from utils.hub import sha256_of
 from utils.provenance import device_name, versions
 
@@ -389,5 +389,4 @@ def check_output(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + '\n')
+    write_text(path, json.dumps(content, indent=2) + '\n')

@@ -45,6 +45,16 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a small file whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; what was at `path` before is intact.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
 def sync_folder(folder: str | os.PathLike) -> None:
     """Make renames in a folder survive a power cut, as far as the file system can do that."""
     with suppress(OSError):

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from utils.checkpoint import atomic_path
+from utils.files import write_text
 from utils.provenance import unusable_gpu
 from utils.stop import Stopped
 
@@ -289,8 +290,7 @@ def keep_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> No
             kept.append(line + '\n')
     repaired = ''.join(kept)
     if repaired != text:
-        with atomic_path(path) as temporary:
-            temporary.write_text(repaired)
+        write_text(path, repaired)
 
 
 def keep_events(folder: Path, is_kept: Callable[[str, int], bool]) -> None:

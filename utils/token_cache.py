@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from utils.batches import read_npy
 from utils.checkpoint import atomic_path
-from utils.files import read_json
+from utils.files import read_json, write_text
 
 logger = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile)  # what numpy raises
@@ -57,8 +57,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 def write_note(path: Path, content: dict[str, Any]) -> None:
     """Write JSON in one go."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + '\n')
+    write_text(path, json.dumps(content, indent=1) + '\n')
 
 
 def claim(folder: Path, description: dict[str, Any], remarks: dict[str, Any]) -> None:
