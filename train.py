@@ -47,8 +47,9 @@ from training.resume import (
     go_back_one_checkpoint,
     repair_best,
 )
-from utils.checkpoint import atomic_path, lock_folder, remove_leftovers, save_checkpoint
+from utils.checkpoint import lock_folder, remove_leftovers, save_checkpoint
 from utils.data import name_of
+from utils.files import write_text
 from utils.loading import without_child_signal
 from utils.log import one_line_errors, setup_logging
 from utils.lr_control import lr_wd_annealing
@@ -136,7 +137,9 @@ class Run:
                              f'{len(data.classes)} classes: correct one of them')
 
         # 2. The newest checkpoint, the same one on every rank, if it is of this training.
-        self.resumed_from, checkpoint = choose_checkpoint(self.folder, f'{recipe.CHECKPOINT_PREFIX}*.pth')[:2]
+        chosen = choose_checkpoint(self.folder, f'{recipe.CHECKPOINT_PREFIX}*.pth')
+        self.resumed_from = chosen.path
+        checkpoint = chosen.content
         self.state = RunState(choose_seed(recipe, checkpoint.get('run', {}).get('seed')),
                               len(train_sampler(recipe, len(data.train))))
         self.start = 0, 0  # (epoch, step within it)
@@ -144,8 +147,8 @@ class Run:
             check_model(self.resumed_from, checkpoint, recipe.model)
             check_classes(self.resumed_from, checkpoint, data.classes, recipe.data_path)
             self.start = self.state.take_over(self.resumed_from, checkpoint, self.described, recipe.steps)
-        self.skipped = SkippedSteps(self.folder, self.state.skipped_steps, recipe.max_skipped_steps,
-                                    recipe.precision, self.resumed_from is not None)
+        self.skipped = SkippedSteps(self.folder, self.state, recipe.max_skipped_steps, recipe.precision,
+                                    self.resumed_from is not None)
         self.bad_images = BadImages(self.state.bad_images, recipe.max_bad_images)
 
         # 3. Random numbers and precision.
@@ -179,9 +182,8 @@ class Run:
                                recipe.log_every, header,
                                (self.steps_done, self.state.epochs_ended) if self.resumed_from else None)
         if dist.is_master():
-            with atomic_path(self.folder / 'config.yaml') as temporary:
-                command = f'python train.py --config={self.folder}/config.yaml'
-                temporary.write_text(config_text(recipe, command, seed=self.state.seed))
+            path = self.folder / 'config.yaml'
+            write_text(path, config_text(recipe, f'python train.py --config={path}', seed=self.state.seed))
         self.announce()
         self.began = time.time()
         self.last_save = time.time()
@@ -323,8 +325,7 @@ class Run:
         self.skipped.count(info)
         if info.is_finite:
             return
-        self.state.skipped_steps = self.skipped.total
-        self.journal.show_skipped(self.skipped.total)
+        self.journal.show_skipped(self.state.skipped_steps)
         sampler = train_sampler(self.recipe, len(self.data.train))
         images = sampler.epoch_batches(epoch)[self.step_of_epoch(step)]
         self.skipped.report(epoch, step, info, [name_of(self.data.train, image) for image in images])
@@ -396,9 +397,11 @@ class Run:
         self.state.best = min(self.state.best, score)
         if self.recipe.picture_every:
             self.show_pictures(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
+        headline = [f'{name}: {scores[key]:.4f}' for name, key in self.model.headline.items()
+                    if key in scores]
+        seconds = time.time() - begin
         logger.info(' [*] [ep%d]  (val %d)  %s  best %s: %.4f  Val cost: %.1fs', epoch, scores['count'],
-                    '  '.join(f'{name}: {scores[key]:.4f}' for name, key in self.model.headline.items()
-                              if key in scores), self.model.selection, self.state.best, time.time() - begin)
+                    '  '.join(headline), self.model.selection, self.state.best, seconds)
         return is_best
 
     def until_stopped(self, batches: Iterable) -> Iterator:

@@ -8,6 +8,7 @@ from typing import Any
 
 import dist
 from trainer import StepInfo
+from training.resume import RunState
 from utils.log import append_json_line
 
 logger = logging.getLogger(__name__)
@@ -36,15 +37,15 @@ class SkippedSteps:
 
     Args:
         folder: of not_finite.jsonl.
-        num_skipped: how many there were before this start.
+        state: where `skipped_steps` counts them, those of earlier starts included.
         limit: so many in a row end the run; 0 is no limit.
         precision: of the recipe, for the advice.
         is_resumed: whether this start continues a checkpoint.
     """
 
-    def __init__(self, folder: Path, num_skipped: int, limit: int, precision: int, is_resumed: bool):
+    def __init__(self, folder: Path, state: RunState, limit: int, precision: int, is_resumed: bool):
         self.folder = folder
-        self.total = num_skipped
+        self.state = state
         self.limit = limit
         self.precision = precision
         self.is_resumed = is_resumed
@@ -58,7 +59,7 @@ class SkippedSteps:
             self.in_a_row = 0
         else:
             self.in_a_row += 1
-            self.total += 1
+            self.state.skipped_steps += 1
 
     def report(self, epoch: int, step: int, info: StepInfo, images: list[str]) -> None:
         """Name the images of a step that was left out; every rank calls it.
@@ -77,7 +78,8 @@ class SkippedSteps:
         if dist.is_master():
             append_json_line(self.folder / 'not_finite.jsonl', dict(step=step, epoch=epoch, images=suspects))
             logger.warning('step %d is left out, its loss or gradient is not finite (%d so far); %d images, '
-                           'first %s; all are in not_finite.jsonl', step, self.total, len(suspects),
+                           'first %s; all are in not_finite.jsonl', step, self.state.skipped_steps,
+                           len(suspects),
                            suspects[0])
         if self.limit and self.in_a_row >= self.limit:
             self.give_up(step)
