@@ -1,5 +1,4 @@
 """One thread and a fixed seed for every test, so that float32 sums and draws repeat; commands in process."""
-import logging
 import os
 import sys
 
@@ -8,7 +7,7 @@ import torch
 
 import sample
 import train
-from tests.runs import VAR_FLAGS, ToyRun, make_folder, make_tokenizer
+from tests.runs import VAR_FLAGS, ToyRun, kept_logging, make_folder, make_tokenizer
 from utils.log import one_line_errors
 
 os.environ['OMP_NUM_THREADS'] = '1'  # of processes that tests start, too
@@ -23,17 +22,13 @@ def fixed_seed():
 @pytest.fixture
 def here(monkeypatch):
     """Run an entry point in this process: `here(train, '--depth=1', ...)`."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-
     def run(script, *argv):
         monkeypatch.setattr(sys, 'argv', [script.__file__, *map(str, argv)])
         sample.load_generator.cache_clear()
         with one_line_errors(script.__name__):
             script.main()
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.captureWarnings(False)
+    with kept_logging():
+        yield run
 
 
 @pytest.fixture(scope='session')
@@ -46,8 +41,6 @@ def data(tmp_path_factory):
 @pytest.fixture
 def train_here(monkeypatch, data):
     """Run train.py in this process; returns the flags' output folder."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-
     def run(folder, *flags, base=None):
         base = VAR_FLAGS if base is None else base
         argv = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', f'--output_dir={folder}', *base, *flags]
@@ -56,10 +49,8 @@ def train_here(monkeypatch, data):
         with one_line_errors('train.py'):
             train.main()
         return folder
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.captureWarnings(False)
+    with kept_logging():
+        yield run
 
 
 @pytest.fixture

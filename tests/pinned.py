@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 import re
 import sys
 import tempfile
@@ -19,8 +18,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 import sample
 import train
-from configs import PRESETS, SAMPLE_PRESETS
-from tests.runs import REPO
+from configs import FAMILIES, PRESETS, SAMPLE_PRESETS
+from tests.runs import REPO, kept_logging
 
 FOLDER = Path(__file__).parent / 'data' / 'pinned'
 STEPS = 30
@@ -52,21 +51,17 @@ def machine():
 
 def run(script, *argv):
     """An entry point in this process; what it prints."""
-    handlers, level = logging.root.handlers[:], logging.root.level
     printed = io.StringIO()
     with mock.patch.object(sys, 'argv', [script.__file__, *map(str, argv)]), \
-            contextlib.redirect_stdout(printed):
+            contextlib.redirect_stdout(printed), kept_logging():
         script.main()
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.captureWarnings(False)
     return printed.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------- outlines
 def outline_of_training(model, folder):
     """The outline of a finished run, split into what any machine gives and what only this one does."""
-    prefix = 'ar-ckpt' if model in ('var', 'flexvar', 'npp', 'flowar') else 'vae-ckpt'
+    prefix = 'ar-ckpt' if model in FAMILIES else 'vae-ckpt'
     checkpoint = torch.load(folder / f'{prefix}-last.pth', weights_only=True)
     steps = [json.loads(line) for line in (folder / 'steps.jsonl').read_text().splitlines()]
     epochs = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
@@ -151,7 +146,7 @@ def outline_of(model, root):
     folder = root / model
     run(train, f'--model={model}', *ANY_RUN, f'--output_dir={folder}', *flags)
     shared, exact = outline_of_training(model, folder)
-    if model in ('var', 'flexvar', 'npp', 'flowar'):
+    if model in FAMILIES:
         run(sample, f'--model={model}', f'--ckpt={folder}/ar-ckpt-last.pth', f'--output={folder}/samples',
             '--num_images=8', '--bs=4', '--cfg=1.5')
         shared['manifest'], exact['npz'] = outline_of_samples(folder / 'samples.npz')

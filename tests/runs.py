@@ -1,6 +1,7 @@
 """Launches train.py and sample.py as users do, on a tiny image folder."""
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import runpy
@@ -165,6 +166,18 @@ def start(script, flags, nproc=1):
 
 def same_weights(a, b, key='var_wo_ddp'):
     return all(torch.equal(value, b['trainer'][key][name]) for name, value in a['trainer'][key].items())
+
+
+@contextlib.contextmanager
+def kept_logging():
+    """Inside, entry points may set up the logging of this process; afterwards it is as before."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    try:
+        yield
+    finally:
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+        logging.captureWarnings(False)
 
 
 def message(run, capsys):

@@ -1,7 +1,6 @@
 """classify-eval and reject: classifiers and their weights, accuracy, what is kept, processes, bad input."""
 import dataclasses
 import json
-import logging
 import sys
 
 import numpy as np
@@ -17,7 +16,7 @@ from evaluation.classifiers import Classifier, load_classifier
 from evaluation.classify import Judgement, judge, select
 from evaluation.inception import MissingWeights
 from evaluation.score import read_manifest
-from tests.runs import launch
+from tests.runs import kept_logging, launch
 from utils.batches import open_batch, shuffled
 from utils.data import open_split
 from utils.hub import sha256_of
@@ -53,16 +52,13 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run evaluate.py in this process: what it printed."""
-    handlers = logging.root.handlers[:]
-
     def call(*argv):
         monkeypatch.setattr(sys, 'argv', ['evaluate.py', *map(str, argv)])
         with one_line_errors('evaluate.py', exit_code=2):
             evaluate.main()
         return capsys.readouterr().out
-    yield call
-    logging.root.handlers[:] = handlers
-    logging.captureWarnings(False)
+    with kept_logging():
+        yield call
 
 
 @pytest.fixture

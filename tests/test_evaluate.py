@@ -1,6 +1,5 @@
 """`evaluate.py tokenizer`: scores of every kind of file, ranks, skipped metrics, pictures, bad input."""
 import json
-import logging
 import re
 import sys
 
@@ -14,7 +13,7 @@ import evaluate
 from evaluation import tokenizer as command
 from evaluation.metrics import psnr, ssim, to_uint8
 from models import LPIPS, VQVAE, AutoencoderKL, FlexVAE, VQModel
-from tests.runs import TINY_VQVAE, launch
+from tests.runs import TINY_VQVAE, kept_logging, launch
 from utils.data import build_dataset
 from utils.log import one_line_errors
 
@@ -48,7 +47,6 @@ def checkpoints(tmp_path_factory, vqvae):
 @pytest.fixture
 def rate(monkeypatch, tmp_path, capsys):
     """Run the command in this process: (report, what it printed)."""
-    handlers = logging.root.handlers[:]
     monkeypatch.chdir(tmp_path)  # no LPIPS file lies here
     monkeypatch.setenv('INCEPTION_WEIGHTS', str(tmp_path / 'no_such_file.pth'))
 
@@ -59,9 +57,8 @@ def rate(monkeypatch, tmp_path, capsys):
         with one_line_errors('evaluate.py', exit_code=2):
             evaluate.main()
         return json.loads(report.read_text()), capsys.readouterr().out
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.captureWarnings(False)
+    with kept_logging():
+        yield run
 
 
 # ---------------------------------------------------------------------------------------------- scores

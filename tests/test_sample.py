@@ -1,7 +1,6 @@
 """Sampling jobs: the same images for any batch size and number of processes, restart, manifest, bad input."""
 import csv
 import json
-import logging
 import shutil
 import sys
 import threading
@@ -16,7 +15,7 @@ import sample
 from configs import parse_sample_recipe
 from evaluation.score import ScoreSettings, score_images
 from models import VAR, VQVAE
-from tests.runs import TINY_VQVAE, kill_tree, launch, make_tokenizer, start
+from tests.runs import TINY_VQVAE, kept_logging, kill_tree, launch, make_tokenizer, start
 from utils.batches import shuffled
 from utils.hub import fetch, sha256_of
 from utils.log import one_line_errors
@@ -47,8 +46,6 @@ def by_index(npz):
 
 @pytest.fixture
 def sample_here(monkeypatch, weights):
-    handlers = logging.root.handlers[:]
-
     def run(folder, *flags):
         argv = ['sample.py', f'--ckpt={weights[0]}', f'--output={folder}', '--num_images=20', *flags]
         monkeypatch.setattr(sys, 'argv', argv)
@@ -56,9 +53,8 @@ def sample_here(monkeypatch, weights):
         with one_line_errors('sample.py'):
             sample.main()
         return by_index(f'{folder}.npz')
-    yield run
-    logging.root.handlers[:] = handlers
-    logging.captureWarnings(False)
+    with kept_logging():
+        yield run
 
 
 def same_images(a, b):

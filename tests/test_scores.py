@@ -1,7 +1,6 @@
 """`evaluate.py REF SAMPLE`, stats, pack: the stored report, ranks, cache, manifest, warnings, bad input."""
 import errno
 import json
-import logging
 import multiprocessing
 import re
 import sys
@@ -24,7 +23,7 @@ from evaluation.features import Inspection
 from evaluation.inception import Outputs
 from evaluation.metrics import to_uint8
 from evaluation.score import ScoreSettings, score_images
-from tests.runs import launch
+from tests.runs import kept_logging, launch
 from utils import provenance
 from utils.batches import shuffled
 from utils.data import build_dataset
@@ -38,7 +37,6 @@ DIGITS = ['--features=digits', '--cache=', '--allow_any_count']
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Run evaluate.py in this process: (report or None, what it printed)."""
-    handlers = logging.root.handlers[:]
     monkeypatch.delenv('INCEPTION_WEIGHTS', raising=False)
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
 
@@ -51,9 +49,8 @@ def run(monkeypatch, tmp_path, capsys):
         with one_line_errors('evaluate.py', exit_code=2):
             evaluate.main()
         return json.loads(path.read_text()) if scoring else None, capsys.readouterr().out
-    yield call
-    logging.root.handlers[:] = handlers
-    logging.captureWarnings(False)
+    with kept_logging():
+        yield call
 
 
 def noise(count, seed, side=8):
