@@ -25,7 +25,7 @@ from evaluation.features import load_network
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
 from models import ARModel, build_generator, differing_parameters
-from models.helpers import ImageNoise
+from models.noise import ImageNoise
 from utils.amp_sc import autocast
 from utils.batches import read_labels, shuffled, write_npz
 from utils.checkpoint import atomic_path, load_on_all_ranks, lock_folder, model_weights, tokenizer_weights

@@ -23,7 +23,7 @@ import torch
 import dist
 from configs import Recipe, parse_recipe
 from configs.options import config_text, flag_of, marked_fields
-from models.helpers import global_rows
+from models.noise import GlobalBatch
 from trainer import StepInfo, weights_checksum
 from training.build import build_model, build_trainer, count_parameters
 from training.data import (
@@ -299,7 +299,7 @@ class Run:
         for i in range(num_micro):
             rows = slice(i * micro_batch, (i + 1) * micro_batch)
             seed_everything(mix_seed(self.state.seed, step))
-            with global_rows(first_row + rows.start, num_rows):
+            with GlobalBatch(first_row + rows.start, num_rows):
                 info = self.trainer.train_step(
                     images_B3HW[rows].to(self.device, non_blocking=True),
                     label_B[rows].to(self.device, non_blocking=True),

@@ -27,7 +27,7 @@ from bench.demo_report import (
 )
 from models import CodeUsage
 from models.editing import box_mask
-from models.helpers import ImageNoise
+from models.noise import ImageNoise
 from models.scales import scale_name
 from sample import load_generator
 from utils.data import EMBEDDED_SIZE, build_dataset

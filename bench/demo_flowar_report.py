@@ -32,7 +32,7 @@ from bench.published_solver import both_halves
 from evaluation.digits_features import DigitsFeatures
 from evaluation.metrics import FeatureStatistics, frechet_distance, to_uint8
 from models import FlowAR
-from models.helpers import ImageNoise
+from models.noise import ImageNoise
 from sample import load_generator
 from utils.data import EMBEDDED_SIZE, build_dataset
 

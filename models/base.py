@@ -91,6 +91,11 @@ class Trainable(nn.Module):
         return set()
 
     @staticmethod
+    def kwargs_from_size(**size: Any) -> dict[str, Any]:
+        """Constructor arguments that follow from what names the size of a model, such as its depth."""
+        return {}
+
+    @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Constructor arguments that the keys and shapes of a published or trained state dict reveal."""
         raise NotImplementedError

@@ -1,24 +1,17 @@
-"""What VAR and FlexVAR share: attention, feed-forward, AdaLN block and head, and a base class.
+"""Parts that VAR and FlexVAR share: attention, feed-forward network, AdaLN block and head, initialisation.
 
-Letters: B batch, L sequence, l tokens of one scale, C width, D condition width, H heads, d head dim,
-V vocabulary, 3HW image.
+Letters: B batch, L sequence, C width, D condition width, H heads, d head dim.
 Source: arXiv 2404.02905, Sec. 4 and App. A.
 """
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import dist
 from models.attention import KVCache, attend
-from models.base import ARModel, Tokenizer
-from models.editing import as_mask
-from models.helpers import DropPath, Rng
-from models.scales import ScaleLayout, Side, as_sizes, scale_name
+from models.helpers import DropPath
 
 MAX_LOG_SCALE = math.log(100)  # of the learnt attention scale
 
@@ -80,11 +73,12 @@ class SelfAttention(nn.Module):
             scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().view(self.num_heads, 1)
             q = (F.normalize(q, dim=-1) * scale_H1).to(v.dtype)
             k = F.normalize(k, dim=-1).to(v.dtype)
+        # While sampling, the queries of a scale also see the keys of all scales before it.
         if self.cache is not None:
             k, v = self.cache.append(k, v)
-        out = attend(q, k, v, bias=attn_bias, scale=self.scale,
-                     dropout_p=self.attn_drop if self.training else 0., backend=self.backend)
-        return self.proj_drop(self.proj(out.reshape(B, L, C)))
+        dropout_p = self.attn_drop if self.training else 0.
+        out = attend(q, k, v, bias=attn_bias, scale=self.scale, dropout_p=dropout_p, backend=self.backend)
+        return self.proj_drop(self.proj(out.reshape(B, L, C)))                             # (B, L, C)
 
     def extra_repr(self) -> str:
         return f'num_heads={self.num_heads}, head_dim={self.head_dim}, attn_l2_norm={self.attn_l2_norm}'
@@ -143,10 +137,16 @@ class AdaLNSelfAttn(nn.Module):
         else:
             mod_B16C = self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)                # (B, 1, C) each
-        attn = self.attn(self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1), attn_bias=attn_bias)
-        x = x + self.drop_path(attn * gamma1)
-        ffn = self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2))
-        return x + self.drop_path(ffn * gamma2)
+
+        # Attention: normalised and modulated before, gated behind.
+        h_BLC = self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1)                         # (B, L, C)
+        attn_BLC = self.attn(h_BLC, attn_bias=attn_bias)
+        x = x + self.drop_path(attn_BLC * gamma1)
+
+        # The same for the feed-forward network.
+        h_BLC = self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2)                         # (B, L, C)
+        ffn_BLC = self.ffn(h_BLC)
+        return x + self.drop_path(ffn_BLC * gamma2)                                        # (B, L, C)
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -160,7 +160,7 @@ class AdaLNBeforeHead(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 2 * embed_dim))
 
     def forward(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2)
+        scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2)              # (B, 1, C) each
         return self.ln_wo_grad(x_BLC).mul(scale.add(1)).add_(shift)
 
 
@@ -180,12 +180,18 @@ def init_transformer(model: nn.Module, init_adaln: float, init_adaln_gamma: floa
             nn.init.trunc_normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.zero_()
+
+    # A small head makes all codes nearly equally likely at first.
     if init_head >= 0:
         model.head.weight.mul_(init_head)
     model.head_nm.ada_lin[-1].weight.mul_(init_adaln)
+
+    # Each block adds two branches to the residual stream, whose variance is to stay the same at any depth.
+    num_branches = 2 * len(model.blocks)
     for block in model.blocks:
-        block.attn.proj.weight.div_(math.sqrt(2 * len(model.blocks)))
-        block.ffn.fc2.weight.div_(math.sqrt(2 * len(model.blocks)))
+        block.attn.proj.weight.div_(math.sqrt(num_branches))
+        block.ffn.fc2.weight.div_(math.sqrt(num_branches))
+        # Gates begin near zero, so that a block begins near the identity.
         if block.shared_aln:
             gamma = block.ada_gss[:, :, :2]
             rest = block.ada_gss[:, :, 2:]
@@ -197,188 +203,40 @@ def init_transformer(model: nn.Module, init_adaln: float, init_adaln_gamma: floa
         rest.mul_(init_adaln)
 
 
-class AdaLNTransformer(ARModel):
-    """What VAR and FlexVAR share: class condition, blocks, head, metrics, editing.
+# ---------------------------------------------------------------------------------------------- weights
+# parameters without weight decay, by parts of their names, as published
+NO_WEIGHT_DECAY = frozenset({
+    'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start', 'start_pos',
+    'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'})
 
-    A subclass makes the input sequence, its positions and its mask, and draws the scales one by one.
 
-    Args:
-        tokenizer: frozen, kept as a plain reference.
-        num_classes: classes; index num_classes is the null class of classifier-free guidance.
-        depth, embed_dim, num_heads: of the transformer; published: depth heads, width 64 * depth.
-        drop_path_rate: drop path of the last block; it grows linearly over the blocks.
-        cond_drop_rate: share of labels replaced by the null class in training.
-        patch_nums: sides of the code maps, coarse to fine.
-        label_smooth: label smoothing of the training loss.
-    """
+def kwargs_from_depth(depth: int) -> dict[str, Any]:
+    """Sizes that follow from the depth in every published VAR and FlexVAR."""
+    return dict(depth=depth, embed_dim=64 * depth, num_heads=depth)
 
-    headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
-    selection = 'L_tail'
 
-    def __init__(self, tokenizer: Tokenizer, num_classes: int, depth: int, embed_dim: int, num_heads: int,
-                 drop_path_rate: float, cond_drop_rate: float, patch_nums: Sequence[int],
-                 label_smooth: float):
-        super().__init__(tokenizer)
-        self.Cvae = tokenizer.channels
-        self.V = tokenizer.vocab_size
-        self.depth = depth
-        self.C = embed_dim
-        self.D = embed_dim
-        self.num_heads = num_heads
-        self.num_classes = num_classes
-        self.cond_drop_rate = cond_drop_rate
-        self.drop_path_rate = drop_path_rate
-        self.label_smooth = label_smooth
-        self.patch_nums = tuple(patch_nums)
-        self.layout = ScaleLayout(self.patch_nums)
+def published_sizes(depth: int) -> dict[str, Any]:
+    """As `kwargs_from_depth`, with the drop path of the published trainings."""
+    return dict(**kwargs_from_depth(depth), drop_path_rate=0.1 * depth / 24)
 
-    def build_blocks(self, shared_aln: bool, mlp_ratio: float, drop_rate: float, attn_drop_rate: float,
-                     attn_l2_norm: bool, norm_eps: float, flash_if_available: bool,
-                     fused_if_available: bool) -> None:
-        """Register `shared_ada_lin` and `blocks`."""
-        self.shared_ada_lin = SharedAdaLin(self.D, self.C) if shared_aln else nn.Identity()
-        self.blocks = nn.ModuleList(
-            AdaLNSelfAttn(self.C, self.D, shared_aln, self.num_heads, mlp_ratio, drop_rate, attn_drop_rate,
-                          drop_path, attn_l2_norm, norm_eps, flash_if_available, fused_if_available)
-            for drop_path in np.linspace(0, self.drop_path_rate, self.depth).tolist())
 
-    # ------------------------------------------------------------------------------ upstream names
-    L = property(lambda self: self.layout.total)
-    first_l = property(lambda self: self.layout.lengths[0])
-    begin_ends = property(lambda self: list(self.layout.spans))
-    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
-    prog_si = -1
-    vae_proxy = property(lambda self: (self.tokenizer,))
-    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))
+def transformer_kwargs(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Constructor arguments that a state dict of VAR or FlexVAR reveals, all but the sides of the maps."""
+    depth = 1 + max(int(key.split('.')[1]) for key in state if key.startswith('blocks.'))
+    width = state['pos_start'].shape[-1]
 
-    # ------------------------------------------------------------------------------ forward
-    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
-        """(B, L, C) after all blocks; under autocast the residual stream is in low precision."""
-        modulation = self.shared_ada_lin(cond_BD)
-        device_type = x_BLC.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            x_BLC = x_BLC.to(dtype)
-            modulation = modulation.to(dtype)
-            attn_bias = attn_bias.to(dtype)
-        for block in self.blocks:
-            x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
-        return x_BLC
-
-    def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
-        """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
-        return self.head(self.head_nm(h.float(), cond_BD).float()).float()
-
-    @staticmethod
-    def mark_damaged(images_B3HW: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
-        """Nan pixels for images whose logits were not finite.
-
-        Codes are drawn from such logits, too, and would make an image that looks like any other.
-        """
-        return images_B3HW.masked_fill_(~finite_B[:, None, None, None], torch.nan)
-
-    # ------------------------------------------------------------------------------ editing
-    def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],
-                   keep_share: float = 0.5) -> list[torch.Tensor]:
-        """Per scale, which codes of an edited image stay: (B or 1, l) bool.
-
-        Args:
-            mask_B1HW: 1 where the image is kept, in pixels or in codes of the finest scale.
-            keep_share: see `edit`.
-        """
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
-             *, guidance: float, rng: Rng = None, paste: bool = False, keep_share: float = 0.5,
-             **options: Any) -> torch.Tensor:
-        """Draw again what a mask does not keep: in-painting, out-painting, class-conditional editing.
-
-        Codes of the kept parts replace drawn ones at every scale, so that the rest is drawn to fit them. A
-        mask that keeps nothing is plain sampling.
-
-        Args:
-            images_B3HW: in [-1, 1], of the size that the finest scale decodes to.
-            keep: bool, True where pixels stay: (H, W) for all images, or (B, H, W); see `models.editing`.
-            labels: as for `sample`; a negative int is the null class, which leaves guidance without effect.
-            paste: put the kept pixels themselves over the result.
-            keep_share: of the area of a code, or more, that must be kept for the code to stay.
-            options: as for `sample`.
-        Returns:
-            (B, 3, H, W) in [0, 1].
-        Raises:
-            ValueError: the images or the mask have another size.
-        """
-        if not (images_B3HW.is_floating_point() and (images_B3HW.abs() <= 1.5).all()):  # bicubic overshoots 1
-            raise ValueError('expected images in [-1, 1], got '
-                             f'{images_B3HW.min().item():g}..{images_B3HW.max().item():g}: scale them')
-        if 'image_size' in options:
-            raise ValueError('edited images keep their size, got image_size: resize them first')
-        sizes = as_sizes(options.get('infer_patch_nums', self.patch_nums))
-        height, width = (side * self.tokenizer.stride for side in sizes[-1])
-        if images_B3HW.shape[-2:] != (height, width):
-            given = scale_name(images_B3HW.shape[-2:])
-            raise ValueError('the sides of the code maps must end at the image size: they end at '
-                             f'{height}x{width} pixels, got images of {given}: '
-                             'resize the images, or pass other sides where the model takes them')
-        mask_B1HW = as_mask(keep, images_B3HW)
-        idx_kBl = self.tokenizer.encode(images_B3HW, sizes)
-        kept = list(zip(idx_kBl, self.keep_masks(mask_B1HW, sizes, keep_share), strict=True))
-        labels_B = self.as_labels(labels, len(images_B3HW), rng)
-        edited = self.sample(labels_B, guidance=guidance, rng=rng, keep=kept, **options)
-        return torch.where(mask_B1HW > 0.5, images_B3HW.add(1).mul(0.5), edited) if paste else edited
-
-    # ------------------------------------------------------------------------------ metrics
-    def scale_metrics(self, logits_BLV: torch.Tensor, target_BL: torch.Tensor,
-                      patch_nums: Sequence[Side]) -> dict[str, torch.Tensor]:
-        """Cross-entropy without smoothing and top-1 accuracy in percent, mean, tail, and per scale.
-
-        Tail is the last scale. Scales are named by their side in pixels. In training also the share of the
-        vocabulary in use.
-        """
-        layout = ScaleLayout(tuple(patch_nums))
-        loss_L = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction='none').mean(0)
-        predicted_BL = logits_BLV.argmax(-1)
-        acc_L = (predicted_BL == target_BL).float().mean(0).mul(100)
-        out = dict(L_mean=loss_L.mean(), acc_mean=acc_L.mean())
-        for (begin, end), (height, _) in zip(layout.spans, layout.sizes, strict=True):
-            side = height * self.tokenizer.stride
-            out[f'L_{side}'] = loss_L[begin:end].mean()
-            out[f'acc_{side}'] = acc_L[begin:end].mean()
-        out |= dict(L_tail=out[f'L_{side}'], acc_tail=out[f'acc_{side}'])
-        if self.training:
-            hit_V = torch.bincount(predicted_BL.flatten(), minlength=self.V).float()
-            dist.allreduce(hit_V)
-            out['z_voc_usage'] = (hit_V / hit_V.sum() > 0.001 / self.V).float().mean() * 100
-        return out
-
-    # ------------------------------------------------------------------------------ weights
-    def init_weights(self, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5, init_head: float = 0.02,
-                     init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
-        """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
-        init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
-
-    @staticmethod
-    def published_sizes(depth: int) -> dict[str, Any]:
-        """Constructor arguments that follow from the depth in every published model."""
-        return dict(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path_rate=0.1 * depth / 24)
-
-    def no_weight_decay(self) -> set[str]:
-        return {'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start',
-                'start_pos', 'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'}
-
-    @staticmethod
-    def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Everything but the sides of the code maps."""
-        width = state['pos_start'].shape[-1]
-        head = 'blocks.0.attn.scale_mul_1H11'
-        q_bias = state['blocks.0.attn.q_bias']
-        depth = 1 + max(int(key.split('.')[1]) for key in state if key.startswith('blocks.'))
-        return dict(num_classes=len(state['class_emb.weight']) - 1, depth=depth, embed_dim=width,
-                    num_heads=state[head].shape[1] if head in state else len(q_bias) // 64,
-                    mlp_ratio=len(state['blocks.0.ffn.fc1.bias']) / width,
-                    shared_aln='shared_ada_lin.1.weight' in state, attn_l2_norm=head in state,
-                    vocab_size=len(state['head.bias']), channels=state['word_embed.weight'].shape[1])
-
-    def extra_repr(self) -> str:
-        return f'patch_nums={self.patch_nums}, drop_path_rate={self.drop_path_rate:g}'
+    # With unit queries and keys there is a scale per head; without, published heads are 64 channels wide.
+    scale_key = 'blocks.0.attn.scale_mul_1H11'
+    attn_l2_norm = scale_key in state
+    num_heads = state[scale_key].shape[1] if attn_l2_norm else len(state['blocks.0.attn.q_bias']) // 64
+    return dict(
+        num_classes=len(state['class_emb.weight']) - 1,
+        depth=depth,
+        embed_dim=width,
+        num_heads=num_heads,
+        mlp_ratio=len(state['blocks.0.ffn.fc1.bias']) / width,
+        shared_aln='shared_ada_lin.1.weight' in state,
+        attn_l2_norm=attn_l2_norm,
+        vocab_size=len(state['head.bias']),
+        channels=state['word_embed.weight'].shape[1],
+    )

@@ -1,11 +1,16 @@
-"""Masks of image editing, and the codes that sampling keeps. True means: keep what is given.
+"""Editing of images: parts of them are kept, and the rest is drawn to fit. True in a mask means: keep.
 
 Letters: B batch, K scales, l tokens of one scale, H W image or canvas in pixels, h w code map.
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from models.base import ARModel
+from models.noise import Rng
+from models.scales import as_sizes, scale_name
 
 # per scale, coarse to fine: codes (B, l) int64, and which of them replace the drawn ones, (B or 1, l) bool;
 # scales beyond its end are drawn freely
@@ -88,3 +93,52 @@ def keep_of_scale(keep: Keep | None, k: int, idx_Bl: torch.Tensor) -> tuple[torc
                          f'{k}, got {tuple(given_Bl.shape)} and {tuple(kept_Bl.shape)}: '
                          'encode the images with the sides that are drawn')
     return torch.where(kept_Bl, given_Bl, idx_Bl), kept_Bl
+
+
+@torch.no_grad()
+def edit(model: ARModel, images_B3HW: torch.Tensor, keep: torch.Tensor,
+         labels: int | Sequence[int] | torch.Tensor, *, guidance: float, rng: Rng = None, paste: bool = False,
+         keep_share: float = 0.5, **options: Any) -> torch.Tensor:
+    """Draw again what a mask does not keep: in-painting, out-painting, class-conditional editing.
+
+    Codes of the kept parts replace drawn ones at every scale, so that the rest is drawn to fit them. A mask
+    that keeps nothing is plain sampling.
+
+    Args:
+        model: a VAR or FlexVAR; its `keep_masks` says which codes of a scale stay.
+        images_B3HW: in [-1, 1], of the size that the finest scale decodes to.
+        keep: True where pixels stay: (H, W) for all images, or (B, H, W); see `as_mask`.
+        labels: as for `sample`; a negative int is the null class, which leaves guidance without effect.
+        paste: put the kept pixels themselves over the result.
+        keep_share: of the area of a code, or more, that must be kept for the code to stay.
+        options: as for `sample`.
+    Returns:
+        (B, 3, H, W) in [0, 1].
+    Raises:
+        ValueError: the images or the mask have another size, or the pixels are not in [-1, 1].
+    """
+    if not (images_B3HW.is_floating_point() and (images_B3HW.abs() <= 1.5).all()):  # bicubic overshoots 1
+        raise ValueError('expected images in [-1, 1], got '
+                         f'{images_B3HW.min().item():g}..{images_B3HW.max().item():g}: scale them')
+    if 'image_size' in options:
+        raise ValueError('edited images keep their size, got image_size: resize them first')
+    sizes = as_sizes(options.get('infer_patch_nums', model.patch_nums))
+    height, width = (side * model.tokenizer.stride for side in sizes[-1])
+    if images_B3HW.shape[-2:] != (height, width):
+        given = scale_name(images_B3HW.shape[-2:])
+        raise ValueError('the sides of the code maps must end at the image size: they end at '
+                         f'{height}x{width} pixels, got images of {given}: '
+                         'resize the images, or pass other sides where the model takes them')
+
+    # The codes of the images at every scale, and which of them the mask keeps.
+    mask_B1HW = as_mask(keep, images_B3HW)
+    idx_kBl = model.tokenizer.encode(images_B3HW, sizes)
+    mask_kBl = model.keep_masks(mask_B1HW, sizes, keep_share)
+    kept = list(zip(idx_kBl, mask_kBl, strict=True))
+
+    # Sampling as ever, but for the codes that are given.
+    label_B = model.as_labels(labels, len(images_B3HW), rng)
+    edited_B3HW = model.sample(label_B, guidance=guidance, rng=rng, keep=kept, **options)
+    if not paste:
+        return edited_B3HW
+    return torch.where(mask_B1HW > 0.5, images_B3HW.add(1).mul(0.5), edited_B3HW)

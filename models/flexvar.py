@@ -12,16 +12,35 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.base import Tokenizer
-from models.basic_var import AdaLNBeforeHead, AdaLNTransformer
-from models.editing import Keep, keep_of_scale, mostly_kept, place
-from models.helpers import Rng, drop_labels, guide, sample_with_top_k_top_p_
-from models.sampling import sampling_mode
-from models.scales import ScaleLayout, Side, as_sizes, cached_causal_bias, check_sizes, rect_schedule
+from models.base import ARModel, Tokenizer
+from models.basic_var import (
+    NO_WEIGHT_DECAY,
+    AdaLNBeforeHead,
+    AdaLNSelfAttn,
+    SharedAdaLin,
+    init_transformer,
+    kwargs_from_depth,
+    published_sizes,
+    transformer_kwargs,
+)
+from models.editing import Keep, edit, keep_of_scale, mostly_kept, place
+from models.helpers import drop_labels, guide, sample_with_top_k_top_p_
+from models.noise import Rng
+from models.sampling import mark_damaged, sampling_mode
+from models.scales import (
+    ScaleLayout,
+    Side,
+    as_sizes,
+    cached_causal_bias,
+    check_sizes,
+    rect_schedule,
+    scale_metrics,
+)
 
 GRID = 32  # rows and columns of the position grid, twice the side of the finest published code map
 DRAWN_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)  # at others the published sampler is greedy
@@ -87,7 +106,7 @@ def sinusoid_grid(width: int) -> torch.Tensor:
     return pairs.reshape(1, width, GRID, GRID)
 
 
-class FlexVAR(AdaLNTransformer):
+class FlexVAR(ARModel):
     """Next-scale transformer over a pyramid of complete code maps.
 
     Args:
@@ -102,6 +121,9 @@ class FlexVAR(AdaLNTransformer):
     Raises:
         ValueError: `patch_nums` do not rise from 1, or the width is odd.
     """
+
+    headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
+    selection = 'L_tail'
 
     def __init__(
         self,
@@ -125,6 +147,7 @@ class FlexVAR(AdaLNTransformer):
         label_smooth: float = 0.,
         keep_last: bool = False,
     ):
+        super().__init__(vae_local)
         # 0. hyper-parameters
         sides = [height for height, width in as_sizes(patch_nums) if height == width]
         if len(sides) != len(patch_nums) or sides[:1] != [1] or sides != sorted(set(sides)):
@@ -132,8 +155,18 @@ class FlexVAR(AdaLNTransformer):
                              'oblong ones are for sampling')
         if embed_dim % 2:
             raise ValueError(f'expected an even width for sines and cosines of positions, got {embed_dim}')
-        super().__init__(vae_local, num_classes, depth, embed_dim, num_heads, drop_path_rate, cond_drop_rate,
-                         sides, label_smooth)
+        self.Cvae = vae_local.channels
+        self.V = vae_local.vocab_size
+        self.depth = depth
+        self.C = embed_dim
+        self.D = embed_dim
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+        self.cond_drop_rate = cond_drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.label_smooth = label_smooth
+        self.patch_nums = tuple(sides)
+        self.layout = ScaleLayout(self.patch_nums)
         self.schedule = ScheduleSampler(self.patch_nums, keep_last)
         std = (1 / self.C / 3) ** 0.5
 
@@ -148,9 +181,24 @@ class FlexVAR(AdaLNTransformer):
         # 3. one grid of positions, resized to every scale; nothing else tells the scales apart
         self.pos_1LC = nn.Parameter(sinusoid_grid(self.C))  # (1, C, GRID, GRID) under its published name
 
-        # 4. transformer
-        self.build_blocks(shared_aln, mlp_ratio, drop_rate, attn_drop_rate, attn_l2_norm, norm_eps,
-                          flash_if_available, fused_if_available)
+        # 4. transformer; drop path grows from block to block
+        self.shared_ada_lin = SharedAdaLin(self.D, self.C) if shared_aln else nn.Identity()
+        self.blocks = nn.ModuleList(
+            AdaLNSelfAttn(
+                embed_dim=self.C,
+                cond_dim=self.D,
+                shared_aln=shared_aln,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                drop=drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=rate,
+                attn_l2_norm=attn_l2_norm,
+                norm_eps=norm_eps,
+                flash_if_available=flash_if_available,
+                fused_if_available=fused_if_available,
+            )
+            for rate in np.linspace(0, drop_path_rate, depth).tolist())
 
         # 5. head
         self.head_nm = AdaLNBeforeHead(self.C, self.D, norm_eps)
@@ -238,6 +286,24 @@ class FlexVAR(AdaLNTransformer):
         attn_bias = cached_causal_bias(layout, x_BLC.device)                               # (1, 1, L, L)
         x_BLC = self.run_blocks(x_BLC, cond_BD, attn_bias)
         return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
+
+    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
+        """(B, L, C) after all blocks; under autocast the residual stream is in low precision."""
+        modulation = self.shared_ada_lin(cond_BD)
+        device_type = x_BLC.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            x_BLC = x_BLC.to(dtype)
+            modulation = modulation.to(dtype)
+            attn_bias = attn_bias.to(dtype)
+        for block in self.blocks:
+            x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
+        return x_BLC
+
+    def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
+        """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
+        h_BLC = self.head_nm(h.float(), cond_BD)
+        return self.head(h_BLC.float()).float()
 
     def compile(self, **options: Any) -> None:
         """Compile the blocks alone, once for any number of tokens: the pyramid changes at every step."""
@@ -365,18 +431,25 @@ class FlexVAR(AdaLNTransformer):
         for step in self.sample_scales(label_B, **options):
             finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
         last_BZhw = self.tokenizer.quantize.embed(step.idx_Bl, step.size)
-        return self.mark_damaged(self.tokenizer.pixels(last_BZhw), finite_B)
+        return mark_damaged(self.tokenizer.pixels(last_BZhw), finite_B)
 
     # ------------------------------------------------------------------------------ image to image
     def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],
                    keep_share: float = 0.5) -> list[torch.Tensor]:
-        """At every scale, the codes whose cells lie far enough inside the mask."""
+        """Per scale, which codes of an edited image stay: those whose cells lie far enough inside the mask.
+
+        Args:
+            mask_B1HW: 1 where the image is kept, in pixels.
+            keep_share: of the area of a code, or more, that must be kept for the code to stay.
+        Returns:
+            (B or 1, l) bool, coarse to fine.
+        """
         return [mostly_kept(mask_B1HW, size, keep_share) for size in sizes]
 
     def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
-             *, guidance: float, rng: Rng = None, paste: bool = False,
-             infer_patch_nums: Sequence[Side] | None = None, **options: Any) -> torch.Tensor:
-        """As `AdaLNTransformer.edit`, for images of any size.
+             *, guidance: float, infer_patch_nums: Sequence[Side] | None = None,
+             **options: Any) -> torch.Tensor:
+        """Draw again what a mask does not keep in images of any size, see `models.editing.edit`.
 
         Args:
             infer_patch_nums: sides, which end at the image size; None stretches `patch_nums` to it.
@@ -385,8 +458,8 @@ class FlexVAR(AdaLNTransformer):
             size = self.tokenizer.map_size(*images_B3HW.shape[-2:])
             infer_patch_nums = rect_schedule(self.patch_nums, *size)
         check_sizes(as_sizes(infer_patch_nums))
-        return super().edit(images_B3HW, keep, labels, guidance=guidance, rng=rng, paste=paste,
-                            infer_patch_nums=infer_patch_nums, **options)
+        return edit(self, images_B3HW, keep, labels, guidance=guidance, infer_patch_nums=infer_patch_nums,
+                    **options)
 
     def expand(self, images_B3HW: torch.Tensor, size: tuple[int, int], corner: tuple[int, int],
                labels: int | Sequence[int] | torch.Tensor, **options: Any) -> torch.Tensor:
@@ -433,7 +506,9 @@ class FlexVAR(AdaLNTransformer):
     @torch.no_grad()
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
         """See `scale_metrics`; tails are of the last scale of the step, which training draws."""
-        return self.scale_metrics(**aux)
+        layout = ScaleLayout(tuple(aux['patch_nums']))
+        stride = self.tokenizer.stride
+        return scale_metrics(aux['logits_BLV'], aux['target_BL'], layout, stride, self.training)
 
     def training_state(self) -> dict[str, Any]:
         return dict(patch_nums=list(self.patch_nums))
@@ -453,6 +528,17 @@ class FlexVAR(AdaLNTransformer):
         return dict(patch_nums=list(self.patch_nums), resos=resos, label_smooth=self.label_smooth)
 
     # ------------------------------------------------------------------------------ weights
+    kwargs_from_size = staticmethod(kwargs_from_depth)
+    published_sizes = staticmethod(published_sizes)
+
+    def init_weights(self, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5, init_head: float = 0.02,
+                     init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
+        """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
+        init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
+
+    def no_weight_decay(self) -> set[str]:
+        return set(NO_WEIGHT_DECAY)
+
     @staticmethod
     def kwargs_from_config(config: dict[str, Any]) -> dict[str, Any]:
         return dict(patch_nums=tuple(config['patch_nums'])) if 'patch_nums' in config else {}
@@ -462,9 +548,21 @@ class FlexVAR(AdaLNTransformer):
         _, _, rows, columns = state['pos_1LC'].shape  # VAR has a table there
         if (rows, columns) != (GRID, GRID):
             raise ValueError(f'pos_1LC is a grid of {rows}x{columns}')
-        return AdaLNTransformer.kwargs_from_state_dict(state)
+        return transformer_kwargs(state)
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As torch's, but without the mask that published files hold, which belongs to one pyramid."""
         weights = {name: t for name, t in state_dict.items() if name != 'attn_bias_for_masking'}
         return super().load_state_dict(weights, strict=strict, assign=assign)
+
+    def extra_repr(self) -> str:
+        return f'patch_nums={self.patch_nums}, drop_path_rate={self.drop_path_rate:g}'
+
+    # ------------------------------------------------------------------------------ published names
+    L = property(lambda self: self.layout.total)
+    first_l = property(lambda self: self.layout.lengths[0])
+    begin_ends = property(lambda self: list(self.layout.spans))
+    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
+    prog_si = -1
+    vae_proxy = property(lambda self: (self.tokenizer,))
+    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))

@@ -6,7 +6,7 @@ Source: arXiv 2412.15205; step annealing arXiv 2505.20297; loss weighting after 
 """
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import KVCache, attend
 from models.base import ARModel, Tokenizer
-from models.helpers import Rng, draw_rows, drop_labels, guide, normal_like, reseed_per_rank
+from models.helpers import drop_labels, guide
 from models.layers import RMSNorm, Rope2d, rotate, sinusoid
+from models.noise import GlobalBatch, Rng, normal_like
 from models.sampling import sampling_mode
 from models.scales import ScaleLayout, scale_name
 
@@ -274,6 +275,11 @@ class FlowAR(ARModel):
         ValueError: unequal widths, sides that do not rise from 1, or an unsupported value.
     """
 
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {  # of both stacks; whether the head has cross-attention
+        'small': dict(width=768, depth=6, num_heads=12, cross=False),
+        'large': dict(width=1024, depth=8, num_heads=16, cross=True),
+        'huge': dict(width=1536, depth=15, num_heads=16, cross=True),
+    }
     headline = {'L': 'L_mean', 'Lt': 'L_tail'}
     selection = 'L_mean'
 
@@ -391,12 +397,15 @@ class FlowAR(ARModel):
         # micro-steps matter.
         B = len(label_B)
         device = label_B.device
-        draws = [(draw_rows(B, device, lambda t: t.uniform_()),
-                  draw_rows(B, device, lambda t: t.normal_(), (length, self.Z)))
-                 for length in self.layout.lengths]
-        t_KB = torch.stack([t for t, _ in draws])
-        noise_BLZ = torch.cat([noise for _, noise in draws], dim=1)
-        reseed_per_rank()
+        batch = GlobalBatch.current
+        times = []
+        noises = []
+        for length in self.layout.lengths:
+            times.append(batch.per_image(B, device, lambda t: t.uniform_()))
+            noises.append(batch.per_image(B, device, lambda t: t.normal_(), (length, self.Z)))
+        t_KB = torch.stack(times)
+        noise_BLZ = torch.cat(noises, dim=1)
+        batch.reseed_per_rank()
 
         # The trunk says what each token is like, the flow head how noise moves towards it.
         z_BLC = self(label_B, teacher_BLZ)
@@ -567,6 +576,28 @@ class FlowAR(ARModel):
     def no_weight_decay(self) -> set[str]:
         """As published: it exempts a head of another name, so the matrices of this one do decay."""
         return {'diffloss'}
+
+    @classmethod
+    def kwargs_from_size(cls, size: str, depth: int | None = None, width: int | None = None,
+                         ) -> dict[str, Any]:
+        """Arguments of both stacks and the kind of the head of a key of `SIZES`.
+
+        Args:
+            depth, width: in place of those of the size; another width has heads of 64 channels.
+        """
+        chosen = cls.SIZES[size]
+        num_heads = chosen['num_heads'] if width is None else width // 64
+        width = width or chosen['width']
+        depth = depth or chosen['depth']
+        return dict(
+            encoder_embed_dim=width,
+            encoder_depth=depth,
+            encoder_num_heads=num_heads,
+            decoder_embed_dim=width,
+            decoder_depth=depth,
+            decoder_num_heads=num_heads,
+            cross=chosen['cross'],
+        )
 
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:

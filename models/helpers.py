@@ -1,109 +1,12 @@
-"""Sampling filters, guidance, label dropout, drop path; all that is random takes or names its generator.
+"""What all families need to sample and to train: filters of logits, guidance, label dropout and drop path.
 
 Letters: B batch, l tokens of one scale, V vocabulary.
 """
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-# ---------------------------------------------------------------------------------------------- noise
-class ImageNoise:
-    """Noise that is a function of (seed, image index, draw, element) and of nothing else.
-
-    Every image owns a SplitMix64 stream per draw (Steele et al., OOPSLA 2014), evaluated at all its counters
-    at once: image i gets the same noise in any batch, rank and device. Pass it where a generator is taken.
-
-    Args:
-        seed: of the whole sampling job.
-        index_B: number of each image of the batch in the job.
-    """
-
-    def __init__(self, seed: int, index_B: list[int]):
-        self.seed = seed
-        self.index_B = list(index_B)
-        self.num_draws = 0
-
-    def exponential_like(self, t: torch.Tensor) -> torch.Tensor:
-        """Fresh float32 noise of t's shape and device; dim 0 is the image."""
-        return self.uniform_like(t).log_().neg_()
-
-    def normal_like(self, t: torch.Tensor) -> torch.Tensor:
-        """As `exponential_like`, N(0, 1), by the inverse of its distribution function."""
-        return self.uniform_like(t).mul_(2).sub_(1).erfinv_().mul_(2 ** 0.5)
-
-    def uniform_like(self, t: torch.Tensor) -> torch.Tensor:
-        """As `exponential_like`, uniform in (0, 1)."""
-        keys = [np.random.SeedSequence([self.seed, i, self.num_draws]).generate_state(1, np.uint64)[0]
-                for i in self.index_B]
-        self.num_draws += 1
-        key_B1 = torch.from_numpy(np.array(keys).view(np.int64)).to(t.device)[:, None]
-        x = torch.arange(t[0].numel(), device=t.device).mul_(-0x61C8864680B583EB)[None] + key_B1
-        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-            x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
-        x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
-        # 23 high bits: adding 0.5 stays exact, so never 0 or 1; noise 0 would let removed codes win the draw
-        return (x >> 41).bitwise_and_((1 << 23) - 1).float().add_(0.5).mul_(2. ** -23).view_as(t)
-
-
-Rng = torch.Generator | ImageNoise | None
-
-
-def exponential_like(t: torch.Tensor, rng: Rng) -> torch.Tensor:
-    """Exponential(1) noise of t's shape from `rng`; None is torch's global generator."""
-    if isinstance(rng, ImageNoise):
-        return rng.exponential_like(t)
-    return torch.empty_like(t, memory_format=torch.legacy_contiguous_format).exponential_(generator=rng)
-
-
-def normal_like(t: torch.Tensor, rng: Rng) -> torch.Tensor:
-    """N(0, 1) noise of t's shape from `rng`; None is torch's global generator."""
-    if isinstance(rng, ImageNoise):
-        return rng.normal_like(t)
-    return torch.empty_like(t).normal_(generator=rng)
-
-
-# (first row of this batch, rows) of the global batch; rows None: as many as here. The first row is a tensor,
-# so that compiled code serves every micro-step
-_rows = (torch.tensor(0, device='cpu'), None)
-
-
-@contextmanager
-def global_rows(start: int, total: int) -> Iterator[None]:
-    """Inside, the batch is rows [start, start + B) of a global batch of `total` images.
-
-    Per-image draws of training are then made for the whole global batch and cut, so that equal seeds on every
-    rank give every image the same draws for any number of ranks and accumulation steps.
-    """
-    global _rows
-    outer = _rows
-    _rows = (torch.tensor(start, device='cpu'), total)
-    try:
-        yield
-    finally:
-        _rows = outer
-
-
-def draw_rows(batch: int, device: torch.device, fill: Callable[[torch.Tensor], torch.Tensor],
-              shape: tuple[int, ...] = ()) -> torch.Tensor:
-    """(batch, *shape) numbers of this rank; `fill` draws them for the global batch into an empty tensor."""
-    start, total = _rows
-    drawn = fill(torch.empty(total or batch, *shape, device=device))
-    return drawn if total is None else drawn[start + torch.arange(batch, device=device)]
-
-
-def reseed_per_rank() -> None:
-    """Inside `global_rows`: from here on torch's generators differ between ranks and micro-steps.
-
-    For dropout: masks of a global batch would be too large to draw, and equal ones would average badly.
-    """
-    start, total = _rows
-    if total is not None:
-        torch.manual_seed(torch.randint(2 ** 62, (), device='cpu').item() + start.item())
+from models.noise import GlobalBatch, ImageNoise, Rng, exponential_like
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -181,8 +84,8 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tenso
 # ---------------------------------------------------------------------------------------------- training
 def drop_labels(labels_B: torch.Tensor, null_label: int, p: float) -> torch.Tensor:
     """Replace each label by `null_label` with probability p; even p = 0 draws from the global generator."""
-    dropped_B = draw_rows(len(labels_B), labels_B.device, lambda t: t.uniform_()) < p
-    return labels_B.masked_fill(dropped_B, null_label)
+    u_B = GlobalBatch.current.per_image(len(labels_B), labels_B.device, lambda t: t.uniform_())
+    return labels_B.masked_fill(u_B < p, null_label)
 
 
 class DropPath(nn.Module):
@@ -195,9 +98,11 @@ class DropPath(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.drop_prob == 0. or not self.training:
             return x
-        keep = 1 - self.drop_prob
-        kept_B = draw_rows(len(x), x.device, lambda t: t.to(x.dtype).bernoulli_(keep).div_(keep))
-        return x * kept_B.view(-1, *[1] * (x.dim() - 1))
+        # A branch that survives is scaled up, so that its mean over many steps is that of evaluation.
+        keep_prob = 1 - self.drop_prob
+        weight_B = GlobalBatch.current.per_image(
+            len(x), x.device, lambda t: t.to(x.dtype).bernoulli_(keep_prob).div_(keep_prob))
+        return x * weight_B.view(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:g}'

@@ -6,7 +6,7 @@ Source: arXiv 2412.15321, on the transformer of arXiv 2406.06525 (LlamaGen), und
 """
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,12 +14,10 @@ from torch.nn import functional as F
 
 from models.attention import KVCache, attend
 from models.base import ARModel, Tokenizer
-from models.helpers import DropPath, Rng, drop_labels, guide, reseed_per_rank, sample_with_top_k_top_p_
+from models.helpers import DropPath, drop_labels, guide, sample_with_top_k_top_p_
 from models.layers import RMSNorm, Rope2d, rotate
+from models.noise import GlobalBatch, Rng
 from models.sampling import sampling_mode
-
-# heads of the published widths, which weights do not tell
-NUM_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
 
 
 def patches(t_BN: torch.Tensor, p: int) -> torch.Tensor:
@@ -143,6 +141,16 @@ class NPP(ARModel):
         ValueError: heads that do not divide the width, or phases that do not end with p = 1 at share 1.
     """
 
+    SIZES: ClassVar[dict[str, dict[str, int]]] = {
+        'GPT-B': dict(n_layer=12, n_head=12, dim=768),
+        'GPT-L': dict(n_layer=24, n_head=16, dim=1024),
+        'GPT-XL': dict(n_layer=36, n_head=20, dim=1280),
+        'GPT-XXL': dict(n_layer=48, n_head=24, dim=1536),
+        'GPT-XXXL': dict(n_layer=48, n_head=40, dim=2560),
+        'GPT-1B': dict(n_layer=22, n_head=32, dim=2048),
+        'GPT-3B': dict(n_layer=24, n_head=32, dim=3200),
+        'GPT-7B': dict(n_layer=32, n_head=32, dim=4096),
+    }
     headline = {'L': 'L_mean', 'Acc': 'acc_mean'}
     selection = 'L_mean'
     class_table = 'cls_embedding.embedding_table.weight'
@@ -219,7 +227,7 @@ class NPP(ARModel):
         p = self.patch_side(progress)
         if self.training:
             label_B = drop_labels(label_B, self.num_classes, self.class_dropout_prob)
-            reseed_per_rank()
+            GlobalBatch.current.reseed_per_rank()
 
         # One prediction per patch, compared with each of its M = p^2 codes.
         logits_BPV = self(label_B, idx_BN, p)
@@ -354,20 +362,41 @@ class NPP(ARModel):
         """What the weights do not tell."""
         return dict(n_head=self.n_head, n_kv_head=self.n_kv_head, grid=self.grid)
 
+    @classmethod
+    def kwargs_from_size(cls, size: str, depth: int | None = None, width: int | None = None,
+                         ) -> dict[str, Any]:
+        """Blocks, heads and width of a key of `SIZES`.
+
+        Args:
+            depth, width: in place of those of the size; another width has heads of 64 channels.
+        """
+        kwargs = dict(cls.SIZES[size])
+        if depth:
+            kwargs['n_layer'] = depth
+        if width:
+            kwargs |= dict(dim=width, n_head=width // 64)
+        return kwargs
+
     @staticmethod
     def kwargs_from_config(config: dict[str, Any]) -> dict[str, Any]:
         return {name: config[name] for name in ('n_head', 'n_kv_head', 'grid') if name in config}
 
-    @staticmethod
-    def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    @classmethod
+    def kwargs_from_state_dict(cls, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Everything but `config_state`, whose heads are those of the published width or 64 channels wide."""
         vocab_size, dim = state['tok_embeddings.weight'].shape
-        n_head = NUM_HEADS.get(dim, max(dim // 64, 1))
+        heads_of_width = {size['dim']: size['n_head'] for size in cls.SIZES.values()}
+        n_head = heads_of_width.get(dim, max(dim // 64, 1))
         kv_width = (len(state['layers.0.attention.wqkv.weight']) - dim) // 2
-        return dict(num_classes=len(state['cls_embedding.embedding_table.weight']) - 1, dim=dim,
-                    n_layer=1 + max(int(key.split('.')[1]) for key in state if key.startswith('layers.')),
-                    n_head=n_head, n_kv_head=kv_width * n_head // dim,
-                    ffn_dim=len(state['layers.0.feed_forward.w1.weight']), vocab_size=vocab_size)
+        return dict(
+            num_classes=len(state['cls_embedding.embedding_table.weight']) - 1,
+            dim=dim,
+            n_layer=1 + max(int(key.split('.')[1]) for key in state if key.startswith('layers.')),
+            n_head=n_head,
+            n_kv_head=kv_width * n_head // dim,
+            ffn_dim=len(state['layers.0.feed_forward.w1.weight']),
+            vocab_size=vocab_size,
+        )
 
     def extra_repr(self) -> str:
         return f'grid={self.grid}, phases={self.phases}'

@@ -1,7 +1,11 @@
-"""What sampling is like in every family: eval mode, a key/value cache, and everything back as it was."""
+"""What sampling is like in every family: eval mode, a key/value cache, and everything back as it was.
+
+Letters: B batch, 3HW image.
+"""
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from models.attention import kv_caching
@@ -23,3 +27,11 @@ def sampling_mode(model: nn.Module, blocks: Iterable[nn.Module], capacity: int) 
             yield
     finally:
         model.train(was_training)
+
+
+def mark_damaged(images_B3HW: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
+    """The images, in place, with nan for every pixel of those whose logits were not finite.
+
+    Codes are drawn from such logits, too, and would make an image that looks like any other.
+    """
+    return images_B3HW.masked_fill_(~finite_B[:, None, None, None], torch.nan)

@@ -1,13 +1,17 @@
-"""Layout of a token pyramid: which positions of the flat sequence belong to which scale.
+"""Token pyramids: which positions of the flat sequence belong to which scale, and what is measured of each.
 
-Letters: K scales, L all tokens, l tokens of one scale.
+Letters: B batch, K scales, L all tokens, l tokens of one scale, V vocabulary.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import index
 
+import numpy as np
 import torch
+from torch.nn import functional as F
+
+import dist
 
 Side = int | tuple[int, int]  # of a code map: p for p x p, or (rows, columns)
 
@@ -127,3 +131,77 @@ def cached_causal_bias(layout: ScaleLayout, device: torch.device) -> torch.Tenso
     """`causal_bias` of the latest layouts, (1, 1, L, L); training may use what inference mode made."""
     with torch.inference_mode(False):
         return layout.causal_bias(device)[None, None]
+
+
+@dataclass(frozen=True)
+class ProgressiveSchedule:
+    """Progressive training: coarse scales first, finer ones added one by one. All counts are micro-steps.
+
+    Args:
+        num_scales: K. total: micro-steps of the whole training.
+        warmup: lr warm-up, during which the stage is the first.
+        until: share of the training after which all scales take part, in (0, 1].
+        first_stage: scale index of the first stage.
+        stage_warmup: micro-steps over which the newest scale's loss weight grows to 1.
+    """
+
+    num_scales: int
+    total: int
+    warmup: float
+    until: float
+    first_stage: int = 4
+    stage_warmup: float = 0.
+
+    def stage(self, step: np.ndarray) -> np.ndarray:
+        """Index of the finest scale trained at each step."""
+        last = self.num_scales - 1
+        full_from = self.total * self.until
+        # Between the warm-up and `until` the stages follow each other at equal distances.
+        done = np.clip((step - self.warmup) / max(full_from - self.warmup, 1e-9), 0, 1)
+        stage = self.first_stage + np.round(done * (last - self.first_stage)).astype(int)
+        return np.where(step <= self.warmup, self.first_stage, np.where(step >= full_from, last, stage))
+
+    @cached_property
+    def stage_begins(self) -> dict[int, int]:
+        """First step of every stage that occurs."""
+        stage_of_step = self.stage(np.arange(self.total))
+        stages, first = np.unique(stage_of_step, return_index=True)
+        return dict(zip(stages.tolist(), first.tolist(), strict=True))
+
+    def at(self, progress: float) -> tuple[int, float]:
+        """(stage, loss weight of its newest scale) after the given share of the training."""
+        step = min(round(progress * self.total), self.total - 1)
+        stage = int(self.stage(np.array(step)))
+        is_faded_in = self.stage_begins[stage] > 0 and stage < self.num_scales - 1 and self.stage_warmup
+        if not is_faded_in:
+            return stage, 1.
+        steps_in_stage = step - self.stage_begins[stage] + 1
+        return stage, min(max(steps_in_stage / self.stage_warmup, 0.01), 1.)
+
+
+def scale_metrics(logits_BLV: torch.Tensor, target_BL: torch.Tensor, layout: ScaleLayout, stride: int,
+                  vocabulary_usage: bool = False) -> dict[str, torch.Tensor]:
+    """Cross-entropy without smoothing and top-1 accuracy in percent: mean, tail, and of every scale.
+
+    Args:
+        layout: of the scales in the sequence; the tail is the last one.
+        stride: pixels per side of a code; scales are named by their side in pixels.
+        vocabulary_usage: add the percentage of codes that are predicted often enough, over all ranks.
+    """
+    predicted_BL = logits_BLV.argmax(-1)
+    loss_L = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction='none').mean(0)
+    acc_L = (predicted_BL == target_BL).float().mean(0).mul(100)
+    metrics = dict(L_mean=loss_L.mean(), acc_mean=acc_L.mean())
+    for (begin, end), (height, _) in zip(layout.spans, layout.sizes, strict=True):
+        side = height * stride
+        metrics[f'L_{side}'] = loss_L[begin:end].mean()
+        metrics[f'acc_{side}'] = acc_L[begin:end].mean()
+    metrics['L_tail'] = metrics[f'L_{side}']
+    metrics['acc_tail'] = metrics[f'acc_{side}']
+    if vocabulary_usage:
+        # A code counts as used from a thousandth of an even share of the predictions on.
+        vocab_size = logits_BLV.shape[-1]
+        hit_V = torch.bincount(predicted_BL.flatten(), minlength=vocab_size).float()
+        dist.allreduce(hit_V)
+        metrics['z_voc_usage'] = (hit_V / hit_V.sum() > 0.001 / vocab_size).float().mean() * 100
+    return metrics

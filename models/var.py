@@ -5,8 +5,6 @@ channels, V vocabulary, 3HW image. Source: arXiv 2404.02905.
 """
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,58 +13,26 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.nn import functional as F
 
-from models.base import Tokenizer
-from models.basic_var import AdaLNBeforeHead, AdaLNSelfAttn, AdaLNTransformer, SharedAdaLin
-from models.editing import Keep, keep_of_scale, mostly_kept
-from models.helpers import Rng, drop_labels, guide, gumbel_softmax_with_rng, sample_with_top_k_top_p_
-from models.sampling import sampling_mode
+from models.base import ARModel, Tokenizer
+from models.basic_var import (
+    NO_WEIGHT_DECAY,
+    AdaLNBeforeHead,
+    AdaLNSelfAttn,
+    SharedAdaLin,
+    init_transformer,
+    kwargs_from_depth,
+    published_sizes,
+    transformer_kwargs,
+)
+from models.editing import Keep, edit, keep_of_scale, mostly_kept
+from models.helpers import drop_labels, guide, gumbel_softmax_with_rng, sample_with_top_k_top_p_
+from models.noise import Rng
+from models.sampling import mark_damaged, sampling_mode
+from models.scales import ProgressiveSchedule, ScaleLayout, scale_metrics
 from models.tokenizers.vqvae import VQVAE
 
 __all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 'SharedAdaLin',
            'gumbel_softmax_with_rng', 'sample_with_top_k_top_p_']
-
-
-@dataclass(frozen=True)
-class ProgressiveSchedule:
-    """Progressive training: coarse scales first, finer ones added one by one. All counts are micro-steps.
-
-    Args:
-        num_scales: K. total: micro-steps of the whole training.
-        warmup: lr warm-up, during which the stage is the first.
-        until: share of the training after which all scales take part, in (0, 1].
-        first_stage: scale index of the first stage.
-        stage_warmup: micro-steps over which the newest scale's loss weight grows to 1.
-    """
-
-    num_scales: int
-    total: int
-    warmup: float
-    until: float
-    first_stage: int = 4
-    stage_warmup: float = 0.
-
-    def stage(self, step: np.ndarray) -> np.ndarray:
-        """Index of the finest scale trained at each step."""
-        last = self.num_scales - 1
-        full_from = self.total * self.until
-        done = np.clip((step - self.warmup) / max(full_from - self.warmup, 1e-9), 0, 1)
-        stage = self.first_stage + np.round(done * (last - self.first_stage)).astype(int)
-        return np.where(step <= self.warmup, self.first_stage, np.where(step >= full_from, last, stage))
-
-    @cached_property
-    def stage_begins(self) -> dict[int, int]:
-        """First step of every stage that occurs."""
-        stages, first = np.unique(self.stage(np.arange(self.total)), return_index=True)
-        return dict(zip(stages.tolist(), first.tolist(), strict=True))
-
-    def at(self, progress: float) -> tuple[int, float]:
-        """(stage, loss weight of its newest scale) after the given share of the training."""
-        step = min(round(progress * self.total), self.total - 1)
-        stage = int(self.stage(np.array(step)))
-        if self.stage_begins[stage] == 0 or stage == self.num_scales - 1 or not self.stage_warmup:
-            return stage, 1.
-        steps_in_stage = step - self.stage_begins[stage] + 1
-        return stage, min(max(steps_in_stage / self.stage_warmup, 0.01), 1.)
 
 
 class ScaleStep(NamedTuple):
@@ -77,7 +43,7 @@ class ScaleStep(NamedTuple):
     f_hat: torch.Tensor       # sum so far, (B, Z, P, P), P = patch_nums[-1]; the next adds to it in place
 
 
-class VAR(AdaLNTransformer):
+class VAR(ARModel):
     """Next-scale transformer with AdaLN conditioning.
 
     Args:
@@ -94,6 +60,9 @@ class VAR(AdaLNTransformer):
         label_smooth: label smoothing of the training loss.
         progressive: arguments of `ProgressiveSchedule` beside num_scales, or None for all scales at once.
     """
+
+    headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
+    selection = 'L_tail'
 
     def __init__(
         self,
@@ -116,9 +85,20 @@ class VAR(AdaLNTransformer):
         label_smooth: float = 0.,
         progressive: dict[str, float] | None = None,
     ):
+        super().__init__(vae_local)
         # 0. hyper-parameters
-        super().__init__(vae_local, num_classes, depth, embed_dim, num_heads, drop_path_rate, cond_drop_rate,
-                         patch_nums, label_smooth)
+        self.Cvae = vae_local.channels
+        self.V = vae_local.vocab_size
+        self.depth = depth
+        self.C = embed_dim
+        self.D = embed_dim
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+        self.cond_drop_rate = cond_drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.label_smooth = label_smooth
+        self.patch_nums = tuple(patch_nums)
+        self.layout = ScaleLayout(self.patch_nums)
         self.progressive = ProgressiveSchedule(len(self.patch_nums), **progressive) if progressive else None
         std = math.sqrt(1 / self.C / 3)
 
@@ -135,9 +115,24 @@ class VAR(AdaLNTransformer):
         self.lvl_embed = nn.Embedding(len(self.patch_nums), self.C)
         nn.init.trunc_normal_(self.lvl_embed.weight, std=std)
 
-        # 4. transformer
-        self.build_blocks(shared_aln, mlp_ratio, drop_rate, attn_drop_rate, attn_l2_norm, norm_eps,
-                          flash_if_available, fused_if_available)
+        # 4. transformer; drop path grows from block to block
+        self.shared_ada_lin = SharedAdaLin(self.D, self.C) if shared_aln else nn.Identity()
+        self.blocks = nn.ModuleList(
+            AdaLNSelfAttn(
+                embed_dim=self.C,
+                cond_dim=self.D,
+                shared_aln=shared_aln,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                drop=drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=rate,
+                attn_l2_norm=attn_l2_norm,
+                norm_eps=norm_eps,
+                flash_if_available=flash_if_available,
+                fused_if_available=fused_if_available,
+            )
+            for rate in np.linspace(0, drop_path_rate, depth).tolist())
 
         # 5. level of each token, and the block-causal mask of training
         self.register_buffer('lvl_1L', self.layout.level_L()[None])
@@ -205,6 +200,24 @@ class VAR(AdaLNTransformer):
         attn_bias = self.attn_bias_for_masking[:, :, :L, :L]                               # (1, 1, L, L)
         x_BLC = self.run_blocks(x_BLC, cond_BD, attn_bias)
         return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
+
+    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
+        """(B, L, C) after all blocks; under autocast the residual stream is in low precision."""
+        modulation = self.shared_ada_lin(cond_BD)
+        device_type = x_BLC.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            x_BLC = x_BLC.to(dtype)
+            modulation = modulation.to(dtype)
+            attn_bias = attn_bias.to(dtype)
+        for block in self.blocks:
+            x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
+        return x_BLC
+
+    def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
+        """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
+        h_BLC = self.head_nm(h.float(), cond_BD)
+        return self.head(h_BLC.float()).float()
 
     # ------------------------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -296,30 +309,57 @@ class VAR(AdaLNTransformer):
         for step in self.sample_scales(label_B, **options):
             f_hat = step.f_hat
             finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
-        return self.mark_damaged(self.tokenizer.fhat_to_img(f_hat).add_(1).mul_(0.5), finite_B)
+        return mark_damaged(self.tokenizer.fhat_to_img(f_hat).add_(1).mul_(0.5), finite_B)
+
+    # ------------------------------------------------------------------------------ editing
+    def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
+             *, guidance: float, **options: Any) -> torch.Tensor:
+        """Draw again what a mask does not keep, see `models.editing.edit`: (B, 3, H, W) in [0, 1]."""
+        return edit(self, images_B3HW, keep, labels, guidance=guidance, **options)
 
     def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],
                    keep_share: float = 0.5) -> list[torch.Tensor]:
-        """As published: the finest scale by area, others from it; maps of up to 3 stay if anything does."""
-        finest_B1hw = mostly_kept(mask_B1HW, sizes[-1], keep_share).view(-1, 1, *sizes[-1]).float()
-        return [finest_B1hw.amax((2, 3)) > 0 if height * width <= 3 else
-                (F.interpolate(finest_B1hw, size=(height, width), mode='bilinear') > 0.5).flatten(1)
-                for height, width in sizes]
+        """Per scale, which codes of an edited image stay: (B or 1, l) bool.
+
+        As published, the finest scale goes by area and the other scales follow from it; a map of up to three
+        codes stays as a whole if anything does.
+
+        Args:
+            mask_B1HW: 1 where the image is kept, in pixels or in codes of the finest scale.
+            keep_share: of the area of a code, or more, that must be kept for the code to stay.
+        """
+        finest_Bl = mostly_kept(mask_B1HW, sizes[-1], keep_share)
+        finest_B1hw = finest_Bl.view(-1, 1, *sizes[-1]).float()
+        masks = []
+        for height, width in sizes:
+            if height * width <= 3:
+                mask_Bl = finest_B1hw.amax((2, 3)) > 0
+            else:
+                resized_B1hw = F.interpolate(finest_B1hw, size=(height, width), mode='bilinear')
+                mask_Bl = (resized_B1hw > 0.5).flatten(1)
+            masks.append(mask_Bl)
+        return masks
 
     # ------------------------------------------------------------------------------ metrics
     @torch.no_grad()
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """See `scale_metrics`; tails are -1 before the last progressive stage, which training adds."""
+        """See `scale_metrics`, and in training the stage of progressive training.
+
+        Tails are -1 before the last stage, since the last scale is not trained yet.
+        """
         stage = aux['stage']
-        out = self.scale_metrics(aux['logits_BLV'], aux['target_BL'], self.patch_nums[:stage + 1])
+        stride = self.tokenizer.stride
+        layout = ScaleLayout(self.patch_nums[:stage + 1])
+        metrics = scale_metrics(aux['logits_BLV'], aux['target_BL'], layout, stride, self.training)
         if stage < len(self.patch_nums) - 1:
-            out |= {name: torch.full_like(out['L_mean'], -1) for name in ('L_tail', 'acc_tail')}
+            absent = torch.full_like(metrics['L_mean'], -1)
+            metrics |= dict(L_tail=absent, acc_tail=absent.clone())
         if self.training:
-            side = self.patch_nums[stage] * self.tokenizer.stride
-            for name, value in (('prog_si', stage if self.progressive else -1),
-                                ('prog_wp', aux['newest_weight']), ('prog_a_reso', side)):
-                out[name] = torch.full_like(out['L_mean'], value)
-        return out
+            progress = dict(prog_si=stage if self.progressive else -1, prog_wp=aux['newest_weight'],
+                            prog_a_reso=self.patch_nums[stage] * stride)
+            for name, value in progress.items():
+                metrics[name] = torch.full_like(metrics['L_mean'], value)
+        return metrics
 
     def config_state(self, progress: float) -> dict[str, Any]:
         """The published `trainer.config`; resume needs none of it, since the stage follows from the step."""
@@ -335,6 +375,17 @@ class VAR(AdaLNTransformer):
         return config
 
     # ------------------------------------------------------------------------------ weights
+    kwargs_from_size = staticmethod(kwargs_from_depth)
+    published_sizes = staticmethod(published_sizes)
+
+    def init_weights(self, init_adaln: float = 0.5, init_adaln_gamma: float = 1e-5, init_head: float = 0.02,
+                     init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
+        """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
+        init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
+
+    def no_weight_decay(self) -> set[str]:
+        return set(NO_WEIGHT_DECAY)
+
     @staticmethod
     def tokenizer_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(v_patch_nums=kwargs['patch_nums'])
@@ -342,8 +393,20 @@ class VAR(AdaLNTransformer):
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         lengths = state['lvl_1L'].flatten().bincount().tolist()
-        return AdaLNTransformer.kwargs_from_state_dict(state) | dict(
-            patch_nums=tuple(math.isqrt(length) for length in lengths))
+        sides = tuple(math.isqrt(length) for length in lengths)
+        return transformer_kwargs(state) | dict(patch_nums=sides)
+
+    def extra_repr(self) -> str:
+        return f'patch_nums={self.patch_nums}, drop_path_rate={self.drop_path_rate:g}'
+
+    # ------------------------------------------------------------------------------ published names
+    L = property(lambda self: self.layout.total)
+    first_l = property(lambda self: self.layout.lengths[0])
+    begin_ends = property(lambda self: list(self.layout.spans))
+    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
+    prog_si = -1
+    vae_proxy = property(lambda self: (self.tokenizer,))
+    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))
 
 
 class VARHF(VAR, PyTorchModelHubMixin):
@@ -372,6 +435,21 @@ class VARHF(VAR, PyTorchModelHubMixin):
         flash_if_available: bool = True,
         fused_if_available: bool = True,
     ):
-        super().__init__(VQVAE(**vae_kwargs), num_classes, depth, embed_dim, num_heads, mlp_ratio, drop_rate,
-                         attn_drop_rate, drop_path_rate, norm_eps, shared_aln, cond_drop_rate, attn_l2_norm,
-                         patch_nums, flash_if_available, fused_if_available)
+        super().__init__(
+            VQVAE(**vae_kwargs),
+            num_classes=num_classes,
+            depth=depth,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_eps=norm_eps,
+            shared_aln=shared_aln,
+            cond_drop_rate=cond_drop_rate,
+            attn_l2_norm=attn_l2_norm,
+            patch_nums=patch_nums,
+            flash_if_available=flash_if_available,
+            fused_if_available=fused_if_available,
+        )

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from models import FlowAR
-from models.helpers import ImageNoise
+from models.noise import ImageNoise
 
 DATA = Path(__file__).parent / 'data' / 'flowar'
 
@@ -84,15 +84,15 @@ def given_noise(name):
 
 
 def given_draws(label_u_B, t_KB, noise_BLZ):
-    """`draw_rows` that returns these numbers in the published order: labels; time and noise per scale."""
+    """`GlobalBatch.per_image` that returns these numbers in the published order: labels; time and noise per scale."""
     spans = [(0, 1), (1, 5), (5, 21), (21, 85), (85, 341)]
     tensors = [label_u_B]
     for (begin, end), t_B in zip(spans, t_KB, strict=True):
         tensors += [t_B, noise_BLZ[:, begin:end]]
     tensors = iter(tensors)
 
-    def draw_rows(batch, device, fill, shape=()):
+    def per_image(self, batch, device, fill, shape=()):
         numbers = next(tensors)
         assert numbers.shape == (batch, *shape)
         return numbers
-    return draw_rows
+    return per_image

@@ -10,13 +10,8 @@ from torch.nn import functional as F
 from models import FlexVAE, FlexVAR, build_flexvar, build_generator, load_weights
 from models.editing import box_mask, mostly_kept
 from models.flexvar import ScheduleSampler, sinusoid_grid
-from models.helpers import (
-    ImageNoise,
-    drop_labels,
-    filter_top_k_top_p,
-    global_rows,
-    sample_with_top_k_top_p_,
-)
+from models.helpers import drop_labels, filter_top_k_top_p, sample_with_top_k_top_p_
+from models.noise import GlobalBatch, ImageNoise
 from models.scales import ScaleLayout, as_sizes, cached_causal_bias, check_sizes, rect_schedule
 from tests import flexvar_vectors as vectors
 from tests.golden import assert_norms, assert_within, named_grads, needs_rng
@@ -473,7 +468,7 @@ def test_compiled_training_equals_eager():
             random.seed(1)
             results = []
             for step in range(12):
-                with global_rows(2 * step, 24):  # as many micro-steps
+                with GlobalBatch(2 * step, 24):  # as many micro-steps
                     results.append(model.training_loss(images, label_B))
             losses[compiled] = [loss.item() for loss, _ in results]
         assert len({aux['patch_nums'] for _, aux in results}) > 6

@@ -7,15 +7,16 @@ from torch import nn
 
 from configs import PRESETS, FlowARRecipe
 from configs.flowar import FlowARSampleRecipe
-from models import AutoencoderKL, FlowAR, build_generator, flowar, helpers, load_weights
+from models import AutoencoderKL, FlowAR, build_generator, flowar, load_weights
 from models.attention import kv_caching
 from models.flowar import FlowHead, TimeEmbedder, annealed_steps, grid_positions, time_grid
-from models.helpers import ImageNoise, global_rows
 from models.layers import Rope2d, rotate, sinusoid
+from models.noise import GlobalBatch, ImageNoise
 from models.scales import ScaleLayout
 from models.tokenizers.kl_vae import Posterior
 from tests import flowar_vectors as vectors
 from tests.golden import assert_norms, assert_within, named_grads
+from training.build import model_arguments
 from utils.checkpoint import load_file, model_weights
 from utils.ema import WeightEMA
 from utils.lr_control import filter_params, lr_wd_annealing
@@ -203,8 +204,7 @@ def test_training_loss(name, monkeypatch):
         if key != 'mask':
             assert model.state_dict()[key].double().sum().item() == pytest.approx(row['sum'], abs=1e-4), key
     given = vectors.given_draws(t['label_drop_u'], t['t'], t['noise'])
-    monkeypatch.setattr(helpers, 'draw_rows', given)
-    monkeypatch.setattr(flowar, 'draw_rows', given)
+    monkeypatch.setattr(GlobalBatch, 'per_image', given)
     model.register_forward_hook(lambda _, args, z: seen.append((args[0], z)))
     loss, aux = model.training_loss(t['latent'], t['labels'])
     (label_B, z), = seen
@@ -261,8 +261,7 @@ def test_training_trajectory(monkeypatch):
         return nn.utils.get_total_norm([weights[name] for name in names.values()]).item()
     for i, step in enumerate(info['steps']):
         given = vectors.given_draws(*(t[f's{i}_{part}'] for part in ('label_drop_u', 't', 'flow_noise')))
-        monkeypatch.setattr(helpers, 'draw_rows', given)
-        monkeypatch.setattr(flowar, 'draw_rows', given)
+        monkeypatch.setattr(GlobalBatch, 'per_image', given)
         it = setting['start_epoch'] * per_epoch + i
         lr_wd_annealing(setting['lr_schedule'], optimizer, peak, wd, wd, it,
                         setting['warmup_epochs'] * per_epoch, setting['epochs'] * per_epoch, wp0=0., wpe=0.)
@@ -320,7 +319,7 @@ def test_published_small_model():
     info, t = vectors.load_json(name), vectors.load_tensors(name)
     tolerance, label = info['tolerance'], torch.tensor([info['label']])
     recipe = FlowARRecipe(**PRESETS['flowar']['flowar_s'])
-    model = vectors.fill(FlowAR(vectors.Latents(), **recipe.model_kwargs(1, 1)), info['weight_seed']).eval()
+    model = vectors.fill(FlowAR(vectors.Latents(), **model_arguments(recipe)), info['weight_seed']).eval()
     with torch.no_grad():
         targets, teacher = model.pyramid(t['latent'])
         z = model(label, teacher)
@@ -341,7 +340,7 @@ def test_published_small_model():
     ('small', 171_718_072, 204), ('large', 586_862_912, 484), ('huge', 1_913_316_880, 666)])
 def test_published_sizes(size, num_parameters, num_keys):
     info = vectors.load_json('state_dict_keys')[f'flowar_{size}']
-    kwargs = FlowARRecipe(**PRESETS['flowar'][f'flowar_{size[0]}']).model_kwargs(1, 1)
+    kwargs = model_arguments(FlowARRecipe(**PRESETS['flowar'][f'flowar_{size[0]}']))
     assert (kwargs['diffloss_d'], kwargs['diffloss_w']) == (info['diffloss_d'], info['diffloss_w'])
     with torch.device('meta'):
         model = FlowAR(vectors.Latents(), **kwargs)
@@ -637,7 +636,7 @@ def test_draws_of_an_image_follow_its_place_in_the_global_batch(model):
         for start in (0, 2):
             rows = slice(start, start + 2)
             torch.manual_seed(5)
-            with global_rows(start, 4):
+            with GlobalBatch(start, 4):
                 part = model.training_loss(x[rows], label[rows])[1]
             assert torch.equal(part['t_KB'], whole['t_KB'][:, rows])
             assert_within(part['error_KB'], whole['error_KB'][:, rows], 1e-5)

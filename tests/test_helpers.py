@@ -10,17 +10,15 @@ from evaluation.precision_recall import precision_recall
 from models import VQVAE
 from models.helpers import (
     DropPath,
-    draw_rows,
     drop_labels,
     exponential_like,
     filter_top_k_top_p,
     filter_top_k_top_p_,
-    global_rows,
     guide,
     gumbel_softmax_with_rng,
-    reseed_per_rank,
     sample_with_top_k_top_p_,
 )
+from models.noise import GlobalBatch
 from models.tokenizers.codebook import float32_matmul
 from tests import golden
 from tests.golden import assert_within
@@ -220,7 +218,7 @@ def test_draws_of_several_ranks_are_those_of_one(parts):
 
     def draws(begin, end):
         torch.manual_seed(17)
-        with global_rows(begin, 8):
+        with GlobalBatch(begin, 8):
             return drop_labels(labels[begin:end], 99, 0.5), layer(x[begin:end]), layer(x[begin:end])
 
     torch.manual_seed(17)
@@ -237,9 +235,9 @@ def test_dropout_differs_between_ranks_and_repeats():
     """Equal seeds on every rank: shared draws, then draws of their own, the same at a second time."""
     def draws(begin):
         torch.manual_seed(6)
-        with global_rows(begin, 8):
-            shared = draw_rows(2, 'cpu', lambda t: t.uniform_())
-            reseed_per_rank()
+        with GlobalBatch(begin, 8):
+            shared = GlobalBatch.current.per_image(2, 'cpu', lambda t: t.uniform_())
+            GlobalBatch.current.reseed_per_rank()
             return shared, torch.rand(3)
     parts = [draws(begin) for begin in (0, 2, 4, 6)]
     assert len(torch.cat([shared for shared, _ in parts]).unique()) == 8
@@ -249,23 +247,23 @@ def test_dropout_differs_between_ranks_and_repeats():
 
 def test_outside_of_a_global_batch_nobody_parts():
     torch.manual_seed(6)
-    reseed_per_rank()
+    GlobalBatch.current.reseed_per_rank()
     after = torch.rand(1)
     torch.manual_seed(6)
     assert torch.equal(after, torch.rand(1))
 
 
-def test_global_rows_end_with_their_context():
+def test_a_global_batch_ends_with_their_context():
     def draw():
         torch.manual_seed(2)
         return drop_labels(torch.zeros(4, dtype=torch.int64), 1, 0.5)
     outside = draw()
-    with global_rows(4, 8):
+    with GlobalBatch(4, 8):
         shifted = draw()
-        with global_rows(0, 4):
+        with GlobalBatch(0, 4):
             assert torch.equal(draw(), outside)
         assert torch.equal(draw(), shifted)
-    with pytest.raises(RuntimeError, match='stop'), global_rows(4, 8):
+    with pytest.raises(RuntimeError, match='stop'), GlobalBatch(4, 8):
         raise RuntimeError('stop')
     assert torch.equal(draw(), outside)
     torch.manual_seed(2)

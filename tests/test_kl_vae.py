@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 import dist
 from models import load_weights
-from models.helpers import global_rows
+from models.noise import GlobalBatch
 from models.tokenizers.kl_vae import AutoencoderKL, Posterior
 from tests.flowar_vectors import filled, load_json, load_tensors
 from tests.golden import assert_within
@@ -99,7 +99,7 @@ def test_noise_of_an_image_follows_its_place_in_the_global_batch():
     whole = model.encode(images)
     for start in (0, 2):
         torch.manual_seed(5)
-        with global_rows(start, 4):
+        with GlobalBatch(start, 4):
             assert_within(model.encode(images[start:start + 2]), whole[start:start + 2], 1e-5)
 
 

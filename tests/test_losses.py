@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 import dist
 from models.base import Reconstruction
-from models.helpers import global_rows
-from models.tokenizers import discriminators
+from models.noise import GlobalBatch
 from models.tokenizers.discriminators import (
     Block,
     DiffAug,
@@ -461,7 +460,7 @@ def fixed_draws(monkeypatch, **values):
     """Every draw 0.5 (no change), except those named."""
     names = ('down', 'right', 'brightness', 'saturation', 'contrast', 'top', 'left')
     row = torch.tensor([values.get(name, 0.5) for name in names])
-    monkeypatch.setattr(discriminators, 'draw_rows', lambda batch, *_: row.expand(batch, 7))
+    monkeypatch.setattr(GlobalBatch, 'per_image', lambda self, batch, *_: row.expand(batch, 7))
 
 
 def test_diffaug_parts(monkeypatch):
@@ -496,7 +495,7 @@ def test_diffaug_does_not_depend_on_the_split():
 
     def part(begin, end):
         torch.manual_seed(5)
-        with global_rows(begin, 6):
+        with GlobalBatch(begin, 6):
             return augment(x[begin:end])
 
     assert torch.equal(torch.cat([part(0, 1), part(1, 4), part(4, 6)]), part(0, 6))
@@ -758,7 +757,7 @@ def train_toy(rank, world_size):
     log = []
     for step in range(3):
         torch.manual_seed(step)
-        with global_rows(rank * share, 4):
+        with GlobalBatch(rank * share, 4):
             rec = players[0](images)
             loss, parts = criterion.generator(rec, step / 3, tokenizer.last_layer, FP32)
             loss.backward()

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import NPP, VQModel, build_generator, load_weights, npp
-from models.helpers import ImageNoise, global_rows, guide
+from models.helpers import guide
 from models.layers import RMSNorm, Rope2d, rotate
+from models.noise import GlobalBatch, ImageNoise
 from models.npp import patch_loss, patches
 from tests import npp_vectors as vectors
 from tests.golden import assert_norms, assert_within, named_grads, needs_rng
@@ -535,7 +536,7 @@ def test_draws_follow_the_place_in_the_global_batch():
 
     def loss(model, start, rows):
         torch.manual_seed(3)
-        with torch.no_grad(), global_rows(start, 8):
+        with torch.no_grad(), GlobalBatch(start, 8):
             return model.train().training_loss(idx_BN[rows], label_B[rows])[0]
     first = slice(0, 4)
     for start, rows in ((0, slice(0, 8)), (0, first), (4, slice(4, 8))):

@@ -15,7 +15,7 @@ import train
 from configs import RECIPES, parse_recipe, parse_sample_recipe
 from configs.options import make_parser
 from models import NPP, VAR, VQVAE, VQModel
-from models.helpers import global_rows
+from models.noise import GlobalBatch
 from tests import test_token_cache
 from tests.npp_vectors import load_json
 from tests.runs import BATCH, STEPS_PER_EPOCH, TINY_VQVAE, launch, make_folder, prepared, read
@@ -201,7 +201,7 @@ def test_training_begins_with_given_weights(made, codes, here, trained, tmp_path
     images, labels, _ = next(run.batches)
     run.model.load_state_dict(read(trained)['trainer']['var_ema'])
     seed_everything(mix_seed(0, 0))
-    with global_rows(0, BATCH):
+    with GlobalBatch(0, BATCH):
         loss, _ = run.model.train().training_loss(images, labels, 0.)
     here(train, *training(made, tmp_path / 'a', *flags, f'--gpt-ckpt={ours}'))
     here(train, *training(made, tmp_path / 'b', *flags, f'--init_from={bare}'))

@@ -20,7 +20,7 @@ from evaluation.features import FeatureSet, FeatureSettings, load_network
 from evaluation.inception import MissingWeights
 from evaluation.metrics import frechet_distance, read_statistics, to_uint8
 from models import ARModel, Trainable
-from models.helpers import ImageNoise
+from models.noise import ImageNoise
 from utils.loading import without_child_signal
 
 logger = logging.getLogger(__name__)

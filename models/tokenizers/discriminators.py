@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import dist
 from models.attention import attend
 from models.base import at_least_float32
-from models.helpers import draw_rows
+from models.noise import GlobalBatch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -118,7 +118,7 @@ class DiffAug(nn.Module):
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         x = images_B3HW
-        draws = draw_rows(len(x), x.device, lambda t: t.uniform_(), (7,)).to(x.dtype)
+        draws = GlobalBatch.current.per_image(len(x), x.device, lambda t: t.uniform_(), (7,)).to(x.dtype)
         down, right, brightness, saturation, contrast, top, left = draws.T
         x = self._shifted(self._shifted(x, down, dim=2), right, dim=3)
         brightness, saturation, contrast = (u.view(-1, 1, 1, 1) for u in (brightness, saturation, contrast))

@@ -12,7 +12,7 @@ from torch import nn
 
 import dist
 from models.base import Reconstruction, Tokenizer, at_least_float32, load_weights
-from models.helpers import draw_rows
+from models.noise import GlobalBatch
 from models.tokenizers.conv import (
     KL_LAYOUT,
     build_towers,
@@ -49,8 +49,8 @@ class Posterior:
         if self.logvar is None:
             return self.mean
         if noise_BZhw is None:
-            noise_BZhw = draw_rows(len(self.mean), self.mean.device, lambda t: t.normal_(),
-                                   self.mean.shape[1:])
+            noise_BZhw = GlobalBatch.current.per_image(
+                len(self.mean), self.mean.device, lambda t: t.normal_(), self.mean.shape[1:])
         return self.mean + self.std * noise_BZhw
 
     def mode(self) -> torch.Tensor:
