@@ -17,11 +17,12 @@ from models.flexvar import FlexVAR
 from models.flowar import FlowAR
 from models.npp import NPP
 from models.tokenizers.discriminators import DINODiscriminator, PatchGAN, StyleGAN
+from models.tokenizers.flex_vae import FlexVAE
 from models.tokenizers.kl_vae import AutoencoderKL
 from models.tokenizers.losses import LPIPS, GANSettings, PyramidLoss, TokenizerLoss
 from models.tokenizers.quantize import VectorQuantizer2
 from models.tokenizers.usage import CodeUsage
-from models.tokenizers.vq_model import VQ_8, VQ_16, FlexVAE, VQ_models, VQModel
+from models.tokenizers.vq_model import VQ_8, VQ_16, VQ_models, VQModel
 from models.tokenizers.vqvae import VQVAE
 from models.var import VAR, VARHF
 

@@ -1,6 +1,5 @@
 """What trains the codebook: upkeep of codes, start by k-means, scale dropout, options, several ranks."""
 import copy
-import dataclasses
 import io
 import logging
 import math
@@ -13,9 +12,8 @@ from torch.nn import functional as F
 
 import dist
 from models import VAR, VQVAE, VectorQuantizer2
-from models.helpers import global_rows
-from models.tokenizers import codebook
-from models.tokenizers import quantize as quantize_module
+from models.noise import GlobalBatch
+from models.tokenizers import codebook, quantizer_training
 from models.tokenizers.codebook import (
     ALARM_AFTER,
     CHECK_EVERY,
@@ -25,7 +23,7 @@ from models.tokenizers.codebook import (
     balanced_candidates,
     kmeans,
 )
-from models.tokenizers.quantize import QuantizerTraining
+from models.tokenizers.quantizer_training import QuantizerTraining
 from tests.golden import assert_within
 from tests.runs import on_two_ranks
 from utils.amp_sc import AmpOptimizer
@@ -35,8 +33,9 @@ NAMES = ['1x1', '2x2', '4x4']
 
 
 def quantizer(vocab_size=24, channels=4, patch_nums=PATCH_NUMS, unshared=False, **measures):
-    return VectorQuantizer2(vocab_size, channels, False, v_patch_nums=patch_nums, unshared=unshared,
-                            measures=QuantizerTraining(**measures))
+    quantizer = VectorQuantizer2(vocab_size, channels, False, v_patch_nums=patch_nums, unshared=unshared)
+    quantizer.measures = QuantizerTraining(quantizer, **measures)
+    return quantizer
 
 
 def tiny_vqvae(**kwargs):
@@ -108,7 +107,7 @@ def test_codes_without_hits_keep_their_vector_for_ever():
 
 @pytest.mark.parametrize('upkeep', [dict(), dict(ema=False), None], ids=['ema', 'gradient', 'published'])
 def test_who_moves_the_codes_of_a_vqvae(upkeep):
-    vqvae, x = tiny_vqvae(upkeep=upkeep), images()
+    vqvae, x = tiny_vqvae(measures=upkeep), images()
     weight, before = vqvae.quantize.embedding.weight, vqvae.quantize.embedding.weight.detach().clone()
     rec = vqvae.reconstruct(x)
     (rec.views[0][1].square().mean() + rec.latent_loss).backward()
@@ -350,7 +349,7 @@ def test_every_scale_starts_with_codes_of_its_own(unshared):
     quantize, f = quantizer(vocab_size=26, unshared=unshared), clustered_features()
     before = residuals(quantize, f)
     torch.manual_seed(7)
-    quantize.place_codes(f)
+    quantize.measures.place_codes(f)
     after = residuals(quantize, f)
     assert all(a < 0.8 * b for a, b in zip(after, before, strict=True)), f'{after}, before {before}'
 
@@ -363,7 +362,7 @@ def test_every_scale_starts_with_codes_of_its_own(unshared):
         code = block[torch.cdist(query, block).argmin(1)].view(len(f), side, side, 4).permute(0, 3, 1, 2)
         with torch.no_grad():
             rest = rest - quantize.quant_resi(F.interpolate(code, size=(4, 4), mode='bicubic'), k, 3)
-    for upkeep in quantize.upkeeps:
+    for upkeep in quantize.measures.upkeeps:
         assert (upkeep.count_V == 1).all() and torch.equal(upkeep.sum_VZ, upkeep.weight_VZ)
 
 
@@ -371,7 +370,7 @@ def test_places_follow_from_the_seed():
     quantize, f, placed = quantizer(), clustered_features(), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        quantize.place_codes(f)
+        quantize.measures.place_codes(f)
         placed.append(quantize.embedding.weight.clone())
     assert torch.equal(placed[0], placed[1]) and not torch.equal(placed[0], placed[2])
 
@@ -381,7 +380,7 @@ def test_quantisation_is_deferred():
     quantize = quantizer(defer_steps=6)
     weight, before, gathered = quantize.embedding.weight, quantize.embedding.weight.clone(), []
     for step in range(6):
-        assert quantize.waiting and torch.equal(weight, before)
+        assert quantize.measures.waiting and torch.equal(weight, before)
         for training in (True, False):
             f = torch.randn(2, 4, 4, 4).requires_grad_()
             out = quantize.train(training).quantised(f)
@@ -391,34 +390,34 @@ def test_quantisation_is_deferred():
             else:  # judged as it will be used: no early checkpoint becomes the best one by skipping codes
                 tokens = quantize.f_to_idxBl_or_fhat(f.detach(), to_fhat=False)
                 assert all(map(torch.equal, out.codes.values(), tokens))
-        rows = quantize.after_step(progress=0.)
-        gathered.append(sum(map(len, quantize.gathered)))
+        rows = quantize.measures.after_step(progress=0.)
+        gathered.append(sum(map(len, quantize.measures.gathered)))
         assert list(rows) == ([weight] if step == 5 else [])
     assert gathered == [0, 0, 0, 2, 4, 0], 'the second half of the steps, and nothing afterwards'
-    assert not quantize.waiting and (weight != before).any(1).all()
+    assert not quantize.measures.waiting and (weight != before).any(1).all()
     assert torch.equal(rows[weight], torch.arange(24)), 'the optimizer forgets all codes'
-    assert not quantize.ema_vocab_hit_SV.any() and quantize.upkeeps[0].step == 0
+    assert not quantize.ema_vocab_hit_SV.any() and quantize.measures.upkeeps[0].step == 0
     out = quantize.train().quantised(f)
     assert list(out.codes) == NAMES and out.loss > 0
-    quantize.after_step(progress=0.)
-    assert quantize.upkeeps[0].step == 1
+    quantize.measures.after_step(progress=0.)
+    assert quantize.measures.upkeeps[0].step == 1
 
 
 @pytest.mark.parametrize(('vocab_size', 'num_steps'), [(6, 2), (12, 4), (100, 5)])
 def test_features_are_gathered_late(monkeypatch, vocab_size, num_steps):
     """As many images as k-means needs, 4 V / K or more, from the last steps, at most half of them."""
-    monkeypatch.setattr(quantize_module, 'KMEANS_IMAGES', 8)
+    monkeypatch.setattr(quantizer_training, 'KMEANS_IMAGES', 8)
     quantize, seen = quantizer(vocab_size, defer_steps=10), []
-    monkeypatch.setattr(quantize, 'place_codes', seen.append)
+    monkeypatch.setattr(quantize.measures, 'place_codes', seen.append)
     steps = [torch.randn(4, 4, 4, 4) for _ in range(10)]
     for f in steps:
         quantize.quantised(f)
-        quantize.after_step(progress=0.)
+        quantize.measures.after_step(progress=0.)
     assert len(seen) == 1 and torch.equal(seen[0], torch.cat(steps[-num_steps:]))
 
 
 def test_parameters_are_idle_until_quantisation_starts():
-    vqvae = tiny_vqvae(upkeep=dict(defer_steps=1, ema=False))
+    vqvae = tiny_vqvae(measures=dict(defer_steps=1, ema=False))
     for idle in (True, False):
         assert vqvae.has_idle_parameters == idle
         rec = vqvae.reconstruct(images())
@@ -476,7 +475,7 @@ def test_scale_dropout_does_not_depend_on_the_split():
     f, f_hats, losses = torch.randn(8, 4, 4, 4, dtype=torch.float64), [], []
     for first, last in ((0, 8), (0, 3), (3, 8)):
         torch.manual_seed(3)
-        with torch.no_grad(), global_rows(first, 8):
+        with torch.no_grad(), GlobalBatch(first, 8):
             out = quantize.quantised(f[first:last])
         f_hats.append(out.f_hat_BZhw)
         losses.append(out.loss.item() * (last - first) / 8)
@@ -506,9 +505,9 @@ def test_unshared_codes_belong_to_one_scale():
                            blocks[scale.k][nearest])
     out = quantize.quantised(f)
     before = quantize.embedding.weight.clone()
-    quantize.after_step(progress=0.)
+    quantize.measures.after_step(progress=0.)
     changed = ~torch.isclose(quantize.embedding.weight, before, rtol=1e-4, atol=1e-6).all(1)
-    for k, (name, upkeep) in enumerate(zip(NAMES, quantize.upkeeps, strict=True)):
+    for k, (name, upkeep) in enumerate(zip(NAMES, quantize.measures.upkeeps, strict=True)):
         assert list(upkeep.counts()) == [name]
         assert torch.equal(upkeep.counts()[name].nonzero(), changed[quantize.rows(k)].nonzero())
         assert upkeep.counts()[name].sum() == out.codes[name].numel()
@@ -521,12 +520,12 @@ def test_restarts_of_unshared_codes_reach_the_optimizer_as_one():
     rows = []
     for _ in range(120):
         quantize.quantised(torch.randn(16, 4, 4, 4))
-        rows.append(quantize.after_step(progress=0.))
+        rows.append(quantize.measures.after_step(progress=0.))
     weight = quantize.embedding.weight
     replaced = torch.cat([step[weight] for step in rows if step])
     assert set(replaced.tolist()) <= {k * 24 + i for k in range(3) for i in range(24)}
     assert {row // 24 for row in replaced.tolist()} == {0, 1, 2}
-    assert len(replaced) == sum(upkeep.num_restarts for upkeep in quantize.upkeeps)
+    assert len(replaced) == sum(upkeep.num_restarts for upkeep in quantize.measures.upkeeps)
     assert any(len(step[weight]) == 6 for step in rows if step), '2 of 24 codes per scale and look'
 
 
@@ -553,12 +552,12 @@ def test_unshared_vqvae_serves_a_generator():
 
 
 def test_metrics_of_unshared_codes_are_joined():
-    vqvae = tiny_vqvae(unshared=True, upkeep=dict())
+    vqvae = tiny_vqvae(unshared=True, measures=dict())
     vqvae.reconstruct(images())
     vqvae.after_step(progress=0.)
-    for upkeep, restarts in zip(vqvae.quantize.upkeeps, (3, 0, 4), strict=True):
+    for upkeep, restarts in zip(vqvae.quantize.measures.upkeeps, (3, 0, 4), strict=True):
         upkeep.num_restarts = restarts
-    vqvae.quantize.upkeeps[1].collapsed = ['2x2']
+    vqvae.quantize.measures.upkeeps[1].collapsed = ['2x2']
     metrics = vqvae.code_metrics()
     assert metrics['restarts'] == 7 and metrics['alarm_collapse'] == 1
     assert {f'{key}_{name}' for key in ('usage', 'perplexity', 'top10', 'usage_legacy') for name in NAMES} \
@@ -586,7 +585,7 @@ def test_entropy_loss_moves_features_and_codes():
     f = (0.5 * torch.randn(3, 4, 4, 4)).requires_grad_()
     parameters = [f, quantize.embedding.weight]
     with_entropy = quantize.quantised(f)
-    quantize.measures = dataclasses.replace(quantize.measures, entropy=0.)
+    quantize.measures.entropy = 0.
     actual = torch.autograd.grad(with_entropy.loss - quantize.quantised(f).loss, parameters)
 
     expected, f_hat = 0., torch.zeros_like(f)
@@ -648,12 +647,13 @@ def train(quantize, steps, micro=1, rank=0, world_size=1):
         f, loss = features(step)[rank * share:(rank + 1) * share], 0.
         for j, part in enumerate(f.chunk(micro)):
             torch.manual_seed(step)
-            with torch.no_grad(), global_rows(rank * share + j * len(part), 8):
+            with torch.no_grad(), GlobalBatch(rank * share + j * len(part), 8):
                 loss = loss + quantize.quantised(part).loss / micro / world_size
-        rows += [row for replaced in quantize.after_step(step / 100).values() for row in replaced.tolist()]
+        for replaced in quantize.measures.after_step(step / 100).values():
+            rows += replaced.tolist()
         dist.allreduce(loss)
         losses.append(loss)
-    upkeep, = quantize.upkeeps
+    upkeep, = quantize.measures.upkeeps
     return dict(loss=torch.stack(losses), rows=torch.tensor(rows), weight=quantize.embedding.weight.detach(),
                 age=upkeep.age_V, count=upkeep.count_V, sum=upkeep.sum_VZ, **upkeep.counts())
 
@@ -671,19 +671,19 @@ def test_state_continues_exactly(stop_at, ema):
     expected = train(whole, range(70))
     train(first, range(stop_at))
     buffer = io.BytesIO()
-    torch.save((first.state_dict(), first.training_state()), buffer)
+    torch.save((first.state_dict(), first.record_hit, first.measures.state_dict()), buffer)
     buffer.seek(0)
-    weights, state = torch.load(buffer)  # plain content only
+    weights, second.record_hit, state = torch.load(buffer)  # plain content only
     second.load_state_dict(weights)
-    second.load_training_state(state)
+    second.measures.load_state_dict(state)
     actual = train(second, range(stop_at, 70))
-    assert whole.upkeeps[0].num_restarts == second.upkeeps[0].num_restarts > 0
+    assert whole.measures.upkeeps[0].num_restarts == second.measures.upkeeps[0].num_restarts > 0
     assert len(actual['rows']) > 0 and torch.equal(actual['rows'], expected['rows'][-len(actual['rows']):])
     assert torch.equal(actual.pop('loss'), expected['loss'][stop_at:])
     assert all(torch.equal(actual[name], expected[name]) for name in actual if name != 'rows')
     assert second.record_hit == whole.record_hit == 70 - 4
     assert torch.equal(second.ema_vocab_hit_SV, whole.ema_vocab_hit_SV)
-    assert second.upkeeps[0].metrics() == whole.upkeeps[0].metrics()
+    assert second.measures.upkeeps[0].metrics() == whole.measures.upkeeps[0].metrics()
 
 
 def test_alarm_survives_a_restart_of_the_program():
@@ -720,10 +720,10 @@ def assert_same_run(actual, expected):
 def test_micro_batches_equal_one_batch():
     one, two = quantizer_to_train(), quantizer_to_train()
     assert torch.equal(train(one, range(4))['weight'], train(two, range(4), micro=2)['weight'])
-    assert not one.waiting
+    assert not one.measures.waiting
     expected = train(one, range(4, 60))
     assert_same_run(train(two, range(4, 60), micro=2), expected)
-    assert len(expected['rows']) == one.upkeeps[0].num_restarts > 0
+    assert len(expected['rows']) == one.measures.upkeeps[0].num_restarts > 0
 
 
 def candidates(rank=0, world_size=1):

@@ -3,7 +3,7 @@ import torch
 
 import dist
 from models import VQVAE, AutoencoderKL, VQModel, build_loss
-from models.helpers import global_rows
+from models.noise import GlobalBatch
 from tests.runs import on_two_ranks
 from trainer import TokenizerTrainer
 from utils.amp_sc import AmpOptimizer
@@ -44,7 +44,7 @@ def run(trainer, steps, rank=0, world_size=1, accumulate=1, dtype=torch.float32,
         for j in range(accumulate):
             start = rank * (count // world_size) + j * micro
             seed_everything(mix_seed(0, step))
-            with global_rows(start, count):
+            with GlobalBatch(start, count):
                 info = trainer.train_step(batch[start:start + micro], torch.zeros(micro, dtype=torch.int64),
                                           step / total, stepping=j + 1 == accumulate)
         yield step, info
@@ -53,12 +53,12 @@ def run(trainer, steps, rank=0, world_size=1, accumulate=1, dtype=torch.float32,
 def exact_trainer(gan, accumulate):
     """float64; deferral, k-means, restarts, scale dropout and the start of the GAN fall into ten steps."""
     seed_everything(0)
-    model = VQVAE(**TINY, upkeep=dict(ema=True, restart=True, defer_steps=3, scale_drop=0.3)).double()
+    model = VQVAE(**TINY, measures=dict(ema=True, restart=True, defer_steps=3, scale_drop=0.3)).double()
     return make_trainer(model, gan, accumulate=accumulate)
 
 
 def summary(trainer, infos):
-    upkeep = trainer.model.quantize.upkeeps[0]
+    upkeep = trainer.model.quantize.measures.upkeeps[0]
     losses = torch.stack([info.loss for _, info in infos])
     dist.allreduce(losses)  # of this rank's images
     return dict(loss=losses / dist.get_world_size(), codebook=trainer.model.quantize.embedding.weight.data,
@@ -182,7 +182,7 @@ def test_average_equals_the_closed_form_and_copies_codes():
 
 def test_evaluation_uses_the_average_and_counts_every_image():
     seed_everything(0)
-    trainer = make_trainer(VQVAE(**TINY, upkeep={}), ema=0.999)
+    trainer = make_trainer(VQVAE(**TINY, measures={}), ema=0.999)
     for _ in run(trainer, range(5)):
         pass
     batches = [(images_of(7, 8).float(), torch.zeros(8)), (images_of(8, 3).float(), torch.zeros(3))]
@@ -201,11 +201,11 @@ def test_evaluation_uses_the_average_and_counts_every_image():
 # ---------------------------------------------------------------------------------------------- parts
 def test_training_the_decoder_alone_keeps_every_code():
     seed_everything(0)
-    pairs = [VQVAE(**TINY, upkeep={}), VQModel(codebook_size=64, z_channels=16, net='tiny', upkeep={}),
+    pairs = [VQVAE(**TINY, measures={}), VQModel(codebook_size=64, z_channels=16, net='tiny', measures={}),
              AutoencoderKL(embed_dim=4, net='tiny')]
     for model in pairs:
         model.freeze_codes()
-        for upkeep in (getattr(model, 'quantize', None) and getattr(model.quantize, 'upkeeps', [])) or []:
+        for upkeep in getattr(model, 'upkeeps', []):
             upkeep.ema = upkeep.restart = False
         if isinstance(model, VQModel):
             model.upkeep.ema = model.upkeep.restart = False
@@ -225,7 +225,7 @@ def test_training_the_decoder_alone_keeps_every_code():
 
 
 def test_gradients_reach_every_trained_parameter():
-    for model in (VQVAE(**TINY, upkeep={}), VQModel(codebook_size=64, z_channels=16, net='tiny'),
+    for model in (VQVAE(**TINY, measures={}), VQModel(codebook_size=64, z_channels=16, net='tiny'),
                   AutoencoderKL(embed_dim=4, net='tiny')):
         seed_everything(0)
         trainer = make_trainer(model)

@@ -425,7 +425,7 @@ def test_training_forward_ignores_autocast():
 
 
 def test_only_the_towers_run_in_half_precision(monkeypatch):
-    vqvae = VQVAE(**TINY, test_mode=False, upkeep=dict(scale_drop=0.5, entropy=0.1, rotation=True))
+    vqvae = VQVAE(**TINY, test_mode=False, measures=dict(scale_drop=0.5, entropy=0.1, rotation=True))
     full, half, seen, nearest = torch.float32, torch.bfloat16, defaultdict(set), vqvae.quantize.nearest_code
     for part, child in vqvae.named_children():
         for module in child.modules():
@@ -445,7 +445,7 @@ def test_only_the_towers_run_in_half_precision(monkeypatch):
 
 
 def test_float64_stays_float64():
-    vqvae = VQVAE(**TINY, test_mode=False, upkeep=dict(scale_drop=0.5)).double()
+    vqvae = VQVAE(**TINY, test_mode=False, measures=dict(scale_drop=0.5)).double()
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
     rec = vqvae.reconstruct(images)
     vqvae.after_step(0.)
@@ -526,7 +526,7 @@ def test_export_in_the_published_layout(images):
     exported = published.exported(published.state_dict())
     assert len(exported) == 324 and list(exported) == list(published.state_dict())
 
-    trained = VQVAE(**SMALL, test_mode=False, upkeep=dict(defer_steps=5))
+    trained = VQVAE(**SMALL, test_mode=False, measures=dict(defer_steps=5))
     trained.reconstruct(images)
     trained.after_step(0.)
     exported = trained.exported(trained.state_dict())

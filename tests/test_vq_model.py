@@ -20,7 +20,8 @@ from models.tokenizers.conv import (
     read_ch_mult,
     read_towers,
 )
-from models.tokenizers.vq_model import FlexVAE, VectorQuantizer, VQ_models, VQModel, entropy_loss
+from models.tokenizers.flex_vae import FlexVAE
+from models.tokenizers.vq_model import VectorQuantizer, VQ_models, VQModel, entropy_loss
 from tests import flexvar_vectors, npp_vectors
 from tests.golden import assert_within
 

@@ -1,9 +1,8 @@
-"""VQModel: an image as one map of codes (VQ-16, VQ-8); FlexVAE: as a complete map of codes at any size.
+"""VQModel: an image as one map of codes (VQ-16, VQ-8).
 
 Letters: B batch, l tokens of one map, Z code channels, V vocabulary, N queries of a map, h w map, 3HW image.
-Source: arXiv 2406.06525 (LlamaGen) and arXiv 2502.20313 (FlexVAR), under the names of their weights.
+Source: arXiv 2406.06525 (LlamaGen), under the names of its weights.
 """
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.base import Reconstruction, Tokenizer, at_least_float32
-from models.scales import Side, as_sizes, scale_name
+from models.scales import scale_name
 from models.tokenizers.codebook import CodebookUpkeep, squared_distances
 from models.tokenizers.conv import (
     LLAMAGEN_LAYOUT,
@@ -23,8 +22,6 @@ from models.tokenizers.conv import (
     read_ch_mult,
     read_towers,
 )
-
-logger = logging.getLogger(__name__)
 
 HISTORY = 65536      # latest codes that the published usage figure looks at
 TEMPERATURE = 0.01   # of the entropy loss
@@ -253,9 +250,10 @@ class VQModel(Tokenizer):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Losses]:
         """(reconstruction, not clamped; losses and usage), as published but with losses in eval mode too."""
         out = self.quantize(self.features(x))
-        return self.pixels(out.quant_BZhw), self._losses(out)
+        return self.pixels(out.quant_BZhw), self.losses(out)
 
-    def _losses(self, out: Quantised) -> Losses:
+    def losses(self, out: Quantised) -> Losses:
+        """Those of the quantizer and its usage, in the published order."""
         return out.vq_loss, out.commit_loss, out.entropy_loss, self.quantize.usage()
 
     def training_sizes(self, native: tuple[int, int]) -> list[tuple[int, int]]:
@@ -334,121 +332,3 @@ def VQ_8(**kwargs: Any) -> VQModel:
 
 
 VQ_models = {'VQ-16': VQ_16, 'VQ-8': VQ_8}
-
-
-class FlexVAE(VQModel):
-    """A VQ-16 whose codebook serves maps of every size; the tokens are a list of `idx_Bl`, coarse to fine.
-
-    Each map, p codes wide, is a complete image of stride * p pixels, and none is a residual of another.
-
-    Args:
-        codebook_size: published weights have 8912 codes, not 8192.
-        num_sides: code maps per training step, the native one and smaller ones drawn at random.
-        min_side: smallest side that may be drawn.
-        kwargs: of `VQModel`.
-    """
-
-    def __init__(self, codebook_size: int = 8912, codebook_embed_dim: int = 32, num_sides: int = 5,
-                 min_side: int = 1, **kwargs: Any):
-        super().__init__(codebook_size, codebook_embed_dim, **kwargs)
-        self.num_sides = num_sides
-        self.min_side = min_side
-        if codebook_size == 8192:
-            logger.warning('FlexVAE with 8192 codes: the published weights have 8912 and will not load')
-
-    def config_state(self, progress: float) -> dict[str, Any]:
-        return super().config_state(progress) | dict(min_side=self.min_side)
-
-    # ------------------------------------------------------------------------------ sizes
-    def eval_sizes(self, native: tuple[int, int]) -> list[tuple[int, int]]:
-        """Powers of two below the longer native side, from `min_side` on; then the native size."""
-        powers = [2 ** i for i in range((max(native) - 1).bit_length())]
-        return self._proportional([side for side in powers if side >= self.min_side], native)
-
-    def training_sizes(self, native: tuple[int, int]) -> list[tuple[int, int]]:
-        """In training `num_sides` distinct sides, equal on ranks that seed alike; else `eval_sizes`."""
-        if not self.training:
-            return self.eval_sizes(native)
-        drawn = torch.randperm(max(max(native) - self.min_side, 0))[:self.num_sides - 1] + self.min_side
-        return self._proportional(sorted(drawn.tolist()), native)
-
-    @staticmethod
-    def _proportional(sides: list[int], native: tuple[int, int]) -> list[tuple[int, int]]:
-        """Sizes whose longer side is each of `sides`, and the native one."""
-        longer = max(native)
-        return [(max(1, round(side * native[0] / longer)), max(1, round(side * native[1] / longer)))
-                for side in (*sides, longer)]
-
-    # ------------------------------------------------------------------------------ inference
-    def encode(self, images_B3HW: torch.Tensor,
-               patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
-        """Codes (B, h * w) int64 of images in [-1, 1] at every size of `patch_nums`, row by row.
-
-        Args:
-            patch_nums: sides, or (rows, columns), of the code maps; None means `eval_sizes`.
-        """
-        return super().encode(images_B3HW, patch_nums)
-
-    def _encode(self, images_B3HW: torch.Tensor, patch_nums: Sequence[Side] | None) -> list[torch.Tensor]:
-        f_BZhw = self.features(images_B3HW)
-        sizes = as_sizes(patch_nums) if patch_nums else self.eval_sizes(self.native_size(images_B3HW))
-        return [self.quantize.codes(area_resize(f_BZhw, size)) for size in sizes]
-
-    def decode(self, tokens: list[torch.Tensor], size: tuple[int, int] | None = None) -> torch.Tensor:
-        """Images in [-1, 1] of the last map of codes; arguments as for `VQModel.decode`."""
-        return super().decode(tokens[-1], size)
-
-    @torch.no_grad()
-    def img_to_reconstructed_multi_scale_img(
-            self, x: torch.Tensor, v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
-        """Reconstructions of every scale, not clamped, resized to the last one's; None is the native size."""
-        *_, (h, w) = sizes = as_sizes(v_patch_nums) if v_patch_nums else [self.native_size(x)]
-        f_BZhw = self.features(x)
-        recs = [self.pixels(self.quantize.embed(self.quantize.codes(area_resize(f_BZhw, size)), size))
-                for size in sizes]
-        return [F.interpolate(rec, size=(h * self.stride, w * self.stride), mode='bicubic') for rec in recs]
-
-    def progressive(self, images_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
-        sizes = self.eval_sizes(self.native_size(images_B3HW))
-        recs = self.img_to_reconstructed_multi_scale_img(images_B3HW, sizes)
-        return {scale_name(size): rec.clamp(-1, 1) for size, rec in zip(sizes, recs, strict=True)}
-
-    # ------------------------------------------------------------------------------ training
-    def multi_scale_encode(self, x: torch.Tensor, v_patch_nums: Sequence[Side],
-                           ) -> tuple[list[torch.Tensor], list[Losses]]:
-        """Quantised features (B, Z, h, w) with gradients, and losses with usage, of every scale."""
-        f_BZhw = self.features(x)
-        quants = []
-        losses = []
-        for size in as_sizes(v_patch_nums):
-            out = self.quantize(area_resize(f_BZhw, size))
-            quants.append(out.quant_BZhw)
-            losses.append(self._losses(out))
-        return quants, losses
-
-    def forward(self, x: torch.Tensor, v_patch_nums: Sequence[Side] | None = None,
-                ) -> tuple[torch.Tensor, Losses] | tuple[list[torch.Tensor], list[Losses]]:
-        """As `VQModel.forward`; with `v_patch_nums` a list of reconstructions, each at its own size."""
-        if v_patch_nums is None:
-            return super().forward(x)
-        quants, losses = self.multi_scale_encode(x, v_patch_nums)
-        return [self.pixels(quant_BZhw) for quant_BZhw in quants], losses
-
-    def warm_start(self, state: dict[str, torch.Tensor], source: str) -> None:
-        """Take all weights of a FlexVAE, or encoder and decoder of a VQ-16, whose codes have another width.
-
-        Args:
-            source: where the weights come from, for the error message.
-        Raises:
-            ValueError: encoder and decoder are of another network.
-        """
-        own = self.state_dict()
-        towers = {key for key in own if key.startswith(('encoder.', 'decoder.'))}
-        fitting = {key: t for key, t in state.items() if key in own and own[key].shape == t.shape}
-        if not towers <= fitting.keys():
-            num_fitting = len(towers & fitting.keys())
-            raise ValueError(f'{source} fits only {num_fitting} of the {len(towers)} tensors of encoder and '
-                             'decoder: pass a VQ-16 or FlexVAE of the same widths')
-        if len(fitting) < len(own):
-            fitting = {key: fitting[key] for key in towers}
-        self.load_state_dict(fitting, strict=False)

@@ -1,7 +1,7 @@
 """VQVAE: the multi-scale residual image tokenizer of VAR.
 
 Letters: B batch, K scales, l tokens of one scale, Z code channels, V vocabulary, h w feature map, 3HW image.
-Source: arXiv 2404.02905, Sec. 3.2; what keeps its training from collapse is in quantize.py and codebook.py.
+Source: arXiv 2404.02905, Sec. 3.2; what keeps its training from collapse is in quantizer_training.py.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,10 @@ from torch import nn
 
 from models.base import Reconstruction, Tokenizer, at_least_float32
 from models.scales import Side, as_sizes, scale_name
+from models.tokenizers.codebook import CodebookUpkeep
 from models.tokenizers.conv import build_towers, in_float32, init_convolutions, read_towers, start_as_identity
-from models.tokenizers.quantize import QuantizerTraining, VectorQuantizer2
+from models.tokenizers.quantize import VectorQuantizer2
+from models.tokenizers.quantizer_training import QuantizerTraining
 
 
 class VQVAE(Tokenizer):
@@ -30,7 +32,7 @@ class VQVAE(Tokenizer):
         num_res_blocks: residual blocks per encoder level; the decoder has one more.
         net: 'published' or 'tiny', see `build_towers`.
         unshared: see `VectorQuantizer2`.
-        upkeep: fields of `QuantizerTraining`; None trains as published, by gradient alone.
+        measures: arguments of `QuantizerTraining`; None trains as published, by gradient alone.
     """
 
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'use': 'usage'}
@@ -40,7 +42,7 @@ class VQVAE(Tokenizer):
                  quant_resi: float = 0.5, share_quant_resi: int = 4, default_qresi_counts: int = 0,
                  v_patch_nums: Sequence[Side] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), test_mode: bool = True,
                  ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2, net: str = 'published',
-                 unshared: bool = False, upkeep: dict[str, Any] | None = None):
+                 unshared: bool = False, measures: dict[str, Any] | None = None):
         super().__init__()
         self.V = self.vocab_size = vocab_size
         self.Cvae = self.channels = z_channels
@@ -50,8 +52,9 @@ class VQVAE(Tokenizer):
             z_channels=z_channels)
         self.downsample = self.stride = self.encoder.stride
         self.quantize = VectorQuantizer2(vocab_size, z_channels, using_znorm, beta, default_qresi_counts,
-                                         v_patch_nums, quant_resi, share_quant_resi, unshared,
-                                         None if upkeep is None else QuantizerTraining(**upkeep))
+                                         v_patch_nums, quant_resi, share_quant_resi, unshared)
+        if measures is not None:
+            self.quantize.measures = QuantizerTraining(self.quantize, **measures)
         self.quant_conv = nn.Conv2d(z_channels, z_channels, quant_conv_ks, padding=quant_conv_ks // 2)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, quant_conv_ks, padding=quant_conv_ks // 2)
         self.init_weights()
@@ -143,13 +146,21 @@ class VQVAE(Tokenizer):
     @property
     def has_idle_parameters(self) -> bool:
         """Phi convolutions and codes, until quantisation starts."""
-        return self.quantize.waiting
+        measures = self.quantize.measures
+        return measures is not None and measures.waiting
 
     def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
-        return self.quantize.after_step(progress)
+        measures = self.quantize.measures
+        return {} if measures is None else measures.after_step(progress)
 
     def forget_step(self) -> None:
-        self.quantize.forget_step()
+        if self.quantize.measures is not None:
+            self.quantize.measures.forget_step()
+
+    @property
+    def upkeeps(self) -> list[CodebookUpkeep]:
+        """Of the codebooks; there are none in the published training."""
+        return self.quantize.measures.upkeeps if self.quantize.measures is not None else []
 
     def code_metrics(self) -> dict[str, float]:
         """Those of every upkeep; restarts are added up, and one alarm is enough.
@@ -157,10 +168,10 @@ class VQVAE(Tokenizer):
         Several codebooks have no figures over all scales together.
         """
         metrics: dict[str, float] = {}
-        for upkeep in self.quantize.upkeeps:
+        for upkeep in self.upkeeps:
             own = upkeep.metrics()
-            for name, join in (('restarts', sum), ('alarm_collapse', max)):
-                own[name] = join((own[name], metrics.get(name, 0.)))
+            own['restarts'] = own['restarts'] + metrics.get('restarts', 0.)
+            own['alarm_collapse'] = max(own['alarm_collapse'], metrics.get('alarm_collapse', 0.))
             metrics |= own
         if self.quantize.unshared:
             metrics = {name: value for name, value in metrics.items()
@@ -169,7 +180,10 @@ class VQVAE(Tokenizer):
                           zip(self.code_counts(), self.quantize.usages(), strict=False)}
 
     def code_counts(self) -> dict[str, torch.Tensor]:
-        return {name: count for upkeep in self.quantize.upkeeps for name, count in upkeep.counts().items()}
+        counts = {}
+        for upkeep in self.upkeeps:
+            counts |= upkeep.counts()
+        return counts
 
     def no_weight_decay(self) -> set[str]:
         return {'quantize.embedding'}
@@ -183,10 +197,15 @@ class VQVAE(Tokenizer):
         return dict(state) if as_published else super().exported(state)
 
     def training_state(self) -> dict[str, Any]:
-        return self.quantize.training_state()
+        quantize = self.quantize
+        unused = dict(steps_waited=0, gathered=[], upkeeps=[])
+        measures = unused if quantize.measures is None else quantize.measures.state_dict()
+        return dict(record_hit=quantize.record_hit, **measures)
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        self.quantize.load_training_state(state)
+        self.quantize.record_hit = state['record_hit']
+        if self.quantize.measures is not None:
+            self.quantize.measures.load_state_dict(state)
 
     # ------------------------------------------------------------------------------ weights
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
