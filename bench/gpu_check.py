@@ -24,9 +24,11 @@ import dist
 from bench.published_solver import both_halves
 from configs import PRESETS, FlowARRecipe
 from models import VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
-from models.helpers import ImageNoise, filter_top_k_top_p
+from models.helpers import filter_top_k_top_p
+from models.noise import ImageNoise
 from tests import flexvar_vectors, flowar_vectors, golden, npp_vectors
 from trainer import GeneratorTrainer, TokenizerTrainer
+from training.build import model_arguments
 from utils.amp_sc import AmpOptimizer
 from utils.doctor import report
 from utils.lr_control import filter_params, lr_wd_annealing
@@ -314,7 +316,7 @@ def make_flowar(preset: str, device: torch.device) -> FlowAR:
     tiny = dict(depth=1, width=64, diffloss_d=1, diffloss_w=64) if device.type == 'cpu' else {}
     recipe = FlowARRecipe(**PRESETS['flowar'][preset] | tiny)
     with torch.device(device):
-        return FlowAR(flowar_vectors.Latents(), **recipe.model_kwargs(1, 1))
+        return FlowAR(flowar_vectors.Latents(), **model_arguments(recipe))
 
 
 def flowar_speed(device: torch.device, batch: int, repeats: int) -> dict[str, dict]:

@@ -21,7 +21,7 @@ from configs import parse_recipe
 from models import NPP, VQModel
 from models.npp import patch_loss, patches
 from trainer import GeneratorTrainer
-from training.build import build_optimizer
+from training.build import build_optimizer, model_arguments
 from utils.checkpoint import atomic_path
 from utils.provenance import device_name, versions
 
@@ -63,7 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device(device):
         tokenizer = VQModel(net='tiny', encoder_ch_mult=(1, 1), decoder_ch_mult=(1, 1), test_mode=True)
-        model = NPP(tokenizer, **recipe.model_kwargs(2, 1) | dict(phases=[(1., 1)]))
+        model = NPP(tokenizer, **model_arguments(recipe, 2, 1) | dict(phases=[(1., 1)]))
     trainer = GeneratorTrainer(model, build_optimizer(recipe, model, model.no_weight_decay()))
     idx_BN = torch.randint(VOCABULARY, (args.batch, GRID ** 2), device=device)
     label_B = torch.arange(args.batch, device=device)

@@ -3,21 +3,31 @@
 import logging
 import re
 import typing
-from dataclasses import dataclass
 from typing import Any
 
-from configs.options import INF, REPO, ints, opt
+from configs.options import INF, REPO, ints, opt, other, settings
 from configs.sampling import SampleRecipe
-from configs.training import CROP_KINDS, CROPS, PATCH_NUMS, AdaLNRecipe
+from configs.training import PATCH_NUMS, AdaLNRecipe
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@settings(
+    model='flexvar',
+    depth=20,
+    pn=other(
+        PATCH_NUMS['256'],
+        text='sides of the code maps of validation, joined by _ or -; training draws '
+        'others up to the last one; 256, 512, 1024 are the published lists',
+    ),
+    crop='adm',
+    mid_reso=other(1 / 0.88, text='crop adm: the shorter side is drawn from 1 to this multiple of the crop'),
+    hflip=True,
+    output_dir=str(REPO / 'local_output/flexvar'),
+)
 class FlexVARRecipe(AdaLNRecipe):
     """FlexVAR on the code maps of a frozen FlexVAE."""
 
-    model: str = opt('flexvar', 'what is trained')
     vae_ckpt: str = opt(
         'pretrained/FlexVAE.pth',
         'tokenizer weights: a file of any kind',
@@ -26,12 +36,6 @@ class FlexVARRecipe(AdaLNRecipe):
         per_node=True,
         group='most used',
     )
-    depth: int = opt(20, 'transformer blocks; heads = depth, width = 64 * depth', limits=(1, INF))
-    pn: str = opt(
-        PATCH_NUMS['256'],
-        'sides of the code maps of validation, joined by _ or -; training draws '
-        'others up to the last one; 256, 512, 1024 are the published lists',
-    )
     final_reso: int = opt(
         0,
         'pixels per side of the training images; 0 means where --pn ends; larger ones '
@@ -39,28 +43,15 @@ class FlexVARRecipe(AdaLNRecipe):
         limits=(0, INF),
     )
     keep_last: bool = opt(False, 'end every drawn pyramid at the last side of --pn; published: two thirds do')
-    crop: str = opt('adm', CROPS, choices=CROP_KINDS)
-    mid_reso: float = opt(
-        1 / 0.88, 'crop adm: the shorter side is drawn from 1 to this multiple of the crop', limits=(1, INF)
-    )
-    hflip: bool = opt(True, 'random horizontal flip')
-    output_dir: str = opt(
-        str(REPO / 'local_output/flexvar'),
-        'logs and checkpoints',
-        'local_out_dir_path',
-        path=True,
-        free=True,
-        per_node=True,
-    )
 
     def __post_init__(self):
         super().__post_init__()
         sides = list(self.patch_nums)
         if sides[0] != 1 or len(sides) < 2 or sides != sorted(set(sides)):
             raise ValueError(f'--pn of FlexVAR must rise from 1, such as 1_2_4, got {self.pn}')
-        if self.image_size < super().image_size or self.image_size % self.patch_size:
+        if self.image_size < super().image_size or self.image_size % self.stride:
             raise ValueError(
-                f'--final_reso must be a multiple of the stride {self.patch_size} and at least where --pn '
+                f'--final_reso must be a multiple of the stride {self.stride} and at least where --pn '
                 f'ends, {self.patch_nums[-1]} codes or {super().image_size} pixels, got {self.final_reso}'
             )
 
@@ -78,7 +69,11 @@ class FlexVARRecipe(AdaLNRecipe):
         return super().derived(world_size) | dict(final_reso=self.image_size)
 
 
-@dataclass(frozen=True)
+@settings(
+    model='flexvar',
+    ckpt=other('', text='generator weights: a checkpoint of train.py or a released file', flag='var_ckpt'),
+    cfg=2.5,
+)
 class FlexVARSampleRecipe(SampleRecipe):
     """Sampling from FlexVAR."""
 
@@ -86,14 +81,6 @@ class FlexVARSampleRecipe(SampleRecipe):
         ', one of your own or a published one, which --preset=flexvar_d16, flexvar_d20 and flexvar_d24 name'
     )
 
-    model: str = opt('flexvar', 'family of the generator')
-    ckpt: str = opt(
-        '',
-        'generator weights: a checkpoint of train.py or a released file',
-        'var_ckpt',
-        path=True,
-        group='most used',
-    )
     depth: int | None = opt(
         None, 'blocks of the generator, for a check; None takes those of the file', limits=(1, INF), free=True
     )
@@ -117,7 +104,6 @@ class FlexVARSampleRecipe(SampleRecipe):
         choices=('stretch', 'crop'),
     )
     used_llamagen_cfg: bool = opt(False, 'the same guidance at every scale; 1 is then off')
-    cfg: float = opt(2.5, 'classifier-free guidance in the unit of the paper', limits=(-1000, 1000))
     top_k: int = opt(0, 'draw from the k most likely codes; 0 is off; published: 900', limits=(0, INF))
     top_p: float = opt(
         0.95, 'draw from the smallest set of codes with this probability; 0 is off', limits=(0, 1)
@@ -178,10 +164,20 @@ class FlexVARSampleRecipe(SampleRecipe):
 
 # Published runs (README of FlexVAR; a script says depth 20 for d16 by mistake).
 PRESETS: dict[str, dict[str, Any]] = {
-    'flexvar_d16': dict(depth=16, batch_size=768, epochs=180, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
-    'flexvar_d20': dict(depth=20, batch_size=768, epochs=250, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
+    'flexvar_d16': dict(
+        depth=16, images_per_step=768, epochs=180, precision=1, init_adaln_gamma=1e-3, lr_end=0.1
+    ),
+    'flexvar_d20': dict(
+        depth=20, images_per_step=768, epochs=250, precision=1, init_adaln_gamma=1e-3, lr_end=0.1
+    ),
     'flexvar_d24': dict(
-        depth=24, batch_size=768, epochs=350, base_lr=8e-5, precision=1, init_adaln_gamma=1e-4, lr_end=0.01
+        depth=24,
+        images_per_step=768,
+        epochs=350,
+        base_lr=8e-5,
+        precision=1,
+        init_adaln_gamma=1e-4,
+        lr_end=0.01,
     ),
 }
 

@@ -1,22 +1,37 @@
 """FlowAR: settings of its training and sampling, and the published runs."""
 
 import typing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from configs.options import INF, REPO, opt
+from configs.options import INF, REPO, opt, other, settings
 from configs.sampling import SampleRecipe
-from configs.training import CROP_KINDS, CROPS, CachedRecipe, Recipe
+from configs.training import CachedRecipe, Recipe
 
-SIZES = {  # width, blocks of each stack and heads of the trunk; whether the head has cross-attention
-    'small': (768, 6, 12, False),
-    'large': (1024, 8, 16, True),
-    'huge': (1536, 15, 16, True),
-}
+SIZES = ('small', 'large', 'huge')  # of `FlowAR.SIZES`
 
 
-@dataclass(frozen=True)
+@settings(
+    model='flowar',
+    eval_every=other(10, flag='eval_freq eval_every'),
+    images_per_step=other(2048, flag='bs'),
+    epochs=400,
+    base_lr=other(1e-4, flag='blr'),
+    schedule=other(
+        'cosine',
+        text='cosine or constant, after the warm-up',
+        flag='lr_schedule',
+        choices=('cosine', 'constant'),
+    ),
+    warmup=other(100.0, text='epochs of learning rate warm-up', flag='warmup_epochs'),
+    warmup_start=0.0,
+    weight_decay=0.02,
+    clip=other(3.0, flag='grad_clip'),
+    ema=other(0.9999, flag='ema_rate'),
+    ema_warmup=False,
+    hflip=True,
+    output_dir=str(REPO / 'local_output/flowar'),
+)
 class FlowARRecipe(CachedRecipe):
     """FlowAR on the latents of a frozen KL-16. Flags are those of the published script."""
 
@@ -33,7 +48,6 @@ class FlowARRecipe(CachedRecipe):
         ),
     }
 
-    model: str = opt('flowar', 'what is trained')
     vae_ckpt: str = opt(
         'pretrained_models/vae/kl16.ckpt',
         'tokenizer weights, any file',
@@ -46,7 +60,7 @@ class FlowARRecipe(CachedRecipe):
     size: str = opt(
         'large',
         'trunk: small, large or huge (published as flowar_small, ...)',
-        choices=(*SIZES,),
+        choices=SIZES,
         group='most used',
     )
     diffloss_d: int = opt(12, 'blocks of the flow head', limits=(1, INF))
@@ -61,7 +75,7 @@ class FlowARRecipe(CachedRecipe):
         None, 'width of the trunk, in heads of 64; None is that of the size', limits=(64, INF)
     )
     img_size: int = opt(256, 'pixels per side of the training images', 'img_size image_size', limits=(0, INF))
-    patch_size: int = opt(
+    stride: int = opt(
         16, 'pixels per side of a latent, the stride of the tokenizer', 'vae_stride', limits=(1, INF)
     )
     label_drop_prob: float = opt(0.1, 'share of labels replaced by the null class', limits=(0, 1))
@@ -79,13 +93,6 @@ class FlowARRecipe(CachedRecipe):
         free=True,
         per_node=True,
     )
-    eval_every: int = opt(
-        10,
-        'epochs between evaluations; the last epoch always has one',
-        'eval_freq eval_every',
-        limits=(1, INF),
-        free=True,
-    )
     loss_weighting: str = opt(
         'uniform',
         'of times: uniform, or debiased, 6 t (1 - t) (arXiv 2310.08442)',
@@ -95,39 +102,15 @@ class FlowARRecipe(CachedRecipe):
     buffer_size: int = opt(0, 'accepted; only 0 works', choices=(0,))
     temperature: float = opt(1.0, 'accepted; only 1 works', choices=(1,))
     cfg_schedule: str = opt('linear', 'accepted; only linear works', choices=('linear',))
-    batch_size: int = opt(
-        2048, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
-    )
-    batch_per_process: int = opt(
+    images_per_rank: int = opt(
         0,
-        'the same per process and micro-step, as published; 0 follows --bs',
+        'images per rank and micro-step, as published; 0 follows --bs',
         'batch_size',
         limits=(0, INF),
         free=True,
     )
-    epochs: int = opt(400, 'epochs', 'ep', limits=(1, INF))
-    base_lr: float = opt(1e-4, 'learning rate per 256 images', 'blr', limits=(0, INF))
     lr: float | None = opt(None, 'peak learning rate in place of blr', limits=(0, INF))
     min_lr: float = opt(1e-5, 'learning rate at the end of the cosine', limits=(0, INF))
-    schedule: str = opt(
-        'cosine', 'cosine or constant, after the warm-up', 'lr_schedule', choices=('cosine', 'constant')
-    )
-    warmup: float = opt(100.0, 'epochs of learning rate warm-up', 'warmup_epochs', limits=(0, INF))
-    warmup_start: float = opt(0.0, 'learning rate ratio at the first step', 'wp0', limits=(0, 1))
-    weight_decay: float = opt(0.02, 'weight decay', 'twd', limits=(0, INF))
-    clip: float = opt(3.0, 'clip of the gradient norm; <= 0 is off', 'grad_clip')
-    ema: float = opt(0.9999, 'decay of averaged weights; 0 keeps none', 'ema_rate', limits=(0, 0.999999))
-    ema_warmup: bool = opt(False, 'let the average begin fast')
-    crop: str = opt('resize', CROPS, choices=CROP_KINDS)
-    hflip: bool = opt(True, 'random horizontal flip')
-    output_dir: str = opt(
-        str(REPO / 'local_output/flowar'),
-        'logs and checkpoints',
-        'local_out_dir_path',
-        path=True,
-        free=True,
-        per_node=True,
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -138,9 +121,9 @@ class FlowARRecipe(CachedRecipe):
                 f'a run continues by itself from its output folder, {self.output_dir}, got '
                 f'--resume={self.resume}: pass that one as --output_dir'
             )
-        if len(self.scales) < 2 or self.scales[-1] * self.patch_size != self.img_size:
+        if len(self.scales) < 2 or self.scales[-1] * self.stride != self.img_size:
             raise ValueError(
-                f'--img_size must be --vae_stride={self.patch_size} times 2, 4, 8, ..., got {self.img_size}'
+                f'--img_size must be --vae_stride={self.stride} times 2, 4, 8, ..., got {self.img_size}'
             )
         if self.diffloss_w % 64 or (self.width or 0) % 64:
             raise ValueError(
@@ -161,10 +144,10 @@ class FlowARRecipe(CachedRecipe):
     @property
     def scales(self) -> tuple[int, ...]:
         """Sides of the scales: powers of two up to that of the latent."""
-        return tuple(2**k for k in range((self.img_size // self.patch_size).bit_length()))
+        return tuple(2**k for k in range((self.img_size // self.stride).bit_length()))
 
     def check_batch(self, world_size: int) -> None:
-        if not self.batch_per_process:
+        if not self.images_per_rank:
             super().check_batch(world_size)
 
     @property
@@ -172,7 +155,7 @@ class FlowARRecipe(CachedRecipe):
         return self.warmup
 
     def local_batch(self, world_size: int) -> int:
-        return self.batch_per_process or super().local_batch(world_size)
+        return self.images_per_rank or super().local_batch(world_size)
 
     def peak_lr(self, world_size: int) -> float:
         return super().peak_lr(world_size) if self.lr is None else self.lr
@@ -184,16 +167,11 @@ class FlowARRecipe(CachedRecipe):
     def _model_tag(self) -> str:
         return f'FlowAR-{self.size}__d{self.diffloss_d}w{self.diffloss_w}'
 
+    def model_size(self) -> dict[str, Any]:
+        return dict(size=self.size, depth=self.depth, width=self.width)
+
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        width, depth, heads, cross = SIZES[self.size]
-        heads = heads if self.width is None else self.width // 64
-        width = self.width or width
-        depth = self.depth or depth
-        stack = dict(embed_dim=width, depth=depth, num_heads=heads)
-        both = {f'{part}_{name}': value for part in ('encoder', 'decoder') for name, value in stack.items()}
         return dict(
-            **both,
-            cross=cross,
             diffloss_d=self.diffloss_d,
             diffloss_w=self.diffloss_w,
             scale=self.scales,
@@ -205,7 +183,14 @@ class FlowARRecipe(CachedRecipe):
         )
 
 
-@dataclass(frozen=True)
+@settings(
+    model='flowar',
+    ckpt=other('', text='generator weights: a checkpoint of train.py or a released file', flag='resume ckpt'),
+    output=other(str(REPO / 'local_output' / 'samples'), flag='output_dir output'),
+    vae_ckpt=other('', text='tokenizer weights; empty takes those inside the checkpoint', flag='vae_path'),
+    batch_size=other(64, flag='eval_bsz bs'),
+    cfg=other(1.0, text='classifier-free guidance at the last scale; 1 and less are off'),
+)
 class FlowARSampleRecipe(SampleRecipe):
     """Sampling from FlowAR. Flags are those of the published script."""
 
@@ -241,34 +226,6 @@ class FlowARSampleRecipe(SampleRecipe):
         ),
     }
 
-    model: str = opt('flowar', 'family of the generator')
-    ckpt: str = opt(
-        '',
-        'generator weights: a checkpoint of train.py or a released file',
-        'resume ckpt',
-        path=True,
-        group='most used',
-    )
-    output: str = opt(
-        str(REPO / 'local_output' / 'samples'),
-        'folder of the images; the npz lies beside it',
-        'output_dir output',
-        path=True,
-        free=True,
-    )
-    vae_ckpt: str = opt(
-        '',
-        'tokenizer weights; empty takes those inside the checkpoint',
-        'vae_path',
-        path=True,
-        group='most used',
-    )
-    batch_size: int = opt(
-        64, 'images per batch; batches are cut by image index', 'eval_bsz bs', limits=(1, INF), free=True
-    )
-    cfg: float = opt(
-        1.0, 'classifier-free guidance at the last scale; 1 and less are off', limits=(-1000, 1000)
-    )
     guidance: float = opt(0.9, 'times from 0 to this one are guided: a limit, no strength')
     num_step: int = opt(25, 'steps of the flow head per scale; an odd number makes one less')
     flow_upper_steps: int = opt(
@@ -316,7 +273,7 @@ class FlowARSampleRecipe(SampleRecipe):
 
 
 # Published runs (README of FlowAR).
-_FLOWAR = dict(batch_size=2048, epochs=400, warmup=100.0, base_lr=5e-5)
+_FLOWAR = dict(images_per_step=2048, epochs=400, warmup=100.0, base_lr=5e-5)
 PRESETS: dict[str, dict[str, Any]] = {
     'flowar_s': _FLOWAR | dict(size='small', diffloss_d=2, diffloss_w=1024),
     'flowar_l': _FLOWAR | dict(size='large', diffloss_d=12, diffloss_w=1024, use_checkpoint=True),

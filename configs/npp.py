@@ -2,26 +2,51 @@
 
 import itertools
 import typing
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from configs.options import INF, REPO, opt
+from configs.options import INF, REPO, opt, other, settings
 from configs.sampling import SampleRecipe
-from configs.training import CROP_KINDS, CROPS, CachedRecipe, Recipe
+from configs.training import CachedRecipe, Recipe
 
-GPT_SIZES = {  # blocks, heads, width of the published sizes of NPP
-    'GPT-B': (12, 12, 768),
-    'GPT-L': (24, 16, 1024),
-    'GPT-XL': (36, 20, 1280),
-    'GPT-XXL': (48, 24, 1536),
-    'GPT-XXXL': (48, 40, 2560),
-    'GPT-1B': (22, 32, 2048),
-    'GPT-3B': (24, 32, 3200),
-    'GPT-7B': (32, 32, 4096),
-}
+GPT_SIZES = (
+    'GPT-B',
+    'GPT-L',
+    'GPT-XL',
+    'GPT-XXL',
+    'GPT-XXXL',
+    'GPT-1B',
+    'GPT-3B',
+    'GPT-7B',
+)  # of `NPP.SIZES`
 
 
-@dataclass(frozen=True)
+@settings(
+    model='npp',
+    init_from=other('', flag='gpt_ckpt init_from'),
+    warmup=other(
+        1.0, text='scheduler: epochs of warm-up in every phase; the paper has 5', flag='warmup_epochs'
+    ),
+    warmup_start=0.0,
+    images_per_step=other(256, flag='global_batch_size bs batch_size'),
+    epochs=other(300, flag='epochs ep'),
+    base_lr=other(1e-4, text='peak learning rate, for any batch', flag='lr'),
+    clip=other(1.0, flag='max_grad_norm'),
+    weight_decay=other(0.05, flag='weight_decay twd'),
+    seed=other(None, flag='global_seed seed'),
+    save_every=other('', flag='ckpt_every save_every'),
+    precision=other(
+        2,
+        text='none, fp16 with loss scaling, or bf16',
+        flag='mixed_precision fp16',
+        words=dict(none=0, fp16=1, bf16=2),
+    ),
+    ema=other(0.0, text='decay of averaged weights; alone it is 0.9999; 0 keeps none', words={'': 0.9999}),
+    ema_warmup=False,
+    crop='adm',
+    mid_reso=other(1.1, text='crop adm: the shorter side is drawn from 1 to this multiple of the crop'),
+    hflip=True,
+    output_dir=other(str(REPO / 'local_output/npp'), flag='results_dir local_out_dir_path'),
+)
 class NPPRecipe(CachedRecipe):
     """NPP on the codes of a frozen VQ-16. Flags are those of the published script."""
 
@@ -35,7 +60,6 @@ class NPPRecipe(CachedRecipe):
         **dict.fromkeys(('gpt_type', 'cls_token_num'), 'there is one class token'),
     }
 
-    model: str = opt('npp', 'what is trained')
     vae_ckpt: str = opt(
         'pretrained_models/vq_ds16_c2i.pt',
         'tokenizer weights, any file',
@@ -45,20 +69,15 @@ class NPPRecipe(CachedRecipe):
         per_node=True,
         group='most used',
     )
-    gpt_model: str = opt('GPT-B', 'size: ' + ', '.join(GPT_SIZES), choices=(*GPT_SIZES,), group='most used')
+    gpt_model: str = opt('GPT-B', 'size: ' + ', '.join(GPT_SIZES), choices=GPT_SIZES, group='most used')
     depth: int | None = opt(None, 'blocks; None is that of the size', limits=(1, INF), group='most used')
     width: int | None = opt(None, 'width, in heads of 64; None is that of the size', limits=(64, INF))
     img_size: int = opt(256, 'pixels per side of the training images', 'image_size img_size', limits=(0, INF))
-    patch_size: int = opt(
-        16, 'pixels per side of a code, the stride of the tokenizer', 'downsample_size', limits=(1, INF)
-    )
-    init_from: str = opt(
-        '',
-        'weights to begin with in place of random ones; checkpoints in the output folder come first',
-        'gpt_ckpt init_from',
-        path=True,
-        free=True,
-        per_node=True,
+    stride: int = opt(
+        16,
+        'pixels per side of a code, the stride of the tokenizer',
+        'downsample_size patch_size',
+        limits=(1, INF),
     )
     patch_level: int = opt(
         2,
@@ -73,63 +92,9 @@ class NPPRecipe(CachedRecipe):
     scheduler: bool = opt(False, 'in every phase warm up, hold, and fall linearly; off is a constant rate')
     decay_ratio: float = opt(0.2, 'scheduler: share of a phase in which the rate falls', limits=(0, 1))
     end_lr: float = opt(1e-5, 'scheduler: learning rate at the end of a phase', limits=(0, INF))
-    warmup: float = opt(
-        1.0, 'scheduler: epochs of warm-up in every phase; the paper has 5', 'warmup_epochs', limits=(0, INF)
-    )
-    warmup_start: float = opt(0.0, 'learning rate ratio at the first step', 'wp0', limits=(0, 1))
     dropout_p: float = opt(0.1, 'dropout after attention and feed-forward networks', limits=(0, 0.999))
     token_dropout_p: float = opt(0.1, 'dropout of the input', limits=(0, 0.999))
     drop_path_rate: float = opt(0.0, 'drop path of the last block, replaces dropout_p', limits=(0, 0.999))
-    batch_size: int = opt(
-        256,
-        'images per optimizer step, all ranks and accumulation steps together',
-        'global_batch_size bs',
-        limits=(1, INF),
-    )
-    epochs: int = opt(300, 'epochs', 'epochs ep', limits=(1, INF))
-    base_lr: float = opt(1e-4, 'peak learning rate, for any batch', 'lr', limits=(0, INF))
-    clip: float = opt(1.0, 'clip of the gradient norm; <= 0 is off', 'max_grad_norm')
-    weight_decay: float = opt(0.05, 'weight decay at the start', 'weight_decay twd', limits=(0, INF))
-    seed: int | None = opt(
-        None,
-        'None draws one, kept in the checkpoint; given, cudnn is deterministic too',
-        'global_seed seed',
-        limits=(0, 2**63 - 1),
-        free=True,
-    )
-    save_every: str = opt(
-        '',
-        'checkpoint also every N optimizer steps ("500") or minutes ("20m")',
-        'ckpt_every save_every',
-        free=True,
-    )
-    precision: int = opt(
-        2,
-        'none, fp16 with loss scaling, or bf16',
-        'mixed_precision fp16',
-        words=dict(none=0, fp16=1, bf16=2),
-        limits=(0, 2),
-    )
-    ema: float = opt(
-        0.0,
-        'decay of averaged weights; alone it is 0.9999; 0 keeps none',
-        words={'': 0.9999},
-        limits=(0, 0.999999),
-    )
-    ema_warmup: bool = opt(False, 'let the average begin fast')
-    crop: str = opt('adm', CROPS, choices=CROP_KINDS)
-    mid_reso: float = opt(
-        1.1, 'crop adm: the shorter side is drawn from 1 to this multiple of the crop', limits=(1, INF)
-    )
-    hflip: bool = opt(True, 'random horizontal flip')
-    output_dir: str = opt(
-        str(REPO / 'local_output/npp'),
-        'logs and checkpoints',
-        'results_dir local_out_dir_path',
-        path=True,
-        free=True,
-        per_node=True,
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -138,9 +103,9 @@ class NPPRecipe(CachedRecipe):
         if self.width and self.width % 64:
             raise ValueError(f'--width must be a multiple of 64, got {self.width}')
         largest = self.phases[0][1]
-        if self.img_size < 1 or self.img_size % (self.patch_size * largest):
+        if self.img_size < 1 or self.img_size % (self.stride * largest):
             raise ValueError(
-                f'--image_size must be a multiple of --downsample_size={self.patch_size} times '
+                f'--image_size must be a multiple of --downsample_size={self.stride} times '
                 f'the largest patch, {largest} codes, got {self.img_size}: choose another size '
                 'or --patch_level'
             )
@@ -195,15 +160,14 @@ class NPPRecipe(CachedRecipe):
         size = f'd{self.depth}w{self.width}' if self.depth or self.width else self.gpt_model
         return f'{size}__p{"_".join(str(p) for _, p in self.phases)}'
 
+    def model_size(self) -> dict[str, Any]:
+        return dict(size=self.gpt_model, depth=self.depth, width=self.width)
+
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        depth, heads, width = GPT_SIZES[self.gpt_model]
         ends = self._phase_ends(total_steps, steps_per_epoch)
         phases = tuple((end / total_steps, p) for end, (_, p) in zip(ends, self.phases, strict=True))
         return dict(
-            dim=self.width or width,
-            n_layer=self.depth or depth,
-            n_head=self.width // 64 if self.width else heads,
-            grid=self.img_size // self.patch_size,
+            grid=self.img_size // self.stride,
             phases=phases,
             token_dropout_p=self.token_dropout_p,
             resid_dropout_p=self.dropout_p,
@@ -217,7 +181,27 @@ class NPPRecipe(CachedRecipe):
         )
 
 
-@dataclass(frozen=True)
+@settings(
+    model='npp',
+    ckpt=other(
+        '', text='generator weights: a checkpoint of train.py or a released file', flag='gpt_ckpt ckpt'
+    ),
+    vae_ckpt=other(
+        '', text='tokenizer weights; empty takes those inside the checkpoint', flag='vq_ckpt vae_ckpt'
+    ),
+    weights=other(
+        'ema',
+        text='ema: averaged weights where the file has them; model: those of the last step',
+        flag='ckpt_key weights',
+        words=dict(model='raw'),
+    ),
+    batch_size=other(32, flag='per_proc_batch_size bs'),
+    num_images=other(50_000, flag='num_fid_samples num_images'),
+    seed=other(0, flag='global_seed seed'),
+    output=other(str(REPO / 'local_output' / 'samples'), flag='sample_dir output'),
+    precision=other(0, text='none, fp16 or bf16', flag='precision fp16', words=dict(none=0, fp16=1, bf16=2)),
+    cfg=other(1.5, text='classifier-free guidance scale; 1 is off', flag='cfg_scale cfg'),
+)
 class NPPSampleRecipe(SampleRecipe):
     """Sampling from NPP. Flags are those of the published script."""
 
@@ -237,28 +221,6 @@ class NPPSampleRecipe(SampleRecipe):
         ),
     }
 
-    model: str = opt('npp', 'family of the generator')
-    ckpt: str = opt(
-        '',
-        'generator weights: a checkpoint of train.py or a released file',
-        'gpt_ckpt ckpt',
-        path=True,
-        group='most used',
-    )
-    vae_ckpt: str = opt(
-        '',
-        'tokenizer weights; empty takes those inside the checkpoint',
-        'vq_ckpt vae_ckpt',
-        path=True,
-        group='most used',
-    )
-    weights: str = opt(
-        'ema',
-        'ema: averaged weights where the file has them; model: those of the last step',
-        'ckpt_key weights',
-        words=dict(model='raw'),
-        choices=('ema', 'raw'),
-    )
     gpt_model: str = opt(
         '', 'size of the generator, for a check; empty takes that of the file', choices=('', *GPT_SIZES)
     )
@@ -271,34 +233,6 @@ class NPPSampleRecipe(SampleRecipe):
     image_size_eval: int = opt(
         0, 'pixels per side to which the images are resized; 0 leaves them', limits=(0, INF)
     )
-    batch_size: int = opt(
-        32,
-        'images per batch; batches are cut by image index',
-        'per_proc_batch_size bs',
-        limits=(1, INF),
-        free=True,
-    )
-    num_images: int = opt(
-        50_000,
-        'images, spread evenly over the classes',
-        'num_fid_samples num_images',
-        limits=(1, INF),
-        free=True,
-    )
-    seed: int = opt(
-        0, 'the noise of image i is a function of (seed, i)', 'global_seed seed', limits=(0, 2**63 - 1)
-    )
-    output: str = opt(
-        str(REPO / 'local_output' / 'samples'),
-        'folder of the images; the npz lies beside it',
-        'sample_dir output',
-        path=True,
-        free=True,
-    )
-    precision: int = opt(
-        0, 'none, fp16 or bf16', 'precision fp16', words=dict(none=0, fp16=1, bf16=2), limits=(0, 2)
-    )
-    cfg: float = opt(1.5, 'classifier-free guidance scale; 1 is off', 'cfg_scale cfg', limits=(-1000, 1000))
     cfg_interval: int = opt(-1, 'codes 0 to this plus one are guided; -1 guides all', limits=(-1, INF))
     temperature: float = opt(1.0, 'divides the logits')
     top_k: int = opt(0, 'draw from the k most likely codes; 0 is off', limits=(0, INF))
@@ -312,12 +246,15 @@ class NPPSampleRecipe(SampleRecipe):
             raise ValueError(f'--temperature must be above 0, got {self.temperature:g}')
 
     def check_model(self, model: Any) -> None:
-        depth, _, width = GPT_SIZES.get(self.gpt_model, (0, 0, 0))
-        if self.gpt_model and (len(model.layers), model.tok_embeddings.embedding_dim) != (depth, width):
+        if not self.gpt_model:
+            return
+        wanted = model.kwargs_from_size(self.gpt_model)
+        depth = len(model.layers)
+        width = model.tok_embeddings.embedding_dim
+        if (depth, width) != (wanted['n_layer'], wanted['dim']):
             raise ValueError(
-                f'--gpt_model={self.gpt_model} has {depth} blocks of width {width}, {self.ckpt} '
-                f'{len(model.layers)} of {model.tok_embeddings.embedding_dim}: pass the file of '
-                'that size, or leave out --gpt_model'
+                f'--gpt_model={self.gpt_model} has {wanted["n_layer"]} blocks of width {wanted["dim"]}, '
+                f'{self.ckpt} {depth} of {width}: pass the file of that size, or leave out --gpt_model'
             )
 
     def sample_kwargs(self) -> dict[str, Any]:

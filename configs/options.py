@@ -82,6 +82,37 @@ def opt(
     )
 
 
+class Other(typing.NamedTuple):
+    """What `settings` changes of an inherited field."""
+
+    default: Any
+    changes: dict[str, Any]
+
+
+def other(default: Any, **changes: Any) -> Other:
+    """Another default for an inherited field, and other arguments of its `opt`, for `settings`."""
+    return Other(default, changes)
+
+
+def settings(**defaults: Any) -> Callable[[type], type]:
+    """Decorator of a frozen dataclass of `opt` fields that gives inherited fields other defaults.
+
+    `@settings(epochs=400, clip=other(3.0, flag='grad_clip'))` changes the default of two fields, and the
+    published flag of one; all else that is known about them stays as the base class says.
+    """
+
+    def decorate(cls: type) -> type:
+        for name, default in defaults.items():
+            inherited = cls.__dataclass_fields__[name]
+            value, changes = default if isinstance(default, Other) else (default, {})
+            renamed = {'help' if key == 'text' else key: change for key, change in changes.items()}
+            cls.__annotations__[name] = inherited.type
+            setattr(cls, name, field(default=value, metadata={**inherited.metadata, **renamed}))
+        return dataclasses.dataclass(frozen=True)(cls)
+
+    return decorate
+
+
 def marked_fields(settings: Any, mark: str) -> tuple[str, ...]:
     """Names of the fields with a mark of `opt`, such as 'free'."""
     return tuple(f.name for f in dataclasses.fields(settings) if f.metadata[mark])

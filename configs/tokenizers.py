@@ -8,8 +8,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from configs.options import INF, REPO, ints, opt
-from configs.training import CROP_KINDS, CROPS, SCHEDULES, PyramidRecipe, Recipe
+from configs.options import INF, REPO, ints, opt, other, settings
+from configs.training import PyramidRecipe, Recipe
 
 MID_RESO_HELP = 'images are resized to this multiple of the crop before cropping (adm: at most to it)'
 
@@ -21,25 +21,27 @@ def as_fraction(value: float, total_steps: int) -> float:
     return value if value < 1 else value / total_steps
 
 
-@dataclass(frozen=True)
+@settings(
+    output_dir=other('', text='logs and checkpoints; empty is local_output/<model>'),
+    log_every=50,
+    hflip=True,
+    crop='adm',
+    mid_reso=other(1.25, text=MID_RESO_HELP),
+    base_lr=other(1e-4, text='learning rate'),
+    warmup=other(0.0, text='epochs of learning rate warm-up; 0 is none, for vqvae epochs / 100'),
+    weight_decay=0.0,
+    clip=other(1.0, text='clip of both gradient norms; <= 0 is off'),
+    images_per_step=128,
+    epochs=40,
+    lr_end=0.1,
+    schedule='flat',
+)
 class TokenizerRecipe(Recipe):
     """Losses, discriminator and codebook of any tokenizer; the defaults are those of VQ-16."""
 
-    output_dir: str = opt(
-        '',
-        'logs and checkpoints; empty is local_output/<model>',
-        'local_out_dir_path',
-        path=True,
-        free=True,
-        per_node=True,
-    )
-    log_every: int = opt(50, 'optimizer steps between TensorBoard points', limits=(1, INF), free=True)
     picture_every: int = opt(
         1000, 'optimizer steps between pictures in TensorBoard', limits=(1, INF), free=True, group='run'
     )
-    hflip: bool = opt(True, 'random horizontal flip')
-    crop: str = opt('adm', CROPS, choices=CROP_KINDS)
-    mid_reso: float = opt(1.25, MID_RESO_HELP, limits=(1, INF))
     init_from: str = opt(
         '',
         'weights to start from: a checkpoint or a released file',
@@ -60,18 +62,6 @@ class TokenizerRecipe(Recipe):
     ch_mult: str = opt('1_1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
     num_res_blocks: int = opt(2, 'residual blocks per encoder level', limits=(1, INF))
     # optimisation
-    base_lr: float = opt(1e-4, 'learning rate', 'tblr', limits=(0, INF))
-    warmup: float = opt(
-        0.0, 'epochs of learning rate warm-up; 0 is none, for vqvae epochs / 100', 'wp', limits=(0, INF)
-    )
-    weight_decay: float = opt(0.0, 'weight decay at the start', 'twd', limits=(0, INF))
-    clip: float = opt(1.0, 'clip of both gradient norms; <= 0 is off', 'tclip')
-    batch_size: int = opt(
-        128, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
-    )
-    epochs: int = opt(40, 'epochs', 'ep', limits=(1, INF))
-    lr_end: float = opt(0.1, 'learning rate ratio at the last step', 'wpe', limits=(0, 1))
-    schedule: str = opt('flat', SCHEDULES, 'sche')
     ema: float = opt(
         0.9999,
         'decay of the moving average of the weights; 0 is off',
@@ -194,7 +184,7 @@ class TokenizerRecipe(Recipe):
             raise ValueError('--train_only=decoder needs trained codes: pass --init_from=FILE')
 
     @property
-    def stride(self) -> int:
+    def net_stride(self) -> int:
         """Pixels per side of a code."""
         return 8 if self.net == 'tiny' else 2 ** (len(ints(self.ch_mult)) - 1)
 
@@ -230,18 +220,38 @@ class TokenizerRecipe(Recipe):
         )
 
 
-@dataclass(frozen=True)
+@settings(
+    model='vqvae',
+    ch=160,
+    hflip=False,
+    crop='vae',
+    mid_reso=1.125,
+    base_lr=other(3e-4, text='learning rate at 768 images, scaled by sqrt(batch / 768)'),
+    weight_decay=0.005,
+    clip=10.0,
+    images_per_step=768,
+    epochs=250,
+    lr_end=0.3,
+    schedule='cos',
+    beta1=0.5,
+    beta2=0.9,
+    l1_weight=0.2,
+    disc='dino',
+    disc_start=0.2,
+    disc_ramp=0.02,
+    disc_blur=0.04,
+    disc_weight=0.4,
+    disc_weight_decay=0.0005,
+    adaptive=True,
+    diffaug=True,
+    consistency=8.0,
+)
 class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
     """The multi-scale residual tokenizer of VAR."""
 
-    model: str = opt('vqvae', 'what is trained')
     vocab_size: int = opt(4096, 'codes in the codebook', limits=(2, INF))
     z_channels: int = opt(32, 'width of a code', limits=(1, INF))
-    ch: int = opt(160, 'width of the first level, a multiple of 32')
     dropout: float = opt(0.05, 'dropout inside residual blocks', limits=(0, 0.999))
-    hflip: bool = opt(False, 'random horizontal flip')
-    crop: str = opt('vae', CROPS, choices=CROP_KINDS)
-    mid_reso: float = opt(1.125, MID_RESO_HELP, limits=(1, INF))
     # codebook
     beta: float = opt(0.25, 'weight of the commitment term', limits=(0, INF), group='codebook')
     codebook: str = opt(
@@ -285,46 +295,15 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
         False, 'a codebook for every scale; such weights fit no published model', group='codebook'
     )
     # optimisation
-    base_lr: float = opt(
-        3e-4, 'learning rate at 768 images, scaled by sqrt(batch / 768)', 'tblr', limits=(0, INF)
-    )
-    weight_decay: float = opt(0.005, 'weight decay at the start', 'twd', limits=(0, INF))
-    clip: float = opt(10.0, 'clip of both gradient norms; <= 0 is off', 'tclip')
-    batch_size: int = opt(
-        768, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
-    )
-    epochs: int = opt(250, 'epochs', 'ep', limits=(1, INF))
-    lr_end: float = opt(0.3, 'learning rate ratio at the last step', 'wpe', limits=(0, 1))
-    schedule: str = opt('cos', SCHEDULES, 'sche')
-    beta1: float = opt(0.5, 'first moment decay of AdamW', limits=(0, 1))
-    beta2: float = opt(0.9, 'second moment decay of AdamW', limits=(0, 1))
-    l1_weight: float = opt(0.2, 'weight of the mean absolute error', limits=(0, INF))
-    disc: str = opt(
-        'dino',
-        'patchgan, stylegan, dino (needs --dino_path) or none',
-        choices=('patchgan', 'stylegan', 'dino', 'none'),
-    )
-    disc_start: float = opt(0.2, 'first discriminator step; below 1 a share of all steps', limits=(0, INF))
-    disc_ramp: float = opt(
-        0.02, 'steps over which its loss fades in; below 1 a share of all steps', limits=(0, INF)
-    )
-    disc_blur: float = opt(
-        0.04, 'steps over which the blur of its input fades; below 1 a share; 0 is off', limits=(0, INF)
-    )
-    disc_weight: float = opt(0.4, 'weight of its loss', limits=(0, INF))
-    disc_weight_decay: float = opt(0.0005, 'its weight decay', limits=(0, INF))
-    adaptive: bool = opt(True, 'scale the loss by the ratio of gradients at the last layer')
-    diffaug: bool = opt(True, 'differentiable augmentation of what it sees')
-    consistency: float = opt(8.0, 'weight of balanced consistency, needs diffaug', limits=(0, INF))
 
     GAN_EXTRAS: typing.ClassVar[dict[str, Any]] = dict(half=False, adaptive_min=0.015, adaptive_eps=1e-6)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stride != self.patch_size:
+        if self.net_stride != self.stride:
             raise ValueError(
-                f'--net={self.net} --ch_mult={self.ch_mult} has stride {self.stride}, '
-                f'but --patch_size={self.patch_size}: pass --patch_size={self.stride}'
+                f'--net={self.net} --ch_mult={self.ch_mult} has stride {self.net_stride}, '
+                f'but --patch_size={self.stride}: pass --patch_size={self.net_stride}'
             )
 
     def peak_lr(self, world_size: int) -> float:
@@ -349,7 +328,7 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
         moving = not self.train_only
-        upkeep = dict(
+        measures = dict(
             ema=self.codebook == 'ema' and moving,
             restart=self.restart and moving,
             scale_drop=self.scale_drop if moving else 0.0,
@@ -368,7 +347,7 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
             v_patch_nums=self.patch_nums,
             net=self.net,
             unshared=self.unshared,
-            upkeep=upkeep,
+            measures=measures,
             test_mode=False,
         )
         return kwargs | (dict(using_znorm=True) if self.lookup == 'cosine' else {})
@@ -385,10 +364,10 @@ class SquareRecipe(TokenizerRecipe):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.side % self.stride or not self.side:
+        if self.side % self.net_stride or not self.side:
             raise ValueError(
-                f'--image_size must be a multiple of the stride {self.stride}, got {self.side}: '
-                f'pass --image_size={max(1, round(self.side / self.stride)) * self.stride}'
+                f'--image_size must be a multiple of the stride {self.net_stride}, got {self.side}: '
+                f'pass --image_size={max(1, round(self.side / self.net_stride)) * self.net_stride}'
             )
 
     @property
@@ -399,11 +378,12 @@ class SquareRecipe(TokenizerRecipe):
         return dict(ch=self.ch, num_res_blocks=self.num_res_blocks, net=self.net)
 
 
-@dataclass(frozen=True)
+@settings(
+    model='vq16',
+)
 class VQRecipe(SquareRecipe):
     """VQ-16 of LlamaGen: one map of unit codes of few dimensions."""
 
-    model: str = opt('vq16', 'what is trained')
     vocab_size: int = opt(16384, 'codes in the codebook', limits=(2, INF))
     z_channels: int = opt(8, 'width of a code', limits=(1, INF))
     dropout: float = opt(0.0, 'dropout inside residual blocks', limits=(0, 0.999))
@@ -431,31 +411,28 @@ class VQRecipe(SquareRecipe):
         )
 
 
-@dataclass(frozen=True)
+@settings(
+    model='vq8',
+    ch_mult='1_2_2_4',
+)
 class VQ8Recipe(VQRecipe):
     """VQ-8 of LlamaGen."""
 
-    model: str = opt('vq8', 'what is trained')
-    ch_mult: str = opt('1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
 
-
-@dataclass(frozen=True)
+@settings(
+    model='flexvae',
+    vocab_size=other(8912, text='codes in the codebook; the published weights have 8912, not 8192'),
+    z_channels=32,
+    images_per_step=256,
+    schedule='flat0.8',
+    lpips_min=16,
+    disc=other('patchgan', text='patchgan or none', choices=('patchgan', 'none')),
+)
 class FlexVAERecipe(VQRecipe):
     """FlexVAE of FlexVAR: the VQ-16 network, trained to decode its latent at any size."""
 
-    model: str = opt('flexvae', 'what is trained')
-    vocab_size: int = opt(
-        8912, 'codes in the codebook; the published weights have 8912, not 8192', limits=(2, INF)
-    )
-    z_channels: int = opt(32, 'width of a code', limits=(1, INF))
-    batch_size: int = opt(
-        256, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
-    )
-    schedule: str = opt('flat0.8', SCHEDULES, 'sche')
-    lpips_min: int = opt(16, 'pixels per side below which an image has no perceptual loss', limits=(16, INF))
     num_sides: int = opt(5, 'code maps per step: the native one and distinct smaller ones', limits=(1, INF))
     min_side: int = opt(1, 'smallest side of a code map in training', limits=(1, INF))
-    disc: str = opt('patchgan', 'patchgan or none', choices=('patchgan', 'none'))
     flex_gan: str = opt(
         'all',
         'all: the discriminator sees every size from 32 px, full: the native one only',
@@ -471,27 +448,26 @@ class FlexVAERecipe(VQRecipe):
         return super().gan_kwargs(total_steps) | dict(full_view_only=self.flex_gan == 'full')
 
 
-@dataclass(frozen=True)
+@settings(
+    model='kl16',
+    crop='vae',
+    mid_reso=1.0,
+    images_per_step=256,
+    epochs=50,
+    beta1=0.5,
+    beta2=0.9,
+    l1_weight=1.0,
+    l2_weight=0.0,
+    disc_start=50_001,
+    adaptive=True,
+)
 class KLRecipe(SquareRecipe):
     """KL-16 of MAR and FlowAR: a continuous latent."""
 
-    model: str = opt('kl16', 'what is trained')
     z_channels: int = opt(16, 'channels of the latent', limits=(1, INF))
     kl_weight: float = opt(
         1e-6, 'weight of the KL divergence, summed over the latent, per pixel value', limits=(0, INF)
     )
-    crop: str = opt('vae', CROPS, choices=CROP_KINDS)
-    mid_reso: float = opt(1.0, MID_RESO_HELP, limits=(1, INF))
-    batch_size: int = opt(
-        256, 'images per optimizer step, all ranks and accumulation steps together', 'bs', limits=(1, INF)
-    )
-    epochs: int = opt(50, 'epochs', 'ep', limits=(1, INF))
-    beta1: float = opt(0.5, 'first moment decay of AdamW', limits=(0, 1))
-    beta2: float = opt(0.9, 'second moment decay of AdamW', limits=(0, 1))
-    l1_weight: float = opt(1.0, 'weight of the mean absolute error', limits=(0, INF))
-    l2_weight: float = opt(0.0, 'weight of the mean squared error', limits=(0, INF))
-    disc_start: float = opt(50_001, 'first discriminator step; below 1 a share of all steps', limits=(0, INF))
-    adaptive: bool = opt(True, 'scale the loss by the ratio of gradients at the last layer')
 
     def _model_tag(self) -> str:
         return f'kl16-ch{self.ch}z{self.z_channels}__{self.side}'
@@ -514,7 +490,7 @@ RECIPES: dict[str, type[TokenizerRecipe]] = {
 _TINY = dict(
     data_path='toy',
     net='tiny',
-    batch_size=32,
+    images_per_step=32,
     steps=800,
     base_lr=5e-4,
     beta1=0.9,
@@ -535,26 +511,26 @@ _TINY = dict(
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'vqvae': {
-        'paper': dict(batch_size=768, epochs=250),  # lengths and rates of vaex, network of VAR
-        'practical': dict(batch_size=256, epochs=60),  # one node; the rate follows the batch, 1.7e-4
+        'paper': dict(images_per_step=768, epochs=250),  # lengths and rates of vaex, network of VAR
+        'practical': dict(images_per_step=256, epochs=60),  # one node; the rate follows the batch, 1.7e-4
         'tiny': _TINY
         | dict(
-            pn='1_2_3_4', patch_size=8, vocab_size=512, z_channels=16, dropout=0.0, base_lr=5e-4 * 24**0.5
+            pn='1_2_3_4', stride=8, vocab_size=512, z_channels=16, dropout=0.0, base_lr=5e-4 * 24**0.5
         ),  # 5e-4 at 32 images
     },
     'vq16': {
-        'paper': dict(batch_size=128, epochs=40),  # LlamaGen
-        'practical': dict(batch_size=256, epochs=20, base_lr=1.4e-4),
+        'paper': dict(images_per_step=128, epochs=40),  # LlamaGen
+        'practical': dict(images_per_step=256, epochs=20, base_lr=1.4e-4),
         'tiny': _TINY | dict(side=32, vocab_size=512, steps=400),
     },
     'flexvae': {
-        'paper': dict(batch_size=128, epochs=20),  # lengths as in the paper's supplement
-        'practical': dict(batch_size=256, epochs=20, base_lr=1.4e-4),
+        'paper': dict(images_per_step=128, epochs=20),  # lengths as in the paper's supplement
+        'practical': dict(images_per_step=256, epochs=20, base_lr=1.4e-4),
         'tiny': _TINY | dict(side=32, vocab_size=512, z_channels=8, num_sides=3, steps=400),
     },
     'kl16': {
-        'paper': dict(batch_size=256, epochs=50),  # MAR's authors, on the configuration of LDM
-        'practical': dict(batch_size=256, epochs=20),
+        'paper': dict(images_per_step=256, epochs=50),  # MAR's authors, on the configuration of LDM
+        'practical': dict(images_per_step=256, epochs=20),
         'tiny': _TINY | dict(side=32, z_channels=4, steps=400),
     },
 }

@@ -141,10 +141,10 @@ class Recipe:
         0.0, 'weight decay at the end; 0 keeps the start', 'twde', limits=(0, INF), group='optimisation'
     )
     clip: float = opt(2.0, 'clip of the gradient norm; <= 0 is off', 'tclip', group='optimisation')
-    batch_size: int = opt(
+    images_per_step: int = opt(
         768,
         'images per optimizer step, all ranks and accumulation steps together',
-        'bs',
+        'bs batch_size',
         limits=(1, INF),
         group='most used',
     )
@@ -219,7 +219,7 @@ class Recipe:
 
     def local_batch(self, world_size: int) -> int:
         """Images per rank and micro-step."""
-        return round(self.batch_size / self.accumulate / world_size)
+        return round(self.images_per_step / self.accumulate / world_size)
 
     def micro_batch(self, world_size: int) -> int:
         """Images of all ranks per micro-step (published: glb_batch_size)."""
@@ -232,10 +232,10 @@ class Recipe:
             ValueError: ranks and accumulation steps cannot share the batch evenly.
         """
         share = self.accumulate * world_size
-        if self.local_batch(world_size) < 1 or (self.batch_size % share and not self.allow_round):
-            fitting = max(share, self.batch_size // share * share)
+        if self.local_batch(world_size) < 1 or (self.images_per_step % share and not self.allow_round):
+            fitting = max(share, self.images_per_step // share * share)
             raise ValueError(
-                f'--bs={self.batch_size} cannot be shared by {world_size} ranks x '
+                f'--bs={self.images_per_step} cannot be shared by {world_size} ranks x '
                 f'--ac={self.accumulate}: pass --bs={fitting}, or --allow_round=1 to round it'
             )
 
@@ -306,8 +306,12 @@ class Recipe:
     def _model_tag(self) -> str:
         return self.model
 
+    def model_size(self) -> dict[str, Any]:
+        """What names the size of the model: arguments of its `kwargs_from_size`."""
+        return {}
+
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        """Constructor arguments of the model, beside the number of classes and the tokenizer.
+        """Constructor arguments of the model, beside its size, the number of classes and the tokenizer.
 
         Args:
             total_steps, steps_per_epoch: optimizer steps, for curricula.
@@ -433,7 +437,7 @@ class CachedRecipe(GeneratorRecipe):
     def batch_bytes(self, world_size: int) -> int:
         if not self.cached_path:
             return super().batch_bytes(world_size)
-        num_codes = (self.image_size // self.patch_size) ** 2
+        num_codes = (self.image_size // self.stride) ** 2
         return self.local_batch(world_size) * self.accumulate * num_codes * TOKEN_BYTES
 
 
@@ -461,8 +465,11 @@ class PyramidRecipe(Recipe):
         'sides of the code maps, joined by _ or -; 256, 512, 1024 are the published lists',
         group='most used',
     )
-    patch_size: int = opt(
-        16, 'pixels per side of the finest code, the stride of the tokenizer', limits=(1, INF)
+    stride: int = opt(
+        16,
+        'pixels per side of the finest code, the stride of the tokenizer',
+        'patch_size',
+        limits=(1, INF),
     )
     img_size: int = opt(
         0,
@@ -477,8 +484,8 @@ class PyramidRecipe(Recipe):
         if self.img_size not in (0, self.image_size):
             raise ValueError(
                 f'--img_size={self.img_size} is not what --pn and '
-                f'--patch_size={self.patch_size} give, {self.image_size}: '
-                f'{advice_on_size(self.img_size, self.patch_size)}'
+                f'--patch_size={self.stride} give, {self.image_size}: '
+                f'{advice_on_size(self.img_size, self.stride)}'
             )
         object.__setattr__(self, 'img_size', 0)  # it was a check alone: a resumed run may leave the flag out
         if list(self.patch_nums) != sorted(self.patch_nums):
@@ -496,7 +503,7 @@ class PyramidRecipe(Recipe):
     @property
     def resolutions(self) -> tuple[int, ...]:
         """Pixels per side of every scale."""
-        return tuple(pn * self.patch_size for pn in self.patch_nums)
+        return tuple(pn * self.stride for pn in self.patch_nums)
 
     @property
     def image_size(self) -> int:
@@ -533,13 +540,12 @@ class AdaLNRecipe(PyramidRecipe, GeneratorRecipe):
     init_adaln_gamma: float = opt(1e-5, 'multiplier of the AdaLN gamma weights', 'alng')
     label_smooth: float = opt(0.0, 'label smoothing', 'ls', limits=(0, 0.999))
 
+    def model_size(self) -> dict[str, Any]:
+        return dict(depth=self.depth)
+
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        drop_path = self.drop_path if self.drop_path >= 0 else 0.1 * self.depth / 24
         return dict(
-            depth=self.depth,
-            embed_dim=64 * self.depth,
-            num_heads=self.depth,
-            drop_path_rate=drop_path,
+            drop_path_rate=self.drop_path if self.drop_path >= 0 else 0.1 * self.depth / 24,
             shared_aln=self.shared_aln,
             attn_l2_norm=self.attn_l2_norm,
             patch_nums=self.patch_nums,

@@ -88,14 +88,24 @@ class VARSampleRecipe(SampleRecipe):
 
 # Published runs (README of VAR); `recipes/*.sh` holds the same as commands.
 PRESETS: dict[str, dict[str, Any]] = {
-    'var_d16': dict(depth=16, batch_size=768, epochs=200, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
-    'var_d20': dict(depth=20, batch_size=768, epochs=250, precision=1, init_adaln_gamma=1e-3, lr_end=0.1),
+    'var_d16': dict(
+        depth=16, images_per_step=768, epochs=200, precision=1, init_adaln_gamma=1e-3, lr_end=0.1
+    ),
+    'var_d20': dict(
+        depth=20, images_per_step=768, epochs=250, precision=1, init_adaln_gamma=1e-3, lr_end=0.1
+    ),
     'var_d24': dict(
-        depth=24, batch_size=768, epochs=350, base_lr=8e-5, precision=1, init_adaln_gamma=1e-4, lr_end=0.01
+        depth=24,
+        images_per_step=768,
+        epochs=350,
+        base_lr=8e-5,
+        precision=1,
+        init_adaln_gamma=1e-4,
+        lr_end=0.01,
     ),
     'var_d30': dict(
         depth=30,
-        batch_size=1024,
+        images_per_step=1024,
         epochs=350,
         base_lr=8e-5,
         precision=1,
@@ -107,7 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         depth=36,
         shared_aln=True,
         pn='512',
-        batch_size=768,
+        images_per_step=768,
         epochs=350,
         base_lr=8e-5,
         precision=1,

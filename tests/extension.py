@@ -3,7 +3,6 @@
 `Histogram` predicts every code from the class and its place alone. `Patches` is an autoencoder of two layers.
 docs/code.md walks through it.
 """
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from configs import GeneratorRecipe, SampleRecipe
-from configs.options import opt
+from configs.options import opt, settings
 from configs.tokenizers import SquareRecipe
 from models import ARModel, Reconstruction, Tokenizer
 from models.helpers import drop_labels, guide, sample_with_top_k_top_p_
@@ -67,27 +66,24 @@ class Histogram(ARModel):
         return dict(grid=config['grid'])
 
 
-@dataclass(frozen=True)
+@settings(model='histogram')
 class HistogramRecipe(GeneratorRecipe):
-    model: str = opt('histogram', 'what is trained')
     vae_ckpt: str = opt('', 'tokenizer weights', path=True)
     image_size: int = opt(32, 'pixels per side of the training images')
-    patch_size: int = opt(8, 'pixels per side of a code')
+    stride: int = opt(8, 'pixels per side of a code')
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        return dict(grid=self.image_size // self.patch_size)
+        return dict(grid=self.image_size // self.stride)
 
 
-@dataclass(frozen=True)
+@settings(model='histogram')
 class HistogramSampleRecipe(SampleRecipe):
-    model: str = opt('histogram', 'family of the generator')
-
     def sample_kwargs(self) -> dict[str, Any]:
         return dict(guidance=self.cfg)
 
 
 TRAINING, SAMPLING = HistogramRecipe, HistogramSampleRecipe
-PRESETS = {'fast': dict(batch_size=256, base_lr=1.)}
+PRESETS = {'fast': dict(images_per_step=256, base_lr=1.)}
 SAMPLE_PRESETS = {}
 
 
@@ -135,11 +131,8 @@ class Patches(Tokenizer):
         return dict(channels=len(state['encoder.weight']))
 
 
-@dataclass(frozen=True)
+@settings(model='patches', side=32, net='tiny')
 class PatchesRecipe(SquareRecipe):
-    model: str = opt('patches', 'what is trained')
-    side: int = opt(32, 'pixels per side of the training images', 'image_size')
-    net: str = opt('tiny', 'not used')
     z_channels: int = opt(4, 'width of a code')
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:

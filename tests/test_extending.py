@@ -81,7 +81,7 @@ def test_a_new_tokenizer_trains_resumes_and_is_exported(here, tmp_path, monkeypa
 
 def test_the_command_line_knows_them(capsys):
     recipe = configs.parse_recipe(['--model=histogram', '--preset=fast', '--vae_ckpt=x'])
-    assert (recipe.batch_size, recipe.patch_size) == (256, 8)
+    assert (recipe.images_per_step, recipe.stride) == (256, 8)
     with pytest.raises(SystemExit):
         configs.parse_recipe(['--model=patches', '--z_chanels=3'])
     assert "unknown argument '--z_chanels=3': the nearest flag is --z_channels" in capsys.readouterr().err

@@ -200,7 +200,7 @@ def test_published_training_of_flowar(preset, flags, nodes):
     assert recipe == parse_recipe([*model, *(part for pair in pairs for part in pair)])
     own = parse_recipe(['--model=flowar', f'--preset={preset}', '--vae_path=X/kl16.ckpt', '--cached_path=X',
                         '--use_cached', '--data_path=Y', '--seed=1', '--output_dir=O', '--resume=./O'])
-    assert {**vars(recipe), 'batch_per_process': 0, 'workers': -1, 'resume': './O'} == vars(own)
+    assert {**vars(recipe), 'images_per_rank': 0, 'workers': -1, 'resume': './O'} == vars(own)
     for each in (recipe, own):
         each.check_batch(8 * nodes)
         ours = each.derived(8 * nodes)
@@ -265,8 +265,8 @@ def test_dry_run_of_the_published_commands(name, parameters):
     recipe = parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
     printed = json.loads(json.dumps(describe(recipe, world_size=8)))
     assert printed['num_parameters'] == parameters
-    assert printed['batch_size'] == recipe.batch_size // 8 and printed['bs'] == recipe.batch_size
-    assert printed['tlr'] == pytest.approx(recipe.base_lr * recipe.batch_size / 256)
+    assert printed['batch_size'] == recipe.images_per_step // 8 and printed['bs'] == recipe.images_per_step
+    assert printed['tlr'] == pytest.approx(recipe.base_lr * recipe.images_per_step / 256)
     assert printed['wp'] == recipe.epochs / 50
     assert tuple(printed['patch_nums']) == recipe.patch_nums
 
@@ -490,12 +490,12 @@ def test_flexvar_trains_at_256_pixels_on_random_crops():
 
 
 def test_indivisible_batch():
-    recipe = VARRecipe(batch_size=770)
+    recipe = VARRecipe(images_per_step=770)
     with pytest.raises(ValueError, match=r'--bs=770 .*8 ranks.*--bs=768'):
         recipe.check_batch(8)
-    VARRecipe(batch_size=770, allow_round=True).check_batch(8)
+    VARRecipe(images_per_step=770, allow_round=True).check_batch(8)
     with pytest.raises(ValueError, match='--bs=1 '):
-        VARRecipe(batch_size=1, allow_round=True).check_batch(8)
+        VARRecipe(images_per_step=1, allow_round=True).check_batch(8)
 
 
 def test_save_every_is_steps_or_minutes():
@@ -511,7 +511,7 @@ def test_workers_are_automatic(monkeypatch):
     assert recipe.num_workers(4, num_cpus=64) == 15
     assert recipe.num_workers(4, num_cpus=4) == 0
     assert VARRecipe(workers=0).num_workers(4, num_cpus=64) == 0
-    assert VARRecipe(workers=99, batch_size=32).num_workers(4, num_cpus=64) == 8
+    assert VARRecipe(workers=99, images_per_step=32).num_workers(4, num_cpus=64) == 8
 
 
 def test_recipes_are_frozen_and_named_after_their_model():

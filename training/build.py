@@ -1,6 +1,7 @@
 """From a recipe to what it describes: a model with its tokenizer, losses, optimizers, and the trainer."""
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,12 @@ COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
 
 
 # ---------------------------------------------------------------------------------------------- models
+def model_arguments(recipe: Recipe, total_steps: int = 1, steps_per_epoch: int = 1) -> dict[str, Any]:
+    """Constructor arguments of the model, beside the number of classes and the tokenizer."""
+    size = FAMILIES[recipe.model].model.kwargs_from_size(**recipe.model_size())
+    return size | recipe.model_kwargs(total_steps, steps_per_epoch)
+
+
 def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_epoch: int,
                 device: torch.device | str, classes: list[str] | None = None) -> Trainable:
     """The model of a recipe with its frozen tokenizer, freshly initialised or from `--init_from`.
@@ -30,7 +37,7 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
         classes: names of the classes, which the rows of `--init_from` follow; None takes these as they are.
     """
     model_class, tokenizer_class = FAMILIES[recipe.model]
-    kwargs = recipe.model_kwargs(total_steps, steps_per_epoch)
+    kwargs = model_arguments(recipe, total_steps, steps_per_epoch)
     is_generator = tokenizer_class is not None
     on_meta = torch.device(device).type == 'meta'
 
@@ -90,10 +97,10 @@ def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | 
         tokenizer = dist.first_of_node_first(load)
         dist.require_equal(weights_checksum(tokenizer), f'the tokenizer {recipe.vae_ckpt!r}',
                            'copy the same file to every node')
-    if tokenizer.stride != recipe.patch_size:
+    if tokenizer.stride != recipe.stride:
         raise ValueError(f'the tokenizer of {recipe.vae_ckpt} has stride {tokenizer.stride}, the recipe '
-                         f'expects {recipe.patch_size}: pass '
-                         f'--{flag_of(recipe, "patch_size")}={tokenizer.stride}')
+                         f'expects {recipe.stride}: pass '
+                         f'--{flag_of(recipe, "stride")}={tokenizer.stride}')
     return tokenizer
 
 

@@ -26,6 +26,11 @@ from utils.files import link_or_copy
 
 logger = logging.getLogger(__name__)
 NONE = Newest(None, {}, '', ())
+FORMER_NAMES = {  # of settings in checkpoints of older versions
+    'stride': 'patch_size',
+    'images_per_step': 'batch_size',
+    'images_per_rank': 'batch_per_process',
+}
 NO_SCORE = 999.  # "best so far" before the first evaluation, as published
 WAIT_SECONDS = 30  # for a shared file system to show a file that another node has just written
 
@@ -246,8 +251,12 @@ def changed_settings(recipe: Any, saved: dict[str, Any], free: tuple[str, ...],
     Args:
         free: names of settings that may change between two starts.
     """
-    return [f'{flag_of(recipe, name)} {saved[name]} -> {value}' for name, value in vars(recipe).items()
-            if name not in free and saved.get(name, value) != value]
+    changed = []
+    for name, value in vars(recipe).items():
+        before = saved.get(name, saved.get(FORMER_NAMES.get(name), value))
+        if name not in free and before != value:
+            changed.append(f'{flag_of(recipe, name)} {before} -> {value}')
+    return changed
 
 
 # ------------------------------------------------------------------------------ weights of another run
