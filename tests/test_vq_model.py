@@ -16,9 +16,9 @@ from models.tokenizers.conv import (
     LLAMAGEN_LAYOUT,
     VAR_LAYOUT,
     AttnBlock,
-    build_towers,
+    build_encoder_decoder,
     read_ch_mult,
-    read_towers,
+    read_encoder_decoder,
 )
 from models.tokenizers.flex_vae import FlexVAE
 from models.tokenizers.vq_model import VectorQuantizer, VQ_models, VQModel, entropy_loss
@@ -592,21 +592,21 @@ def test_the_wrong_vocabulary_is_pointed_out(caplog):
 # ------------------------------------------------------------ towers
 def test_unknown_network():
     with pytest.raises(ValueError, match="'published' or 'tiny', got 'large'"):
-        build_towers('large')
+        build_encoder_decoder('large')
     with pytest.raises(ValueError, match=r'equally many levels, got the multipliers \(1, 2\) and \(1,\)'):
-        build_towers('published', ch_mult=(1, 2), decoder_ch_mult=(1,))
+        build_encoder_decoder('published', ch_mult=(1, 2), decoder_ch_mult=(1,))
     with pytest.raises(KeyError):
-        read_towers({})
+        read_encoder_decoder({})
 
 
 @pytest.mark.parametrize('layout', [VAR_LAYOUT, KL_LAYOUT, LLAMAGEN_LAYOUT])
 def test_towers_are_read_back_in_every_layout(layout):
     with torch.device('meta'):
-        encoder, decoder = build_towers('published', ch=32, ch_mult=(1, 2, 4), decoder_ch_mult=(2, 1, 3),
-                                        num_res_blocks=1, layout=layout)
+        encoder, decoder = build_encoder_decoder('published', ch=32, ch_mult=(1, 2, 4),
+                                                 decoder_ch_mult=(2, 1, 3), num_res_blocks=1, layout=layout)
     state = {f'encoder.{key}': t for key, t in encoder.state_dict().items()}
     state |= {f'decoder.{key}': t for key, t in decoder.state_dict().items()}
-    assert read_towers(state) == dict(net='published', ch=32, ch_mult=(1, 2, 4), num_res_blocks=1)
+    assert read_encoder_decoder(state) == dict(net='published', ch=32, ch_mult=(1, 2, 4), num_res_blocks=1)
     assert read_ch_mult(state, 'decoder') == (2, 1, 3)
 
 
@@ -623,7 +623,7 @@ def test_attention_with_one_convolution_or_three():
 
 
 def test_tiny_network():
-    encoder, decoder = build_towers('tiny', z_channels=16, encoder_channels=32)
+    encoder, decoder = build_encoder_decoder('tiny', z_channels=16, encoder_channels=32)
     images = torch.randn(2, 3, 32, 48)
     assert encoder(images).shape == (2, 32, 4, 6)
     assert decoder(torch.randn(2, 16, 4, 6)).shape == images.shape

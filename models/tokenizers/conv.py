@@ -271,7 +271,7 @@ BLOCK_KEY = re.compile(  # tower, level and number of a residual block, in any l
     r'(encoder|decoder)\.(?:down|up|conv_blocks)\.(\d+)\.(?:block|res)\.(\d+)\.conv1\.weight')
 
 
-def build_towers(net: str, *, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+def build_encoder_decoder(net: str, *, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
                  decoder_ch_mult: Sequence[int] | None = None, num_res_blocks: int = 2, dropout: float = 0.,
                  z_channels: int = 32, encoder_channels: int | None = None, decoder_attn: bool = True,
                  layout: Layout = VAR_LAYOUT) -> tuple[nn.Module, nn.Module]:
@@ -302,7 +302,7 @@ def build_towers(net: str, *, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 
             Decoder(**shared, ch_mult=decoder_ch_mult, z_channels=z_channels, with_attn=decoder_attn))
 
 
-def read_towers(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def read_encoder_decoder(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """net, ch, ch_mult (of the encoder) and num_res_blocks of a tokenizer's weights in any layout.
 
     Raises:

@@ -15,10 +15,10 @@ from models.base import Reconstruction, Tokenizer, at_least_float32, load_weight
 from models.noise import GlobalBatch
 from models.tokenizers.conv import (
     KL_LAYOUT,
-    build_towers,
+    build_encoder_decoder,
     in_float32,
     init_convolutions,
-    read_towers,
+    read_encoder_decoder,
     start_as_identity,
 )
 
@@ -97,7 +97,7 @@ class AutoencoderKL(Tokenizer):
         use_variational: False is a plain autoencoder without noise and divergence.
         ckpt_path: file of published weights to load.
         ch: width of the first level, a multiple of 32; num_res_blocks: per encoder level, the decoder has one
-            more; net: 'published' or 'tiny', see `build_towers`.
+            more; net: 'published' or 'tiny', see `build_encoder_decoder`.
         decoder_attn: attention at the decoder's deepest level, which published weights lack.
         scaling_factor: what samples are multiplied with to give latents; see `calibrate`.
         kl_weight: of the divergence per summed nat, in a loss that sums over pixels too.
@@ -125,7 +125,7 @@ class AutoencoderKL(Tokenizer):
         self.kl_Z: torch.Tensor | None = None  # of the last step, in nats; None before the alarm is on
         self.dead_channels: list[int] = []
         num_moments = 2 * embed_dim if use_variational else embed_dim
-        self.encoder, self.decoder = build_towers(
+        self.encoder, self.decoder = build_encoder_decoder(
             net, ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, z_channels=embed_dim,
             encoder_channels=num_moments, decoder_attn=decoder_attn, layout=KL_LAYOUT)
         self.stride = self.encoder.stride
@@ -272,4 +272,4 @@ class AutoencoderKL(Tokenizer):
         embed_dim = state['post_quant_conv.weight'].shape[0]
         return dict(embed_dim=embed_dim, use_variational=len(state['quant_conv.weight']) == 2 * embed_dim,
                     decoder_attn=any(key.startswith('decoder.up.') and '.attn.' in key for key in state),
-                    **read_towers(state))
+                    **read_encoder_decoder(state))

@@ -16,11 +16,11 @@ from models.scales import scale_name
 from models.tokenizers.codebook import CodebookUpkeep, squared_distances
 from models.tokenizers.conv import (
     LLAMAGEN_LAYOUT,
-    build_towers,
+    build_encoder_decoder,
     in_float32,
     init_convolutions,
     read_ch_mult,
-    read_towers,
+    read_encoder_decoder,
 )
 
 HISTORY = 65536      # latest codes that the published usage figure looks at
@@ -152,7 +152,7 @@ class VQModel(Tokenizer):
         z_channels: channels of the towers next to the quantizer.
         dropout_p: inside residual blocks.
         ch: width of the first level, a multiple of 32; num_res_blocks: per encoder level, the decoder has one
-            more; net: 'published' or 'tiny', see `build_towers`.
+            more; net: 'published' or 'tiny', see `build_encoder_decoder`.
         upkeep: arguments of `CodebookUpkeep`; None trains as published, by gradient alone.
         test_mode: eval mode with every parameter frozen, as a generator uses it.
     """
@@ -169,7 +169,7 @@ class VQModel(Tokenizer):
         super().__init__()
         self.vocab_size = codebook_size
         self.Cvae = self.channels = codebook_embed_dim
-        self.encoder, self.decoder = build_towers(
+        self.encoder, self.decoder = build_encoder_decoder(
             net, ch=ch, ch_mult=encoder_ch_mult, decoder_ch_mult=decoder_ch_mult,
             num_res_blocks=num_res_blocks, dropout=dropout_p, z_channels=z_channels, layout=LLAMAGEN_LAYOUT)
         self.stride = self.encoder.stride
@@ -314,7 +314,7 @@ class VQModel(Tokenizer):
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Everything but `config_state` and what matters in training only."""
-        towers = read_towers(state)
+        towers = read_encoder_decoder(state)
         vocab_size, channels = state['quantize.embedding.weight'].shape
         return dict(codebook_size=vocab_size, codebook_embed_dim=channels,
                     encoder_ch_mult=towers.pop('ch_mult'), decoder_ch_mult=read_ch_mult(state, 'decoder'),

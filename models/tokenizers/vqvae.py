@@ -12,7 +12,13 @@ from torch import nn
 from models.base import Reconstruction, Tokenizer, at_least_float32
 from models.scales import Side, as_sizes, scale_name
 from models.tokenizers.codebook import CodebookUpkeep
-from models.tokenizers.conv import build_towers, in_float32, init_convolutions, read_towers, start_as_identity
+from models.tokenizers.conv import (
+    build_encoder_decoder,
+    in_float32,
+    init_convolutions,
+    read_encoder_decoder,
+    start_as_identity,
+)
 from models.tokenizers.quantize import VectorQuantizer2
 from models.tokenizers.quantizer_training import QuantizerTraining
 
@@ -30,7 +36,7 @@ class VQVAE(Tokenizer):
         test_mode: eval mode with every parameter frozen, as a generator uses it.
         ch_mult: width multiples per level; the stride is 2 ** (levels - 1).
         num_res_blocks: residual blocks per encoder level; the decoder has one more.
-        net: 'published' or 'tiny', see `build_towers`.
+        net: 'published' or 'tiny', see `build_encoder_decoder`.
         unshared: see `VectorQuantizer2`.
         measures: arguments of `QuantizerTraining`; None trains as published, by gradient alone.
     """
@@ -47,7 +53,7 @@ class VQVAE(Tokenizer):
         self.V = self.vocab_size = vocab_size
         self.Cvae = self.channels = z_channels
         self.test_mode = test_mode
-        self.encoder, self.decoder = build_towers(
+        self.encoder, self.decoder = build_encoder_decoder(
             net, ch=ch, ch_mult=tuple(ch_mult), num_res_blocks=num_res_blocks, dropout=dropout,
             z_channels=z_channels)
         self.downsample = self.stride = self.encoder.stride
@@ -223,7 +229,7 @@ class VQVAE(Tokenizer):
         vocab_size = state['quantize.ema_vocab_hit_SV'].shape[1]
         shared = [key for key in state
                   if key.startswith('quantize.quant_resi.qresi_ls.') and key.endswith('.weight')]
-        return read_towers(state) | dict(
+        return read_encoder_decoder(state) | dict(
             vocab_size=vocab_size, z_channels=z_channels, unshared=num_codes != vocab_size,
             quant_conv_ks=state['quant_conv.weight'].shape[-1],
             share_quant_resi=len(shared) or int('quantize.quant_resi.qresi.weight' in state))
