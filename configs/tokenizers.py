@@ -445,7 +445,7 @@ class FlexVAERecipe(VQRecipe):
         )
 
     def gan_kwargs(self, total_steps: int) -> dict[str, Any]:
-        return super().gan_kwargs(total_steps) | dict(full_view_only=self.flex_gan == 'full')
+        return super().gan_kwargs(total_steps) | dict(full_size_only=self.flex_gan == 'full')
 
 
 @settings(

@@ -608,7 +608,7 @@ def test_views_of_the_discriminator():
             return self.scale * x.mean((1, 2, 3))
 
     rec = reconstruction(16, 32, 48)
-    for changes, sides in ((dict(), (32, 48)), (dict(full_view_only=True), (48,)),
+    for changes, sides in ((dict(), (32, 48)), (dict(full_size_only=True), (48,)),
                            (dict(min_pixels=33), (48,)), (dict(min_pixels=8), (16, 32, 48))):
         net = Means()
         criterion = criterion_of(net, adaptive=False, ramp=0., half=True, **changes)
