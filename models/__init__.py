@@ -118,14 +118,19 @@ def build_loss(*, perceptual: str, lpips_files: tuple[State, str] | None, discri
         gan: fields of `GANSettings`.
         weights: of the terms, see `TokenizerLoss`.
     """
-    judge = dict(vgg=LPIPS, pyramid=PyramidLoss).get(perceptual, lambda: None)()
+    perceptual_loss = dict(vgg=LPIPS, pyramid=PyramidLoss).get(perceptual, lambda: None)()
     if lpips_files:
-        judge.load_published(*lpips_files)
-    critic = dict(patchgan=lambda: PatchGAN(width), stylegan=lambda: StyleGAN(image_size),
-                  dino=DINODiscriminator).get(discriminator, lambda: None)()
+        perceptual_loss.load_published(*lpips_files)
+    discriminators = dict(
+        patchgan=lambda: PatchGAN(width),
+        stylegan=lambda: StyleGAN(image_size),
+        dino=DINODiscriminator,
+    )
+    discriminator_net = discriminators.get(discriminator, lambda: None)()
     if dino_files:
-        critic.load_trunk(*dino_files)
-    return TokenizerLoss(perceptual=judge, discriminator=critic, gan=GANSettings(**gan) if critic else None,
+        discriminator_net.load_trunk(*dino_files)
+    gan_settings = GANSettings(**gan) if discriminator_net else None
+    return TokenizerLoss(perceptual=perceptual_loss, discriminator=discriminator_net, gan=gan_settings,
                          **weights)
 
 
