@@ -1,6 +1,6 @@
 """How evenly the codes of a codebook are used: exact counts per scale, over all ranks.
 
-Letters: B batch, l tokens of one scale, V vocabulary.
+Letters: B batch, K scales, l tokens of one scale, V vocabulary.
 """
 import torch
 
@@ -8,12 +8,12 @@ import dist
 
 
 class CodeUsage:
-    """Counts of codes by the name of their scale, and what follows from them.
+    """Counts how often each code was used at each scale, and tells how even that use was.
 
     Args:
         vocab_size: V.
     Attributes:
-        counts: (V,) int64 by name, on the device of the codes.
+        counts: how often each code was used, (V,) int64 on the device of the codes, by the name of the scale.
     """
 
     def __init__(self, vocab_size: int):
@@ -22,7 +22,11 @@ class CodeUsage:
 
     @torch.no_grad()
     def add(self, codes: dict[str, torch.Tensor]) -> None:
-        """Count codes (B, l), int64 in [0, V), by the name of their scale, such as '16x16'."""
+        """Count codes.
+
+        Args:
+            codes: codes (B, l), int64 in [0, V), by the name of their scale, such as '16x16'.
+        """
         for name, idx_Bl in codes.items():
             hits_V = torch.bincount(idx_Bl.flatten(), minlength=self.vocab_size)
             if name in self.counts:
@@ -30,14 +34,18 @@ class CodeUsage:
             self.counts[name] = hits_V
 
     def reduce(self) -> None:
-        """Replace the counts of every rank by their sum; every rank calls it, once before the next `clear`.
+        """Replace the counts of every rank by their sum over ranks.
 
-        Ranks may have seen different scales, or none; names are put in natural order ('8x8' before '16x16').
+        Every rank calls it, once before the next `clear`. After it, scales are in natural order ('8x8' before
+        '16x16').
         """
-        names = set().union(*dist.allgather_object(list(self.counts)))
-        names = sorted(names, key=lambda name: (len(name), name))
+        # Ranks may have seen different scales, or none at all, so they agree on the names first.
+        names_of_ranks = dist.allgather_object(list(self.counts))
+        names = sorted(set().union(*names_of_ranks), key=lambda name: (len(name), name))
         if not names:
             return
+
+        # One sum for all scales; a scale that this rank has not seen counts zero.
         device = dist.get_device()
         unseen_V = torch.zeros(self.vocab_size, dtype=torch.int64)
         total_KV = torch.stack([self.counts.get(name, unseen_V).to(device) for name in names])
@@ -49,19 +57,22 @@ class CodeUsage:
         self.counts = {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """The counts, by the name of their scale."""
         return dict(self.counts)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Inverse of `state_dict`."""
         self.counts = dict(state)
 
     def metrics(self) -> dict[str, float]:
         """Figures of every scale, with its name appended ('usage_16x16'), and of all scales together.
 
         Returns:
-            distinct: codes seen at least once; dead: the others of V;
-            usage: distinct / reachable, where reachable = min(V, tokens counted);
-            perplexity: exp of the entropy of the code distribution, in [1, V];
-            top10: share of the tokens that lie on the 10 most used codes (per scale only).
+            distinct: number of codes that were used at least once.
+            dead: number of codes that were never used, V - distinct.
+            usage: distinct / min(V, number of tokens counted), in [0, 1].
+            perplexity: exponential of the entropy of the code distribution, in [1, V].
+            top10: fraction of the tokens that fall on the 10 most used codes (for each scale only).
         """
         metrics = {}
         for name, count_V in self.counts.items():
@@ -69,15 +80,26 @@ class CodeUsage:
             figures = self._figures(count_V)
             most_used = count_V.topk(min(10, self.vocab_size)).values
             figures['top10'] = most_used.sum().item() / count_V.sum().item()
-            metrics |= {f'{key}_{name}': value for key, value in figures.items()}
+            for key, value in figures.items():
+                metrics[f'{key}_{name}'] = value
         if self.counts:
-            metrics |= self._figures(sum(count_V.cpu() for count_V in self.counts.values()))
+            total_V = sum(count_V.cpu() for count_V in self.counts.values())
+            metrics |= self._figures(total_V)
         return metrics
 
     def _figures(self, count_V: torch.Tensor) -> dict[str, float]:
         tokens = count_V.sum().item()
         distinct = count_V.count_nonzero().item()
+
+        # A few tokens cannot use many codes, so usage is relative to what could have been reached.
+        reachable = min(self.vocab_size, tokens)
+
+        # Codes without a use contribute nothing to the entropy, and their logarithm does not exist.
         p_V = count_V[count_V > 0].double() / tokens
-        return dict(usage=distinct / min(self.vocab_size, tokens),
-                    perplexity=p_V.log().mul(-p_V).sum().exp().item(),
-                    distinct=float(distinct), dead=float(self.vocab_size - distinct))
+        entropy = p_V.log().mul(-p_V).sum()
+        return dict(
+            usage=distinct / reachable,
+            perplexity=entropy.exp().item(),
+            distinct=float(distinct),
+            dead=float(self.vocab_size - distinct),
+        )
