@@ -14,4 +14,4 @@ torchrun train.py --model=vqvae --preset=tiny $digits --output_dir="$OUT/vqvae" 
 torchrun train.py $digits --output_dir="$OUT/var" --vae_ckpt="$OUT/vqvae/vae-ckpt-last.pth" \
     --depth=3 --bs=64 --ep=24 --tblr=6e-3 --alng=1e-2 --wp=1
 torchrun sample.py --ckpt="$OUT/var/ar-ckpt-last.pth" --output="$OUT/samples" --num_images=1000 --cfg=1.5 --bs=100
-"$PYTHON" -m bench.demo_report --dir="$OUT" --began="$BEGAN"
+"$PYTHON" -m bench.demo_var_report --dir="$OUT" --began="$BEGAN"

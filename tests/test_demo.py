@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import demo_flexvar_report, demo_flowar_report, demo_npp_report, demo_report
+from bench import common, demo_flexvar_report, demo_flowar_report, demo_npp_report, demo_var_report
 from configs import parse_recipe, parse_sample_recipe
 from configs.options import make_parser
 from extract import ExtractSettings
@@ -123,10 +123,10 @@ def test_npp_curves_are_by_the_cost_of_each_phase(tmp_path, epochs, expected):
 def test_judge_sees_images_of_any_size_as_its_own():
     small = torch.rand(2, 3, 32, 32) * 2 - 1
     tall = small.repeat_interleave(3, dim=2).repeat_interleave(2, dim=3)
-    assert np.array_equal(demo_flexvar_report.judged(small), demo_report.grey(small))
+    assert np.array_equal(common.grey(small), small.add(1).div(2).mean(1).flatten(1).numpy())
     flat = torch.tensor([-1., 0.5]).view(2, 1, 1, 1).expand(2, 3, 72, 48)
-    assert np.allclose(demo_flexvar_report.judged(flat), [[0.], [0.75]], atol=1e-6)
-    assert np.corrcoef(demo_flexvar_report.judged(tall).ravel(), demo_report.grey(small).ravel())[0, 1] > 0.8
+    assert np.allclose(common.grey(flat), [[0.], [0.75]], atol=1e-6)
+    assert np.corrcoef(common.grey(tall).ravel(), common.grey(small).ravel())[0, 1] > 0.8
 
 
 def test_strips_of_any_tile_width_are_aligned_by_class():
@@ -142,7 +142,7 @@ def test_strips_of_any_tile_width_are_aligned_by_class():
 
 def test_within_class_distance_ignores_other_classes():
     pixels = np.array([[0., 0.], [3., 4.], [100., 0.], [100., 1.]])
-    assert demo_report.within_class_distance(pixels, np.array([0, 0, 1, 1])) == pytest.approx((5 + 1) / 2)
+    assert common.within_class_distance(pixels, np.array([0, 0, 1, 1])) == pytest.approx((5 + 1) / 2)
 
 
 def test_curves_of_logs_with_rare_validations(tmp_path):
@@ -152,7 +152,7 @@ def test_curves_of_logs_with_rare_validations(tmp_path):
     for model, epochs in lines.items():
         (tmp_path / model).mkdir()
         (tmp_path / model / 'log.txt').write_text('\n'.join(map(json.dumps, [dict(name='run'), *epochs])))
-    demo_report.draw_curves(tmp_path / 'curves.png', tmp_path)
+    common.draw_curves(tmp_path / 'curves.png', tmp_path, demo_var_report.CURVES)
     assert (tmp_path / 'curves.png').stat().st_size > 10_000
 
 
@@ -170,7 +170,7 @@ def run_demo(script: str, folder: Path, bars: dict[str, float], pictures: tuple[
 
 @pytest.mark.slow
 def test_demo_meets_its_bars(tmp_path):
-    report = run_demo('demo.sh', tmp_path, demo_report.BARS,
+    report = run_demo('demo.sh', tmp_path, demo_var_report.BARS,
                       ('samples.png', 'reconstructions.png', 'curves.png'))
     assert report['num_samples'] >= 1000
 

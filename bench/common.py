@@ -1,0 +1,237 @@
+"""What the reports of several benchmarks share: a judge of digits, pictures, curves, and the report itself.
+
+Letters: N images, 3HW image.
+"""
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from scipy.spatial.distance import pdist
+from sklearn.svm import SVC
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.utils import make_grid
+
+from utils.data import EMBEDDED_SIZE, build_dataset
+from utils.files import atomic_path, write_text
+from utils.provenance import device_name, versions
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+DIGITS = np.arange(10)
+
+
+# ---------------------------------------------------------------------------------------------- digits
+def stack(dataset: Dataset) -> tuple[torch.Tensor, np.ndarray]:
+    """All images (N, 3, H, W) in [-1, 1] and all labels (N,) of a data set."""
+    images, labels = zip(*dataset, strict=True)
+    return torch.stack(images), np.array(labels)
+
+
+def held_out_digits(side: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Images (N, 3, side, side) in [-1, 1] and labels (N,) of the embedded validation digits."""
+    _, _, val_set = build_dataset('digits', side, mid_reso=1.)
+    return stack(val_set)
+
+
+def read_samples(path: Path) -> tuple[torch.Tensor, np.ndarray]:
+    """Samples of an npz of sample.py.
+
+    Returns:
+        images: (N, 3, H, W) float32 in [-1, 1].
+        wanted: (N,) classes that the samples were to show.
+    """
+    packed = np.load(path)
+    images_u8 = torch.from_numpy(packed['arr_0']).permute(0, 3, 1, 2)
+    return images_u8.float().div(127.5).sub(1), packed['arr_1']
+
+
+def grey(images: torch.Tensor) -> np.ndarray:
+    """Pixels (N, 32 * 32) in [0, 1] that the judge sees of images (N, 3, H, W) in [-1, 1] of any size."""
+    if images.shape[-2:] != (EMBEDDED_SIZE, EMBEDDED_SIZE):
+        images = F.interpolate(images, size=(EMBEDDED_SIZE, EMBEDDED_SIZE), mode='bilinear', antialias=True)
+    return images.add(1).div(2).mean(1).flatten(1).numpy()
+
+
+def within_class_distance(pixels: np.ndarray, labels: np.ndarray) -> float:
+    """Mean Euclidean distance between two images of the same class.
+
+    Args:
+        pixels: (N, number of pixels), see `grey`.
+        labels: (N,); each class needs at least two images.
+    """
+    distances = [pdist(pixels[labels == label]).mean() for label in np.unique(labels)]
+    return float(np.mean(distances))
+
+
+class DigitJudge:
+    """Reads digits as a person would: a classifier that learned from the embedded training digits.
+
+    Attributes:
+        train_images, train_labels: (N, 3, 32, 32) in [-1, 1] and (N,), what it learned from.
+        real_images, real_labels: digits that it never saw, the measure of its own accuracy and of diversity.
+    """
+
+    def __init__(self):
+        _, train_set, val_set = build_dataset('digits', EMBEDDED_SIZE, mid_reso=1.)
+        self.train_images, self.train_labels = stack(train_set)
+        self.real_images, self.real_labels = stack(val_set)
+        self.classifier = SVC(gamma='scale', C=10).fit(grey(self.train_images), self.train_labels)
+        self.real_distance = within_class_distance(grey(self.real_images), self.real_labels)
+
+    def is_right(self, images: torch.Tensor, wanted: np.ndarray) -> np.ndarray:
+        """(N,) whether each image in [-1, 1] shows the digit that was wanted."""
+        return self.classifier.predict(grey(images)) == wanted
+
+    def accuracy(self, images: torch.Tensor, wanted: np.ndarray) -> float:
+        """Fraction of images that show the digit that was wanted."""
+        return float(self.is_right(images, wanted).mean())
+
+    def real_accuracy(self) -> float:
+        """Accuracy on real digits, which limits what samples can reach."""
+        return self.accuracy(self.real_images, self.real_labels)
+
+    def diversity(self, images: torch.Tensor, wanted: np.ndarray) -> float:
+        """Distance between images of a class, relative to that of real digits; 1 is as varied as these."""
+        return within_class_distance(grey(images), wanted) / self.real_distance
+
+
+def first_of_each_class(labels: np.ndarray) -> torch.Tensor:
+    """(10,) index of the first image of every digit."""
+    return torch.tensor([int(np.flatnonzero(labels == digit)[0]) for digit in DIGITS])
+
+
+def psnr(images: torch.Tensor, targets: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images (N, 3, H, W) in [-1, 1], its mean over the images."""
+    error_N = (images - targets).div(2).square().flatten(1).mean(1)
+    return float(-10 * error_N.log10().mean())
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and forget it."""
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format='png')
+    plt.close(figure)
+
+
+def draw_rows(path: Path, rows: list[torch.Tensor], names: Sequence[str], title: str) -> None:
+    """Write a grid of images: each row is a batch (n, 3, H, W) in [-1, 1] behind its name."""
+    gap = 2
+    num_columns = len(rows[0])
+    tile = rows[0].shape[-1] + gap
+    pixels = torch.cat(rows).add(1).div(2).clamp(0, 1)
+    picture = make_grid(pixels, nrow=num_columns, padding=gap, pad_value=1.)
+
+    figure, axes = plt.subplots(figsize=(0.45 * num_columns + 1.2, 0.45 * len(rows) + 0.5), dpi=150)
+    axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation='nearest')
+    axes.set_yticks([tile * (i + 0.5) for i in range(len(rows))], names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_classes(path: Path, samples: torch.Tensor, wanted: np.ndarray, title: str) -> None:
+    """Write a grid with up to 16 samples (N, 3, H, W) in [-1, 1] of each digit, one digit per row."""
+    rows = [samples[wanted == digit][:16] for digit in DIGITS]
+    draw_rows(path, rows, [str(digit) for digit in DIGITS], title)
+
+
+def draw_curves(path: Path, folder: Path, curves: list[tuple[str, str, str]]) -> None:
+    """Write training curves from the log.txt of several runs.
+
+    Args:
+        folder: where the folders of the runs are.
+        curves: folder of the run, key in its log, and title of each curve.
+    """
+    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3.2), dpi=120)
+    for axis, (run, key, title) in zip(axes, curves, strict=True):
+        lines = [json.loads(line) for line in (folder / run / 'log.txt').read_text().splitlines()]
+        lines = [line for line in lines if key in line]
+        axis.plot([line['it'] for line in lines], [line[key] for line in lines], label='training')
+
+        # Lines repeat the last known validation; its first mention is the step at which it was made.
+        step_of_value = {line.get(f'v{key}'): line['it'] for line in reversed(lines)}
+        step_of_value.pop(None, None)
+        axis.plot(step_of_value.values(), step_of_value.keys(), 'o-', label='held out', markersize=4)
+        axis.set_title(title)
+        axis.set_xlabel('optimizer step')
+        axis.grid(alpha=0.3)
+        axis.legend()
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------- demo reports
+def parse_args(description: str, folder: str) -> argparse.Namespace:
+    """Command line of the report of a demo: `dir` (Path) and `began` (Unix time or None).
+
+    Args:
+        folder: where the demo writes, the default of --dir.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('--dir', type=Path, default=Path(folder))
+    parser.add_argument('--began', type=float, default=None, help='Unix time at which the demo began')
+    return parser.parse_args()
+
+
+def seconds_since(began: float | None) -> int | None:
+    """Whole seconds since a Unix time; None if it is not known."""
+    return round(time.time() - began) if began else None
+
+
+def conclude(path: Path, report: dict[str, Any], bars: dict[str, float]) -> None:
+    """Write the report of a demo, print what counts, and exit: with an error if a bar is missed.
+
+    Args:
+        bars: lowest acceptable values, by their name in the report.
+    """
+    write_text(path, json.dumps(report, indent=2) + '\n')
+    print(json.dumps({name: report[name] for name in (*bars, 'seconds')}, indent=2))
+    missed = [f'{name} {report[name]:.3f} < {bar}' for name, bar in bars.items() if report[name] < bar]
+    sys.exit(f'demo: {", ".join(missed)}' if missed else 0)
+
+
+# ---------------------------------------------------------------------------------------------- timings
+def default_device() -> torch.device:
+    """The GPU if there is one, otherwise the CPU."""
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work, so that a clock read afterwards includes it."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def report_header(module: str, device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the code: command line, device, versions, threads.
+
+    Args:
+        module: name of the benchmark, as after `python -m bench.`
+    """
+    return dict(
+        command=' '.join(['python', '-m', f'bench.{module}', *sys.argv[1:]]),
+        device=device_name(device),
+        versions=versions(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def write_report(report: dict[str, Any], path: Path | None) -> None:
+    """Print a report as JSON, and write it to a file unless `path` is None."""
+    text = json.dumps(report, indent=2)
+    print(text)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text + '\n')
