@@ -4,6 +4,9 @@ Runs without torchrun, too. Writes one PNG per image (or raw pieces), then `<out
 random order, arr_1 labels; any FID evaluator reads it) and `<output>.json`, the manifest. Image i depends on
 the settings, the seed and i alone: not on ranks or restarts, nor on batches but for rounding. A killed job
 continues by the same command. `--sweep` does this for every combination of some settings and scores each.
+
+Read it from `sample`, which is one job from the weights to the npz; its steps follow in the same order.
+Letters: N images of the job, B images of a batch.
 """
 import dataclasses
 import logging
@@ -37,54 +40,157 @@ from utils.misc import allow_tf32
 from utils.provenance import device_name, git_commit, versions
 
 logger = logging.getLogger(__name__)
-RULES = dict(  # what the manifest says of how the images follow from the settings
+RULES = dict(  # what the manifest says about how the images follow from the settings
     noise_of_image_i='models.helpers.ImageNoise(seed, [i])',
     pixels='255 x + 0.5, rounded down, of x in [0, 1]',
-    order='row r of the npz is image utils.batches.shuffled(num_images, shuffle)[r]; -1: image r')
+    order='row r of the npz is image utils.batches.shuffled(num_images, shuffle)[r]; -1: image r',
+)
 
 
-# ---------------------------------------------------------------------------------------------- what is drawn
-@lru_cache(maxsize=1)  # a sweep draws from the same weights again and again
-def load_generator(model: str, ckpt: str, vae_ckpt: str, weights: str,
-                   device: torch.device) -> tuple[ARModel, dict[str, Any]]:
-    """The generator, and its origin; every rank calls it, and all of them get the same weights.
+# ---------------------------------------------------------------------------------------------- the job
+def sample(recipe: SampleRecipe) -> Path:
+    """Run one job, as far as it has not been done before: sample the images, pack them, write the manifest.
+
+    Every rank calls it.
+
+    Returns:
+        The path of the npz.
+    Raises:
+        ValueError: a file cannot be used, or the output folder belongs to other settings.
+    """
+    begin = time.time()
+    device = dist.get_device()
+    allow_tf32(recipe.tf32)
+
+    # The model comes first, since the classes to sample are those that it knows.
+    model, origin = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
+    recipe.check_model(model)
+    labels_N = image_labels(recipe, model.num_classes)
+    description = describe(recipe, origin, labels_N)
+    extent = dict(num_images=recipe.num_images, shuffle=recipe.shuffle)
+    folder = Path(recipe.output)
+    npz_path = folder.with_name(f'{folder.name}.npz')
+    manifest_path = folder.with_name(f'{folder.name}.json')
+
+    # The lock of the master keeps a second job out of the folder until this one has ended.
+    with lock_folder(folder) if dist.is_master() else nullcontext():
+        store = STORES[recipe.format](folder, recipe.writers)
+        is_complete = False
+        if dist.is_master():
+            # The folder belongs to these settings alone, so that images of two jobs never mix.
+            stored_N = store.stored(recipe.num_images)
+            is_empty = not (stored_N.any() or npz_path.exists())
+            begin_or_continue(folder / 'settings.json', description, is_empty)
+            with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
+                np.save(file, labels_N)
+
+            # After a finished job the same command does nothing. PNG files are kept, so all must be there.
+            needs_images = recipe.format == 'png' and not stored_N.all()
+            if not needs_images:
+                is_complete = is_packed(npz_path, manifest_path, description | extent)
+        if dist.allgather_object(is_complete)[0]:
+            if dist.is_master():
+                store.discard()  # the run that packed them may have been killed before it did this
+            logger.info('%s is complete', npz_path)
+            return npz_path
+
+        # All ranks sample; then the master packs. The manifest is written last, as the mark of a whole npz.
+        sample_missing(model, recipe, store, labels_N)
+        if dist.is_master() and recipe.pack:
+            pack(recipe, store, labels_N, npz_path)
+            manifest = description | extent | dict(
+                **class_names_of(labels_N, origin['classes']),
+                source=recipe.source,
+                ckpt=recipe.ckpt,
+                vae_ckpt=recipe.vae_ckpt,
+                batch_size=recipe.batch_size,
+                npz=npz_path.name,
+                npz_sha256=sha256_of(npz_path),
+                git_commit=git_commit(),
+                versions=versions(),
+                device=device_name(device),
+                world_size=dist.get_world_size(),
+                seconds=round(time.time() - begin, 1),
+            )
+            write_json(manifest_path, manifest)
+            store.discard()
+            logger.info('packed %d images into %s', recipe.num_images, npz_path)
+        elif dist.is_master():
+            logger.info('%d images are in %s', recipe.num_images, folder)
+        dist.barrier()
+    return npz_path
+
+
+# ---------------------------------------------------------------------------------------------- set-up
+@lru_cache(maxsize=1)  # the jobs of a sweep use the same weights again and again
+def load_generator(
+    model: str,
+    ckpt: str,
+    vae_ckpt: str,
+    weights: str,
+    device: torch.device,
+) -> tuple[ARModel, dict[str, Any]]:
+    """The generator and where it comes from; every rank calls it, and all of them get the same weights.
 
     Args:
-        model: its family. ckpt, vae_ckpt: files; the latter may be empty if the former holds the tokenizer.
-        weights: 'ema', where there are any, or 'raw'.
+        model: the family of the generator.
+        ckpt: its file, or a published name.
+        vae_ckpt: the file of its tokenizer; may be empty if `ckpt` holds the tokenizer, too.
+        weights: 'ema' for the averaged weights, where the file has them, or 'raw' for those of the last step.
     Returns:
-        (generator in eval mode, its origin: `weights`, the kind of weights; `weights_sha256`, the digests by
-        flag of the very files that were loaded; `classes`, the names of all classes, or () if unknown).
+        The generator in eval mode, and its origin: `weights`, the kind of weights that were loaded;
+        `weights_sha256`, the digest of each file that was read, by flag; `classes`, the names of all classes,
+        or () if they are unknown.
     Raises:
-        ValueError: a file cannot be read, or holds no such weights.
+        ValueError: a file cannot be read, or does not hold such weights.
     """
-    paths = {flag: fetch(name) for flag, name in (('ckpt', ckpt), ('vae_ckpt', vae_ckpt)) if name}
-    prefer_ema = weights == 'ema'
-    files = []
+    paths = dict(ckpt=fetch(ckpt))
+    if vae_ckpt:
+        paths['vae_ckpt'] = fetch(vae_ckpt)
+    files = {}
     digests = {}
     for flag, path in paths.items():
-        content, digests[flag] = load_on_all_ranks(path)
-        files.append(content)
-    tokenizer_state, config = tokenizer_weights(files[-1])  # as in training, whatever --weights says
-    trainer = files[0].get('trainer', {})
-    config = trainer.get('vae_config', {}) | config  # a bare file of the same tokenizer does not tell it
-    generator = build_generator(model, model_weights(files[0], prefer_ema), tokenizer_state,
-                                str(paths['ckpt']), device, config, trainer.get('config'))
+        files[flag], digests[flag] = load_on_all_ranks(path)
+    checkpoint = files['ckpt']
+    trainer = checkpoint.get('trainer', {})
+
+    # The tokenizer is the one that training used, which --weights says nothing about. A bare file of its
+    # weights does not hold its settings, so the generator's checkpoint fills them in.
+    tokenizer_state, tokenizer_config = tokenizer_weights(files.get('vae_ckpt', checkpoint))
+    tokenizer_config = trainer.get('vae_config', {}) | tokenizer_config
+
+    prefer_ema = weights == 'ema'
+    generator = build_generator(
+        model,
+        model_weights(checkpoint, prefer_ema),
+        tokenizer_state,
+        str(paths['ckpt']),
+        device,
+        tokenizer_config,
+        trainer.get('config'),
+    )
     check_same_codes(generator, trainer.get('vae_local', {}), ckpt, vae_ckpt)
-    return generator, dict(
-        weights='ema' if prefer_ema and {'var_ema', 'model_ema', 'ema'} & {*trainer, *files[0]} else 'raw',
-        weights_sha256=digests, classes=class_names(files[0], generator.num_classes))
+
+    has_ema = not {'var_ema', 'model_ema', 'ema'}.isdisjoint([*trainer, *checkpoint])
+    origin = dict(
+        weights='ema' if prefer_ema and has_ema else 'raw',
+        weights_sha256=digests,
+        classes=class_names(checkpoint, generator.num_classes),
+    )
+    return generator, origin
 
 
 def check_same_codes(generator: ARModel, trained_with: dict[str, Any], ckpt: str, vae_ckpt: str) -> None:
-    """Make sure that the generator draws the codes, or latents, of the tokenizer that it was trained with.
+    """Make sure that the generator predicts codes, or latents, of the tokenizer that it was trained with.
 
-    Another decoder is fine: it may have been trained further for the same codes.
+    A different decoder is fine: the decoder may have been trained further for the same codes.
 
     Args:
-        trained_with: weights of the tokenizer in the generator's own file; {} where it does not hold them.
+        trained_with: weights of the tokenizer in the generator's own file; {} if that file has none.
+        ckpt: the file of the generator, for the error.
+        vae_ckpt: the file of the tokenizer, for the error.
     Raises:
-        ValueError: encoder or codebook differ.
+        ValueError: the encoder or the codebook differs.
     """
     for name in differing_parameters(generator.tokenizer, trained_with):
         if name.startswith(('encoder.', 'quant_conv.', 'quantize.')):
@@ -94,26 +200,28 @@ def check_same_codes(generator: ARModel, trained_with: dict[str, Any], ckpt: str
 
 
 def class_names(checkpoint: dict[str, Any], num_classes: int) -> tuple[str, ...]:
-    """The names of all classes in the order of their ids; () where the checkpoint does not tell."""
+    """The names of all classes in the order of their ids; () if the checkpoint does not have them."""
     names = checkpoint.get('classes')
     if not isinstance(names, list | tuple) or len(names) != num_classes:
         return ()
-    return tuple(map(str, names))
+    return tuple(str(name) for name in names)
 
 
 def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
-    """(N,) int64 class of every image: as listed, at random, or the classes in turn.
+    """(N,) int64 class of every image: from a file, at random, or the classes in turn.
 
     Raises:
-        ValueError: the list cannot be read, has another length, or names no class.
+        ValueError: the file cannot be read, has another number of labels, or has one that is no class.
     """
     if recipe.labels == 'random':
-        labels_N = np.random.RandomState(recipe.seed % 2 ** 32).randint(num_classes, size=recipe.num_images)
-    elif not recipe.labels:
+        generator = np.random.RandomState(recipe.seed % 2 ** 32)  # numpy takes seeds of 32 bits
+        labels_N = generator.randint(num_classes, size=recipe.num_images)
+    elif recipe.labels:
+        labels_N = read_labels(recipe.labels, recipe.num_images)
+    else:
+        # In turn, so that every class has as many images as every other one, or one more.
         class_ids = np.array(recipe.class_ids or range(num_classes), dtype=np.int64)
         labels_N = class_ids[np.arange(recipe.num_images) % len(class_ids)]
-    else:
-        labels_N = read_labels(recipe.labels, recipe.num_images)
     if labels_N.min() < 0 or labels_N.max() > num_classes:
         raise ValueError(f'labels must be classes 0..{num_classes - 1}, or {num_classes} for none, got '
                          f'{labels_N.min()}..{labels_N.max()}: correct --classes or --labels')
@@ -121,188 +229,248 @@ def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
 
 
 def describe(recipe: SampleRecipe, origin: dict[str, Any], labels_N: np.ndarray) -> dict[str, Any]:
-    """What decides the images; two jobs of equal description draw the same ones.
+    """Everything that decides the images; two jobs with the same description sample the same images.
 
-    Names of classes are left out: they decide nothing.
+    The names of the classes are left out, since they decide nothing.
 
     Args:
-        origin: of the weights, see `load_generator`.
+        origin: where the weights come from, see `load_generator`.
     """
-    by_content = ('ckpt', 'vae_ckpt', 'weights')  # wherever these files lie
-    left_out = marked_fields(recipe, 'free') + by_content
+    # Files of weights count by their digests, wherever they lie.
+    left_out = {*marked_fields(recipe, 'free'), 'ckpt', 'vae_ckpt', 'weights'}
     settings = {name: value for name, value in vars(recipe).items() if name not in left_out}
     if recipe.labels:
         settings['labels'] = labels_N.tolist()
-    return dict(settings=settings, weights=origin['weights'], weights_sha256=origin['weights_sha256'],
-                rules=RULES)
+    return dict(
+        settings=settings,
+        weights=origin['weights'],
+        weights_sha256=origin['weights_sha256'],
+        rules=RULES,
+    )
 
 
-def names_of(labels_N: np.ndarray, classes: Sequence[str]) -> dict[str, dict[int, str]]:
-    """The manifest's entry `classes`: the names of the classes that were drawn, by id; none if unknown."""
-    if not classes:
-        return {}
-    drawn = [label for label in np.unique(labels_N).tolist() if label < len(classes)]  # the last: no class
-    return dict(classes={label: classes[label] for label in drawn})
-
-
-def claim(note: Path, description: dict[str, Any], is_empty: bool) -> None:
-    """Make sure that what lies beside `note` was made with these settings, and keep them there.
+def begin_or_continue(path: Path, description: dict[str, Any], is_empty: bool) -> None:
+    """Make sure that a folder holds results of these settings alone, and write the settings down there.
 
     Args:
-        is_empty: whether nothing lies there yet.
+        path: the JSON file in that folder which says what its results were made with.
+        is_empty: whether the folder has no results yet.
     Raises:
-        ValueError: it was made with others, or nobody knows with which.
+        ValueError: the results there were made with other settings, or the file does not say with which.
     """
-    try:
-        same = is_empty or read_json(note) == description
-    except FileNotFoundError:
-        raise ValueError(f'{str(note.parent)!r} holds images of unknown settings, since {note.name} is '
-                         'missing: pass another --output, or remove the folder') from None
-    except ValueError as error:
-        raise ValueError(f'{str(note.parent)!r} holds images of unknown settings (cannot read {note.name}: '
-                         f'{error}): pass another --output, or remove the folder') from None
-    if not same:
-        raise ValueError(f'{str(note.parent)!r} was begun with other settings or weights (see {note.name} '
-                         'there): pass another --output, or remove the folder')
-    write_json(note, description)
+    folder = str(path.parent)
+    if not is_empty:
+        try:
+            begun_with = read_json(path)
+        except FileNotFoundError:
+            raise ValueError(f'{folder!r} holds images of unknown settings, since {path.name} is missing: '
+                             'pass another --output, or remove the folder') from None
+        except ValueError as error:
+            raise ValueError(f'{folder!r} holds images of unknown settings (cannot read {path.name}: '
+                             f'{error}): pass another --output, or remove the folder') from None
+        if begun_with != description:
+            raise ValueError(f'{folder!r} was begun with other settings or weights (see {path.name} '
+                             'there): pass another --output, or remove the folder')
+    write_json(path, description)
 
 
-# ---------------------------------------------------------------------------------------------- drawing
-@torch.inference_mode()
-def draw(model: ARModel, recipe: SampleRecipe, index_B: range, label_B: np.ndarray) -> np.ndarray:
-    """Images of these indices, uint8 (B, H, W, 3).
+# ---------------------------------------------------------------------------------------------- the loop
+def sample_missing(model: ARModel, recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray) -> None:
+    """Sample the images that the store does not have yet; the ranks take the batches in turn.
 
-    Raises:
-        ValueError: one is not finite.
-    """
-    with autocast(model.device.type, recipe.precision):
-        images_B3HW = model.sample(label_B.tolist(), rng=ImageNoise(recipe.seed, index_B),
-                                   **recipe.sample_kwargs())
-    finite_B = images_B3HW.isfinite().flatten(1).all(1)
-    if not finite_B.all():
-        bad = index_B[finite_B.int().argmin().item()]
-        raise ValueError(f'expected finite pixels, image {bad} has nan or infinite ones: '
-                         'the weights are damaged, or float16 overflows (pass --fp16=0 or 2)')
-    images_u8 = images_B3HW.float().mul(255).add(0.5).floor().clamp(0, 255).byte()
-    return images_u8.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def draw_missing(model: ARModel, recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray) -> None:
-    """Draw what the store lacks, the batches shared among the ranks.
-
-    A batch is drawn whole even if a kill left some of its images: kernels may round in another way in another
-    batch. Images that are there are never written again.
+    A batch is sampled as a whole even if some of its images are stored: in a smaller batch, kernels may round
+    differently. Stored images are never written again.
     """
     count = recipe.num_images
-    size = recipe.batch_size
     world_size = dist.get_world_size()
+
+    # No rank may write before every rank has looked, or the ranks would not agree on what is missing.
     stored_N = store.stored(count)
-    dist.barrier()  # every rank has seen the same files
-    pending = [first for first in range(0, count, size) if not stored_N[first:first + size].all()]
+    dist.barrier()
+    batches = []
+    for first in range(0, count, recipe.batch_size):
+        index_B = range(first, min(first + recipe.batch_size, count))
+        if not stored_N[first:index_B.stop].all():
+            batches.append(index_B)
+
+    # Threads of the store write one batch while the next one is sampled; leaving it waits for all of them.
     with store, progress_bar(count, recipe.output) as bar:
         bar.update(int(stored_N.sum()))
-        for first in pending[dist.get_rank()::world_size]:
-            index_B = range(first, min(first + size, count))
-            images = draw(model, recipe, index_B, labels_N[first:index_B.stop])
-            new_B = ~stored_N[first:index_B.stop]
-            store.put(np.array(index_B)[new_B], images[new_B])
-            bar.update(min(int(new_B.sum()) * world_size, count - bar.n))  # the others are about as far
+        for index_B in batches[dist.get_rank()::world_size]:
+            rows = slice(index_B.start, index_B.stop)
+            images = sample_batch(model, recipe, index_B, labels_N[rows])
+            is_new_B = ~stored_N[rows]
+            store.put(np.array(index_B)[is_new_B], images[is_new_B])
+
+            # Only the master has a bar; the other ranks are about as far, and the last batches may be fewer.
+            num_new = int(is_new_B.sum()) * world_size
+            bar.update(min(num_new, count - bar.n))
+
+    # The master packs the images of all ranks next.
     dist.barrier()
 
 
-def pack(recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray, target: Path) -> None:
-    """All images in random order as one npz, streamed."""
-    if not store.stored(recipe.num_images).all():
+@torch.inference_mode()
+def sample_batch(model: ARModel, recipe: SampleRecipe, index_B: range, label_B: np.ndarray) -> np.ndarray:
+    """The images of these indices, uint8 (B, H, W, 3).
+
+    Args:
+        label_B: (B,) integers, their classes.
+    Raises:
+        ValueError: an image has pixels that are not finite.
+    """
+    # The noise of an image is a function of (seed, index), so it is the same in any batch on any rank.
+    noise = ImageNoise(recipe.seed, index_B)
+    with autocast(model.device.type, recipe.precision):
+        images_B3HW = model.sample(label_B.tolist(), rng=noise, **recipe.sample_kwargs())
+
+    # Rounding to 8 bits would turn nan into some colour.
+    is_finite_B = images_B3HW.isfinite().flatten(1).all(1)
+    if not is_finite_B.all():
+        bad = index_B[is_finite_B.int().argmin().item()]
+        raise ValueError(f'expected finite pixels, image {bad} has nan or infinite ones: '
+                         'the weights are damaged, or float16 overflows (pass --fp16=0 or 2)')
+
+    # Rounded as torchvision's save_image does it.
+    images_u8 = images_B3HW.float().mul(255).add(0.5).floor().clamp(0, 255).byte()
+    images_BHW3 = images_u8.permute(0, 2, 3, 1).contiguous()
+    return images_BHW3.cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------- the npz
+def pack(recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray, npz_path: Path) -> None:
+    """Write all images as one npz, one image at a time in memory.
+
+    Raises:
+        ValueError: this node does not see all images.
+    """
+    count = recipe.num_images
+    if not store.stored(count).all():
         raise ValueError(f'{store.folder} lacks images that other ranks have drawn: pass an --output that '
                          'all nodes share, and run the same command again')
-    count = recipe.num_images
+
+    # In random order, since the Inception Score is a mean over chunks of the file and each needs all classes.
     order = np.arange(count) if recipe.shuffle < 0 else shuffled(count, recipe.shuffle)
     height, width, _ = store.get(0).shape
-    write_npz(target, store.read(order), count, height, width, labels_N[order])
+    write_npz(npz_path, store.read(order), count, height, width, labels_N[order])
 
 
-def sample(recipe: SampleRecipe) -> Path:
-    """Draw, pack and describe the images of a recipe, as far as that is not done; the path of the npz."""
-    begin = time.time()
-    device = dist.get_device()
-    folder = Path(recipe.output)
-    allow_tf32(recipe.tf32)
-
-    # The model, and the class of every image of the job.
-    model, origin = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
-    recipe.check_model(model)
-    labels_N = image_labels(recipe, model.num_classes)
-    target, manifest_path = (folder.with_name(f'{folder.name}{suffix}') for suffix in ('.npz', '.json'))
-    description = describe(recipe, origin, labels_N)
-    extent = dict(num_images=recipe.num_images, shuffle=recipe.shuffle)
-    with lock_folder(folder) if dist.is_master() else nullcontext():
-        store = STORES[recipe.format](folder, recipe.writers)
-
-        # The folder belongs to these settings alone, so that images of two jobs never mix.
-        if dist.is_master():
-            stored_N = store.stored(recipe.num_images)
-            claim(folder / 'settings.json', description, is_empty=not (stored_N.any() or target.exists()))
-            with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
-                np.save(file, labels_N)
-
-        # The same command after a finished job does nothing.
-        complete = dist.is_master() and is_complete(manifest_path, target, description | extent) and (
-            recipe.format == 'npz' or stored_N.all())
-        if dist.allgather_object(bool(complete))[0]:
-            if dist.is_master():
-                store.discard()  # a kill may have come in between
-            logger.info('%s is complete', target)
-            return target
-
-        # Draw, then pack; the manifest is written last and says what repeats the file.
-        draw_missing(model, recipe, store, labels_N)
-        if dist.is_master() and recipe.pack:
-            pack(recipe, store, labels_N, target)
-            write_json(manifest_path, description | extent | dict(
-                **names_of(labels_N, origin['classes']),
-                source=recipe.source, ckpt=recipe.ckpt, vae_ckpt=recipe.vae_ckpt,
-                batch_size=recipe.batch_size, npz=target.name, npz_sha256=sha256_of(target),
-                git_commit=git_commit(), versions=versions(), device=device_name(device),
-                world_size=dist.get_world_size(), seconds=round(time.time() - begin, 1)))
-            store.discard()
-            logger.info('packed %d images into %s', recipe.num_images, target)
-        elif dist.is_master():
-            logger.info('%d images are in %s', recipe.num_images, folder)
-        dist.barrier()
-    return target
+def class_names_of(labels_N: np.ndarray, classes: Sequence[str]) -> dict[str, dict[int, str]]:
+    """The manifest's entry `classes`, the names of the sampled classes by id; {} if the names are unknown."""
+    if not classes:
+        return {}
+    label_ids = np.unique(labels_N).tolist()
+    # The label after the last class means "no class" and has no name.
+    names = {label: classes[label] for label in label_ids if label < len(classes)}
+    return dict(classes=names)
 
 
-def is_complete(manifest_path: Path, target: Path, expected: dict[str, Any]) -> bool:
-    """Whether the npz of such a job is there, and still what its manifest says."""
+def is_packed(npz_path: Path, manifest_path: Path, expected: dict[str, Any]) -> bool:
+    """Whether the npz of a job is there, and is still the file that its manifest describes.
+
+    Args:
+        expected: entries that the manifest must have.
+    """
     try:
         manifest = read_json(manifest_path)
     except (FileNotFoundError, ValueError):
         return False
-    return {name: manifest.get(name) for name in expected} == expected and target.is_file() \
-        and sha256_of(target) == manifest.get('npz_sha256')
+    found = {name: manifest.get(name) for name in expected}
+    if found != expected or not npz_path.is_file():
+        return False
+    return sha256_of(npz_path) == manifest.get('npz_sha256')
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
-def score_settings(recipe: SampleRecipe, npz: str) -> ScoreSettings:
-    """Settings of evaluate.py for one setting of a sweep.
+def sweep(recipe: SampleRecipe) -> None:
+    """Sample and score every combination of settings; `<output>.csv` grows by a row for each.
+
+    `<output>.png`, a plot of the table, is drawn at the end. Every rank calls it.
 
     Raises:
-        ValueError: `--score` holds wrong flags, or some that the sweep sets itself.
+        MissingWeights: the feature network has no weights.
+        ValueError: the reference cannot be read, or a setting cannot be sampled. Both are found before the
+            first job.
+    """
+    combinations = recipe.combinations()
+    swept = list(combinations[0])
+    folder = Path(recipe.output)
+
+    # Whatever can fail is read now, and not after hours of sampling.
+    settings = score_settings(recipe, recipe.output)
+    reference = open_set(recipe.ref, needs_images=False)
+    network = load_network(settings)
+    _, origin = load_for(recipe.at(combinations[0]))
+    hashes = {flag: digest for flag, digest in origin['weights_sha256'].items() if flag not in swept}
+    hash_of_labels = {}
+    if recipe.labels and 'labels' not in swept:
+        hash_of_labels = dict(labels=sha256_of(recipe.labels))
+
+    with lock_folder(folder) if dist.is_master() else nullcontext():
+        table = ScoreTable(folder, swept)
+        if dist.is_master():
+            # Rows of one table must be comparable: same weights, same reference, same other settings.
+            is_free = {*marked_fields(recipe, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}
+            left_out = is_free | set(swept)
+            fixed = {name: value for name, value in vars(recipe).items() if name not in left_out}
+            description = dict(
+                swept=swept,
+                settings=fixed,
+                sha256=hashes | hash_of_labels,
+                network=network.digest,
+                reference_sha256=reference.describe()['sha256'],
+            )
+            begin_or_continue(folder / 'sweep.json', description, is_empty=not table.rows)
+
+        # One image of every combination shows what the model refuses, before hours of sampling.
+        for combination in combinations:
+            job = recipe.at(combination)
+            model, _ = load_for(job, hashes)
+            labels_N = image_labels(job, model.num_classes)
+            sample_batch(model, job, range(1), labels_N[:1])
+
+        for combination in combinations:
+            if dist.allgather_object(table.has(combination))[0]:
+                continue  # an earlier run has scored it
+            job = recipe.at(combination)
+            load_for(job, hashes)  # `sample` takes these very weights from the cache
+            npz_path = sample(job)
+            report = score_images(dataclasses.replace(settings, sample=str(npz_path)), network)
+            if report:
+                scores = report['scores']
+                table.add(combination | scores)
+                line = ', '.join(f'{name} {score:.5g}' for name, score in scores.items())
+                logger.info('%s: %s', npz_path, line)
+                if not recipe.keep:
+                    npz_path.unlink()
+            dist.barrier()
+
+        if dist.is_master():
+            table.plot()
+            logger.info('all scores are in %s', table.csv)
+
+
+def score_settings(recipe: SampleRecipe, npz: str) -> ScoreSettings:
+    """The settings of evaluate.py that score the images of one job of a sweep.
+
+    Raises:
+        ValueError: `--score` has a wrong flag, or one that the sweep sets itself.
     """
     flags = parse_flags(ScoreSettings, '--score', recipe.score)
-    own = sorted(flags.keys() & {'ref', 'sample', 'json', 'device'})
-    if own:
-        raise ValueError(f'--score takes flags of evaluate.py, but for {", ".join(own)}: leave it out')
-    return ScoreSettings(**dict(allow_any_count=True) | flags, ref=recipe.ref, sample=npz)
+    set_here = sorted(flags.keys() & {'ref', 'sample', 'json', 'device'})
+    if set_here:
+        raise ValueError(f'--score takes flags of evaluate.py, but for {", ".join(set_here)}: leave it out')
+    values = dict(allow_any_count=True) | flags
+    return ScoreSettings(**values, ref=recipe.ref, sample=npz)
 
 
 def load_for(job: SampleRecipe, hashes: dict[str, str] | None = None) -> tuple[ARModel, dict[str, Any]]:
-    """`load_generator` for one setting of a sweep.
+    """`load_generator` for one job of a sweep.
 
     Args:
-        hashes: SHA-256 that files must have, by flag.
+        hashes: the SHA-256 that files must have, by flag.
     Raises:
-        ValueError: a file has been replaced since the sweep began.
+        ValueError: a file was replaced after the sweep had begun.
     """
     model, origin = load_generator(job.model, job.ckpt, job.vae_ckpt, job.weights, dist.get_device())
     for flag, digest in (hashes or {}).items():
@@ -312,59 +480,15 @@ def load_for(job: SampleRecipe, hashes: dict[str, str] | None = None) -> tuple[A
     return model, origin
 
 
-def sweep(recipe: SampleRecipe) -> None:
-    """Sample and score every combination; `<output>.csv` and `<output>.png` grow row by row.
-
-    Raises:
-        MissingWeights: of the feature network.
-        ValueError: the reference cannot be read; both are known before anything is drawn.
-    """
-    combinations = recipe.combinations()
-    folder = Path(recipe.output)
-    swept = list(combinations[0])
-    settings = score_settings(recipe, recipe.output)
-    reference = open_set(recipe.ref, needs_images=False)
-    network = load_network(settings)
-    _, origin = load_for(recipe.at(combinations[0]))
-    hashes = {flag: digest for flag, digest in origin['weights_sha256'].items() if flag not in swept}
-    hash_of_labels = {}
-    if recipe.labels and 'labels' not in swept:
-        hash_of_labels = dict(labels=sha256_of(recipe.labels))
-    with lock_folder(folder) if dist.is_master() else nullcontext():
-        table = ScoreTable(folder, swept)
-        if dist.is_master():
-            fixed = {name: value for name, value in vars(recipe).items() if name not in swept and name not in
-                     {*marked_fields(recipe, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}}
-            claim(folder / 'sweep.json', dict(
-                swept=swept, settings=fixed, sha256=hashes | hash_of_labels, network=network.digest,
-                reference_sha256=reference.describe()['sha256']), is_empty=not table.rows)
-        for combination in combinations:  # every setting is tried before hours of drawing
-            job = recipe.at(combination)
-            model, _ = load_for(job, hashes)
-            draw(model, job, range(1), image_labels(job, model.num_classes)[:1])
-        for combination in combinations:
-            if dist.allgather_object(table.has(combination))[0]:
-                continue
-            job = recipe.at(combination)
-            load_for(job, hashes)  # `sample` takes the same weights from the cache
-            npz = sample(job)
-            report = score_images(dataclasses.replace(settings, sample=str(npz)), network)
-            if report:
-                table.add(combination | report['scores'])
-                logger.info('%s: %s', npz, ', '.join(f'{k} {v:.5g}' for k, v in report['scores'].items()))
-                if not recipe.keep:
-                    npz.unlink()
-            dist.barrier()
-        if dist.is_master():
-            table.draw()
-            logger.info('all scores are in %s', table.csv)
-
-
 def main() -> None:
+    """Run the job, or the sweep, of the command line."""
     recipe = parse_sample_recipe(sys.argv[1:])
     dist.initialize()
     setup_logging(None, dist.is_master())
-    sweep(recipe) if recipe.sweep else sample(recipe)
+    if recipe.sweep:
+        sweep(recipe)
+    else:
+        sample(recipe)
     dist.finalize()
 
 

@@ -49,7 +49,7 @@ class ScoreTable:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def draw(self) -> None:
+    def plot(self) -> None:
         """`<output>.png`: a panel per score over the first setting, a line per value of the others."""
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -94,7 +94,7 @@ def test_restart_redraws_what_is_missing(sample_here, tmp_path):
 @pytest.mark.parametrize('form', ['png', 'npz'])
 def test_complete_jobs_are_left_alone(sample_here, tmp_path, monkeypatch, form):
     first = sample_here(tmp_path / 'a', f'--format={form}')
-    monkeypatch.setattr(sample, 'draw', None)  # nothing may be drawn
+    monkeypatch.setattr(sample, 'sample_batch', None)  # nothing may be drawn
     assert np.array_equal(sample_here(tmp_path / 'a', f'--format={form}', '--bs=3', '--writers=1'), first)
     (tmp_path / 'a.npz').unlink()
     if form == 'png':  # packs what is there
@@ -114,13 +114,13 @@ def test_npz_without_png_files_is_the_same_file(sample_here, tmp_path):
 
 def test_pieces_of_a_stopped_job_are_kept(sample_here, tmp_path, monkeypatch):
     """The job stops at its third batch and goes on with other batches: what was drawn is not drawn again."""
-    draw, drawn = sample.draw, []
+    draw, drawn = sample.sample_batch, []
 
     def stop_at_twelve(model, recipe, index_B, label_B):
         if index_B.start == 12:
             raise OSError('no space left')
         return draw(model, recipe, index_B, label_B)
-    monkeypatch.setattr(sample, 'draw', stop_at_twelve)
+    monkeypatch.setattr(sample, 'sample_batch', stop_at_twelve)
     with pytest.raises(SystemExit, match='no space left'):
         sample_here(tmp_path / 'a', '--bs=6', '--format=npz')
     assert not (tmp_path / 'a.npz').exists()
@@ -131,10 +131,10 @@ def test_pieces_of_a_stopped_job_are_kept(sample_here, tmp_path, monkeypatch):
         drawn.append(index_B)
         assert all(path.stat().st_mtime_ns == time for path, time in pieces.items())
         return draw(model, recipe, index_B, label_B)
-    monkeypatch.setattr(sample, 'draw', record)
+    monkeypatch.setattr(sample, 'sample_batch', record)
     resumed = sample_here(tmp_path / 'a', '--bs=5', '--format=npz')
     assert drawn == [range(10, 15), range(15, 20)]
-    monkeypatch.setattr(sample, 'draw', draw)
+    monkeypatch.setattr(sample, 'sample_batch', draw)
     assert same_images(resumed, sample_here(tmp_path / 'b'))
 
 
@@ -511,7 +511,7 @@ def evaluation_report(ref, npz):
     (['--sweep=cfg=1,2', '--ref=a.npz', '--score=--metric=fid'], '--metrics'),
     (['--sweep=cfg=1,2', '--ref=nowhere.npz', '--score=--features=digits'], 'nowhere.npz')])
 def test_sweeps_are_checked_first(sample_here, tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(sample, 'draw', None)
+    monkeypatch.setattr(sample, 'sample_batch', None)
     with pytest.raises(SystemExit) as stop:
         sample_here(tmp_path / 'a', *flags)
     assert message in capsys.readouterr().err + str(stop.value)
