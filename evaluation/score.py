@@ -1,8 +1,8 @@
 """Scores of a set of images against a reference, as the evaluator of ADM (guided-diffusion) defines them.
 
-`python evaluate.py REFERENCE SAMPLE` prints Inception Score, FID, sFID, precision and recall. Both sides are
-npz files (`arr_0` uint8 (N, H, W, 3); `mu`, `sigma`, `mu_s`, `sigma_s` where statistics are stored) or
-folders of PNG files.
+`python evaluate.py REFERENCE SAMPLE` prints Inception Score, FID, sFID, precision and recall. Each
+side is an npz file (images as `arr_0`, uint8 (N, H, W, 3); stored statistics as `mu`, `sigma`, `mu_s`,
+`sigma_s`) or a folder of PNG files. Read it from `score_images`.
 """
 import dataclasses
 import hashlib
@@ -40,7 +40,7 @@ STANDARD_COUNT = 50_000
 METRICS = {'is': 'Inception Score', 'fid': 'FID', 'sfid': 'sFID', 'precision': 'Precision',
            'recall': 'Recall'}  # in the original's order and words
 STATISTICS = {'': ('mu', 'sigma'), '_s': ('mu_s', 'sigma_s')}  # suffix -> mean and covariance in a file
-CACHE_VERSION = 2  # of extraction and of what is kept; a new one forgets what is cached
+CACHE_VERSION = 2  # raise it when extraction changes, so that features in the cache are computed again
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class ScoreSettings(FeatureSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, what in (('ref', 'reference'), ('sample', 'sample')):
-            if not getattr(self, name):
+        for value, what in ((self.ref, 'reference'), (self.sample, 'sample')):
+            if not value:
                 raise ValueError(f'expected REF and SAMPLE, got no {what}: evaluate.py REF.npz SAMPLE.npz, '
                                  'or one of the commands that --help lists')
         unknown = sorted(set(self.wanted) - set(METRICS))
@@ -76,23 +76,131 @@ class ScoreSettings(FeatureSettings):
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        return tuple(self.metrics.replace(' ', '').split(',')) if self.metrics else tuple(METRICS)
+        """Names of the metrics that were asked for."""
+        if not self.metrics:
+            return tuple(METRICS)
+        return tuple(self.metrics.replace(' ', '').split(','))
 
 
+# ---------------------------------------------------------------------------------------------- the command
+def evaluate_images(settings: ScoreSettings) -> str | None:
+    """`evaluate.py REF SAMPLE`: the text for the reader on the master, None on the other ranks.
+
+    Raises:
+        ValueError: see `score_images`; or the scores cannot be written to a file, and are in the log.
+    """
+    if settings.json:
+        check_output(settings.json)
+    report = score_images(settings)
+    text = text_report(report) if report else None
+    if settings.json and report:
+        try:
+            write_json(settings.json, report)
+        except OSError as error:
+            # Hours of work must not be lost because a disk is full.
+            logger.warning('no file holds these scores:\n%s', text)
+            raise ValueError(f'could not write {settings.json} ({error.strerror or error}), the scores are '
+                             'above: free some space, or write elsewhere') from None
+    dist.barrier()
+    return text
+
+
+def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any] | None:
+    """Everything that `evaluate.py REF SAMPLE` reports, on the master; None on the other ranks.
+
+    Args:
+        network: a feature network that is already loaded; None loads the one of the settings.
+    Raises:
+        MissingWeights: the feature network has no weights.
+        ValueError: a file cannot be read, has another number of images than expected, or lacks what a metric
+            needs that was asked for by name.
+    """
+    begin = time.time()
+
+    # 1. The files come before the network, so that a wrong path is found at once.
+    ref = open_set(settings.ref, needs_images=False)
+    sample = open_set(settings.sample, needs_images=False)
+    unavailable = unavailable_metrics(settings, ref, sample)
+    wanted = [name for name in METRICS if name in settings.wanted and name not in unavailable]
+    notes = check_count(settings, sample)
+
+    # Precision and recall compare single images; FID needs images only where no statistics are stored.
+    needs_rows = 'precision' in wanted or 'recall' in wanted
+    ref_is_read = needs_rows or (not ref.stored and wanted != ['is'])
+    sample_is_read = needs_rows or not sample.stored or 'is' in wanted
+    if ref_is_read:
+        check_enough_images(ref, needs_rows)
+    if sample_is_read:
+        check_enough_images(sample, needs_rows)
+    if sample.stored and sample.images is not None:
+        notes.append(f'{sample.path.name} carries mu: these statistics are used, not those of its images')
+
+    # 2. Stored statistics and the manifest come before the features, which take long: they may turn out to
+    # belong to another network or to other images.
+    network = network or load_network(settings)
+    ref.read_statistics(network)
+    sample.read_statistics(network)
+    described = {}
+    if dist.is_master():
+        described = dict(reference=ref.describe(), sample=sample.describe())
+    described = dist.allgather_object(described)[0]
+    manifest = read_manifest(sample.path, described['sample']['sha256'])
+
+    # 3. Features of all images, which all ranks compute together.
+    ref_rows = None
+    features = None
+    if ref_is_read:
+        digest = described['reference']['sha256']
+        ref_rows, found = features_of_reference(ref, network, settings, needs_rows, digest)
+        notes += found
+    if sample_is_read:
+        features, inspection = extract(sample.images, network, settings, settings.split_size, needs_rows)
+        sample.statistics = features.statistics() | sample.statistics
+        notes += inspection.warnings('sample')
+
+    # 4. The master has all features and statistics now, and computes the scores alone.
+    if not dist.is_master():
+        return None
+    for side in (ref, sample):
+        if side.images is not None:
+            notes += side.images.warnings
+    scores = compute(wanted, settings, ref, sample, features, ref_rows, notes)
+    return dict(
+        command='score',
+        scores=scores,
+        unavailable=unavailable,
+        warnings=notes,
+        **described,
+        manifest=manifest,
+        rejection=(manifest or {}).get('rejection'),
+        network=dict(name=network.name, digest=network.digest, published=network.digest == SHA256),
+        settings=dataclasses.asdict(settings),
+        versions=versions(),
+        device=device_name(settings.torch_device),
+        world_size=dist.get_world_size(),
+        seconds=round(time.time() - begin, 1),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the files
 @dataclass
-class ImageSet:
-    """A side of the comparison: its images, its stored statistics, or both."""
+class ScoredSide:
+    """One side of the comparison: its images, its stored statistics, or both."""
 
     path: Path
-    batch: ImageBatch | None
-    keys: tuple[str, ...] = ()  # of the npz
+    images: ImageBatch | None
+    keys: tuple[str, ...] = ()  # names of the arrays, if the side is an npz
     statistics: dict[str, tuple] = field(default_factory=dict)  # (mean, covariance) by suffix '' and '_s'
 
     def read_statistics(self, network: Any) -> None:
-        """Stored statistics win over images, as in the original."""
-        for suffix, size in (('', network.num_features), ('_s', network.num_spatial)):
-            if size and self.stored and f'mu{suffix}' in self.keys:
-                self.statistics[suffix] = read_statistics(self.path, size, suffix)
+        """Read the stored statistics, if there are any; they win over images, as in the original.
+
+        Raises:
+            ValueError: the statistics belong to another network, or are damaged.
+        """
+        for suffix, num_features in (('', network.num_features), ('_s', network.num_spatial)):
+            if num_features and self.stored and f'mu{suffix}' in self.keys:
+                self.statistics[suffix] = read_statistics(self.path, num_features, suffix)
 
     @property
     def stored(self) -> bool:
@@ -100,19 +208,24 @@ class ImageSet:
         return 'mu' in self.keys
 
     def describe(self) -> dict[str, Any]:
-        """What the report says of it; reads the whole file for its hash."""
-        images = {} if self.batch is None else dict(
-            count=self.batch.count, height=self.batch.height, width=self.batch.width)
-        digest = sha256_of(self.path) if self.batch is None else self.batch.sha256()
-        return dict(path=str(self.path), sha256=digest,
-                    statistics='stored' if self.stored else 'of the images', **images)
+        """What the report says about this side; reads the whole file for its hash."""
+        digest = sha256_of(self.path) if self.images is None else self.images.sha256()
+        statistics = 'stored' if self.stored else 'of the images'
+        description = dict(path=str(self.path), sha256=digest, statistics=statistics)
+        if self.images is not None:
+            description['count'] = self.images.count
+            description['height'] = self.images.height
+            description['width'] = self.images.width
+        return description
 
 
-def open_set(path: str, needs_images: bool) -> ImageSet:
-    """A file or folder as a side of the comparison.
+def open_set(path: str, needs_images: bool) -> ScoredSide:
+    """Open a file or folder as one side of the comparison.
 
+    Args:
+        needs_images: refuse a file that holds statistics alone.
     Raises:
-        ValueError: it cannot be read, or lacks what is needed.
+        ValueError: the file cannot be read, or lacks what is needed.
     """
     keys = () if Path(path).is_dir() else npz_keys(path)
     for pair in STATISTICS.values():
@@ -120,20 +233,25 @@ def open_set(path: str, needs_images: bool) -> ImageSet:
         if len(found) == 1:
             raise ValueError(f'expected {" and ".join(pair)} together in {path}, got {found.pop()} alone: '
                              'compute the statistics again (evaluate.py stats)')
+    # A file that has neither is opened as images, too: the error then says what such a file must hold.
     has_images = 'arr_0' in keys or 'mu' not in keys or needs_images
-    return ImageSet(Path(path), open_batch(path) if has_images else None, keys)
+    images = open_batch(path) if has_images else None
+    return ScoredSide(Path(path), images, keys)
 
 
 def manifest_of(path: Path) -> Path:
     """Where sample.py describes a file or folder of images."""
-    return path.absolute().with_name(f'{path.absolute().name.removesuffix(".npz")}.json')
+    path = path.absolute()
+    return path.with_name(f'{path.name.removesuffix(".npz")}.json')
 
 
 def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
-    """What sample.py wrote beside a file of images, if it did.
+    """The manifest that sample.py wrote beside a file of images; None if there is no such manifest.
 
+    Args:
+        digest: SHA-256 of the file of images.
     Raises:
-        ValueError: the manifest belongs to other content.
+        ValueError: the manifest cannot be read, or describes other images.
     """
     manifest_path = manifest_of(path)
     try:
@@ -144,7 +262,7 @@ def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
         raise ValueError(f'expected the manifest of sample.py at {str(manifest_path)!r}, cannot read it '
                          f'({error}): restore or remove it') from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get('npz_sha256'), str):
-        return None  # somebody else's file
+        return None  # a JSON file of another program, which happens to have this name
     if path.suffix == '.npz' and manifest['npz_sha256'] != digest:
         raise ValueError(f'{path} has SHA-256 {digest[:16]}..., its manifest {manifest_path} says '
                          f'{manifest["npz_sha256"][:16]}...: the images are others than those that were '
@@ -152,12 +270,11 @@ def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
     return manifest
 
 
-# ---------------------------------------------------------------------------------------------- scoring
-def unavailable_metrics(settings: ScoreSettings, ref: ImageSet, sample: ImageSet) -> dict[str, str]:
+def unavailable_metrics(settings: ScoreSettings, ref: ScoredSide, sample: ScoredSide) -> dict[str, str]:
     """Metrics that these files or this network cannot give, with the reason.
 
     Raises:
-        ValueError: one of them was asked for by name.
+        ValueError: one of these metrics was asked for by name.
     """
     reasons = {}
     for side in (ref, sample):
@@ -165,9 +282,9 @@ def unavailable_metrics(settings: ScoreSettings, ref: ImageSet, sample: ImageSet
             reasons['sfid'] = f'{side.path.name} holds mu but no mu_s'
     if settings.features == 'digits':
         reasons['sfid'] = 'the digits network has no spatial features'
-    if ref.batch is None:
+    if ref.images is None:
         reasons |= dict.fromkeys(('precision', 'recall'), f'{ref.path.name} holds no images (arr_0)')
-    if sample.batch is None:
+    if sample.images is None:
         reasons |= dict.fromkeys(('is', 'precision', 'recall'), f'{sample.path.name} holds no images (arr_0)')
     for name, reason in reasons.items():
         if settings.metrics and name in settings.wanted:
@@ -175,16 +292,18 @@ def unavailable_metrics(settings: ScoreSettings, ref: ImageSet, sample: ImageSet
     return {name: reason for name, reason in reasons.items() if name in settings.wanted}
 
 
-def check_count(settings: ScoreSettings, sample: ImageSet) -> list[str]:
-    """Warnings about the number of images.
+def check_count(settings: ScoreSettings, sample: ScoredSide) -> list[str]:
+    """Compare the number of images with the expected one.
 
+    Returns:
+        Warnings about the number of images.
     Raises:
-        ValueError: it is not the expected one.
+        ValueError: the number is another than the expected one.
     """
-    if sample.batch is None:
+    if sample.images is None:
         return [f'{sample.path.name} holds statistics alone: of how many images is unknown, '
                 'FID is of 50,000']
-    count = sample.batch.count
+    count = sample.images.count
     if count != settings.expected_count and not settings.allow_any_count:
         raise ValueError(f'expected {settings.expected_count:,} images in {sample.path}, got {count:,}: pass '
                          f'--expected_count={count} or --allow_any_count if that is meant')
@@ -193,186 +312,198 @@ def check_count(settings: ScoreSettings, sample: ImageSet) -> list[str]:
     return []
 
 
-def features_of_reference(ref: ImageSet, network: Any, settings: ScoreSettings, keep_rows: bool,
-                          digest: str) -> tuple[torch.Tensor | None, list[str]]:
-    """Pool features (N, F) of the reference images, and warnings about these; every rank calls it.
-
-    Both are on the master alone, as are the statistics that `ref` gets where none are stored. All of it is
-    kept in the cache, under what it depends on.
+def check_enough_images(side: ScoredSide, needs_rows: bool) -> None:
+    """Make sure that a side has the images that its scores need at least.
 
     Args:
-        keep_rows: whether the features are wanted.
-        digest: SHA-256 of the reference.
+        needs_rows: whether precision or recall is wanted, whose manifolds reach to the third neighbour.
+    Raises:
+        ValueError: the side has fewer.
     """
+    count = side.images.count
+    if needs_rows and count < 4:
+        raise ValueError(f'precision and recall need at least 4 images, {side.path} holds {count}: add some, '
+                         'or leave them out of --metrics')
+    if count < 2:
+        raise ValueError(f'statistics need at least 2 images, {side.path} holds {count}: add some')
+
+
+# ---------------------------------------------------------------------------------------------- scoring
+def features_of_reference(
+    ref: ScoredSide,
+    network: Any,
+    settings: ScoreSettings,
+    keep_rows: bool,
+    digest: str,
+) -> tuple[torch.Tensor | None, list[str]]:
+    """Pool features of the reference, from the cache where an earlier run left them; every rank calls it.
+
+    Where the reference stores no statistics, `ref` gets those of its images.
+
+    Args:
+        keep_rows: whether the features themselves are wanted, not just their statistics.
+        digest: SHA-256 of the reference.
+    Returns:
+        Features (N, F), or None if they are not wanted; and warnings about the images. On the other ranks
+        None and no warnings, and `ref` gets no statistics there.
+    """
+    pairs = {}
+    if not ref.stored:
+        pairs[''] = STATISTICS['']
+        if network.num_spatial:
+            pairs['_s'] = STATISTICS['_s']
+
+    # The name of the file in the cache is a hash of everything that its content depends on.
     text = f'{digest} {network.name} {network.digest} {settings.dtype} {CACHE_VERSION} {keep_rows}'
-    path = Path(settings.cache) / f'features-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz'
-    pairs = {suffix: pair for suffix, pair in STATISTICS.items()
-             if not ref.stored and (network.num_spatial or not suffix)}
-    names = ['warnings', *['rows'] * keep_rows, *(name for pair in pairs.values() for name in pair)]
-    known = read_cache(path, names) if settings.cache and dist.is_master() else None
-    if not dist.allgather_object(known is not None)[0]:  # the master decides
-        features, inspection = extract(ref.batch, network, settings, keep_rows=keep_rows)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    path = Path(settings.cache) / f'features-{key}.npz'
+    names = ['warnings']
+    if keep_rows:
+        names.append('rows')
+    for pair in pairs.values():
+        names += pair
+    known = None
+    if settings.cache and dist.is_master():
+        known = read_cache(path, names)
+
+    # Only the master reads the cache, so it decides for all ranks whether they must compute.
+    if not dist.allgather_object(known is not None)[0]:
+        features, inspection = extract(ref.images, network, settings, keep_rows=keep_rows)
         if dist.is_master():
             known = dict(warnings=np.array(inspection.warnings('reference'), dtype=str))
-            known |= dict(rows=features.rows_NF.numpy()) if keep_rows else {}
-            known |= features.arrays() if not ref.stored else {}
+            if keep_rows:
+                known['rows'] = features.rows_NF.numpy()
+            if not ref.stored:
+                known |= features.arrays()
             if settings.cache:
                 write_cache(path, known)
     if known is None:
         return None, []
-    for suffix, pair in pairs.items():
-        ref.statistics[suffix] = tuple(torch.from_numpy(known[name]) for name in pair)
-    return torch.from_numpy(known['rows']) if keep_rows else None, known['warnings'].tolist()
+
+    # Computed or read, the arrays are used in the same way, so that both give the same scores.
+    for suffix, (mean, covariance) in pairs.items():
+        ref.statistics[suffix] = (torch.from_numpy(known[mean]), torch.from_numpy(known[covariance]))
+    rows_NF = torch.from_numpy(known['rows']) if keep_rows else None
+    return rows_NF, known['warnings'].tolist()
 
 
-def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any] | None:
-    """Everything that `evaluate.py REF SAMPLE` reports, on the master; None on the other ranks.
+def compute(
+    wanted: list[str],
+    settings: ScoreSettings,
+    ref: ScoredSide,
+    sample: ScoredSide,
+    features: FeatureSet | None,
+    ref_rows: torch.Tensor | None,
+    notes: list[str],
+) -> dict[str, float]:
+    """The scores by name.
 
     Args:
-        network: a loaded one; None loads that of the settings.
-    Raises:
-        MissingWeights: of the feature network.
-        ValueError: see `utils.batches` and the checks above.
+        wanted: names of the metrics, all of which the files allow.
+        features: of the sample; None if its images were not read.
+        ref_rows: pool features (N, F) of the reference, for precision and recall.
+        notes: gets a line for everything that makes a score doubtful.
     """
-    begin = time.time()
-    # 1. the files, before any network
-    ref = open_set(settings.ref, needs_images=False)
-    sample = open_set(settings.sample, needs_images=False)
-    unavailable = unavailable_metrics(settings, ref, sample)
-    wanted = [name for name in METRICS if name in settings.wanted and name not in unavailable]
-    notes = check_count(settings, sample)
-    keep_rows = bool({'precision', 'recall'} & set(wanted))
-    ref_is_read = keep_rows or (not ref.stored and wanted != ['is'])
-    sample_is_read = keep_rows or not sample.stored or 'is' in wanted
-    for side, is_read in ((ref, ref_is_read), (sample, sample_is_read)):
-        if is_read and side.batch.count < (4 if keep_rows else 2):
-            least = 'precision and recall need at least 4' if keep_rows else 'statistics need at least 2'
-            raise ValueError(f'{least} images, {side.path} holds {side.batch.count}: add some'
-                             + ', or leave them out of --metrics' * keep_rows)
-    if sample.stored and sample.batch is not None:
-        notes.append(f'{sample.path.name} carries mu: these statistics are used, not those of its images')
-
-    # 2. the network, and statistics that the files hold
-    network = network or load_network(settings)
-    for side in (ref, sample):
-        side.read_statistics(network)
-    described = {}
-    if dist.is_master():
-        described = dict(reference=ref.describe(), sample=sample.describe())
-    described = dist.allgather_object(described)[0]
-    manifest = read_manifest(sample.path, described['sample']['sha256'])
-
-    # 3. features
-    ref_rows = features = None
-    if ref_is_read:
-        ref_rows, found = features_of_reference(ref, network, settings, keep_rows,
-                                                described['reference']['sha256'])
-        notes += found
-    if sample_is_read:
-        features, inspection = extract(sample.batch, network, settings, settings.split_size, keep_rows)
-        sample.statistics = features.statistics() | sample.statistics
-        notes += inspection.warnings('sample')
-    if not dist.is_master():
-        return None
-
-    # 4. scores
-    for side in (ref, sample):
-        notes += side.batch.warnings if side.batch is not None else []
-    scores = compute(wanted, settings, ref, sample, features, ref_rows, notes)
-    return dict(
-        command='score', scores=scores, unavailable=unavailable, warnings=notes, **described,
-        manifest=manifest, rejection=(manifest or {}).get('rejection'),
-        network=dict(name=network.name, digest=network.digest, published=network.digest == SHA256),
-        settings=dataclasses.asdict(settings), versions=versions(),
-        device=device_name(settings.torch_device), world_size=dist.get_world_size(),
-        seconds=round(time.time() - begin, 1))
-
-
-def compute(wanted: list[str], settings: ScoreSettings, ref: ImageSet, sample: ImageSet,
-            features: FeatureSet | None, ref_rows: torch.Tensor | None, notes: list[str]) -> dict[str, float]:
-    """The scores by name; adds to `notes` what is doubtful about them."""
     scores = {}
+
+    # The Inception Score is a mean over chunks of the file. Chunks of few classes each have a low score, so
+    # a file that is sorted by class shows in a much higher score of all images at once.
     if 'is' in wanted:
         scores['is'], scores['is_one_chunk'] = features.score.scores()
         if scores['is_one_chunk'] > 1.2 * scores['is']:
             notes.append('images look sorted by class: Inception Score '
                          f'{scores["is_one_chunk"]:.2f} over all, {scores["is"]:.2f} in chunks of '
                          f'{settings.split_size}; shuffle them (evaluate.py pack)')
+
+    # FID is the distance of pool features, sFID that of spatial ones (Nash et al., arXiv 2103.03841).
     for name, suffix in (('fid', ''), ('sfid', '_s')):
         if name in wanted:
-            scores[name] = frechet_distance(*ref.statistics[suffix], *sample.statistics[suffix],
-                                            method=settings.fd_method)
-    for name, side in (('sample', sample), ('reference', ref)):
-        if 'fid' in wanted and not side.stored and side.batch.count <= len(side.statistics[''][0]):
-            notes.append(f'{name}: rank-deficient covariance of {side.batch.count:,} images; FID is strongly '
-                         'biased for few images, 50,000 is standard')
-    if ref.batch and sample.batch:
-        sizes = [(side.batch.height, side.batch.width) for side in (ref, sample)]
-        if sizes[0] != sizes[1]:
-            notes.append('image sizes differ: reference {}x{}, sample {}x{}'.format(*sizes[0], *sizes[1]))
+            scores[name] = frechet_distance(
+                *ref.statistics[suffix],
+                *sample.statistics[suffix],
+                method=settings.fd_method,
+            )
+
+    # A covariance of N images has a rank below N, and the distance is the more biased the fewer they are.
+    if 'fid' in wanted:
+        for name, side in (('sample', sample), ('reference', ref)):
+            if side.stored:
+                continue
+            mean_F, _ = side.statistics['']
+            if side.images.count <= len(mean_F):
+                notes.append(f'{name}: rank-deficient covariance of {side.images.count:,} images; FID is '
+                             'strongly biased for few images, 50,000 is standard')
+
+    # The network resizes both sides, and what resizing does to an image depends on its size.
+    if ref.images and sample.images:
+        ref_size = f'{ref.images.height}x{ref.images.width}'
+        sample_size = f'{sample.images.height}x{sample.images.width}'
+        if ref_size != sample_size:
+            notes.append(f'image sizes differ: reference {ref_size}, sample {sample_size}')
+
+    # Precision and recall come last, as they take longest.
     if ref_rows is not None:
         both = precision_recall(ref_rows, features.rows_NF, settings.pr_mode, device=settings.torch_device)
-        scores |= {name: getattr(both, name) for name in ('precision', 'recall') if name in wanted}
+        for name in ('precision', 'recall'):
+            if name in wanted:
+                scores[name] = getattr(both, name)
     return scores
 
 
+# ---------------------------------------------------------------------------------------------- output
 def text_report(report: dict[str, Any]) -> str:
     """The report for a reader: what was compared, the scores as the original prints them, warnings."""
     def side(name: str) -> str:
         values = report[name]
-        images = f', {values["count"]:,} images of {values["width"]}x{values["height"]}' \
-            if 'count' in values else ''
+        images = ''
+        if 'count' in values:
+            images = f', {values["count"]:,} images of {values["width"]}x{values["height"]}'
         return f'{name:10} {values["path"]}{images}, statistics {values["statistics"]}'
+
     network = report['network']
     settings = report['settings']
-    published = 'published weights' if network['published'] else \
-        'no Inception weights of FID: these scores compare with nothing published'
-    rejected = f' with rejection (ratio {report["rejection"]["ratio"]:g})' if report['rejection'] else ''
-    lines = [side('reference'), side('sample') + rejected,
-             f'{"features":10} {network["name"]} {network["digest"][:8]} ({published}), {settings["dtype"]}, '
-             f'precision and recall {settings["pr_mode"]}, distance by {settings["fd_method"]}']
+    if network['published']:
+        published = 'published weights'
+    else:
+        published = 'no Inception weights of FID: these scores compare with nothing published'
+    rejected = ''
+    if report['rejection']:
+        rejected = f' with rejection (ratio {report["rejection"]["ratio"]:g})'
+
+    lines = [
+        side('reference'),
+        side('sample') + rejected,
+        f'{"features":10} {network["name"]} {network["digest"][:8]} ({published}), {settings["dtype"]}, '
+        f'precision and recall {settings["pr_mode"]}, distance by {settings["fd_method"]}',
+    ]
     for name, words in METRICS.items():
         if name in report['scores']:
             lines.append(f'{words}: {report["scores"][name]:.6g}')
         elif name in report['unavailable']:
             lines.append(f'{words}: not available, {report["unavailable"][name]}')
-    return '\n'.join(lines + [f'warning: {note}' for note in report['warnings']])
-
-
-def evaluate_images(settings: ScoreSettings) -> str | None:
-    """`evaluate.py REF SAMPLE`: the text for the reader, on the master."""
-    if settings.json:
-        check_output(settings.json)
-    report = score_images(settings)
-    text = text_report(report) if report else None
-    if settings.json and report:
-        try:
-            write_json(settings.json, report)
-        except OSError as error:
-            logger.warning('no file holds these scores:\n%s', text)
-            raise ValueError(f'could not write {settings.json} ({error.strerror or error}), the scores are '
-                             'above: free some space, or write elsewhere') from None
-    dist.barrier()
-    return text
+    lines += [f'warning: {note}' for note in report['warnings']]
+    return '\n'.join(lines)
 
 
 def refuse_overwriting(output: str, *inputs: str) -> None:
-    """Make sure that a file to be written is none that was given, none of a given folder, and no manifest.
+    """Make sure that writing a result destroys neither an input, nor a file of an input folder or manifest.
 
     Raises:
-        ValueError: it is.
+        ValueError: the result would be written over one of them.
     """
     target = Path(output).resolve()
     for path in map(Path, inputs):
         is_image = target.parent == path.resolve() and target.suffix.lower() in (*SUFFIXES, '.npy')
-        neighbours = (manifest_of(path), manifest_of(path).with_suffix('.npz'))
-        if is_image or target in (path.resolve(), *(neighbour.resolve() for neighbour in neighbours)):
+        manifest = manifest_of(path)
+        described_npz = manifest.with_suffix('.npz')
+        taken = (path.resolve(), manifest.resolve(), described_npz.resolve())
+        if is_image or target in taken:
             raise ValueError(f'expected a file of its own for the result, got {output}, which is or '
                              f'describes {path}: pass another name')
 
 
 def check_output(path: str | Path) -> None:
-    """Make the folder of a file that will be written at the end; if it cannot be, say so now.
+    """Make the folder of a file that will be written at the end, and find out now if that will fail.
 
     Raises:
         ValueError: the path is a folder, or its folder cannot be made or written.
@@ -389,4 +520,9 @@ def check_output(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write indented JSON whole or not at all.
+
+    Raises:
+        OSError: see `utils.files.write_text`.
+    """
     write_text(path, json.dumps(content, indent=2) + '\n')
