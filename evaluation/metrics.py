@@ -21,13 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def to_uint8(images_B3HW: torch.Tensor) -> torch.Tensor:
-    """Pixels in [-1, 1] as 8 bits: 127.5 x + 127.5, clamped, rounded half up."""
+    """Pixels in [-1, 1] as 8 bits: 127.5 x + 127.5, clamped, rounded half up; any shape."""
+    # The offset is 127.5 and another 0.5, which makes rounding down rounding half up.
     return images_B3HW.float().mul(127.5).add(128).floor().clamp(0, 255).byte()
 
 
 # ---------------------------------------------------------------------------------------------- PSNR, SSIM
 def check_same_shape(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Make sure that two batches can be compared image by image; broadcasting would give a number for any.
+    """Make sure that two batches can be compared image by image.
+
+    Without this check, broadcasting would give a score for nearly any two shapes.
 
     Raises:
         ValueError: their shapes differ.
@@ -48,7 +51,7 @@ def mean_squared_error(a_u8: torch.Tensor, b_u8: torch.Tensor) -> torch.Tensor:
 
 
 def decibels(mse: torch.Tensor) -> torch.Tensor:
-    """PSNR of a squared error in grey levels: 10 log10(255^2 / MSE); inf where it is 0."""
+    """PSNR in dB of a squared error in grey levels: 10 log10(255^2 / MSE); inf where the error is 0."""
     return 10 * (255 ** 2 / mse).log10()
 
 
@@ -62,27 +65,45 @@ def psnr(images_u8: torch.Tensor, reconstructions_u8: torch.Tensor) -> torch.Ten
 
 
 def _gaussian(size: int, sigma: float) -> torch.Tensor:
-    weights = torch.exp(-torch.arange(size, dtype=torch.float64).sub(size // 2).div(sigma).square() / 2)
+    """(size,) float64 weights of a Gaussian around the middle, with the sum 1; `sigma` is in pixels."""
+    offset = torch.arange(size, dtype=torch.float64) - size // 2
+    weights = torch.exp(-(offset / sigma).square() / 2)
     return weights / weights.sum()
 
 
 class SSIMDefinition(NamedTuple):
-    """What published SSIM values differ in. All: pixels in [0, 1], K1 0.01, K2 0.03, windows that lie inside
-    the image, mean over positions and the channels R, G, B."""
+    """What published SSIM values differ in.
+
+    Common to all of them: pixels in [0, 1], K1 = 0.01, K2 = 0.03, windows that lie inside the image, mean
+    over positions and the channels R, G, B.
+    """
     window: torch.Tensor       # one axis of the separable window, sums to 1
     covariance_factor: float   # 1 population, n / (n - 1) sample
     data_range: float
     text: str
 
 
+_UNIFORM_7 = torch.full((7,), 1 / 7, dtype=torch.float64)
 SSIM_DEFINITIONS = {
-    'gauss11': SSIMDefinition(_gaussian(11, 1.5), 1., 1.,
-                              'Gaussian 11x11 window, sigma 1.5, population covariance, data range 1, RGB'),
-    'uniform7': SSIMDefinition(torch.full((7,), 1 / 7, dtype=torch.float64), 49 / 48, 1.,
-                               'uniform 7x7 window, sample covariance, data range 1, RGB'),
-    'llamagen': SSIMDefinition(torch.full((7,), 1 / 7, dtype=torch.float64), 49 / 48, 2.,
-                               'uniform 7x7 window, sample covariance, data range 2 on pixels in [0, 1] '
-                               '(inflated, as in the evaluation of LlamaGen), RGB'),
+    'gauss11': SSIMDefinition(
+        window=_gaussian(11, 1.5),
+        covariance_factor=1.,
+        data_range=1.,
+        text='Gaussian 11x11 window, sigma 1.5, population covariance, data range 1, RGB',
+    ),
+    'uniform7': SSIMDefinition(
+        window=_UNIFORM_7,
+        covariance_factor=49 / 48,
+        data_range=1.,
+        text='uniform 7x7 window, sample covariance, data range 1, RGB',
+    ),
+    'llamagen': SSIMDefinition(
+        window=_UNIFORM_7,
+        covariance_factor=49 / 48,
+        data_range=2.,
+        text='uniform 7x7 window, sample covariance, data range 2 on pixels in [0, 1] '
+             '(inflated, as in the evaluation of LlamaGen), RGB',
+    ),
 }
 
 
@@ -105,10 +126,13 @@ def ssim(images_u8: torch.Tensor, reconstructions_u8: torch.Tensor,
     window = window.to(images_u8.device)
 
     def local_mean(t_B3HW: torch.Tensor) -> torch.Tensor:
+        # The window is separable: one axis, then the other, channel by channel.
         t_N1HW = t_B3HW.flatten(0, 1)[:, None]
         rows = F.conv2d(t_N1HW, window.view(1, 1, -1, 1))
-        return F.conv2d(rows, window.view(1, 1, 1, -1)).unflatten(0, t_B3HW.shape[:2])
+        mean_N1hw = F.conv2d(rows, window.view(1, 1, 1, -1))
+        return mean_N1hw.unflatten(0, t_B3HW.shape[:2])
 
+    # Means, variances and the covariance of every window.
     x = images_u8.double() / 255
     y = reconstructions_u8.double() / 255
     mean_x = local_mean(x)
@@ -116,10 +140,13 @@ def ssim(images_u8: torch.Tensor, reconstructions_u8: torch.Tensor,
     var_x = factor * (local_mean(x * x) - mean_x * mean_x)
     var_y = factor * (local_mean(y * y) - mean_y * mean_y)
     cov = factor * (local_mean(x * y) - mean_x * mean_y)
+
+    # SSIM is luminance times contrast and structure (Eq. 13); the constants keep dark, flat windows stable.
     c1 = (0.01 * data_range) ** 2
     c2 = (0.03 * data_range) ** 2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * cov + c2) \
-        / ((mean_x * mean_x + mean_y * mean_y + c1) * (var_x + var_y + c2))
+    numerator = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
+    denominator = (mean_x * mean_x + mean_y * mean_y + c1) * (var_x + var_y + c2)
+    similarity = numerator / denominator
     return similarity.flatten(1).mean(1)
 
 
@@ -139,10 +166,11 @@ class FeatureStatistics:
         self.scatter = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
     def add(self, features_NF: torch.Tensor, first: int | None = None) -> None:
-        """Take in rows of features; none at all is legal.
+        """Add rows of features; a batch without rows is legal.
 
         Args:
-            first: number of the first image, for errors; None counts those that were added.
+            features_NF: (N, F) of N images.
+            first: number of the first of these images, for errors; None continues from the last batch.
         Raises:
             ValueError: a feature is nan or infinite.
         """
@@ -150,21 +178,28 @@ class FeatureStatistics:
             return
         features_NF = features_NF.to(self.mean)
         mean = features_NF.mean(0)
+
+        # The mean is finite only where all features are, and is there already.
         if not mean.isfinite().all():
             first = self.count if first is None else first
             row = features_NF.isfinite().all(1).int().argmin().item()
             raise ValueError(f'expected finite features, image {first + row} gives nan or infinite '
                              'ones: check its pixels and the weights')
+
+        # Merge the batch into what is there (Chan et al.). Sums of squares around zero would lose
+        # digits where the mean is large; sums around the mean of each part do not.
         count = len(features_NF)
-        total = self.count + len(features_NF)
+        total = self.count + count
         shift = mean - self.mean
-        features_NF = features_NF - mean
-        self.scatter += features_NF.T @ features_NF + torch.outer(shift, shift) * (self.count * count / total)
+        centred_NF = features_NF - mean
+        scatter = centred_NF.T @ centred_NF
+        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
         self.mean += shift * (count / total)
         self.count = total
 
     def reduce(self) -> None:
         """Replace the statistics of every rank by those of all rows; every rank calls it, once at the end."""
+        # The common mean comes first, since the scatter of every rank is moved to it before the sum.
         total = torch.tensor(float(self.count)).to(self.mean)
         mean = self.mean * self.count
         dist.allreduce(total)
@@ -189,26 +224,29 @@ class FeatureStatistics:
 
 def read_statistics(path: str | Path, num_features: int,
                     suffix: str = '') -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (F,) and covariance (F, F), float64, of an npz file with `mu` and `sigma`, as published for FID.
+    """Mean (F,) and covariance (F, F), float64, from an npz file with `mu` and `sigma`, as published for FID.
 
     Args:
-        num_features: F of the network that they are compared with.
-        suffix: of the two names; '_s' for spatial features.
+        num_features: F of the network whose features they are compared with.
+        suffix: is appended to the two names; '_s' for spatial features.
     Raises:
         ValueError: the file is not such an npz, or its numbers cannot be statistics.
     """
-    keys = f'mu{suffix}', f'sigma{suffix}'
-    wanted = ' and '.join(keys)
+    shapes = {f'mu{suffix}': (num_features,), f'sigma{suffix}': (num_features, num_features)}
+    wanted = ' and '.join(shapes)
     if not zipfile.is_zipfile(path):
         raise ValueError(f'expected an npz file with {wanted}, found none at {path}: check the path')
-    shapes = dict(zip(keys, ((num_features,), (num_features, num_features)), strict=True))
     try:
-        mu, sigma = (torch.from_numpy(array.astype(np.float64)) for array in read_npz_arrays(path, shapes))
+        mu, sigma = read_npz_arrays(path, shapes)
     except ValueError as error:
         raise ValueError(f'expected an npz file with {wanted} of {num_features} features, cannot use {path} '
                          f'({error}): pass reference statistics of the same network') from None
+    mu = torch.from_numpy(mu.astype(np.float64))
+    sigma = torch.from_numpy(sigma.astype(np.float64))
+
+    # Damaged numbers would give a distance, too. Published files are float32, so a little asymmetry is fine.
     asymmetry = (sigma - sigma.T).abs().max() / sigma.abs().max().clamp_min(1e-300)
-    if not (mu.isfinite().all() and asymmetry <= 1e-6):  # false for nan, too
+    if not (mu.isfinite().all() and asymmetry <= 1e-6):  # nan is not <= 1e-6, either
         raise ValueError(f'expected finite numbers and a symmetric sigma{suffix} in {path}, '
                          f'got relative asymmetry {asymmetry:.2g}: the file is damaged, download it again')
     if sigma.diagonal().min() < -1e-6 * sigma.abs().max():
@@ -222,39 +260,61 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
                      method: str = 'eigh') -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of two Gaussians, in float64.
 
-    Equal Gaussians may give a value a little below zero. Computed on CUDA where a covariance is there.
+    Equal Gaussians may give a value a little below zero. It is computed on CUDA if a covariance lies there.
 
     Args:
-        mu1, mu2: (F,). sigma1, sigma2: (F, F).
-        method: of the root: 'eigh', or 'scipy' as the original, which is slower and, where the covariances
-            are singular, off by up to 0.1 % or an error.
+        mu1: (F,) mean of the first Gaussian.
+        sigma1: (F, F) covariance of the first Gaussian.
+        mu2: (F,) mean of the second Gaussian.
+        sigma2: (F, F) covariance of the second Gaussian.
+        method: how to take the root: 'eigh'; or 'scipy' as in the original, which is slower and, where the
+            covariances are singular, off by up to 0.1 % or fails.
     Raises:
-        ValueError: the two have different numbers of features, a number is not finite, or the root of
+        ValueError: the Gaussians have different numbers of features, a number is not finite, or the root of
             'scipy' is not real.
     Source: Heusel et al., arXiv 1706.08500.
     """
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise ValueError(f'expected statistics of equal size, got {tuple(mu1.shape)} and {tuple(mu2.shape)} '
                          'features: compare features of the same network')
-    on_cuda = [t.device for t in (sigma1, sigma2) if t.is_cuda and method == 'eigh']
-    device = on_cuda[0] if on_cuda else 'cpu'  # mps has no float64
-    mu1, sigma1, mu2, sigma2 = (t.to(device, torch.float64) for t in (mu1, sigma1, mu2, sigma2))
+
+    # CUDA helps eigh alone: SciPy runs on the CPU, and mps has no float64.
+    device = torch.device('cpu')
+    if method == 'eigh':
+        if sigma1.is_cuda:
+            device = sigma1.device
+        elif sigma2.is_cuda:
+            device = sigma2.device
+    mu1 = mu1.to(device, torch.float64)
+    mu2 = mu2.to(device, torch.float64)
+    sigma1 = sigma1.to(device, torch.float64)
+    sigma2 = sigma2.to(device, torch.float64)
     for number, statistics in enumerate(((mu1, sigma1), (mu2, sigma2)), start=1):
         if not all(t.isfinite().all() for t in statistics):
             raise ValueError(f'expected finite statistics, set {number} of 2 holds nan or infinite numbers: '
                              'compute them again')
-    trace = {'eigh': _trace_of_root, 'scipy': _trace_of_root_as_original}[method](sigma1, sigma2)
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
+
+    # Of all terms, the trace of the root alone is hard.
+    trace_of_root = {'eigh': _trace_of_root, 'scipy': _trace_of_root_as_original}[method]
+    trace = trace_of_root(sigma1, sigma2)
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
+    return distance.item()
 
 
 def _trace_of_root(sigma1: torch.Tensor, sigma2: torch.Tensor) -> torch.Tensor:
-    """With R the symmetric root of S1, tr sqrt(S1 S2) is tr sqrt(R S2 R), also of singular covariances."""
+    """tr sqrt(S1 S2), by eigenvalues of symmetric matrices alone.
+
+    With R the symmetric root of S1, S1 S2 and R S2 R have the same eigenvalues, also where covariances are
+    singular. The second is symmetric, and the trace of its root is the sum of the roots of these eigenvalues.
+    """
+    # Rounding leaves matrices a little asymmetric and their eigenvalues a little negative.
     sigma1 = (sigma1 + sigma1.T) / 2
     sigma2 = (sigma2 + sigma2.T) / 2
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     product = root @ sigma2 @ root
-    return torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    return eigenvalues.clamp_min(0).sqrt().sum()
 
 
 def _trace_of_root_as_original(sigma1: torch.Tensor, sigma2: torch.Tensor) -> float:
@@ -262,14 +322,15 @@ def _trace_of_root_as_original(sigma1: torch.Tensor, sigma2: torch.Tensor) -> fl
     sigma1 = sigma1.numpy()
     sigma2 = sigma2.numpy()
     with warnings.catch_warnings(), np.errstate(all='ignore'):
-        warnings.simplefilter('ignore')  # of singular matrices: what they lead to is checked here
+        # Warnings of singular matrices are silenced, since their consequences are checked below.
+        warnings.simplefilter('ignore')
         root = linalg.sqrtm(sigma1 @ sigma2)
         if not np.isfinite(root).all():
             logger.warning('the product of covariances has no finite root: adding 1e-6 to their diagonals')
             offset = 1e-6 * np.eye(len(sigma1))
             root = linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
     imaginary = np.abs(root.diagonal().imag).max()
-    if not imaginary <= 1e-3:  # true for nan, too
+    if not imaginary <= 1e-3:  # nan is refused, too
         raise ValueError('expected a real root of the product of covariances, got imaginary parts up to '
                          f'{imaginary:.3g}: take the method eigh, or more images than features')
     return root.diagonal().real.sum().item()
@@ -279,13 +340,14 @@ def _trace_of_root_as_original(sigma1: torch.Tensor, sigma2: torch.Tensor) -> fl
 class InceptionScore:
     """exp(mean KL(p(c|x) || p(c))) of images that arrive in any order on any rank.
 
-    `add` every image once, on any rank; `reduce` once; read `scores`. All that is kept are sums of p and of
-    p ln p, in float64, for each chunk of the file.
+    `add` every image once, on any rank; `reduce` once; read `scores`. Only sums of p and of p ln p are kept,
+    in float64, for each chunk of the file: KL(p || q) = sum p ln p - sum p ln q, and summed over the images
+    of a chunk, with q their mean of p, the second term is the number of images times the entropy of q.
 
     Args:
-        num_images: on all ranks.
+        num_images: number of images on all ranks together.
         num_classes: C.
-        split_size: images of a chunk; the last chunk may be shorter.
+        split_size: number of images of a chunk; the last chunk may be shorter.
         device: where the sums are kept.
     Source: Salimans et al., arXiv 1606.03498.
     """
@@ -299,8 +361,11 @@ class InceptionScore:
         self.p_KC = self.sizes_K.new_zeros(len(self.sizes_K), num_classes)
 
     def add(self, logits_BC: torch.Tensor, first: int) -> None:
-        """Take in the images `first` to `first + B` of the file; no images at all are legal.
+        """Add the images `first` to `first + B` of the file; a batch without images is legal.
 
+        Args:
+            logits_BC: (B, C) logits of the feature network.
+            first: number of the first of these images in the file.
         Raises:
             ValueError: a logit is nan or infinite.
         """
@@ -310,7 +375,10 @@ class InceptionScore:
             raise ValueError(f'expected finite logits, image {first + finite_B.int().argmin().item()} gives '
                              'nan or infinite ones: check its pixels and the weights')
         p_BC = log_p_BC.exp()
-        chunk_B = torch.arange(first, first + len(logits_BC), device=p_BC.device) // self.split_size
+
+        # An image counts for the chunk that it lies in, whichever rank and batch it comes in.
+        index_B = torch.arange(first, first + len(logits_BC), device=p_BC.device)
+        chunk_B = index_B // self.split_size
         self.counts_K.index_add_(0, chunk_B, torch.ones_like(p_BC[:, 0]))
         self.p_log_p_K.index_add_(0, chunk_B, (p_BC * log_p_BC).sum(1))  # 0 where p underflows
         self.p_KC.index_add_(0, chunk_B, p_BC)
@@ -321,14 +389,17 @@ class InceptionScore:
             dist.allreduce(sums)
 
     def scores(self) -> tuple[float, float]:
-        """The mean over the chunks, as published, and that of all images as one chunk.
+        """The mean score of the chunks, which is the published one, and the score of all images as one chunk.
 
-        The first depends on the order of the images, the second does not: where images are sorted by class,
+        The first depends on the order of the images, the second does not. If the images are sorted by class,
         the first is far below the second.
         """
         assert torch.equal(self.counts_K, self.sizes_K), f'{self.counts_K} images of {self.sizes_K}'
 
         def score(count: torch.Tensor, p_log_p: torch.Tensor, p_C: torch.Tensor) -> torch.Tensor:
-            return (p_log_p / count + torch.special.entr(p_C / count[..., None]).sum(-1)).exp()
-        return (score(self.counts_K, self.p_log_p_K, self.p_KC).mean().item(),
-                score(self.counts_K.sum(), self.p_log_p_K.sum(), self.p_KC.sum(0)).item())
+            entropy = torch.special.entr(p_C / count[..., None]).sum(-1)
+            return (p_log_p / count + entropy).exp()
+
+        score_K = score(self.counts_K, self.p_log_p_K, self.p_KC)
+        in_one_chunk = score(self.counts_K.sum(), self.p_log_p_K.sum(), self.p_KC.sum(0))
+        return score_K.mean().item(), in_one_chunk.item()
