@@ -1,4 +1,4 @@
-"""Features of whole sets of images: extraction over batches and ranks, statistics, what is odd about a set.
+"""Features of whole sets of images: extraction over batches and ranks, statistics, warnings about a set.
 
 A feature network has `name`, `digest` (SHA-256 of its weights), `num_features`, `num_spatial` (0 = none),
 `num_classes`, and `outputs(images_u8)`; see `evaluation.inception.InceptionFeatures`.
@@ -29,7 +29,7 @@ from utils.log import progress_bar
 
 logger = logging.getLogger(__name__)
 NETWORKS = ('inception', 'digits')
-ODD_SHARE = 0.01  # of constant or repeated images, above which a set is worth a warning
+MAX_ODD_FRACTION = 0.01  # of constant or repeated images; a set with more of them gets a warning
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,11 @@ class DeviceSettings:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device of this rank."""
+        """The device of this rank.
+
+        Raises:
+            ValueError: CUDA was asked for, and there is none.
+        """
         here = dist.get_device()
         if self.device == 'cuda' and here.type != 'cuda':
             raise ValueError('--device=cuda, but torch finds no CUDA device: leave it out')
@@ -70,15 +74,20 @@ class FeatureSettings(DeviceSettings):
 def load_network(settings: FeatureSettings) -> Any:
     """The feature network; the first process of a node downloads what is missing. Every rank calls it.
 
-    Raises (on all ranks, if on one):
-        MissingWeights: there are none.
-        ValueError: they are damaged or not the published ones.
+    Raises (on all ranks, if on one of them):
+        MissingWeights: there are no weights.
+        ValueError: the weights are damaged or not the published ones.
     """
     if settings.features == 'digits':
         return DigitsFeatures(settings.torch_device)
-    return dist.first_of_node_first(lambda is_first: InceptionFeatures(
-        settings.inception_weights, settings.torch_device, settings.allow_unverified_weights, settings.cache,
-        is_first and not settings.offline, settings.dtype))
+
+    def load(is_first: bool) -> InceptionFeatures:
+        may_download = is_first and not settings.offline
+        return InceptionFeatures(settings.inception_weights, settings.torch_device,
+                                 settings.allow_unverified_weights, settings.cache, may_download,
+                                 settings.dtype)
+
+    return dist.first_of_node_first(load)
 
 
 # ---------------------------------------------------------------------------------------------- one set
@@ -86,11 +95,18 @@ class FeatureSet:
     """Streams images through a network: `add` on any rank, `reduce` once on all, then read.
 
     Args:
-        num_images: of all ranks; images are numbered 0 .. num_images - 1.
-        split_size: images per chunk of the Inception Score; 0 leaves it out.
-        num_rows: images of this rank whose pool features are kept, for precision and recall: all or none.
+        network: see the top of this file.
+        num_images: number of images on all ranks together; they are numbered 0 .. num_images - 1.
+        device: where the network is and the statistics are summed.
+        split_size: images per chunk of the Inception Score; 0 leaves the score out.
+        num_rows: number of images of this rank whose pool features are kept, for precision and recall: all
+            images or 0.
     Attributes:
-        rows_NF: these features, float32 on the CPU; after `reduce` those of all images, on the master alone.
+        pool: statistics of pool features.
+        spatial: statistics of spatial features; None if the network has none.
+        score: the Inception Score; None if it is left out.
+        rows_NF: the pool features that are kept, float32 on the CPU; after `reduce` those of all images on
+            the master, and none on the other ranks.
     """
 
     def __init__(self, network: Any, num_images: int, device: torch.device, split_size: int = 0,
@@ -98,7 +114,9 @@ class FeatureSet:
         self.network = network
         self.device = device
         self.pool = FeatureStatistics(network.num_features, device)
-        self.spatial = FeatureStatistics(network.num_spatial, device) if network.num_spatial else None
+        self.spatial = None
+        if network.num_spatial:
+            self.spatial = FeatureStatistics(network.num_spatial, device)
         self.score = None
         if split_size:
             self.score = InceptionScore(num_images, network.num_classes, split_size, device)
@@ -107,22 +125,25 @@ class FeatureSet:
 
     @torch.inference_mode()
     def add(self, images_u8: torch.Tensor, first: int) -> None:
-        """Take in images first, first + 1, ... of the set; a rank adds its own in their order.
+        """Add the images first, first + 1, ... of the set; a rank adds its own images in their order.
 
         Args:
             images_u8: uint8 (B, 3, H, W).
+            first: number of the first of these images in the set.
         Raises:
             ValueError: an image has features that are not finite.
         """
-        out = self.network.outputs(images_u8.to(self.device, non_blocking=True).contiguous())
+        images_u8 = images_u8.to(self.device, non_blocking=True).contiguous()
+        out = self.network.outputs(images_u8)
         self.pool.add(out.pool, first)
         if self.spatial is not None:
             self.spatial.add(out.spatial, first)
         if self.score is not None:
             self.score.add(out.logits, first)
         if len(self.rows_NF):
-            self.rows_NF[self.num_filled:self.num_filled + len(out.pool)] = out.pool.cpu()
-            self.num_filled += len(out.pool)
+            end = self.num_filled + len(out.pool)
+            self.rows_NF[self.num_filled:end] = out.pool.cpu()
+            self.num_filled = end
 
     def reduce(self) -> None:
         """Gather what all ranks have seen; every rank calls it, once."""
@@ -134,27 +155,43 @@ class FeatureSet:
         self.rows_NF = gather_rows(self.rows_NF, self.device)
 
     def statistics(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Mean and covariance under '' for pool features and '_s' for spatial ones."""
-        named = {'': self.pool} | ({'_s': self.spatial} if self.spatial is not None else {})
-        return {suffix: (part.mean, part.covariance()) for suffix, part in named.items()}
+        """(mean (F,), covariance (F, F)) by suffix: '' for pool features and '_s' for spatial ones."""
+        statistics = {'': (self.pool.mean, self.pool.covariance())}
+        if self.spatial is not None:
+            statistics['_s'] = (self.spatial.mean, self.spatial.covariance())
+        return statistics
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The same as a file holds them: mu, sigma and, with spatial features, mu_s, sigma_s."""
-        return {f'{key}{suffix}': t.cpu().numpy() for suffix, pair in self.statistics().items()
-                for key, t in zip(('mu', 'sigma'), pair, strict=True)}
+        """The statistics as a file holds them: mu, sigma and, with spatial features, mu_s, sigma_s."""
+        arrays = {}
+        for suffix, (mean, covariance) in self.statistics().items():
+            arrays[f'mu{suffix}'] = mean.cpu().numpy()
+            arrays[f'sigma{suffix}'] = covariance.cpu().numpy()
+        return arrays
 
 
 def gather_rows(rows_NF: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The rows of every rank in rank order on the master, none elsewhere; pieces of at most 1,000 travel."""
+    """The rows of every rank, in the order of ranks, on the master; (0, F) on the other ranks.
+
+    Every rank calls it. The rows travel in pieces of at most 1,000, so that a GPU need not hold all of them.
+
+    Args:
+        rows_NF: float32 (N, F) rows of this rank on the CPU.
+        device: through which the pieces travel.
+    """
     counts = dist.allgather_object(len(rows_NF))
     if len(counts) == 1 or not sum(counts):
         return rows_NF
-    gathered = torch.empty(sum(counts) if dist.is_master() else 0, rows_NF.shape[1])
+    num_features = rows_NF.shape[1]
+    num_kept = sum(counts) if dist.is_master() else 0
+    gathered = torch.empty(num_kept, num_features)
     begin = 0
     for rank, count in enumerate(counts):
         for first in range(0, count, 1000):
-            piece = rows_NF[first:first + 1000].to(device) if rank == dist.get_rank() else \
-                torch.empty(min(1000, count - first), rows_NF.shape[1], device=device)
+            if rank == dist.get_rank():
+                piece = rows_NF[first:first + 1000].to(device)
+            else:
+                piece = torch.empty(min(1000, count - first), num_features, device=device)
             dist.broadcast(piece, src_rank=rank)
             if dist.is_master():
                 gathered[begin:begin + len(piece)] = piece.cpu()
@@ -163,7 +200,7 @@ def gather_rows(rows_NF: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Inspection:
-    """What is odd about a set of images: `add` on any rank, `reduce` once on all."""
+    """Looks for what makes a set of images doubtful: `add` on any rank, `reduce` once on all."""
 
     def __init__(self):
         self.digests = []
@@ -171,23 +208,37 @@ class Inspection:
         self.num_grey = 0
 
     def add(self, images_NHW3: np.ndarray) -> None:
-        for digest, is_constant, is_grey in map(_inspect, images_NHW3):
+        """Look at images, uint8 (N, H, W, 3)."""
+        for image_HW3 in images_NHW3:
+            digest, is_constant, is_grey = _inspect(image_HW3)
             self.digests.append(digest)
-            self.num_constant += is_constant
-            self.num_grey += is_grey
+            if is_constant:
+                self.num_constant += 1
+            if is_grey:
+                self.num_grey += 1
 
     def reduce(self) -> None:
+        """Gather what all ranks have seen; every rank calls it, once."""
         parts = dist.allgather_object((self.digests, self.num_constant, self.num_grey))
-        self.digests = [digest for part in parts for digest in part[0]]
-        self.num_constant, self.num_grey = (sum(part[i] for part in parts) for i in (1, 2))
+        self.digests = []
+        self.num_constant = 0
+        self.num_grey = 0
+        for digests, num_constant, num_grey in parts:
+            self.digests += digests
+            self.num_constant += num_constant
+            self.num_grey += num_grey
 
     def warnings(self, name: str) -> list[str]:
-        """One line for each thing that makes scores doubtful."""
+        """One line for each thing that makes scores doubtful.
+
+        Args:
+            name: what the lines call the set.
+        """
         total = len(self.digests)
         found = []
         repeated = total - len(set(self.digests))
         for count, what in ((repeated, 'repeat another image'), (self.num_constant, 'have one colour only')):
-            if count > ODD_SHARE * total:
+            if count > MAX_ODD_FRACTION * total:
                 found.append(f'{name}: {count} of {total} images {what}')
         if total and self.num_grey == total:
             found.append(f'{name}: all images are grey (R = G = B)')
@@ -196,24 +247,42 @@ class Inspection:
 
 def _inspect(image_HW3: np.ndarray) -> tuple[bytes, bool, bool]:
     """Digest of an image, whether it has one colour only, and whether it is grey."""
-    values = image_HW3.reshape(-1)  # R G B R G B ...: numpy compares neighbours in memory fastest
+    # SHA-1 is the fastest digest here, as processors have instructions for it.
+    values = image_HW3.reshape(-1)
+    digest = hashlib.sha1(values, usedforsecurity=False).digest()[:8]
+
+    # The values lie in memory as R G B R G B ..., and numpy compares neighbours in memory fastest. In an
+    # image of one colour every value equals the third one after it; in a grey one R equals G and G equals B.
+    is_constant = bool((values[3:] == values[:-3]).all())
     repeats = values[1:] == values[:-1]
-    return (hashlib.sha1(values, usedforsecurity=False).digest()[:8],  # processors have instructions for it
-            bool((values[3:] == values[:-3]).all()), bool(repeats[::3].all() and repeats[1::3].all()))
+    is_grey = bool(repeats[::3].all() and repeats[1::3].all())
+    return digest, is_constant, is_grey
 
 
 # ---------------------------------------------------------------------------------------------- extraction
 def rank_range(count: int) -> tuple[int, int]:
-    """First image of this rank, and the one after its last: contiguous, none twice, maybe none at all."""
+    """The part of `count` images that this rank works on: its first image, and the one after its last.
+
+    The parts of all ranks are contiguous and in the order of ranks; a part may be empty.
+    """
     rank = dist.get_rank()
     world_size = dist.get_world_size()
-    return count * rank // world_size, count * (rank + 1) // world_size
+    begin = count * rank // world_size
+    end = count * (rank + 1) // world_size
+    return begin, end
 
 
 def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
-    """The same items, made by a thread while the caller works on earlier ones."""
+    """The same items, made by a thread while the caller works on earlier ones.
+
+    Unlike `utils.image_store.map_ahead`, which makes items independently in several threads, it takes from an
+    iterator, such as an open file, whose items come one after the other.
+
+    Args:
+        depth: number of items that are made ahead.
+    """
     iterator = iter(items)
-    end = object()
+    end = object()  # what `next` gives after the last item; no item is this object
     with ThreadPoolExecutor(1) as thread:
         pending = [thread.submit(next, iterator, end) for _ in range(depth)]
         while (item := pending.pop(0).result()) is not end:
@@ -223,10 +292,13 @@ def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
 
 def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_size: int = 0,
             keep_rows: bool = False) -> tuple[FeatureSet, Inspection]:
-    """Features of all images of a file or folder, shared among the ranks; every rank calls it.
+    """Features of all images of a file or folder, computed by all ranks together; every rank calls it.
 
+    Args:
+        split_size: images per chunk of the Inception Score; 0 leaves the score out.
+        keep_rows: whether the pool features of the images are kept, for precision and recall.
     Returns:
-        (reduced features, reduced inspection).
+        (features, inspection), both reduced.
     Raises:
         ValueError: an image cannot be read, or gives features that are not finite.
     """
@@ -236,22 +308,26 @@ def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_si
     features = FeatureSet(network, batch.count, device, split_size, num_rows)
     inspection = Inspection()
 
-    def tensors() -> Iterator[torch.Tensor]:
+    # A thread reads and inspects the next images while the network works on these.
+    def batches() -> Iterator[torch.Tensor]:
         for images_NHW3 in batch.blocks(begin, end, settings.batch_size):
             inspection.add(images_NHW3)
             images = torch.from_numpy(images_NHW3)
-            images = images.pin_memory() if device.type == 'cuda' else images
-            yield images.permute(0, 3, 1, 2)  # the device brings them into this order, faster than numpy
+            if device.type == 'cuda':
+                images = images.pin_memory()
+            yield images.permute(0, 3, 1, 2)  # a view: the device copies it into this order faster than numpy
 
     first = begin
     with progress_bar(end - begin, batch.path.name) as bar:
-        for images_u8 in read_ahead(tensors()):
+        for images_u8 in read_ahead(batches()):
             try:
                 features.add(images_u8, first)
             except ValueError as error:
                 raise ValueError(f'{batch.path}: {error}') from None
             first += len(images_u8)
             bar.update(len(images_u8))
+
+    # From here on the statistics are those of the images of all ranks.
     features.reduce()
     inspection.reduce()
     return features, inspection
@@ -259,7 +335,7 @@ def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_si
 
 # ---------------------------------------------------------------------------------------------- cache
 def read_cache(path: Path, names: list[str]) -> dict[str, np.ndarray] | None:
-    """Arrays that an earlier run kept; None if there are none, or if they cannot be read."""
+    """Arrays that an earlier run wrote; None if there is no such file, or if it cannot be read."""
     if not path.is_file():
         return None
     try:
@@ -271,7 +347,10 @@ def read_cache(path: Path, names: list[str]) -> dict[str, np.ndarray] | None:
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Keep arrays for later runs, if the folder can be written; runs at once do not disturb each other."""
+    """Write arrays for later runs; only a warning if the folder cannot be written.
+
+    Several runs may write the same file at once: each has a temporary file of its own, and the last one wins.
+    """
     temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
