@@ -1,9 +1,9 @@
-"""Judgements of a classifier: how often it sees the requested class, and rejection sampling by it.
+"""Images judged by a classifier: how often it recognises the requested class, and rejection sampling.
 
 `evaluate.py classify-eval SAMPLE` reports accuracy; `evaluate.py reject IN OUT.npz` keeps those candidates of
 each class that the classifier is surest of, as the authors of VAR did for VAR-d30-re. Candidates are numbered
-in file order: random in an npz of sample.py, by index in its folder.
-Letters: N images, K kept ones, B batch, C classes.
+in the order of the file: a random order in an npz of sample.py, the order of the indices in its folder.
+Letters: N images, K images that are kept, B batch, C classes.
 """
 import dataclasses
 import logging
@@ -50,24 +50,36 @@ class ClassifierSettings(DeviceSettings):
 
 # ---------------------------------------------------------------------------------------------- judgement
 class Judgement(NamedTuple):
-    """What a classifier says of the label of every image."""
+    """What a classifier says about the label of every image."""
     log_prob_N: np.ndarray  # float32, log p(label | image)
-    rank_N: np.ndarray      # int64, classes that it deems likelier; 0 is right
+    rank_N: np.ndarray      # int64, number of classes that it deems likelier than the label; 0 means correct
 
     def scores(self, num_classes: int, rows: np.ndarray | slice = np.s_[:]) -> dict[str, float]:
-        """Accuracy and mean probability of some images; there is no top-5 among 5 classes or fewer."""
+        """Accuracy and mean probability of some images.
+
+        Args:
+            num_classes: of the classifier; with 5 classes or fewer there is no top-5 accuracy.
+            rows: which images; by default all of them.
+        Returns:
+            top1, top5, mean_prob in [0, 1]; mean_log_prob, the mean natural logarithm.
+        """
         log_prob_K = self.log_prob_N[rows].astype(np.float64)
         rank_K = self.rank_N[rows]
-        top5 = dict(top5=float((rank_K < 5).mean())) if num_classes > 5 else {}
-        return dict(top1=float((rank_K == 0).mean()), **top5, mean_prob=float(np.exp(log_prob_K).mean()),
-                    mean_log_prob=float(log_prob_K.mean()))
+        scores = dict(top1=float((rank_K == 0).mean()))
+        if num_classes > 5:
+            scores['top5'] = float((rank_K < 5).mean())
+        scores['mean_prob'] = float(np.exp(log_prob_K).mean())
+        scores['mean_log_prob'] = float(log_prob_K.mean())
+        return scores
 
 
 def load_labels(batch: ImageBatch, path: str) -> np.ndarray:
-    """(N,) int64 classes: of a file, else those that lie beside the images.
+    """(N,) int64 classes of the images, from a file or else from beside the images.
 
+    Args:
+        path: the file; empty takes the labels that lie beside the images.
     Raises:
-        ValueError: there are none, or another number than there are images.
+        ValueError: there are no labels, or another number of labels than of images.
     """
     if path:
         return read_labels(path, batch.count)
@@ -78,15 +90,18 @@ def load_labels(batch: ImageBatch, path: str) -> np.ndarray:
 
 
 def load(settings: ClassifierSettings, labels_N: np.ndarray) -> Classifier:
-    """The classifier, which must know the labels; each node downloads what is missing once.
+    """The classifier, which must know the labels; each node downloads missing weights once.
 
     Raises:
-        MissingWeights: there are none.
+        MissingWeights: the classifier has no weights here.
         ValueError: a label is none of its classes; or see `load_classifier`.
     """
-    classifier = dist.first_of_node_first(lambda is_first: load_classifier(
-        settings.classifier, settings.classifier_weights, settings.torch_device,
-        is_first and settings.download))
+    def load_here(is_first: bool) -> Classifier:
+        may_download = is_first and settings.download
+        return load_classifier(settings.classifier, settings.classifier_weights, settings.torch_device,
+                               may_download)
+
+    classifier = dist.first_of_node_first(load_here)
     unknown = np.flatnonzero((labels_N < 0) | (labels_N >= classifier.num_classes))
     if len(unknown):
         raise ValueError(f'{classifier.name} knows classes 0..{classifier.num_classes - 1}, image '
@@ -95,35 +110,49 @@ def load(settings: ClassifierSettings, labels_N: np.ndarray) -> Classifier:
 
 
 def judge(batch: ImageBatch, labels_N: np.ndarray, classifier: Classifier, batch_size: int) -> Judgement:
-    """Judge all images, shared among the ranks; every rank calls it and gets the whole.
+    """Judge all images; every rank calls it, judges a part of the images and gets the whole judgement.
 
     Raises:
         ValueError: an image cannot be read, or gives probabilities that are not finite.
     """
-    # Every rank gets whole batches, the same ones for any number of ranks: in another batch kernels may round
-    # in another way.
+    # Ranks take whole batches, which are the same for any number of ranks: kernels may round differently in
+    # another batch.
     num_batches = -(-batch.count // batch_size)
-    begin, end = (min(batch_size * number, batch.count) for number in rank_range(num_batches))
+    first_batch, end_batch = rank_range(num_batches)
+    begin = min(batch_size * first_batch, batch.count)
+    end = min(batch_size * end_batch, batch.count)
     own = Judgement(np.empty(end - begin, np.float32), np.empty(end - begin, np.int64))
+    own_labels_N = labels_N[begin:end]
     classes_C = torch.arange(classifier.num_classes, device=classifier.device)
 
-    def tensors() -> Iterator[torch.Tensor]:
+    # A thread reads the next images while the classifier works on these.
+    def batches() -> Iterator[torch.Tensor]:
         for images_NHW3 in batch.blocks(begin, end, batch_size):
-            yield torch.from_numpy(np.ascontiguousarray(images_NHW3.transpose(0, 3, 1, 2)))
+            images_N3HW = np.ascontiguousarray(images_NHW3.transpose(0, 3, 1, 2))
+            yield torch.from_numpy(images_N3HW)
 
     first = 0
     with progress_bar(end - begin, batch.path.name) as bar:
-        for images_u8 in read_ahead(tensors()):
-            rows = slice(first, first := first + len(images_u8))
-            labels_B1 = torch.from_numpy(labels_N[begin:end][rows, None]).to(classifier.device)
+        for images_u8 in read_ahead(batches()):
+            rows = slice(first, first + len(images_u8))
+            labels_B1 = torch.from_numpy(own_labels_N[rows, None]).to(classifier.device)
             log_prob_BC = classifier(images_u8)
             log_prob_B1 = log_prob_BC.gather(1, labels_B1)
-            is_likelier_BC = (log_prob_BC > log_prob_B1) | (
-                (log_prob_BC == log_prob_B1) & (classes_C < labels_B1))  # equal ones stand in order of class
+
+            # The rank of the label is the number of classes before it; equal ones stand in the order of ids.
+            is_equal_BC = log_prob_BC == log_prob_B1
+            is_before_BC = (log_prob_BC > log_prob_B1) | (is_equal_BC & (classes_C < labels_B1))
             own.log_prob_N[rows] = log_prob_B1[:, 0].cpu()
-            own.rank_N[rows] = is_likelier_BC.sum(1).cpu()
+            own.rank_N[rows] = is_before_BC.sum(1).cpu()
+            first += len(images_u8)
             bar.update(len(images_u8))
-    judgement = Judgement(*map(np.concatenate, zip(*dist.allgather_object(own), strict=True)))
+
+    # Ranks have contiguous parts in the order of ranks, so joining them restores the order of the file.
+    parts = dist.allgather_object(own)
+    judgement = Judgement(
+        np.concatenate([part.log_prob_N for part in parts]),
+        np.concatenate([part.rank_N for part in parts]),
+    )
     is_finite_N = np.isfinite(judgement.log_prob_N)
     if not is_finite_N.all():
         raise ValueError(f'expected finite probabilities, {classifier.name} gives '
@@ -133,17 +162,19 @@ def judge(batch: ImageBatch, labels_N: np.ndarray, classifier: Classifier, batch
 
 
 def describe_images(batch: ImageBatch) -> tuple[str, dict[str, Any] | None]:
-    """SHA-256 of the images and the manifest beside them, on every rank; only the master reads it all.
+    """SHA-256 of the images, and the manifest beside them or None; every rank calls it.
 
     Raises:
         ValueError: the manifest belongs to other images.
     """
-    digest = dist.allgather_object(batch.sha256() if dist.is_master() else '')[0]
+    # The digest needs the whole file, so the master alone reads it for all ranks.
+    digest = batch.sha256() if dist.is_master() else ''
+    digest = dist.allgather_object(digest)[0]
     return digest, read_manifest(batch.path, digest)
 
 
 def line(scores: dict[str, float]) -> str:
-    """Scores for a reader."""
+    """The scores of `Judgement.scores` as text for a reader."""
     top5 = f'top-5 {scores["top5"]:.2%}, ' if 'top5' in scores else ''
     return f'top-1 {scores["top1"]:.2%}, {top5}mean p(y|x) {scores["mean_prob"]:.4f}'
 
@@ -166,8 +197,15 @@ class ClassifySettings(ClassifierSettings):
 
 
 def evaluate_classify(settings: ClassifySettings) -> str | None:
-    """`evaluate.py classify-eval`: the text for the reader, on the master."""
+    """`evaluate.py classify-eval`: the text for the reader on the master, None on the other ranks.
+
+    Raises:
+        MissingWeights: the classifier has no weights here.
+        ValueError: images, labels or classifier cannot be used, or do not fit together.
+    """
     begin = time.time()
+
+    # Files come before the classifier, and the classifier before hours of judging.
     if settings.json:
         check_output(settings.json)
     batch = open_batch(settings.sample)
@@ -177,25 +215,49 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
     judgement = judge(batch, labels_N, classifier, settings.batch_size)
     scores = judgement.scores(classifier.num_classes)
     rejection = (manifest or {}).get('rejection')
+
     if settings.json and dist.is_master():
-        write_json(settings.json, dict(
-            command='classify-eval', scores=scores, count=batch.count,
-            top1_per_class={label: float((judgement.rank_N[labels_N == label] == 0).mean())
-                            for label in np.unique(labels_N).tolist()},
+        top1_per_class = {}
+        for label in np.unique(labels_N).tolist():
+            rank_K = judgement.rank_N[labels_N == label]
+            top1_per_class[label] = float((rank_K == 0).mean())
+        labels = None
+        if settings.labels:
+            labels = dict(path=settings.labels, sha256=sha256_of(settings.labels))
+        report = dict(
+            command='classify-eval',
+            scores=scores,
+            count=batch.count,
+            top1_per_class=top1_per_class,
             sample=dict(path=str(batch.path), sha256=digest, height=batch.height, width=batch.width),
-            labels=dict(path=settings.labels, sha256=sha256_of(settings.labels)) if settings.labels else None,
-            classifier=dict(name=classifier.name, sha256=classifier.digest,
-                            num_classes=classifier.num_classes),
-            manifest=manifest, rejection=rejection, warnings=batch.warnings,
-            settings=dataclasses.asdict(settings), versions=versions(),
-            device=device_name(settings.torch_device), world_size=dist.get_world_size(),
-            seconds=round(time.time() - begin, 1)))
+            labels=labels,
+            classifier=dict(
+                name=classifier.name,
+                sha256=classifier.digest,
+                num_classes=classifier.num_classes,
+            ),
+            manifest=manifest,
+            rejection=rejection,
+            warnings=batch.warnings,
+            settings=dataclasses.asdict(settings),
+            versions=versions(),
+            device=device_name(settings.torch_device),
+            world_size=dist.get_world_size(),
+            seconds=round(time.time() - begin, 1),
+        )
+        write_json(settings.json, report)
     dist.barrier()
+    if not dist.is_master():
+        return None
+
+    # Rejection changes all scores, so a reader must not overlook it.
     rejected = f' with rejection (ratio {rejection["ratio"]:g})' if rejection else ''
-    return '\n'.join([
+    lines = [
         f'{batch.path}, {batch.count:,} images of {batch.width}x{batch.height}{rejected}',
         f'{classifier.name} {classifier.digest[:8]}, {classifier.num_classes} classes: {line(scores)}',
-        *(f'warning: {note}' for note in batch.warnings)]) if dist.is_master() else None
+    ]
+    lines += [f'warning: {note}' for note in batch.warnings]
+    return '\n'.join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- rejection
@@ -220,13 +282,15 @@ class RejectSettings(ClassifierSettings):
         if self.classifier == 'inception_v3':
             raise ValueError('the classifier must not be the network of the scores, got inception_v3: '
                              'pass another one, such as convnext_base')
-        source, target = (str(Path(path).resolve()) for path in (self.images, self.output))
+        source = str(Path(self.images).resolve())
+        target = str(Path(self.output).resolve())
         if not target.endswith('.npz') or target.removesuffix('.npz') == source.removesuffix('.npz'):
             raise ValueError(f'expected an npz of another name than {self.images}, got {self.output}: '
                              'pass another OUT.npz')
-        for name, least in (('n_keep', 1), ('ratio', 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f'--{name} must be at least {least}, got {getattr(self, name)}')
+        if self.n_keep < 1:
+            raise ValueError(f'--n_keep must be at least 1, got {self.n_keep}')
+        if self.ratio < 0:
+            raise ValueError(f'--ratio must be at least 0, got {self.ratio}')
         if self.threshold is not None and not self.threshold <= 0:
             raise ValueError(f'--threshold is a log-probability, at most 0, got {self.threshold:g}')
         if self.seed >= 2 ** 32:
@@ -234,12 +298,14 @@ class RejectSettings(ClassifierSettings):
 
 
 def candidates_of(labels_N: np.ndarray, n_keep: int, ratio: int) -> dict[int, np.ndarray]:
-    """Indices of the candidates of each class that are looked at, in file order.
+    """Indices of the candidates of each class, in the order of the file.
 
     Args:
-        ratio: candidates per kept image, the first ones; 0 takes all.
+        labels_N: (N,) classes of all images.
+        n_keep: number of images that will be kept of each class.
+        ratio: candidates per kept image; the first ones of each class are taken, or all of them if it is 0.
     Raises:
-        ValueError: a class has too few.
+        ValueError: a class has too few images.
     """
     needed = n_keep * max(ratio, 1)
     candidates = {}
@@ -254,16 +320,20 @@ def candidates_of(labels_N: np.ndarray, n_keep: int, ratio: int) -> dict[int, np
 
 def select(candidates: dict[int, np.ndarray], log_prob_N: np.ndarray, n_keep: int,
            threshold: float | None = None) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """The candidates to keep of each class.
+    """Choose the candidates to keep: the likeliest of each class, or the first that reach a threshold.
 
-    The likeliest ones, the first of equal ones; or the first ones that reach a threshold.
+    Of equally likely candidates the first ones are kept.
 
     Args:
-        candidates: by class, as of `candidates_of`.
+        candidates: indices by class, as returned by `candidates_of`.
+        log_prob_N: (N,) log p(label | image) of all images.
+        n_keep: number of candidates to keep of each class.
+        threshold: log-probability that a kept candidate must have; None keeps the likeliest ones.
     Returns:
-        (indices of the kept ones (K,), ascending; by class the candidates that were looked at).
+        The indices of the kept candidates (K,), ascending; and by class the indices of the candidates that
+        count for the ratio, which with a threshold are those up to the last kept one.
     Raises:
-        ValueError: in a class too few reach the threshold.
+        ValueError: in some class too few candidates reach the threshold.
     """
     kept = []
     seen = {}
@@ -285,44 +355,74 @@ def select(candidates: dict[int, np.ndarray], log_prob_N: np.ndarray, n_keep: in
 
 
 def evaluate_reject(settings: RejectSettings) -> str | None:
-    """`evaluate.py reject`: writes the images kept and a manifest; the text for the reader, on the master.
+    """`evaluate.py reject`: write the images that are kept, and a manifest.
 
     Equal inputs and settings give equal files, for any number of processes.
+
+    Returns:
+        The text for the reader on the master, None on the other ranks.
+    Raises:
+        MissingWeights: the classifier has no weights here.
+        ValueError: a file cannot be used, or a class has too few candidates.
     """
+    # All that can fail comes before hours of judging.
     target = Path(settings.output)
     check_output(target)
     batch = open_batch(settings.images)
-    batch[0]  # likewise: a compressed npz cannot be read in random order
+    batch[0]  # raises for a compressed npz, which cannot be read in random order
     labels_N = load_labels(batch, settings.labels)
     candidates = candidates_of(labels_N, settings.n_keep, settings.ratio)
     classifier = load(settings, labels_N)
     digest, manifest = describe_images(batch)
     if classifier.name == 'digits' and dist.is_master():
         logger.warning('scores with --features=digits will flatter what their own network has chosen')
+
+    # Choose, then shuffle: candidates may be sorted by class, and the Inception Score needs a mixed order.
     judgement = judge(batch, labels_N, classifier, settings.batch_size)
     kept_K, seen = select(candidates, judgement.log_prob_N, settings.n_keep, settings.threshold)
     if not settings.no_shuffle:
         kept_K = kept_K[shuffled(len(kept_K), settings.seed)]
     seen_N = np.concatenate(list(seen.values()))
     ratio = len(seen_N) / len(kept_K)
-    scores = {name: judgement.scores(classifier.num_classes, rows)
-              for name, rows in (('candidates', seen_N), ('kept', kept_K))}
+    scores = dict(
+        candidates=judgement.scores(classifier.num_classes, seen_N),
+        kept=judgement.scores(classifier.num_classes, kept_K),
+    )
+
     if dist.is_master():
-        write_npz(target, map_ahead(batch.__getitem__, kept_K.tolist(), NUM_READERS), len(kept_K),
-                  batch.height, batch.width, labels_N[kept_K])
-        write_json(target.with_suffix('.json'), dict(
-            num_images=len(kept_K), npz=target.name, npz_sha256=sha256_of(target),
-            rejection=dict(
-                classifier=classifier.name, classifier_sha256=classifier.digest, ratio=ratio,
-                n_keep=settings.n_keep, threshold=settings.threshold,
-                seed=None if settings.no_shuffle else settings.seed, batch_size=settings.batch_size,
-                source=str(batch.path), source_sha256=digest, scores=scores,
-                candidates_per_class={label: len(index) for label, index in seen.items()},
-                kept=kept_K.tolist()),  # row r of the npz is candidate kept[r]
-            candidates=manifest, versions=versions()))
+        images = map_ahead(batch.__getitem__, kept_K.tolist(), NUM_READERS)
+        write_npz(target, images, len(kept_K), batch.height, batch.width, labels_N[kept_K])
+        rejection = dict(
+            classifier=classifier.name,
+            classifier_sha256=classifier.digest,
+            ratio=ratio,
+            n_keep=settings.n_keep,
+            threshold=settings.threshold,
+            seed=None if settings.no_shuffle else settings.seed,
+            batch_size=settings.batch_size,
+            source=str(batch.path),
+            source_sha256=digest,
+            scores=scores,
+            candidates_per_class={label: len(index) for label, index in seen.items()},
+            kept=kept_K.tolist(),  # row r of the npz is candidate kept[r]
+        )
+        manifest_of_kept = dict(
+            num_images=len(kept_K),
+            npz=target.name,
+            npz_sha256=sha256_of(target),
+            rejection=rejection,
+            candidates=manifest,
+            versions=versions(),
+        )
+        write_json(target.with_suffix('.json'), manifest_of_kept)
     dist.barrier()
-    return '\n'.join([
+    if not dist.is_master():
+        return None
+
+    lines = [
         f'{target}: {len(kept_K):,} of {len(seen_N):,} candidates (ratio {ratio:g}), {settings.n_keep} of '
         f'each of {len(seen)} classes, by {classifier.name} {classifier.digest[:8]}',
-        *(f'{name:10} {line(values)}' for name, values in scores.items()),
-        *(f'warning: {note}' for note in batch.warnings)]) if dist.is_master() else None
+    ]
+    lines += [f'{name:10} {line(values)}' for name, values in scores.items()]
+    lines += [f'warning: {note}' for note in batch.warnings]
+    return '\n'.join(lines)
