@@ -34,12 +34,18 @@ class StatsSettings(FeatureSettings):
 
 
 def evaluate_stats(settings: StatsSettings) -> None:
-    """`evaluate.py stats`: mu, sigma and, where the network has spatial features, mu_s, sigma_s."""
+    """`evaluate.py stats`: write mu, sigma and, where the network has spatial features, mu_s, sigma_s.
+
+    Raises:
+        MissingWeights: the feature network has no weights.
+        ValueError: the images cannot be read or are too few, or the output cannot be written.
+    """
     batch = open_batch(settings.images)
     if batch.count < 2:
         raise ValueError(f'statistics need 2 images or more, {settings.images} holds {batch.count}: add some')
     check_output(settings.output)
-    features, inspection = extract(batch, load_network(settings), settings)
+    network = load_network(settings)
+    features, inspection = extract(batch, network, settings)
     if dist.is_master():
         content = features.arrays()
         if settings.keep_images:
@@ -77,12 +83,17 @@ class PackSettings:
         check_values(self)
         if self.seed >= 2 ** 32:
             raise ValueError(f'--seed must be below 2**32, got {self.seed}')
-        if Path(self.output).resolve() != Path(f'{self.folder}.npz').resolve():  # which is where it belongs
+        # FOLDER.npz is where the images of FOLDER belong; anything else must not be in the way.
+        if Path(self.output).resolve() != Path(f'{self.folder}.npz').resolve():
             refuse_overwriting(self.output, self.folder)
 
 
 def evaluate_pack(settings: PackSettings) -> None:
-    """`evaluate.py pack`: a folder of images, or a data set, as one npz in random order."""
+    """`evaluate.py pack`: write a folder of images, or a data set, as one npz in random order.
+
+    Raises:
+        ValueError: an image cannot be read, or there is another number of images than expected.
+    """
     if dist.is_master():
         check_output(settings.output)
         seed = None if settings.no_shuffle else settings.seed
@@ -97,16 +108,25 @@ def evaluate_pack(settings: PackSettings) -> None:
 
 
 def pack_data_set(settings: PackSettings, seed: int | None) -> None:
-    """Centre crops of a split of a data set and their classes, as a reference of one's own."""
+    """Write the centre crops of a split of a data set, and their classes, to be used as a reference.
+
+    Args:
+        seed: of the order, see `shuffled`; None keeps the order of the data set.
+    Raises:
+        ValueError: an image cannot be read, or there is another number of images than expected.
+    """
     size = settings.image_size
     count = settings.count
-    images = open_split(settings.folder, settings.split, build_transforms(size, crop='adm')[1],
-                        exif=settings.exif)
+    _, transform = build_transforms(size, crop='adm')
+    images = open_split(settings.folder, settings.split, transform, exif=settings.exif)
     if count not in (None, len(images)):
         raise ValueError(f'expected {count} images in {settings.folder}, got {len(images)}: correct --count')
     order = np.arange(len(images)) if seed is None else shuffled(len(images), seed)
 
     def crop(i: int) -> np.ndarray:
-        return to_uint8(images[i][0]).permute(1, 2, 0).numpy()
-    write_npz(settings.output, map_ahead(crop, order.tolist(), NUM_READERS), len(order), size, size,
-              np.asarray(images.targets)[order])
+        image_3HW, _ = images[i]
+        return to_uint8(image_3HW).permute(1, 2, 0).numpy()
+
+    crops = map_ahead(crop, order.tolist(), NUM_READERS)
+    labels_N = np.asarray(images.targets)[order]
+    write_npz(settings.output, crops, len(order), size, size, labels_N)

@@ -14,14 +14,15 @@ class ScoreTable:
     """`<output>.csv`, a row per combination: its settings, then its scores.
 
     Args:
-        output: of the sweep.
-        settings: names of what varies.
+        output: the folder of the sweep, beside which the table lies.
+        settings: names of the settings that vary.
     Raises:
-        ValueError: the file there is of another sweep.
+        ValueError: the file there is no table, or that of another sweep.
     """
 
     def __init__(self, output: Path, settings: list[str]):
-        self.csv, self.png = (output.with_name(f'{output.name}.{suffix}') for suffix in ('csv', 'png'))
+        self.csv = output.with_name(f'{output.name}.csv')
+        self.png = output.with_name(f'{output.name}.png')
         self.settings = settings
         self.rows = []
         if self.csv.exists():
@@ -31,17 +32,19 @@ class ScoreTable:
             except ValueError as error:
                 raise ValueError(f'expected the table of a sweep in {self.csv}, cannot read it ({error}): '
                                  'pass another --output, or move it away') from None
-            self.rows = [row for row in rows if all(row.values())]  # others were cut off
-            if any(name not in row for row in self.rows for name in settings):
+            # A row with an empty cell was cut off, and its combination is sampled again.
+            self.rows = [row for row in rows if all(row.values())]
+            if self.rows and not set(settings) <= self.rows[0].keys():
                 raise ValueError(f'{self.csv} is of another sweep, with {", ".join(self.rows[0])}: '
                                  'pass another --output, or move it away')
 
     def has(self, combination: dict[str, Any]) -> bool:
         """Whether there is a row with these settings."""
-        return any(all(row[name] == str(value) for name, value in combination.items()) for row in self.rows)
+        wanted = {name: str(value) for name, value in combination.items()}
+        return any(wanted.items() <= row.items() for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row and rewrite the file."""
+        """Append a row, settings and scores by name, and rewrite the file."""
         self.rows.append({name: str(value) for name, value in row.items()})
         columns = dict.fromkeys(name for row in self.rows for name in row)
         with atomic_path(self.csv) as temporary, temporary.open('w', newline='') as file:
@@ -50,7 +53,7 @@ class ScoreTable:
             writer.writerows(self.rows)
 
     def plot(self) -> None:
-        """`<output>.png`: a panel per score over the first setting, a line per value of the others."""
+        """Draw `<output>.png`: a panel per score over the first setting, a line per value of the rest."""
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
@@ -61,16 +64,20 @@ class ScoreTable:
         scores = [name for name in PLOTTED if all(row.get(name) for row in self.rows)]
         if not scores:
             return
+
+        # Agg draws without a screen.
         figure = Figure(figsize=(4 * len(scores), 3.4), dpi=120, layout='constrained')
         FigureCanvasAgg(figure)
         lines: dict[str, list[dict[str, str]]] = {}
         for row in self.rows:
-            lines.setdefault(', '.join(f'{name} {row[name]}' for name in others), []).append(row)
+            label = ', '.join(f'{name} {row[name]}' for name in others)
+            lines.setdefault(label, []).append(row)
         for number, score in enumerate(scores, start=1):
             axis = figure.add_subplot(1, len(scores), number)
             for label, rows in lines.items():
-                axis.plot([axis_value(row[first]) for row in rows], [float(row[score]) for row in rows], 'o-',
-                          label=label or None)
+                x = [axis_value(row[first]) for row in rows]
+                y = [float(row[score]) for row in rows]
+                axis.plot(x, y, 'o-', label=label or None)
             axis.set(title=score, xlabel=first)
             axis.grid(alpha=0.3)
         if others:
@@ -80,7 +87,7 @@ class ScoreTable:
 
 
 def axis_value(text: str) -> float | str:
-    """A number where it is one."""
+    """The number in a text, or the text itself if it is no number."""
     try:
         return float(text)
     except ValueError:
