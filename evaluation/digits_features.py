@@ -17,13 +17,13 @@ from utils.misc import full_precision
 
 SIDE = 8            # pixels per side of what the network sees, as the digits were scanned
 NUM_EPOCHS = 60
-ROOM = 4            # pixels by which a drawn digit moves or is cut in training
+ROOM = 4            # pixels by which a digit moves or is cut in training
 
 
 class DigitsFeatures:
     """8-bit images (B, 3, H, W) of any size -> features of a small classifier of scikit-learn's digits.
 
-    Every instance fits the same weights, of which differences in rounding between machines are cut away.
+    Every instance fits the same weights; rounding them removes the differences between machines.
 
     Attributes:
         digest: SHA-256 of the weights.
@@ -38,7 +38,8 @@ class DigitsFeatures:
 
     def __init__(self, device: torch.device | str = 'cpu'):
         weights = [np.float32(weight.round(4)) for weight in _fit((128, self.num_features))]
-        self.digest = hashlib.sha256(b''.join(weight.tobytes() for weight in weights)).hexdigest()
+        content = b''.join(weight.tobytes() for weight in weights)
+        self.digest = hashlib.sha256(content).hexdigest()
         self.weights = [torch.from_numpy(weight).to(device) for weight in weights]
 
     @torch.inference_mode()
@@ -47,10 +48,13 @@ class DigitsFeatures:
         grey_B1HW = images_u8.float().mean(1, keepdim=True) / 255
         pool_BF = F.interpolate(grey_B1HW, (SIDE, SIDE), mode='area').flatten(1)
         *hidden, (last, last_bias) = zip(self.weights[::2], self.weights[1::2], strict=True)
+
+        # In full precision, so that the scores of equal images are equal whatever a training runs in.
         with full_precision(), torch.autocast(images_u8.device.type, enabled=False):
             for weight, bias in hidden:
                 pool_BF = F.relu(F.linear(pool_BF, weight, bias))
-            return Outputs(pool_BF, None, F.linear(pool_BF, last, last_bias))
+            logits_BC = F.linear(pool_BF, last, last_bias)
+        return Outputs(pool_BF, None, logits_BC)
 
     def __call__(self, images_u8: torch.Tensor) -> torch.Tensor:
         """The hidden layer alone, (B, 64)."""
@@ -66,19 +70,28 @@ def _fit(hidden: tuple[int, ...]) -> list[np.ndarray]:
         raise ValueError('--features=digits needs scikit-learn: pip install scikit-learn') from None
     network = MLPClassifier(hidden, batch_size=100, learning_rate_init=2e-3, random_state=0)
     digits = open_split('digits', 'train')
-    drawn = [image.convert('L') for image, _ in digits]
+    scans = [image.convert('L') for image, _ in digits]
     labels_N = np.tile(digits.targets, 2)
-    # with a margin, or enlarged, as generators see them at a mid_reso of 1.125; crops then move or cut them
+
+    # Each digit comes with a margin and enlarged, as generators see them at a mid_reso of 1.125; a crop then
+    # moves the first and cuts the second.
     side = EMBEDDED_SIZE + ROOM
-    enlarged = [image.resize((side, side), Image.Resampling.LANCZOS) for image in drawn]
-    padded = [np.pad(image, ROOM // 2) for image in drawn]
-    crops = sliding_window_view(np.stack([*padded, *enlarged]), (EMBEDDED_SIZE, EMBEDDED_SIZE), axis=(1, 2))
+    enlarged = [image.resize((side, side), Image.Resampling.LANCZOS) for image in scans]
+    padded = [np.pad(image, ROOM // 2) for image in scans]
+    both = np.stack([*padded, *enlarged])
+    crops = sliding_window_view(both, (EMBEDDED_SIZE, EMBEDDED_SIZE), axis=(1, 2))
+
     rng = np.random.RandomState(0)
     for _ in range(NUM_EPOCHS):
         top_N, left_N = rng.randint(0, ROOM + 1, (2, len(labels_N)))
         crop_NHW = crops[np.arange(len(labels_N)), top_N, left_N]
         cells = crop_NHW.reshape(-1, SIDE, EMBEDDED_SIZE // SIDE, SIDE, EMBEDDED_SIZE // SIDE)
-        # float64, so that rounding differs by far less than what `digest` and scores would show
-        network.partial_fit(cells.mean((2, 4)).reshape(-1, SIDE ** 2) / 255, labels_N, classes=range(10))
-    return [array for weight, bias in zip(network.coefs_, network.intercepts_, strict=True)
-            for array in (np.ascontiguousarray(weight.T), bias)]
+        # The mean is float64, so that machines differ in rounding by far less than `digest` and scores show.
+        inputs = cells.mean((2, 4)).reshape(-1, SIDE ** 2) / 255
+        network.partial_fit(inputs, labels_N, classes=range(10))
+
+    arrays = []
+    for weight, bias in zip(network.coefs_, network.intercepts_, strict=True):
+        arrays.append(np.ascontiguousarray(weight.T))
+        arrays.append(bias)
+    return arrays

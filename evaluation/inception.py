@@ -43,7 +43,7 @@ class MissingWeights(ValueError):
 
 
 class Outputs(NamedTuple):
-    """What one forward pass over a batch gives; float32, on the device of the network."""
+    """The outputs of one forward pass over a batch; float32, on the device of the network."""
     pool: torch.Tensor            # (B, F) for FID, precision and recall
     spatial: torch.Tensor | None  # (B, 2023) for sFID; None where the network has no such layer
     logits: torch.Tensor          # (B, C) without bias, for the Inception Score
@@ -51,16 +51,17 @@ class Outputs(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------- weights
 def find_weights(path: str = '', cache: str = '', download: bool = False) -> Path:
-    """The weights' file: `path`, else that of $INCEPTION_WEIGHTS, else under a published name in a cache.
+    """The file of the weights: `path`, else $INCEPTION_WEIGHTS, else a published name in a cache.
 
-    A file that is named must be there: no other one takes its place.
+    If one of the first two names a file, that file must be there: no other one takes its place.
 
     Args:
-        cache: a folder to look into before torch's hub cache.
-        download: fetch the file, if there is none, into `cache` or else torch's hub cache.
+        path: a file; empty searches for one.
+        cache: a folder to search before torch's hub cache.
+        download: fetch a missing file into `cache` or else torch's hub cache.
     Raises:
-        MissingWeights: there is none, and it is not or cannot be downloaded.
-        ValueError: the name is that of a TensorFlow graph.
+        MissingWeights: there is no such file, and it may not or cannot be downloaded.
+        ValueError: the file is a TensorFlow graph.
     """
     named = path or os.environ.get(VARIABLE, '')
     published, url = next(iter(WEIGHTS.items()))
@@ -69,7 +70,12 @@ def find_weights(path: str = '', cache: str = '', download: bool = False) -> Pat
                          f'pass {published}, which holds the same ones, from {url}')
     hub = Path(torch.hub.get_dir()) / 'checkpoints'
     folders = [Path(cache), hub] if cache else [hub]
-    places = [Path(named)] if named else [folder / name for folder in folders for name in WEIGHTS]
+    places = []
+    if named:
+        places.append(Path(named))
+    else:
+        for folder in folders:
+            places += [folder / name for name in WEIGHTS]
     for place in places:
         if place.is_file():
             return place
@@ -85,14 +91,15 @@ def find_weights(path: str = '', cache: str = '', download: bool = False) -> Pat
 
 
 def _download(target: Path) -> Path:
-    """Fetch the published file; of processes that do so at once, one does and the others wait for it.
+    """Fetch the published file; of several processes that want it, one downloads and the others wait.
 
     Raises:
         OSError: the network fails or gives another file, or the folder cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f'.{target.name}.lock').open('w') as lock:
-        take_lock(lock, target.parent, wait=True)  # until it is closed
+        # The lock is held until the file is closed; whoever waited for it finds the weights.
+        take_lock(lock, target.parent, wait=True)
         if target.is_file():
             return target
         failures = []
@@ -116,9 +123,9 @@ def _load_network(state: dict[str, torch.Tensor], dtype: torch.dtype, path: Path
     """The network of torch-fidelity, which gives pool features, with weights that can hold no code.
 
     Args:
-        path: where they come from.
+        path: where the weights come from, for errors.
     Raises:
-        ValueError: the package is missing, or the file holds other tensors.
+        ValueError: the package is missing, or the file holds the tensors of something else.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -126,8 +133,8 @@ def _load_network(state: dict[str, torch.Tensor], dtype: torch.dtype, path: Path
         raise ValueError("the Inception network is in the package torch-fidelity: "
                          "pip install 'torch-fidelity>=0.4,<0.6'") from None
     try:
-        # torch-fidelity unpickles whatever its file holds, so that it gets one made of these tensors alone;
-        # a plain dict has no versions of layers, and then batch norms need no num_batches_tracked
+        # torch-fidelity unpickles whatever its file holds, so it gets a file with these tensors alone. A
+        # plain dict has no versions of layers, and then batch norms need no num_batches_tracked.
         with tempfile.NamedTemporaryFile(suffix='.pth') as tensors:
             torch.save(dict(state), tensors.name)
             network = FeatureExtractorInceptionV3('inception', [str(NUM_FEATURES)], tensors.name)
@@ -142,9 +149,12 @@ class InceptionFeatures:
     """8-bit images (B, 3, H, W) of any size -> what FID, sFID and the Inception Score are made of.
 
     Args:
-        path, cache, download: see `find_weights`.
+        path: see `find_weights`.
+        device: where the network runs.
         allow_unverified: accept another file than the published one; its scores compare with nothing.
-        dtype: 'float32' or 'float64', of the arithmetic.
+        cache: see `find_weights`.
+        download: see `find_weights`.
+        dtype: of the arithmetic, 'float32' or 'float64'.
     Attributes:
         digest: SHA-256 of the weights' file.
     Raises:
@@ -166,24 +176,33 @@ class InceptionFeatures:
                 raise ValueError(f'{str(weights)!r} has {weights.stat().st_size:,} bytes and SHA-256 '
                                  f'{digest[:16]}..., expected {NUM_BYTES:,} and {SHA256[:16]}...: '
                                  'download it again, or pass --allow_unverified_weights for other weights')
+
         state, self.digest = load_with_digest(weights, accept)
         network = _load_network(state, getattr(torch, dtype), weights)
         self.network = network.to(device, memory_format=torch.channels_last)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, _module: nn.Module, _inputs: tuple, map_BCHW: torch.Tensor) -> None:
-        # rows, columns, channels as in TensorFlow: another order pairs other values, and sFID is far off
+        # TensorFlow's order of rows, columns, channels: in another one, other numbers stand for sFID.
         self._spatial = map_BCHW[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
 
     @torch.inference_mode()
     def outputs(self, images_u8: torch.Tensor) -> Outputs:
-        """All features of a batch, in full precision whatever autocast and the settings of TF32 say."""
+        """All features of a batch, in full precision whatever autocast and the settings of TF32 say.
+
+        Args:
+            images_u8: uint8 (B, 3, H, W) on the device of the network.
+        """
         if images_u8.device.type == 'cpu' and len(images_u8) > CPU_BATCH:
             parts = [self.outputs(part) for part in images_u8.split(CPU_BATCH)]
-            return Outputs(*map(torch.cat, zip(*parts, strict=True)))
+            return Outputs(
+                pool=torch.cat([part.pool for part in parts]),
+                spatial=torch.cat([part.spatial for part in parts]),
+                logits=torch.cat([part.logits for part in parts]),
+            )
         with full_precision(), torch.autocast(images_u8.device.type, enabled=False):
             pool_BF = self.network(images_u8)[0]
-            logits_BC = pool_BF @ self.network.fc.weight.T.float()  # the original leaves the bias out, too
+            logits_BC = pool_BF @ self.network.fc.weight.T.float()  # without bias, as in the original
         return Outputs(pool_BF, self._spatial, logits_BC)
 
     def __call__(self, images_u8: torch.Tensor) -> torch.Tensor:

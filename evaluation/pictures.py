@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from evaluation.metrics import to_uint8
 from utils.checkpoint import atomic_path
 
-# of the heat map: widest map, height of a scale, in pixels
-COLUMNS = 1024
-ROW_HEIGHT = 24
-GAP = 2
-HEAT = ((13, 8, 60), (134, 20, 130), (233, 98, 60), (252, 240, 150))  # rare to frequent; unused codes: black
+# The heat map of codes, in pixels.
+COLUMNS = 1024   # at most
+ROW_HEIGHT = 24  # of a scale
+GAP = 2          # between two scales
+HEAT = ((13, 8, 60), (134, 20, 130), (233, 98, 60), (252, 240, 150))  # rare to frequent; unused is black
 
 
 def reconstruction_rows(images_B3HW: torch.Tensor, named: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A column per image, from top to bottom: the input, every reconstruction, what is wrong in the last one.
+    """A column per image, from top to bottom: the input, every reconstruction, the error of the last one.
 
     Args:
         images_B3HW: inputs in [-1, 1].
@@ -29,10 +29,14 @@ def reconstruction_rows(images_B3HW: torch.Tensor, named: dict[str, torch.Tensor
         saturates where they differ by half the range.
     """
     images_B3HW = images_B3HW.float()
-    rows = [F.interpolate(t.float(), size=images_B3HW.shape[-2:], mode='nearest') for t in named.values()]
+    size = images_B3HW.shape[-2:]
+    rows = [F.interpolate(t.float(), size=size, mode='nearest') for t in named.values()]
     error = (images_B3HW - rows[-1]).abs() * 2 - 1
-    grid = to_uint8(torch.stack([images_B3HW, *rows, error]))
-    return grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    grid_RB3HW = to_uint8(torch.stack([images_B3HW, *rows, error]))  # R rows of pictures
+
+    # Pixel rows go below one another, pixel columns side by side.
+    grid_3RHBW = grid_RB3HW.permute(2, 0, 3, 1, 4)
+    return grid_3RHBW.flatten(3, 4).flatten(1, 2)
 
 
 def usage_heat_map(counts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -42,16 +46,23 @@ def usage_heat_map(counts: dict[str, torch.Tensor]) -> torch.Tensor:
     Neighbouring codes share a column, by their mean, where there are more than 1,024.
 
     Args:
-        counts: (V,) by the name of the scale.
+        counts: (V,) number of uses of every code, by the name of the scale.
+    Returns:
+        uint8 (3, H, W).
     """
     count_KV = torch.stack([count_V.cpu() for count_V in counts.values()]).double()
     count_KV = F.adaptive_avg_pool1d(count_KV, min(count_KV.shape[1], COLUMNS))
-    level_KV = count_KV.log1p() / count_KV.log1p().amax(1, keepdim=True).clamp_min(1e-9)
+
+    # Logarithms, as some codes are used a thousand times as often as others.
+    log_KV = count_KV.log1p()
+    level_KV = log_KV / log_KV.amax(1, keepdim=True).clamp_min(1e-9)
     stops = torch.tensor(HEAT, dtype=torch.float64)
     position = level_KV * (len(stops) - 1)
     lower = position.long().clamp_max(len(stops) - 2)
     rgb_KV3 = torch.lerp(stops[lower], stops[lower + 1], (position - lower)[..., None])
     rgb_KV3[count_KV == 0] = 0
+
+    # Small vocabularies get wider columns; a white line parts the scales.
     rgb_3KV = rgb_KV3.round().byte().permute(2, 0, 1)
     rgb_3KV = rgb_3KV.repeat_interleave(COLUMNS // rgb_3KV.shape[2], 2)
     rows = rgb_3KV[:, :, None].expand(-1, -1, ROW_HEIGHT, -1)
