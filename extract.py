@@ -2,7 +2,8 @@
 
 Runs without torchrun, too. Writes the tokens of every training image and of its mirror image: moments of the
 KL-16 posterior for FlowAR, codes of VQ-16 for NPP, there also of ten crops. `train.py --cached_path=OUT` then
-needs no encoder. A killed job continues by the same command; an import begins anew.
+needs no encoder. A killed job continues by the same command; an import begins anew. Read it from `extract`.
+Letters: B images of a batch, A views of an image (itself, crops, mirror images).
 """
 import hashlib
 import logging
@@ -33,11 +34,11 @@ from utils.token_cache import (
     CodeFiles,
     FilesWriter,
     PackedWriter,
-    claim,
-    read_note,
+    begin_or_continue,
+    read_description,
     weights_digest,
+    write_description,
     write_labels,
-    write_note,
 )
 
 logger = logging.getLogger(__name__)
@@ -88,113 +89,186 @@ class ExtractSettings:
 
     @property
     def num_views(self) -> int:
-        """Of every image."""
+        """Number of views of every image: five crops or one, and their mirror images."""
         return 10 if self.ten_crop else 2
 
 
-def image_names(images: Dataset, root: Path) -> list[str]:
-    """`<class>/<path>` of every image, the path being that below its class folder, or else below `root`."""
-    paths = [path for path, _ in getattr(images, 'samples', ())] or getattr(images, 'paths', ())
-    classes = [images.classes[label] for label in images.targets]
-    files = [Path(path).relative_to(root).as_posix() for path in paths] \
-        or [f'{i:06d}' for i in range(len(images))]  # of embedded sets
-    return [file if file.startswith(f'{name}/') else f'{name}/{file}'
-            for name, file in zip(classes, files, strict=True)]
-
-
-def tokens_of(tokenizer: Tokenizer, views_BA3HW: torch.Tensor) -> np.ndarray:
-    """(B, A, ...) float32, or unsigned integers as small as the vocabulary allows; a view at a time."""
-    tokens = torch.stack([tokenizer.precompute(view_B3HW) for view_B3HW in views_BA3HW.unbind(1)], dim=1)
-    kind = np.float32 if tokenizer.vocab_size is None else np.min_scalar_type(tokenizer.vocab_size - 1)
-    return tokens.cpu().numpy().astype(kind, copy=False)
-
-
 def extract(settings: ExtractSettings) -> None:
-    """Write all tokens that are not there yet, and the manifest when none is missing."""
+    """Write all tokens that are not there yet, and the manifest when none is missing; every rank calls it.
+
+    Raises:
+        ValueError: a file cannot be used, the folder belongs to another extraction, or the disk is full.
+    """
     allow_tf32(settings.tf32)
     device = dist.get_device()
     folder = Path(settings.cached_path)
+
+    # The tokenizer, which must have codes for images of this size.
     path = fetch(settings.vae_ckpt)
     state, config = tokenizer_weights(load_file(path))
     tokenizer = build_tokenizer(FAMILIES[settings.model].tokenizer, state, str(path), device, **config)
     tokenizer.map_size(settings.image_size, settings.image_size)
+
+    # The views of every image, made by the loader's processes.
     crop_range = settings.crop_range if settings.ten_crop else 0.
-    images = open_split(settings.data_path, settings.split,
-                        partial(crop_views, size=settings.image_size, crop_range=crop_range),
-                        exif=settings.exif)
+    views = partial(crop_views, size=settings.image_size, crop_range=crop_range)
+    images = open_split(settings.data_path, settings.split, views, exif=settings.exif)
     names = image_names(images, Path(settings.data_path) / settings.split)
+
+    # Everything that decides the tokens and their order: a cache never mixes two of these descriptions.
     description = dict(
-        tokenizer=weights_digest(tokenizer.state_dict()), image_size=settings.image_size, count=len(images),
-        crop_range=crop_range, layout=settings.layout, split=settings.split, exif=settings.exif,
-        classes=list(images.classes), images=hashlib.sha256('\n'.join(names).encode()).hexdigest())
+        tokenizer=weights_digest(tokenizer.state_dict()),
+        image_size=settings.image_size,
+        count=len(images),
+        crop_range=crop_range,
+        layout=settings.layout,
+        split=settings.split,
+        exif=settings.exif,
+        classes=list(images.classes),
+        images=hashlib.sha256('\n'.join(names).encode()).hexdigest(),
+    )
     dist.require_equal(description, 'what is extracted', 'every node must see the same files')
     writer = open_writer(settings, folder, names, tokenizer, device)
+
     with lock_folder(folder) if dist.is_master() else nullcontext():
         if dist.is_master():
-            claim(folder, description, dict(ckpt=str(path), data_path=settings.data_path))
+            remarks = dict(ckpt=str(path), data_path=settings.data_path)
+            begin_or_continue(folder, description, remarks)
             writer.create()
         dist.barrier()
+
+        # No rank may write before every rank has looked, or the ranks would not agree on what is missing.
         missing = writer.open()
-        dist.barrier()  # every rank has seen the same images
-        begin, end = (len(missing) * (dist.get_rank() + i) // dist.get_world_size() for i in (0, 1))
+        dist.barrier()
+        begin = len(missing) * dist.get_rank() // dist.get_world_size()
+        end = len(missing) * (dist.get_rank() + 1) // dist.get_world_size()
         encode(settings, tokenizer, writer, images, missing[begin:end])
         dist.barrier()
+
+        # The manifest says that the cache is complete, so it is written last, after a second look.
         if dist.is_master():
             missing = writer.open()
             if missing:
                 raise ValueError(f'expected tokens of all {len(images)} images in {folder}, {len(missing)} '
                                  'are missing: run the same command again')
-            finish(folder, read_note(folder / BEGUN), images.targets)
+            finish(folder, read_description(folder / BEGUN), images.targets)
         dist.barrier()
 
 
+def image_names(images: Dataset, root: Path) -> list[str]:
+    """`<class>/<path>` of every image; the path is relative to its class folder, or else to `root`.
+
+    Embedded data sets have no paths, and their images are named by index.
+    """
+    paths = [path for path, _ in getattr(images, 'samples', ())] or getattr(images, 'paths', ())
+    if paths:
+        files = [Path(path).relative_to(root).as_posix() for path in paths]
+    else:
+        files = [f'{i:06d}' for i in range(len(images))]
+    names = []
+    for file, label in zip(files, images.targets, strict=True):
+        class_name = images.classes[label]
+        names.append(file if file.startswith(f'{class_name}/') else f'{class_name}/{file}')
+    return names
+
+
+def open_writer(settings: ExtractSettings, folder: Path, names: list[str], tokenizer: Tokenizer,
+                device: torch.device) -> PackedWriter | FilesWriter:
+    """The writer for the layout of the settings."""
+    if settings.layout == 'files':
+        return FilesWriter(folder, names)
+    # The tokens of a black image show the shape and type of those of every view.
+    side = settings.image_size
+    black_113HW = torch.zeros(1, 1, 3, side, side, device=device)
+    example = tokens_of(tokenizer, black_113HW)
+    shape = (settings.num_views, *example.shape[2:])
+    return PackedWriter(folder, len(names), shape, example.dtype)
+
+
 def encode(settings: ExtractSettings, tokenizer: Tokenizer, writer: PackedWriter | FilesWriter,
-           images: Dataset, mine: list[int]) -> None:
-    """Store the tokens of these images."""
+           images: Dataset, own: list[int]) -> None:
+    """Compute and write the tokens of the images of this rank.
+
+    Args:
+        own: indices of these images, ascending.
+    """
     device = next(tokenizer.parameters()).device
-    loader = DataLoader(Subset(images, mine), max(1, settings.batch_size // settings.num_views),
-                        num_workers=settings.workers, pin_memory=device.type == 'cuda')
+    images_per_batch = max(1, settings.batch_size // settings.num_views)
+    loader = DataLoader(
+        Subset(images, own),
+        images_per_batch,
+        num_workers=settings.workers,
+        pin_memory=device.type == 'cuda',
+    )
     done = 0
-    with torch.inference_mode(), progress_bar(len(mine), settings.cached_path) as bar:
+    with torch.inference_mode(), progress_bar(len(own), settings.cached_path) as bar:
         for views_BA3HW, _ in loader:
-            index_B = mine[done:done + len(views_BA3HW)]
-            writer.put(index_B, tokens_of(tokenizer, views_BA3HW.to(device, non_blocking=True)))
+            index_B = own[done:done + len(views_BA3HW)]
+            tokens_BA = tokens_of(tokenizer, views_BA3HW.to(device, non_blocking=True))
+            writer.put(index_B, tokens_BA)
             done += len(index_B)
             bar.update(len(index_B))
     writer.flush()
 
 
-def open_writer(settings: ExtractSettings, folder: Path, names: list[str], tokenizer: Tokenizer,
-                device: torch.device) -> PackedWriter | FilesWriter:
-    """Where the tokens go; the shape of those of an image is that of a black one."""
-    if settings.layout == 'files':
-        return FilesWriter(folder, names)
-    side = settings.image_size
-    example = tokens_of(tokenizer, torch.zeros(1, 1, 3, side, side, device=device))
-    return PackedWriter(folder, len(names), (settings.num_views, *example.shape[2:]), example.dtype)
+def tokens_of(tokenizer: Tokenizer, views_BA3HW: torch.Tensor) -> np.ndarray:
+    """The tokens (B, A, ...) of views in [-1, 1]: float32 latents, or codes as small unsigned integers.
+
+    Views are encoded one by one, so that the memory does not grow with their number.
+    """
+    views = [tokenizer.precompute(view_B3HW) for view_B3HW in views_BA3HW.unbind(1)]
+    tokens = torch.stack(views, dim=1)
+    if tokenizer.vocab_size is None:
+        dtype = np.float32
+    else:
+        dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    return tokens.cpu().numpy().astype(dtype, copy=False)
+
+
+def finish(folder: Path, description: dict[str, Any], labels: list[int]) -> None:
+    """Mark a cache as complete.
+
+    Args:
+        description: what the cache is made of, for the manifest.
+        labels: class ids of all images, in their order.
+    """
+    write_labels(folder, labels)
+    write_description(folder / MANIFEST, description)
+    logger.info('the tokens of %d images are in %s', len(labels), folder)
 
 
 def import_codes(settings: ExtractSettings) -> None:
-    """Pack published codes, of which nobody knows the tokenizer and the names of the classes."""
+    """Pack published codes into a cache; which tokenizer they belong to is unknown, as are names of classes.
+
+    Raises:
+        ValueError: the folder holds a complete cache already, or a file is missing or damaged.
+    """
     files = CodeFiles(Path(settings.import_codes), settings.image_size)
     folder = Path(settings.cached_path)
-    description = dict(tokenizer=None, image_size=settings.image_size, count=files.count,
-                       import_codes=str(Path(settings.import_codes).resolve()))
+    description = dict(
+        tokenizer=None,
+        image_size=settings.image_size,
+        count=files.count,
+        import_codes=str(Path(settings.import_codes).resolve()),
+    )
     with lock_folder(folder), progress_bar(files.count, str(folder)) as bar:
         if (folder / MANIFEST).is_file():
             raise ValueError(f'{folder} holds a complete cache: pass another folder')
-        claim(folder, description, {})
+        begin_or_continue(folder, description, {})
         writer = None
         labels = []
         for index, (codes_AL, label) in enumerate(files):
+            # The first file tells the number of views and tokens of all of them.
             if writer is None:
                 writer = PackedWriter(folder, files.count, codes_AL.shape, np.uint16)
                 writer.create()
                 writer.open()
+
+            # A code above 65,535 would not fit into the array, and a map must be square to be one of NPP.
             low = codes_AL.min(initial=0)
             high = codes_AL.max(initial=0)
-            square = codes_AL.ndim == 2 and math.isqrt(codes_AL.shape[1]) ** 2 == codes_AL.shape[1]
-            if codes_AL.shape != writer.shape or not square or low < 0 or high >= 2 ** 16 or label < 0:
+            is_square = codes_AL.ndim == 2 and math.isqrt(codes_AL.shape[1]) ** 2 == codes_AL.shape[1]
+            if codes_AL.shape != writer.shape or not is_square or low < 0 or high >= 2 ** 16 or label < 0:
                 raise ValueError(f'expected views of a square map, {writer.shape}, codes in 0..65,535, and '
                                  f'a label as {index}.npy in {files.codes}, got {codes_AL.shape} of '
                                  f'{low}..{high} and {label}: extract it again')
@@ -202,19 +276,15 @@ def import_codes(settings: ExtractSettings) -> None:
             labels.append(label)
             bar.update(1)
         writer.flush()
+
+        # Classes have no names there, so they are named by their ids.
         check_labels(labels, str(files.labels))
         classes = [str(label) for label in range(max(labels) + 1)]
-        finish(folder, read_note(folder / BEGUN) | dict(classes=classes), labels)
-
-
-def finish(folder: Path, description: dict[str, Any], labels: list[int]) -> None:
-    """Mark a cache as complete."""
-    write_labels(folder, labels)
-    write_note(folder / MANIFEST, description)
-    logger.info('the tokens of %d images are in %s', len(labels), folder)
+        finish(folder, read_description(folder / BEGUN) | dict(classes=classes), labels)
 
 
 def main() -> None:
+    """Encode the data set, or import the codes, of the command line."""
     parser = make_parser(ExtractSettings, 'extract.py', 'Encode a data set once.')
     values = parser.parse(sys.argv[1:])
     try:

@@ -1,7 +1,7 @@
-"""Tokens on disk: what `extract.py` writes of a data set, read in the place of its images.
+"""Tokens on disk: `extract.py` encodes a data set once, and training reads its tokens in place of the images.
 
-Of every image there are several views: the image itself or crops of it, then the same of its mirror image.
-Letters: N images, A views of each; the rest of a shape is that of the tokens of one view.
+A cache has several views of every image: the image itself or crops of it, then those of its mirror image.
+Letters: N images, A views of each image, B images of a batch; "..." is the shape of the tokens of one view.
 """
 import hashlib
 import json
@@ -22,29 +22,33 @@ from utils.files import read_json, write_text
 
 logger = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile)  # what numpy raises
-BEGUN = 'settings.json'      # what the cache is made of, written first
-MANIFEST = 'manifest.json'   # the same content, written when the cache is complete
-NAMES = ('moments', 'moments_flip')                 # the views of a published file of latents
-FLUSH_EVERY = 4096                                  # images between two syncs with the disk
-EARLIER = dict(exif=False)  # settings that earlier versions did not note, as they were then
-ENCODER = ('encoder.', 'quant_conv.', 'quantize.embedding.')  # what decides the tokens of an image
+BEGUN = 'settings.json'      # describes what the cache is made of, written first
+MANIFEST = 'manifest.json'   # the same description, written when the cache is complete
+VIEW_NAMES = ('moments', 'moments_flip')  # the views in a published file of latents
+FLUSH_EVERY = 4096           # images between two syncs with the disk
+EARLIER = dict(exif=False)   # settings that earlier versions did not write down, with their value then
+ENCODER = ('encoder.', 'quant_conv.', 'quantize.embedding.')  # prefixes of the weights that decide the tokens
 
 
 def weights_digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of the names and values of the weights that decide the tokens, whatever file they came in."""
+    """SHA-256 of the names and values of the weights that decide the tokens, whatever file they came in.
+
+    The decoder is left out: a tokenizer whose decoder was trained further gives the same tokens.
+    """
     digest = hashlib.sha256()
     for name, t in sorted(state.items()):
         if name.startswith(ENCODER):
+            values = t.detach().cpu().contiguous().reshape(-1)
             digest.update(name.encode())
-            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def read_note(path: Path) -> dict[str, Any]:
-    """What a cache is made of; empty where there is no such file.
+def read_description(path: Path) -> dict[str, Any]:
+    """The description of what a cache is made of; {} if there is no such file.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     if not path.is_file():
         return {}
@@ -55,27 +59,28 @@ def read_note(path: Path) -> dict[str, Any]:
                          'folder') from None
 
 
-def write_note(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON in one go."""
-    write_text(path, json.dumps(content, indent=1) + '\n')
+def write_description(path: Path, description: dict[str, Any]) -> None:
+    """Write the description of what a cache is made of as JSON, whole or not at all."""
+    write_text(path, json.dumps(description, indent=1) + '\n')
 
 
-def claim(folder: Path, description: dict[str, Any], remarks: dict[str, Any]) -> None:
-    """Note what an extraction into this folder is made of.
+def begin_or_continue(folder: Path, description: dict[str, Any], remarks: dict[str, Any]) -> None:
+    """Make sure that a folder belongs to this extraction alone, and write down what the cache is made of.
 
     Args:
-        description: must be the same whenever it continues. remarks: need not.
+        description: what decides the tokens; it must be the same whenever the extraction continues.
+        remarks: what may differ then, such as paths.
     Raises:
-        ValueError: another extraction was begun there.
+        ValueError: another extraction was begun in this folder.
     """
-    begun = read_note(folder / BEGUN)
+    begun = read_description(folder / BEGUN)
     if begun:
         begun = EARLIER | begun
-    differing = sorted(name for name in description if begun and begun.get(name) != description[name])
-    if differing:
-        raise ValueError(f'{str(folder)!r} was begun with another {", ".join(differing)} (see '
-                         f'{str(folder / BEGUN)!r}): pass another folder, or remove that one')
-    write_note(folder / BEGUN, description | remarks)
+        differing = sorted(name for name in description if begun.get(name) != description[name])
+        if differing:
+            raise ValueError(f'{str(folder)!r} was begun with another {", ".join(differing)} (see '
+                             f'{str(folder / BEGUN)!r}): pass another folder, or remove that one')
+    write_description(folder / BEGUN, description | remarks)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -93,8 +98,9 @@ class PackedTokens:
             self.classes = manifest['classes']
             self.targets = read_npy(folder / 'labels.npy')
             self.shape = self._array().shape
-            if not len(self.targets) == self.shape[0] == manifest.get('count', self.shape[0]):
-                raise ValueError(f'{len(self.targets)} labels, {self.shape[0]} images')
+            num_images = self.shape[0]
+            if not len(self.targets) == num_images == manifest.get('count', num_images):
+                raise ValueError(f'{len(self.targets)} labels, {num_images} images')
         except UNREADABLE as error:
             raise ValueError(f'expected {MANIFEST}, labels.npy and tokens.npy in {folder}, cannot read them '
                              f'({error!r}): copy the whole folder, or extract again') from None
@@ -109,13 +115,14 @@ class PackedTokens:
         return vars(self) | dict(mapped=None)  # a loader process maps the file itself
 
     def read(self, index: int, view: int) -> np.ndarray:
+        """The tokens (...) of one view of an image."""
         return self._array()[index, view]
 
 
 class MomentFiles:
     """`<class>/<file name>.npz` with `moments` and `moments_flip`, as published with MAR."""
 
-    num_views = len(NAMES)
+    num_views = len(VIEW_NAMES)
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder = folder
@@ -127,17 +134,23 @@ class MomentFiles:
             files = sorted(_npz_files(f'{folder}/{name}'))
             paths += [f'{name}/{file}' for file in files]
             targets += [label] * len(files)
-        # one array, not a million objects, whose reference counts would copy them into every loader process
+        # One array each, and not a million objects: counting references to them would copy their pages of
+        # memory into every loader process.
         self.paths = np.array(paths, dtype=np.bytes_)
         self.targets = np.array(targets, dtype=np.int64)
 
     def read(self, index: int, view: int) -> np.ndarray:
+        """The tokens (...) of one view of an image.
+
+        Raises:
+            ValueError: its file is missing or damaged.
+        """
         path = self.folder / os.fsdecode(self.paths[index])
         try:
             with np.load(path) as file:
-                return file[NAMES[view]]
+                return file[VIEW_NAMES[view]]
         except UNREADABLE as error:
-            raise ValueError(f'expected {NAMES[view]} in {path}, cannot read it ({error}): '
+            raise ValueError(f'expected {VIEW_NAMES[view]} in {path}, cannot read it ({error}): '
                              'remove the file and run extract.py again') from None
 
 
@@ -153,17 +166,18 @@ def _npz_files(folder: str, inside: str = '') -> Iterator[str]:
 
 
 class CodeFiles:
-    """One file per image, as published with NPP, in this order.
+    """Codes in one file per image, as published with NPP, in the order of their indices.
 
-    `<data set><size>_codes/<index>.npy` holds its codes (1, A, L), `<data set><size>_labels/<index>.npy` its
-    label (1,).
+    `<data set><size>_codes/<index>.npy` holds the codes (1, A, L) of an image,
+    `<data set><size>_labels/<index>.npy` its label (1,).
 
     Raises:
-        ValueError: a folder is missing, named exactly, or a file of the sequence is.
+        ValueError: a folder or a file is missing, or a file is damaged.
     """
 
     def __init__(self, folder: Path, image_size: int, dataset: str = 'imagenet'):
-        self.codes, self.labels = (folder / f'{dataset}{image_size}_{kind}' for kind in ('codes', 'labels'))
+        self.codes = folder / f'{dataset}{image_size}_codes'
+        self.labels = folder / f'{dataset}{image_size}_labels'
         for path in (self.codes, self.labels):
             if not path.is_dir():
                 raise ValueError(f'expected one npy file per image in {path}, found no such folder: '
@@ -176,8 +190,9 @@ class CodeFiles:
         """(codes (A, L), label) of every image, by index."""
         for index in range(self.count):
             try:
-                codes = read_npy(self.codes / f'{index}.npy')
-                yield codes[0], int(read_npy(self.labels / f'{index}.npy')[0])
+                codes_AL = read_npy(self.codes / f'{index}.npy')[0]
+                label = int(read_npy(self.labels / f'{index}.npy')[0])
+                yield codes_AL, label
             except UNREADABLE as error:
                 raise ValueError(f'expected {index}.npy, one of {self.count}, in {self.codes} and '
                                  f'{self.labels}, cannot read it ({error}): extract it again') from None
@@ -187,32 +202,39 @@ class TokenCache(Dataset):
     """(tokens of one view, class id) per image: float32 latents or int64 codes.
 
     Args:
-        folders: one or several of the same images, joined by commas; every access picks one at random.
-        hflip: pick from the views of mirror images, too.
-        fixed: always the first view of the first folder, for validation.
+        folders: caches of the same images, joined by commas; every access picks one of them at random.
+        hflip: whether views of the mirror image may be picked, too.
+        fixed: always read the first view of the first cache, as validation must.
     Raises:
-        ValueError: a cache is absent or incomplete, or of other images than the first.
+        ValueError: a cache is missing or incomplete, or holds other images than the first one.
     """
 
     def __init__(self, folders: str | Path, hflip: bool = True, fixed: bool = False):
         self.folders = [Path(name) for name in str(folders).split(',')]
-        self.manifests = [read_note(folder / MANIFEST) for folder in self.folders]
-        self.parts = [self._open(*part) for part in zip(self.folders, self.manifests, strict=True)]
+        self.manifests = [read_description(folder / MANIFEST) for folder in self.folders]
+        self.parts = []
+        for folder, manifest in zip(self.folders, self.manifests, strict=True):
+            self.parts.append(self._open(folder, manifest))
         self.hflip = hflip
         self.fixed = fixed
         self.classes = self.parts[0].classes
         self.targets = self.parts[0].targets
-        shapes = [part.read(0, 0).shape for part in self.parts]
-        first = self.manifests[0].get('images')
-        for i, (folder, part) in enumerate(zip(self.folders, self.parts, strict=True)):
-            same = self.manifests[i].get('images', first) == first and shapes[i] == shapes[0]
-            if not same or not np.array_equal(part.targets, self.targets):
-                raise ValueError(f'{folder} holds {len(part.targets)} images with tokens of {shapes[i]}, '
-                                 f'{self.folders[0]} {len(self.targets)} with {shapes[0]}, or in another '
+
+        # Image i must be the same image in every cache, since an access picks one of them.
+        images = self.manifests[0].get('images')
+        shape = self.parts[0].read(0, 0).shape
+        for folder, manifest, part in zip(self.folders, self.manifests, self.parts, strict=True):
+            shape_here = part.read(0, 0).shape
+            has_same_images = manifest.get('images', images) == images
+            has_same_labels = np.array_equal(part.targets, self.targets)
+            if not (has_same_images and has_same_labels and shape_here == shape):
+                raise ValueError(f'{folder} holds {len(part.targets)} images with tokens of {shape_here}, '
+                                 f'{self.folders[0]} {len(self.targets)} with {shape}, or in another '
                                  'order: pass caches of the same images and size')
 
     @staticmethod
     def _open(folder: Path, manifest: dict[str, Any]) -> PackedTokens | MomentFiles:
+        """The reader for the layout of a folder; a folder that cannot be read is refused with the remedy."""
         if not folder.is_dir():
             raise ValueError(f'expected tokens in {folder}, found no such folder: run extract.py, or pass '
                              'another folder')
@@ -234,15 +256,17 @@ class TokenCache(Dataset):
         return files
 
     def check(self, digest: str, image_size: int, split: str, shape: tuple[int, ...], exif: bool) -> None:
-        """Make sure that the tokens are of this tokenizer, size and split, as far as the caches tell.
+        """Make sure that the tokens belong to this tokenizer, size and split, as far as the caches say so.
 
         Args:
-            digest: see `weights_digest`. split: train or val.
+            digest: of the tokenizer, see `weights_digest`.
+            image_size: side of the images of this training in pixels.
+            split: train or val.
             shape: of the tokens of a view.
             exif: whether this training turns images as their EXIF orientation says; a cache that was made
                 otherwise is named in the log.
         Raises:
-            ValueError: they are not.
+            ValueError: a cache was made otherwise.
         """
         for folder, manifest in zip(self.folders, self.manifests, strict=True):
             if not manifest.get('tokenizer'):
@@ -260,30 +284,37 @@ class TokenCache(Dataset):
                 logger.warning('%s was extracted with --exif=%d, this training has --exif=%d, so photos with '
                                'an EXIF orientation are turned differently: pass --exif=%d, or extract the '
                                'cache again', folder, not exif, exif, not exif)
-        if self.parts[0].read(0, 0).shape != shape:
-            raise ValueError(f'{self.folders[0]} holds tokens of {self.parts[0].read(0, 0).shape}, this '
+        found = self.parts[0].read(0, 0).shape
+        if found != shape:
+            raise ValueError(f'{self.folders[0]} holds tokens of {found}, this '
                              f'tokenizer gives {shape} for {image_size} pixels: extract the cache again')
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        # torch's generator, which `KeyedAugmentation` seeds
-        part = self.parts[0 if self.fixed else int(torch.randint(len(self.parts), ()))]
-        num_views = part.num_views if self.hflip else max(part.num_views // 2, 1)
-        tokens = np.array(part.read(index, 0 if self.fixed else int(torch.randint(num_views, ()))))
-        kind = np.float32 if tokens.dtype.kind == 'f' else np.int64
-        return torch.from_numpy(tokens.astype(kind, copy=False)), int(self.targets[index])
+        part = self.parts[0]
+        view = 0
+        # From torch's generator, which `KeyedAugmentation` seeds: the view follows from (seed, epoch, index).
+        if not self.fixed:
+            part = self.parts[int(torch.randint(len(self.parts), ()))]
+            num_views = part.num_views if self.hflip else max(part.num_views // 2, 1)
+            view = int(torch.randint(num_views, ()))
+        tokens = np.array(part.read(index, view))
+        dtype = np.float32 if tokens.dtype.kind == 'f' else np.int64
+        return torch.from_numpy(tokens.astype(dtype, copy=False)), int(self.targets[index])
 
 
 # ---------------------------------------------------------------------------------------------- writing
 class PackedWriter:
-    """Writes the packed layout; several processes may share it, each with its own images.
+    """Writes the packed layout; several processes may write into one folder, each its own images.
 
     `done.npy` holds a byte per image that is on disk, so that an interrupted extraction continues.
 
     Args:
-        shape: (A, ...) of one image.
+        count: N.
+        shape: (A, ...), that of the tokens of one image.
+        dtype: of the tokens.
     Raises:
         ValueError: the disk is too small, or the folder holds an array of another shape.
     """
@@ -294,34 +325,38 @@ class PackedWriter:
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self.record = self.dtype.itemsize * int(np.prod(shape))  # bytes per image
-        self.pending: list[int] = []  # written, perhaps not on disk yet
+        self.pending: list[int] = []  # images that are written, but perhaps not on disk yet
 
     def create(self) -> None:
         """Make the files, with all the room they need; one process calls it, before any calls `open`."""
-        for name, shape, dtype in (('tokens.npy', (self.count, *self.shape), self.dtype),
-                                   ('done.npy', (self.count,), np.dtype(np.uint8))):
-            path = self.folder / name
-            if path.is_file():
-                array = np.load(path, mmap_mode='r')
-                if (array.shape, array.dtype) != (shape, dtype):
-                    raise ValueError(f'{path} holds {array.dtype} of {array.shape}, expected {dtype} of '
-                                     f'{shape}: it is of another extraction, pass another folder')
-                continue
-            with atomic_path(path) as temporary, temporary.open('wb') as file:
-                header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape)
-                np.lib.format.write_array_header_1_0(file, header)
-                file.flush()
-                size = file.tell() + dtype.itemsize * int(np.prod(shape))
-                try:
-                    if hasattr(os, 'posix_fallocate'):
-                        os.posix_fallocate(file.fileno(), 0, size)
-                    else:
-                        file.truncate(size)
-                except OSError as error:
-                    raise self._no_room(error) from None
+        self._create('tokens.npy', (self.count, *self.shape), self.dtype)
+        self._create('done.npy', (self.count,), np.dtype(np.uint8))
+
+    def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Make an array file filled with zeros, unless an earlier run has made it."""
+        path = self.folder / name
+        if path.is_file():
+            array = np.load(path, mmap_mode='r')
+            if (array.shape, array.dtype) != (shape, dtype):
+                raise ValueError(f'{path} holds {array.dtype} of {array.shape}, expected {dtype} of '
+                                 f'{shape}: it is of another extraction, pass another folder')
+            return
+        with atomic_path(path) as temporary, temporary.open('wb') as file:
+            header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            size = file.tell() + dtype.itemsize * int(np.prod(shape))
+            # A full disk is found now, and not after hours of encoding.
+            try:
+                if hasattr(os, 'posix_fallocate'):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+            except OSError as error:
+                raise self._no_room(error) from None
 
     def open(self) -> list[int]:
-        """Indices of the images that are not there yet."""
+        """Open the files for writing, and give the indices of the images that are not there yet."""
         self.files = {}
         self.begin = {}
         for name in ('tokens.npy', 'done.npy'):
@@ -330,11 +365,16 @@ class PackedWriter:
         return np.flatnonzero(np.load(self.folder / 'done.npy') == 0).tolist()
 
     def put(self, index_B: Sequence[int], tokens_BA: np.ndarray) -> None:
-        """Store the tokens (B, A, ...) of images."""
+        """Store the tokens (B, A, ...) of these images.
+
+        Raises:
+            ValueError: the disk is full.
+        """
         for index, tokens in zip(index_B, tokens_BA, strict=True):
             content = np.ascontiguousarray(tokens, dtype=self.dtype)
+            offset = self.begin['tokens.npy'] + index * self.record
             try:
-                os.pwrite(self.files['tokens.npy'], content, self.begin['tokens.npy'] + index * self.record)
+                os.pwrite(self.files['tokens.npy'], content, offset)
             except OSError as error:
                 raise self._no_room(error) from None
         self.pending += index_B
@@ -346,7 +386,8 @@ class PackedWriter:
                           f'{error}: free some space, and run the same command again')
 
     def flush(self) -> None:
-        """Wait for the disk, then note which images are there."""
+        """Wait for the disk, then record which images are there."""
+        # In this order: after a power cut no image may be recorded whose tokens are lost.
         os.fsync(self.files['tokens.npy'])
         for index in self.pending:
             os.pwrite(self.files['done.npy'], b'\1', self.begin['done.npy'] + index)
@@ -354,10 +395,10 @@ class PackedWriter:
 
 
 class FilesWriter:
-    """Writes latents in the published layout; methods are those of `PackedWriter`.
+    """Writes latents in the published layout, one npz per image; its methods are those of `PackedWriter`.
 
     Args:
-        names: path of every image's npz file in the folder, without its ending.
+        names: path of the npz file of every image in the folder, without its ending.
     """
 
     def __init__(self, folder: Path, names: list[str]):
@@ -367,7 +408,7 @@ class FilesWriter:
         """Make sure that every image has a file of its own.
 
         Raises:
-            ValueError: two have the same name.
+            ValueError: two images have the same name.
         """
         if len(set(self.paths)) < len(self.paths):
             twice = next(path for i, path in enumerate(self.paths) if path in self.paths[:i])
@@ -375,19 +416,23 @@ class FilesWriter:
                              '--layout=files')
 
     def open(self) -> list[int]:
+        """Indices of the images that are not there yet."""
         return [i for i, path in enumerate(self.paths) if not path.is_file()]
 
     def put(self, index_B: Sequence[int], tokens_BA: np.ndarray) -> None:
-        for index, pair in zip(index_B, tokens_BA, strict=True):
-            self.paths[index].parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(self.paths[index]) as temporary, temporary.open('wb') as file:
-                np.savez(file, **dict(zip(NAMES, pair, strict=True)))
+        """Store the latents (B, 2, ...) of these images and of their mirror images."""
+        for index, views in zip(index_B, tokens_BA, strict=True):
+            path = self.paths[index]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arrays = dict(zip(VIEW_NAMES, views, strict=True))
+            with atomic_path(path) as temporary, temporary.open('wb') as file:
+                np.savez(file, **arrays)
 
     def flush(self) -> None:
-        pass
+        """Nothing is left to do, as every file is on disk once it has its name."""
 
 
 def write_labels(folder: Path, labels: Sequence[int]) -> None:
-    """The class ids of a packed cache."""
+    """Write the class ids of all images, int64 (N,)."""
     with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
         np.save(file, np.array(labels, dtype=np.int64))
