@@ -1,7 +1,7 @@
-"""Files of tensors: ours are signed, those of others are read without executing anything.
+"""Files of tensors: our own files are signed, and files of other programs are read without running any code.
 
 A signed file is an ordinary file of `torch.save`, which is a zip archive, with the SHA-256 of its bytes as
-the archive's comment. Other programs read it as ever, and this one notices every changed bit.
+the comment of the archive. Other programs read it as before, and this one notices every changed bit.
 """
 import hashlib
 import logging
@@ -24,32 +24,37 @@ from utils.files import atomic_path, sync_folder
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20                      # bytes that are hashed at once
-END_OF_ZIP = b'PK\5\6'               # begins the record of 22 bytes at the end, before the comment
+END_OF_ZIP = b'PK\5\6'               # first bytes of the last record of a zip, which the comment follows
+END_SIZE = 22                        # bytes of that record; its last two are the length of the comment
 SIGNATURE = b'sha256:'
 SIGNATURE_SIZE = len(SIGNATURE) + 64
-ATTEMPTS = 10                        # to read a file that somebody else replaces meanwhile
+ATTEMPTS = 10                        # tries to read a file that somebody else replaces meanwhile
 DOWNLOAD_AGAIN = 'copy or download it again'
 
 
 class UnusableFile(ValueError):
-    """What a file holds cannot be used: it is damaged or no such file, and reading it again changes
-    nothing."""
+    """The content of a file cannot be used: it is damaged, or no file of weights.
+
+    Reading the file again changes nothing, unlike after errors of a disk or a network.
+    """
 
 
 class Identity(NamedTuple):
-    """What tells a file from one that has taken its name."""
+    """What tells a file from another file that has taken its name."""
     inode: int
     size: int
     changed_ns: int
 
 
 def identity_of(path: str | os.PathLike) -> Identity:
-    """The identity of a regular file that is not empty; it is not opened, since a pipe would block for ever.
+    """The identity of a regular file that is not empty.
+
+    The file is not opened, since opening a pipe would block for ever.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        UnusableFile: there is something that is no such file.
-        ValueError: the file system does not tell.
+        FileNotFoundError: there is nothing at this path.
+        UnusableFile: there is something else than a regular file, or an empty one.
+        ValueError: the file system refuses to say.
     """
     name = repr(os.fspath(path))
     try:
@@ -73,7 +78,7 @@ def identity_of(path: str | os.PathLike) -> Identity:
 
 
 def _no_access(path: str | os.PathLike, error: OSError) -> ValueError:
-    """What to say where the file system, not the file, is at fault."""
+    """The error for a path where the file system is at fault, and not the file."""
     remedy = 'check the disk or the network, and run the same command again'
     if isinstance(error, PermissionError):
         remedy = 'make the file readable for this user, and run the same command again'
@@ -82,7 +87,11 @@ def _no_access(path: str | os.PathLike, error: OSError) -> ValueError:
 
 # ---------------------------------------------------------------------------------------------- writing
 class _SignedStream:
-    """A file that `torch.save` writes to; it hashes all but the length of the comment, the last two bytes."""
+    """A file that `torch.save` writes to, and that is signed at the end.
+
+    The last two bytes of a zip archive without a comment are the length of that comment. They change with the
+    signature, so they are held back from the file and the hash until it is known which bytes are the last.
+    """
 
     def __init__(self, file: IO[bytes]):
         self.file = file
@@ -91,17 +100,18 @@ class _SignedStream:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        view = memoryview(data)
-        if view.nbytes == 0:
+        """Write all but the last two bytes so far; the number of bytes that were taken, as files do it."""
+        num_bytes = memoryview(data).nbytes
+        if num_bytes == 0:
             return 0
-        view = view.cast('B')
+        view = memoryview(data).cast('B')
         if len(view) < 2:
             view = memoryview(self.held_back + bytes(view))
         else:
             self._emit(self.held_back)
         self._emit(view[:-2])
         self.held_back = bytes(view[-2:])
-        return memoryview(data).nbytes
+        return num_bytes
 
     def _emit(self, data: bytes | memoryview) -> None:
         # An exception may not pass through torch's writer, whose destructor would write again and abort.
@@ -114,23 +124,31 @@ class _SignedStream:
             self.error = error
 
     def flush(self) -> None:
-        """Torch calls it; `sign` is the end."""
+        """Torch calls it, but the file is complete only after `sign`."""
 
     def sign(self) -> None:
-        """Write the comment.
+        """Write the signature as the comment of the archive.
 
         Raises:
-            OSError: what any write before has met.
+            OSError: this write or an earlier one failed.
         """
         assert self.error or self.held_back == b'\0\0', f'{self.held_back} is no empty comment of a zip'
         if self.error is not None:
             raise self.error
-        self.file.write(struct.pack('<H', SIGNATURE_SIZE) + SIGNATURE + self.digest.hexdigest().encode())
+        self.file.write(_comment(self.digest.hexdigest()))
         self.file.flush()
 
 
+def _comment(digest: str) -> bytes:
+    """A signature as it stands at the end of a zip archive: the length of the comment, then the comment."""
+    return struct.pack('<H', SIGNATURE_SIZE) + SIGNATURE + digest.encode()
+
+
 def write_signed(content: Any, path: str | os.PathLike) -> None:
-    """`torch.save` with a signature, in place: use `save_file` where a reader may see the file meanwhile."""
+    """`torch.save` with a signature, straight into `path`.
+
+    Use `save_file` where somebody may read the file meanwhile.
+    """
     with open(path, 'wb') as file:
         stream = _SignedStream(file)
         torch.save(content, stream)
@@ -153,23 +171,27 @@ def load_file(path: str | os.PathLike, verify: bool | None = None) -> dict[str, 
     """The dict in a file of torch or safetensors, whatever its name ends with, on the CPU.
 
     Args:
-        verify: look for damage first: by the signature of our files, by the check sums in others of torch.
-        None does so on the first process of a node alone, as all of them read the same file.
+        verify: whether to look for damage first: by the signature in our files, by the check sums of members
+            in other files of torch. None does so on the first process of a node alone, since all processes of
+            a node read the same file.
     Raises:
         FileNotFoundError: there is no file.
-        UnusableFile: it is damaged, of another kind, or holds other objects than tensors and plain values.
+        UnusableFile: the file is damaged, of another kind, or holds other objects than tensors and plain
+            values.
         ValueError: the file system refuses to read it.
     """
-    verify = dist.is_local_master() if verify is None else verify
-    return _load(path, verify=verify, hashed=False)[0]
+    if verify is None:
+        verify = dist.is_local_master()
+    content, _, _ = _load(path, verify=verify, hashed=False)
+    return content
 
 
 def load_with_digest(path: str | os.PathLike,
                      accept: Callable[[str], None] = lambda digest: None) -> tuple[dict[str, Any], str]:
-    """What `load_file` gives after verification, and the SHA-256 of the very file that it comes from.
+    """The content that `load_file` returns, verified, and the SHA-256 of the very file that was loaded.
 
     Args:
-        accept: is called with the SHA-256 before anything is loaded; what it raises ends the call.
+        accept: is called with the SHA-256 before anything is loaded; an error that it raises ends the call.
     Raises:
         See `load_file`.
     """
@@ -178,15 +200,15 @@ def load_with_digest(path: str | os.PathLike,
 
 
 def load_on_all_ranks(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
-    """`load_with_digest` on every rank, and the same file on all of them; every rank calls it.
+    """`load_with_digest` on every rank, with the same file on all of them; every rank calls it.
 
-    The first process of a node hashes the file, the others compare its identity with the one that they read.
+    The first process of a node hashes the file, the other ones compare its identity with that of their file.
 
-    Raises (on all ranks, if on one):
+    Raises (on all ranks, if on one of them):
         FileNotFoundError, ValueError: see `load_file`.
         ValueError: ranks have read different files.
     """
-    node = socket.gethostname(), os.environ.get('GROUP_RANK', '')
+    node = (socket.gethostname(), os.environ.get('GROUP_RANK', ''))
     for _ in range(ATTEMPTS):
         content = {}
         digest = ''
@@ -197,10 +219,12 @@ def load_on_all_ranks(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
             content, digest, identity = _load(path, verify=is_first, hashed=is_first)
         except (ValueError, FileNotFoundError) as error:
             failure = error
+
+        # All ranks raise the same error, or none does: a rank that goes on alone would wait for ever.
         seen = dist.allgather_object((node, os.fspath(path), digest, identity, failure))
-        for *_, of_a_rank in seen:
-            if of_a_rank is not None:
-                raise of_a_rank
+        for *_, failure_of_rank in seen:
+            if failure_of_rank is not None:
+                raise failure_of_rank
         difference = _difference(seen)
         if not difference:
             return content, seen[0][2]
@@ -209,12 +233,17 @@ def load_on_all_ranks(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
 
 
 def _difference(seen: list[tuple]) -> str:
-    """The line about the first rank that has read another file than the ranks before; empty if none has."""
+    """What to say about the first rank that has read another file than the ranks before it; '' if none has.
+
+    Args:
+        seen: (node, path, digest or '', identity, failure) of every rank.
+    """
+    # Within a node files are compared by identity, and between nodes by digest.
     digest_of_first = seen[0][2]
     identities = {}
     for rank, (node, path, digest, identity, _) in enumerate(seen):
-        is_same = identity == identities.setdefault(node, identity) and digest in ('', digest_of_first)
-        if not is_same:
+        is_same_on_node = identity == identities.setdefault(node, identity)
+        if not is_same_on_node or digest not in ('', digest_of_first):
             return (f'rank {rank} on host {node[0]} has read another file at {path!r} than rank 0 on host '
                     f'{seen[0][0][0]}: make sure that the file is the same on all nodes, and that nobody '
                     'replaces it meanwhile')
@@ -223,7 +252,7 @@ def _difference(seen: list[tuple]) -> str:
 
 def _load(path: str | os.PathLike, verify: bool, hashed: bool,
           accept: Callable[[str], None] = lambda digest: None) -> tuple[dict[str, Any], str, Identity]:
-    """(content, SHA-256 if `hashed`, identity), all of the same file."""
+    """The content of a file, its SHA-256 if `hashed` (else ''), and its identity, all of the same file."""
     for _ in range(ATTEMPTS):
         before = identity_of(path)
         failure = None
@@ -232,7 +261,7 @@ def _load(path: str | os.PathLike, verify: bool, hashed: bool,
             content = _read(path)
         except ValueError as error:
             failure = error
-        # Whoever writes checkpoints replaces them: what has been hashed must be what has been loaded.
+        # A training replaces its checkpoints: the file that was hashed must be the file that was loaded.
         if identity_of(path) == before:
             if failure is not None:
                 raise failure
@@ -249,20 +278,21 @@ def damaged(path: str | os.PathLike, reason: str) -> UnusableFile:
 
 # ---------------------------------------------------------------------------------------------- verification
 def _examine(path: str | os.PathLike, verify: bool, hashed: bool, accept: Callable[[str], None]) -> str:
-    """Look for damage if `verify`, and give the SHA-256 if `hashed`, once `accept` has agreed to it."""
+    """Look for damage if `verify`; return the SHA-256 if `hashed` (else ''), once `accept` has taken it."""
     try:
         with open(path, 'rb') as file:
             size = os.fstat(file.fileno()).st_size
             signed_size = _signed_size(file, size) if verify else 0
             digest = ''
             if signed_size or hashed:
-                of_signed, digest = _digests(file, signed_size)
+                signed_digest, digest = _digests(file, signed_size)
+
+            # First, since a caller who knows the digest has more to say than a check sum.
             if hashed:
-                accept(digest)  # whoever knows the digest says more of a damaged file than its check sums do
+                accept(digest)
             if signed_size:
                 file.seek(signed_size)
-                comment = struct.pack('<H', SIGNATURE_SIZE) + SIGNATURE + of_signed.encode()
-                if file.read() != comment:
+                if file.read() != _comment(signed_digest):
                     raise damaged(path, 'its bytes are not those of its signature')
             elif verify:
                 _check_members(file, path)
@@ -272,15 +302,17 @@ def _examine(path: str | os.PathLike, verify: bool, hashed: bool, accept: Callab
 
 
 def _signed_size(file: IO[bytes], size: int) -> int:
-    """Number of bytes that a signature is of; 0 in a file that has none.
+    """Number of bytes at the beginning of a file that its signature covers; 0 if it has no signature.
 
-    Any comment of that length counts as one, so that damage within the comment is noticed, too.
+    Any comment as long as a signature counts as one, so that damage within the comment is noticed, too.
     """
-    begin = size - SIGNATURE_SIZE - 22
+    begin = size - SIGNATURE_SIZE - END_SIZE
     if begin < 0:
         return 0
     file.seek(begin)
-    return size - SIGNATURE_SIZE - 2 if file.read(4) == END_OF_ZIP else 0
+    if file.read(4) != END_OF_ZIP:
+        return 0
+    return size - SIGNATURE_SIZE - 2
 
 
 def _digests(file: IO[bytes], num_bytes: int) -> tuple[str, str]:
@@ -297,21 +329,26 @@ def _digests(file: IO[bytes], num_bytes: int) -> tuple[str, str]:
 
 
 def _check_members(file: IO[bytes], path: str | os.PathLike) -> None:
-    """Compare every member of a zip archive with its check sum; files of another kind have none."""
+    """Compare every member of a zip archive with its check sum; other kinds of files have no check sums."""
     file.seek(0)
     if _kind(file, path) != 'zip':
         return
     with _opened_zip(file, path) as archive:
         members = archive.infolist()
-        # The reader of zip archives is content with a comment that is cut off.
-        file.seek(-22 - len(archive.comment), os.SEEK_END)
-        end_of_zip = file.read(22)
-        is_cut = end_of_zip.startswith(END_OF_ZIP) and \
-            struct.unpack('<20xH', end_of_zip)[0] != len(archive.comment)
+
+        # The reader of zip archives accepts a comment that is cut off, so its length is compared here.
+        file.seek(-END_SIZE - len(archive.comment), os.SEEK_END)
+        end_of_zip = file.read(END_SIZE)
+        is_cut = False
+        if end_of_zip.startswith(END_OF_ZIP):
+            comment_size, = struct.unpack('<20xH', end_of_zip)
+            is_cut = comment_size != len(archive.comment)
         if is_cut or archive.comment.startswith(SIGNATURE):
             raise damaged(path, 'bytes were added or lost at its end')
+
+        # Torch can be told to write no check sums, which are all zero then.
         if not any(member.CRC for member in members):
-            return  # torch was told to write none
+            return
         for member in members:
             try:
                 with archive.open(member) as content:
@@ -326,6 +363,7 @@ def _check_members(file: IO[bytes], path: str | os.PathLike) -> None:
 
 
 def _opened_zip(file: IO[bytes], path: str | os.PathLike) -> zipfile.ZipFile:
+    """An open file as a zip archive; a damaged one is refused as such."""
     try:
         return zipfile.ZipFile(file)
     except OSError as error:
@@ -338,10 +376,10 @@ def _opened_zip(file: IO[bytes], path: str | os.PathLike) -> zipfile.ZipFile:
 
 # ---------------------------------------------------------------------------------------------- content
 def _kind(file: IO[bytes], path: str | os.PathLike) -> str:
-    """'zip', 'safetensors' or 'legacy' (torch before 1.6), by content.
+    """The kind of a file by its content: 'zip', 'safetensors' or 'legacy' (torch before 1.6).
 
     Raises:
-        UnusableFile: it is something that is often taken for weights.
+        UnusableFile: the file is something else that is often mistaken for weights.
     """
     size = os.fstat(file.fileno()).st_size
     head = file.read(1024)
@@ -364,19 +402,22 @@ def _kind(file: IO[bytes], path: str | os.PathLike) -> str:
     if _is_text(head):
         raise UnusableFile(f'{name} cannot be read: it is text, not weights ({head[:40].decode()!r} ...): '
                            f'{DOWNLOAD_AGAIN}, or pass another file')
-    return 'legacy'  # whose reader will say more
+    return 'legacy'  # the reader of this kind will say what is wrong
 
 
 def _is_text(head: bytes) -> bool:
+    """Whether the first bytes of a file, at most 1,024, are printable text."""
+    if len(head) == 1024:
+        head = head[:-4]  # the last character may be cut in two
     try:
-        text = head[:-4].decode() if len(head) == 1024 else head.decode()  # a character may be cut
+        text = head.decode()
     except UnicodeDecodeError:
         return False
     return all(character.isprintable() or character.isspace() for character in text)
 
 
 def _read(path: str | os.PathLike) -> dict[str, Any]:
-    """The dict in a file, after a look at what kind of file it is."""
+    """The dict in a file, read in the way of its kind."""
     try:
         with open(path, 'rb') as file:
             kind = _kind(file, path)
@@ -392,7 +433,7 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             from safetensors.torch import load_file as load_safetensors
             content = load_safetensors(path)
         else:
-            # A mapped file is shared in memory by the ranks of a node; those before torch 1.6 cannot be
+            # A mapped file is shared in memory by the ranks of a node; files before torch 1.6 cannot be
             # mapped.
             with torch.serialization.safe_globals(NUMPY_DATA):
                 content = torch.load(path, map_location='cpu', weights_only=True, mmap=kind == 'zip')
@@ -412,15 +453,17 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _check_is_torch(archive: zipfile.ZipFile, path: str | os.PathLike) -> None:
-    """Refuse zip archives of other kinds, as what they are."""
+    """Refuse zip archives that `torch.save` has not written, and say what they are."""
     names = archive.namelist()
+    file_names = [member.rpartition('/')[2] for member in names]
     name = repr(os.fspath(path))
-    if not any(member.rpartition('/')[2] == 'data.pkl' for member in names):
-        what = 'arrays of numpy' if names and all(member.endswith('.npy') for member in names) else \
-            'a zip archive without data of torch'
+    if 'data.pkl' not in file_names:
+        what = 'a zip archive without data of torch'
+        if names and all(member.endswith('.npy') for member in names):
+            what = 'arrays of numpy'
         raise UnusableFile(f'{name} cannot be read: it is {what} ({", ".join(names[:3]) or "empty"}): if the '
                            'weights are inside, unpack it, and pass their file')
-    if any(member.rpartition('/')[2] == 'constants.pkl' for member in names):
+    if 'constants.pkl' in file_names:
         raise UnusableFile(f'{name} cannot be read: it is a program of TorchScript, not a dict of weights: '
                            'if you trust it, save torch.jit.load(path).state_dict() by torch.save, and pass '
                            'that file')
@@ -433,7 +476,7 @@ def _explained(path: str | os.PathLike, error: Exception) -> ValueError:
     """The error of torch's or safetensors' reader as one line."""
     text = str(error)
     name = repr(os.fspath(path))
-    # what torch says when it cannot open or map a file ends with the number of the error
+    # Where torch cannot open or map a file, its message ends with the number of the error.
     if text.startswith('unable to ') and re.search(r'\(\d+\)$', text.splitlines()[0]):
         return _no_access(path, OSError(text.splitlines()[0]))
     if 'argparse.Namespace' in text:
@@ -451,25 +494,28 @@ def _explained(path: str | os.PathLike, error: Exception) -> ValueError:
 
 
 def _named(function: Callable, module: str) -> Callable:
-    """The function under the name by which a pickle calls it."""
+    """A function under the name by which a pickle calls it."""
     def call(*args: Any) -> Any:
         return function(*args)
+
     call.__module__ = module
-    call.__name__ = call.__qualname__ = function.__name__
+    call.__name__ = function.__name__
+    call.__qualname__ = function.__name__
     return call
 
 
 def _numpy_data() -> list[Callable]:
-    """What the pickle of a number or a numeric array of numpy calls; none of it can run code.
+    """The functions that the pickle of a numpy number or numeric array calls; none of them can run code."""
+    # The module was renamed in numpy 2, and files name the one that they were written with.
+    named = []
+    for example in (np.array(0.), np.float64(0.)):
+        rebuild = example.__reduce__()[0]
+        named.append(_named(rebuild, 'numpy.core.multiarray'))
+        named.append(_named(rebuild, 'numpy._core.multiarray'))
 
-    The module has had another name since numpy 2. The classes of data types are looked up by example, as
-    their names differ between versions of numpy.
-    """
-    functions = [np.array(0.).__reduce__()[0], np.float64(0.).__reduce__()[0]]
-    modules = ('numpy.core.multiarray', 'numpy._core.multiarray')
+    # Classes of data types have different names in different versions, so they are looked up by example.
     types = {type(np.dtype(code)) for code in '?bhilqBHILQefdgFDGSU'}
-    return [np.dtype, np.ndarray, *types, *(_named(function, module) for function in functions
-                                            for module in modules)]
+    return [np.dtype, np.ndarray, *types, *named]
 
 
 NUMPY_DATA = _numpy_data()
