@@ -1,6 +1,6 @@
-"""Image folders, digits and shapes behind one interface; augmentation is keyed by (seed, epoch, image).
+"""Image folders, digits and shapes behind one interface; augmentation follows from (seed, epoch, image).
 
-Pixels are float32 in [-1, 1], (3, H, W).
+`build_dataset` returns what a training needs; transforms give float32 pixels (3, H, W) in [-1, 1].
 """
 import hashlib
 import logging
@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 5  # every fifth digit is held out for validation
 EMBEDDED_SIZE = 32  # pixels per side of digits and shapes
-SPLIT_NAMES = {  # the name of a split -> how others call it, in lower case
+SPLIT_NAMES = {  # the name of a split -> names that people give it, in lower case
     'train': ('train', 'training'),
     'val': ('val', 'valid', 'validation', 'eval'),
 }
-MAX_REPLACEMENTS = 20  # images that are tried in the place of one that cannot be read
+MAX_REPLACEMENTS = 20  # images that are tried where one cannot be read, that one included
 
 
 def normalize_01_into_pm1(x: torch.Tensor) -> torch.Tensor:
-    """[0, 1] -> [-1, 1]; the argument is left as it is."""
+    """Pixels in [0, 1] -> [-1, 1]; the argument is left as it is."""
     return x.add(x).add_(-1)
 
 
@@ -50,7 +50,7 @@ class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits (8x8, 16 grey levels), enlarged to RGB images of 32x32.
 
     Args:
-        train: the 1,437 training images, else the 360 held-out ones.
+        train: whether to take the 1,437 training images, or else the 360 that are held out.
         transform: PIL image -> tensor.
     """
 
@@ -77,8 +77,8 @@ class Digits(Dataset):
         return self.transform(image) if self.transform else image, int(self.targets[index])
 
 
-# Masks in [0, 1] of the toy set. u, v: rotated coordinates from the centre; d: distance to it; r: radius;
-# n: frequency; q: phase.
+# Masks in [0, 1] of the toy set, each a formula of six letters. u, v: rotated coordinates from the centre of
+# the shape; d: distance to that centre; r: radius; n: frequency; q: phase.
 SHAPES: dict[str, Callable[..., np.ndarray]] = {
     'disc': lambda u, v, d, r, n, q: _edge(r - d),
     'square': lambda u, v, d, r, n, q: _edge(r - np.maximum(abs(u), abs(v))),
@@ -104,38 +104,45 @@ class Shapes(Dataset):
     """A toy set of coloured shapes and patterns, drawn from formulae: 32x32 RGB, class = index mod 10.
 
     Args:
-        train: the 8,000 training images, else 1,024 validation images.
+        train: whether to take the 8,000 training images, or else the 1,024 for validation.
         transform: PIL image -> tensor.
     """
 
     classes = list(SHAPES)
 
     def __init__(self, train: bool, transform: Callable | None = None):
-        count, seed = (8000, 1) if train else (1024, 2)
+        count = 8000 if train else 1024
+        seed = 1 if train else 2
         self.targets = np.arange(count) % len(SHAPES)
         self.transform = transform
         rng = np.random.RandomState(seed)  # its numbers are the same in every version of numpy
 
-        def draw(low: float, high: float) -> np.ndarray:
+        def uniform(low: float, high: float) -> np.ndarray:
             return rng.uniform(low, high, (count, 1, 1))
+
+        # The order of these lines is part of the data set: it decides which image gets which numbers.
         background, colour = rng.uniform(size=(2, count, 1, 1, 3))
-        center_x = draw(0.3, 0.7)
-        center_y = draw(0.3, 0.7)
-        radius = draw(0.15, 0.35)
-        angle = draw(0, np.pi)
-        frequency = draw(2, 6)
-        phase = draw(0, 2 * np.pi)
+        center_x = uniform(0.3, 0.7)
+        center_y = uniform(0.3, 0.7)
+        radius = uniform(0.15, 0.35)
+        angle = uniform(0, np.pi)
+        frequency = uniform(2, 6)
+        phase = uniform(0, 2 * np.pi)
         self.images_u8 = np.empty((count, EMBEDDED_SIZE, EMBEDDED_SIZE, 3), np.uint8)
         y, x = (np.mgrid[:EMBEDDED_SIZE, :EMBEDDED_SIZE] + 0.5) / EMBEDDED_SIZE
-        for label, mask in enumerate(SHAPES.values()):
+        for label, mask_of in enumerate(SHAPES.values()):
             i = self.targets == label
             dx = x - center_x[i]
             dy = y - center_y[i]
             cos = np.cos(angle[i])
             sin = np.sin(angle[i])
-            m = mask(cos * dx + sin * dy, cos * dy - sin * dx, np.hypot(dx, dy),
-                     radius[i], frequency[i], phase[i])[..., None]
-            pixels = background[i] * (1 - m) + colour[i] * m
+            u = cos * dx + sin * dy
+            v = cos * dy - sin * dx
+            distance = np.hypot(dx, dy)
+            mask = mask_of(u, v, distance, radius[i], frequency[i], phase[i])[..., None]
+
+            # A colour on another one, with a little noise so that no two pixels are quite equal.
+            pixels = background[i] * (1 - mask) + colour[i] * mask
             pixels += rng.normal(0, 0.02, pixels.shape)
             self.images_u8[i] = pixels.clip(0, 1) * 255 + 0.5
 
@@ -153,11 +160,15 @@ EMBEDDED: dict[str, type[Dataset]] = {'digits': Digits, 'toy': Shapes}
 # ---------------------------------------------------------------------------------------------- transforms
 def adm_crop(image: Image.Image, side: int, size: int,
              place: Callable[[int, int], tuple[int, int]]) -> Image.Image:
-    """A square of size x size pixels after resizing as ADM does: the shorter side to `side` pixels.
+    """A square of size x size pixels from an image that is resized as ADM does it.
 
-    The image is halved by a box filter while it is twice as long or more, then resized by a bicubic one.
+    The image is halved by a box filter while its shorter side is at least twice `side`, then a bicubic filter
+    brings that side to `side` pixels.
 
     Args:
+        image: of mode RGB.
+        side: shorter side of the resized image in pixels.
+        size: side of the square in pixels.
         place: (height, width) of the resized image -> (top, left) of the square.
     """
     while min(image.size) >= 2 * side:
@@ -166,21 +177,25 @@ def adm_crop(image: Image.Image, side: int, size: int,
     width = round(image.width * scale)
     height = round(image.height * scale)
     top, left = place(height, width)
-    box = left, top, left + size, top + size
+    box = (left, top, left + size, top + size)
     return resized_part(image, (width, height), Image.Resampling.BICUBIC, box)
 
 
 def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of size x size pixels, as in the evaluation of ADM (arXiv 2105.05233)."""
-    return adm_crop(image, size, size, lambda height, width: ((height - size) // 2, (width - size) // 2))
+    def place(height: int, width: int) -> tuple[int, int]:
+        return (height - size) // 2, (width - size) // 2
+
+    return adm_crop(image, size, size, place)
 
 
 class AdmRandomCrop:
-    """A random square of size x size pixels after resizing as ADM does to a side drawn from [size, size /
-    min_ratio].
+    """A random square of size x size pixels from an image that is resized as ADM does it, to a random side.
 
     Args:
-        min_ratio: smallest share of the shorter side that the square may cover.
+        size: side of the square in pixels.
+        min_ratio: the square covers at least this fraction of the shorter side of the image, so that side is
+            random in [size, size / min_ratio].
     """
 
     def __init__(self, size: int, min_ratio: float = 0.8):
@@ -189,12 +204,15 @@ class AdmRandomCrop:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         def place(height: int, width: int) -> tuple[int, int]:
-            top = _draw(0, height - self.size)
-            return top, _draw(0, width - self.size)
-        return adm_crop(image, _draw(self.size, self.largest), self.size, place)
+            top = _random_int(0, height - self.size)
+            left = _random_int(0, width - self.size)
+            return top, left
+
+        side = _random_int(self.size, self.largest)
+        return adm_crop(image, side, self.size, place)
 
 
-def _draw(low: int, high: int) -> int:
+def _random_int(low: int, high: int) -> int:
     """Uniform in [low, high], from torch's global generator, which `KeyedAugmentation` seeds."""
     return int(torch.randint(low, high + 1, ()))
 
@@ -212,30 +230,35 @@ def _central_place(height: int, width: int, size: int) -> tuple[int, int]:
 
 def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.125,
                      crop: str = 'resize') -> tuple[Compose, Compose]:
-    """(train, validation) transforms from PIL image to [-1, 1]; training flips first if `hflip`.
+    """(training, validation) transforms from PIL image to pixels (3, final_reso, final_reso) in [-1, 1].
 
     Args:
         final_reso: side of the square crops in pixels.
-        crop: 'resize' (VAR): shorter side to round(mid_reso * final_reso) by Lanczos, random or centre crop.
-            'adm' (LlamaGen, with mid_reso 1.25): shorter side drawn from [1, mid_reso] * final_reso, random
-            crop. 'vae' (MAR): as 'resize' for training. Both validate on the centre crop of ADM.
+        hflip: whether training flips half of the images, before anything else.
+        mid_reso: see `crop`.
+        crop: 'resize' (VAR): the shorter side is resized to round(mid_reso * final_reso) by Lanczos; training
+            takes a random crop, validation the centre. 'adm' (LlamaGen, with mid_reso 1.25): the shorter side
+            is random in [1, mid_reso] * final_reso, and the crop, too. 'vae' (MAR): as 'resize' for training.
+            The last two validate on the centre crop of ADM.
     Raises:
-        ValueError: another crop.
+        ValueError: the crop is none of these.
     """
     side = round(mid_reso * final_reso)
-    lanczos = [ResizedCrop(side, final_reso, partial(_random_place, size=final_reso))]
-    adm_center = [partial(adm_center_crop, size=final_reso)]
+    random_crop = ResizedCrop(side, final_reso, partial(_random_place, size=final_reso))
+    center_crop = ResizedCrop(side, final_reso, partial(_central_place, size=final_reso))
+    adm_random = AdmRandomCrop(final_reso, 1 / mid_reso)
+    adm_center = partial(adm_center_crop, size=final_reso)
     crops = {
-        'resize': (lanczos, [ResizedCrop(side, final_reso, partial(_central_place, size=final_reso))]),
-        'adm': ([AdmRandomCrop(final_reso, 1 / mid_reso)], adm_center),
-        'vae': (lanczos, adm_center),
+        'resize': (random_crop, center_crop),
+        'adm': (adm_random, adm_center),
+        'vae': (random_crop, adm_center),
     }
     if crop not in crops:
         raise ValueError(f'--crop must be one of {", ".join(crops)}, got {crop!r}')
     train, val = crops[crop]
-    finish = [ToTensor(), normalize_01_into_pm1]
+    to_pixels = [ToTensor(), normalize_01_into_pm1]
     flip = [RandomHorizontalFlip()] if hflip else []
-    return Compose(flip + train + finish), Compose(val + finish)
+    return Compose([*flip, train, *to_pixels]), Compose([val, *to_pixels])
 
 
 def crop_views(image: Image.Image, size: int, crop_range: float = 0.) -> torch.Tensor:
@@ -243,15 +266,16 @@ def crop_views(image: Image.Image, size: int, crop_range: float = 0.) -> torch.T
 
     Args:
         size: side of a view in pixels.
-        crop_range: 0 is the centre crop of ADM; any other number is for the four corners and the centre of a
-            centre crop that is as many times larger, in the order top left, top right, bottom left, bottom
+        crop_range: 0 gives the centre crop of ADM; any other number gives the corners and the centre of a
+            centre crop that is this many times larger, in the order top left, top right, bottom left, bottom
             right, centre.
     """
     if crop_range:
-        views = ten_crop(adm_center_crop(image, int(size * crop_range)), [size])
+        larger = adm_center_crop(image, int(size * crop_range))
+        views = ten_crop(larger, [size])
     else:
         view = adm_center_crop(image, size)
-        views = view, ImageOps.mirror(view)
+        views = (view, ImageOps.mirror(view))
     return torch.stack([normalize_01_into_pm1(to_tensor(view)) for view in views])
 
 
@@ -280,7 +304,7 @@ def open_split(data_path: str, split: str, transform: Callable | None = None, ex
 
 
 def _advice_on_missing_split(root: Path, split: str) -> str:
-    """What to do where there is no folder `split`, after a look at what there is."""
+    """The error for a missing folder `split`, with what to do about the folders and images that are there."""
     missing = f'expected class folders in {str(root / split)!r}, found no such folder'
     folders = _folders(root)
     for name in folders:
@@ -290,10 +314,10 @@ def _advice_on_missing_split(root: Path, split: str) -> str:
             return f'{missing}, but {str(root / name)!r} holds train/ and val/: pass that as --data_path'
     other = 'val' if split == 'train' else 'train'
     if other in folders:
-        share = 'a part of the images of each class, a tenth say,'
+        part = 'a part of the images of each class, a tenth say,'
         if split == 'train':
-            share = 'most images of each class, nine tenths say,'
-        return (f'{missing}, but {str(root / other)!r} is there: move {share} from {other}/<class>/ to '
+            part = 'most images of each class, nine tenths say,'
+        return (f'{missing}, but {str(root / other)!r} is there: move {part} from {other}/<class>/ to '
                 f'{split}/<class>/, with the same names of classes')
     in_classes = [name for name in folders if name != 'test' and _count_images(root / name)]
     if in_classes:
@@ -311,11 +335,12 @@ def _folders(folder: Path) -> list[str]:
     """Names of the folders in a folder that are data, sorted."""
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in os.scandir(folder) if is_data(entry.name) and _is_folder(entry))
+    entries = [entry for entry in os.scandir(folder) if is_data(entry.name)]
+    return sorted(entry.name for entry in entries if _is_folder(entry))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is one, or a link to one; a link to itself, which cannot be followed, is none."""
+    """Whether an entry is a folder or a link to one; a link to itself, which cannot be followed, is none."""
     try:
         return entry.is_dir()
     except OSError:
@@ -323,7 +348,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _count_images(folder: Path) -> int:
-    """Images directly in a folder."""
+    """Number of images that lie directly in a folder."""
     if not folder.is_dir():
         return 0
     names = [entry.name for entry in os.scandir(folder) if is_data(entry.name) and not _is_folder(entry)]
@@ -337,7 +362,11 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso
     Args:
         data_path: see `open_split`. Classes are the folder names in sorted order and must be the same in
             both splits.
-        final_reso, hflip, mid_reso, crop: see `build_transforms`. exif: see `open_split`.
+        final_reso: see `build_transforms`.
+        hflip: see `build_transforms`.
+        mid_reso: see `build_transforms`.
+        crop: see `build_transforms`.
+        exif: see `open_split`.
     Raises:
         ValueError: a folder is missing or empty, or the classes differ.
     """
@@ -349,6 +378,8 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso
                          'list the images of both, or rename the list to use class folders')
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))
+
+        # An umlaut can be one character or two; a copy between systems may change one into the other.
         forms = [unicodedata.normalize('NFC', name) for name in odd]
         if len(set(forms)) < len(forms):
             raise ValueError(f'train/ and val/ of {data_path!r} must hold the same classes; names look the '
@@ -365,8 +396,8 @@ def files_below(folder: str, around: frozenset[str] | None = None) -> Iterator[t
     """(folder, names of its files that are data) for a folder and all below it; links are followed.
 
     Args:
-        around: real paths of the folders that this one lies in; a link back to one of them ends there, as
-            everything would be found again below it, in a class to which it does not belong.
+        around: real paths of the folders that this one lies in; None looks them up. A link back to one of
+            them is not followed, since all files would be found again below it, in a wrong class.
     """
     here = os.path.realpath(folder)
     if around is None:
@@ -392,18 +423,19 @@ def files_below(folder: str, around: frozenset[str] | None = None) -> Iterator[t
 class ClassFolders(DatasetFolder):
     """One folder of images per class, in the order of torchvision's `DatasetFolder`.
 
-    See `is_data` for what is left out without a word. Files whose suffix is not that of an image are counted
+    Names that `is_data` refuses are left out silently. Files whose suffix is not that of an image are counted
     in one line of the log.
 
     Raises:
-        ValueError: there is no class folder, or one without images.
+        ValueError: there is no class folder, or a class folder without images.
     """
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = _folders(Path(directory))
+        """Names of the class folders, sorted, and their ids; or an error that says what to do."""
+        folder = Path(directory)
+        classes = _folders(folder)
         if not classes:
-            folder = Path(directory)
-            count = _count_images(Path(directory))
+            count = _count_images(folder)
             if not count:
                 raise ValueError(f'{directory!r} holds no class folder and no images: put images into '
                                  f'{folder.name}/<class>/, one folder per class, a part of them, a tenth '
@@ -456,7 +488,7 @@ class ListedImages(Dataset):
         transform: PIL image -> tensor.
         loader: path -> PIL image.
     Raises:
-        ValueError: a line is not of this form, there is none, or a class has no image.
+        ValueError: a line is not of this form, there are no lines, or a class has no image.
     """
 
     def __init__(self, listing: Path, folder: Path, transform: Callable | None = None,
@@ -491,17 +523,18 @@ class ListedImages(Dataset):
 
 
 def check_labels(targets: Sequence[int], source: str) -> None:
-    """Make sure that every class has an image: of one without, a generator would draw what it never saw.
+    """Make sure that every class has an image, since a generator cannot learn a class without images.
 
     Args:
         targets: class id of every image.
-        source: the file or folder they come from, for the message.
+        source: the file or folder that they come from, for the message.
     Raises:
-        ValueError: a class has none.
+        ValueError: a class has no image.
     """
     seen = set(map(int, targets))
     num_classes = max(seen) + 1
-    if len(seen) < num_classes:  # a wrong number may mean a billion classes: none of these is visited
+    # A wrong number may mean a billion classes, so no list of all classes is made.
+    if len(seen) < num_classes:
         first = next(label for label in range(num_classes) if label not in seen)
         begins = 'classes begin at 0, and ' if first == 0 else ''
         raise ValueError(f'{source!r} has no image of class {first} ({num_classes - len(seen)} of '
@@ -510,14 +543,19 @@ def check_labels(targets: Sequence[int], source: str) -> None:
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """Number of images, and a digest of their names and classes in order, as a checkpoint keeps them."""
+    """What a checkpoint says about its data: the number of images, a digest of their names and classes.
+
+    Returns:
+        count; digest, of names and classes in order, 16 hexadecimal digits.
+    """
     paths = [path for path, _ in getattr(dataset, 'samples', ())] or getattr(dataset, 'paths', None)
     targets = getattr(dataset, 'targets', ())
     if isinstance(paths, list):
         root = f'{getattr(dataset, "root", "")}{os.sep}'
         lines = [f'{path.removeprefix(root)}\t{label}' for path, label in zip(paths, targets, strict=True)]
         text = os.fsencode('\n'.join(lines))
-    else:  # embedded images, or stored tokens, whose manifest has a digest of the names of their images
+    else:
+        # Embedded images have no names; the manifest of a token cache has a digest of those of its images.
         manifests = getattr(dataset, 'manifests', [{}])
         text = f'{type(dataset).__name__} {manifests[0].get("images")} '.encode()
         text += np.asarray(targets, dtype=np.int64).tobytes()
@@ -543,11 +581,13 @@ class KeyedAugmentation(Dataset):
     So augmentation is the same for any number of workers and ranks, and after any restart.
 
     Args:
-        replace_damaged: items are (image, label, damage). Another image of the data set, which follows from
-            (seed, epoch, index) alone, stands in for one that cannot be read, and `damage` says why it could
-            not; else it is empty.
+        dataset: its items are (image, label).
+        seed: of the training.
+        replace_damaged: whether another image stands in for an image that cannot be read. Which one it is
+            also follows from (seed, epoch, index) alone. Items are then (image, label, damage), where
+            `damage` says why the image could not be read, or is ''.
     Raises:
-        ImageError: one image after the other cannot be read.
+        ImageError: neither the image nor any of those tried in its place can be read.
     """
 
     def __init__(self, dataset: Dataset, seed: int, replace_damaged: bool = False):
@@ -561,22 +601,23 @@ class KeyedAugmentation(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
         if not self.replace_damaged:
-            return self._drawn(index, epoch, index)
+            return self._item(index, epoch, index)
         damage = ''
         for attempt in range(MAX_REPLACEMENTS):
             chosen = index
             if attempt > 0:
                 chosen = mix_seed(self.seed, epoch, index, attempt) % len(self.dataset)
             try:
-                image, label = self._drawn(chosen, epoch, index)
+                image, label = self._item(chosen, epoch, index)
                 return image, label, damage
             except ImageError as error:
                 damage = damage or str(error)
         raise ImageError(f'{damage}; {MAX_REPLACEMENTS - 1} others in its place cannot be read either')
 
-    def _drawn(self, chosen: int, epoch: int, index: int) -> tuple:
-        """Item `chosen`, with the random numbers of item `index` of an epoch."""
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-            # not torch.manual_seed, which also notes a seed for every device: transforms draw on the CPU
+    def _item(self, chosen: int, epoch: int, index: int) -> tuple:
+        """Item `chosen`, transformed by the random numbers of item `index` of an epoch."""
+        # Forked, so that the caller's random numbers stay as they are.
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which also seeds every GPU: transforms run on the CPU.
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             return self.dataset[chosen]
