@@ -30,17 +30,19 @@ from evaluation.sweep import ScoreTable
 from models import ARModel, build_generator, differing_parameters
 from models.noise import ImageNoise
 from utils.amp_sc import autocast
-from utils.batches import read_labels, shuffled, write_npz
 from utils.checkpoint import atomic_path, load_on_all_ranks, lock_folder, model_weights, tokenizer_weights
 from utils.files import read_json
 from utils.hub import fetch, sha256_of
+from utils.image_sets import read_labels, shuffled, write_npz
 from utils.image_store import STORES, ImageStore
 from utils.log import one_line_errors, progress_bar, setup_logging
 from utils.misc import allow_tf32
 from utils.provenance import device_name, git_commit, versions
 
 logger = logging.getLogger(__name__)
-RULES = dict(  # what the manifest says about how the images follow from the settings
+# What the manifest says about how the images follow from the settings. A folder is continued only if it says
+# the same, so the text keeps the name that utils.image_sets had in earlier versions.
+RULES = dict(
     noise_of_image_i='models.helpers.ImageNoise(seed, [i])',
     pixels='255 x + 0.5, rounded down, of x in [0, 1]',
     order='row r of the npz is image utils.batches.shuffled(num_images, shuffle)[r]; -1: image r',

@@ -21,8 +21,8 @@ from configs.options import opt
 from evaluation.classifiers import Classifier, load_classifier
 from evaluation.features import DeviceSettings, rank_range, read_ahead
 from evaluation.score import check_output, read_manifest, refuse_overwriting, write_json
-from utils.batches import NUM_READERS, ImageBatch, open_batch, read_labels, shuffled, write_npz
 from utils.hub import sha256_of
+from utils.image_sets import NUM_READERS, ImageBatch, open_batch, read_labels, shuffled, write_npz
 from utils.image_store import map_ahead
 from utils.log import progress_bar
 from utils.provenance import device_name, versions

@@ -24,7 +24,7 @@ from configs.options import INF, REPO, check_values, expand_paths, opt
 from evaluation.digits_features import DigitsFeatures
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import FeatureStatistics, InceptionScore
-from utils.batches import ImageBatch
+from utils.image_sets import ImageBatch
 from utils.log import progress_bar
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from scipy import linalg
 from torch.nn import functional as F
 
 import dist
-from utils.batches import read_npz_arrays
+from utils.image_sets import read_npz_arrays
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from configs.options import INF, check_values, expand_paths, opt
 from evaluation.features import FeatureSettings, extract, load_network
 from evaluation.metrics import to_uint8
 from evaluation.score import check_output, refuse_overwriting
-from utils.batches import NUM_READERS, open_batch, pack_folder, shuffled, write_npz
 from utils.checkpoint import atomic_path
 from utils.data import build_transforms, open_split
+from utils.image_sets import NUM_READERS, open_batch, pack_folder, shuffled, write_npz
 from utils.image_store import map_ahead
 
 logger = logging.getLogger(__name__)

@@ -30,9 +30,9 @@ from evaluation.features import (
 from evaluation.inception import SHA256
 from evaluation.metrics import frechet_distance, read_statistics
 from evaluation.precision_recall import precision_recall
-from utils.batches import SUFFIXES, ImageBatch, npz_keys, open_batch
 from utils.files import write_text
 from utils.hub import sha256_of
+from utils.image_sets import SUFFIXES, ImageBatch, npz_keys, open_batch
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from evaluation.classify import Judgement, judge, select
 from evaluation.inception import MissingWeights
 from evaluation.score import read_manifest
 from tests.runs import kept_logging, launch
-from utils.batches import open_batch, shuffled
 from utils.data import open_split
 from utils.hub import sha256_of
+from utils.image_sets import open_batch, shuffled
 from utils.log import one_line_errors
 
 NET = 'shufflenet_v2_x0_5'  # the fastest of torchvision here

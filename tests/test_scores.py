@@ -25,8 +25,8 @@ from evaluation.metrics import to_uint8
 from evaluation.score import ScoreSettings, score_images
 from tests.runs import kept_logging, launch
 from utils import provenance
-from utils.batches import shuffled
 from utils.data import build_dataset
+from utils.image_sets import shuffled
 from utils.log import one_line_errors
 
 DATA = Path(__file__).parent / 'data' / 'evaluation'

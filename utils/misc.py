@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.batches import FolderBatch, write_npz
 from utils.checkpoint import newest_checkpoint
+from utils.image_sets import FolderBatch, write_npz
 from utils.log import MetricLogger, SmoothedValue, TensorboardLogger  # where the published code has them
 
 __all__ = ['MetricLogger', 'SmoothedValue', 'TensorboardLogger', 'allow_tf32', 'auto_resume',

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from utils.batches import read_npy
 from utils.checkpoint import atomic_path
 from utils.files import read_json, write_text
+from utils.image_sets import read_npy
 
 logger = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile)  # what numpy raises

@@ -20,7 +20,7 @@ from PIL import Image
 
 from evaluation.metrics import read_statistics
 from utils import batches
-from utils.batches import npz_keys, open_batch, pack_folder, read_labels, shuffled, write_npz
+from utils.image_sets import npz_keys, open_batch, pack_folder, read_labels, shuffled, write_npz
 from utils.image_store import PieceStore, PngStore
 from utils.misc import create_npz_from_sample_folder
 
@@ -272,7 +272,7 @@ def test_large_files_are_never_in_memory(tmp_path):
 import shutil, sys, zipfile
 from pathlib import Path
 import numpy as np
-from utils.batches import open_batch, write_npz
+from utils.image_sets import open_batch, write_npz
 def peak():
     return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024
 stored, packed = (Path(sys.argv[1]) / name for name in ('stored.npz', 'packed.npz'))
