@@ -22,7 +22,7 @@ from evaluation.classifiers import Classifier, load_classifier
 from evaluation.features import DeviceSettings, rank_range, read_ahead
 from evaluation.score import check_output, read_manifest, refuse_overwriting, write_json
 from utils.hub import sha256_of
-from utils.image_sets import NUM_READERS, ImageBatch, open_batch, read_labels, shuffled, write_npz
+from utils.image_sets import NUM_READERS, ImageSet, open_images, read_labels, shuffled, write_npz
 from utils.image_store import map_ahead
 from utils.log import progress_bar
 from utils.provenance import device_name, versions
@@ -73,7 +73,7 @@ class Judgement(NamedTuple):
         return scores
 
 
-def load_labels(batch: ImageBatch, path: str) -> np.ndarray:
+def load_labels(images: ImageSet, path: str) -> np.ndarray:
     """(N,) int64 classes of the images, from a file or else from beside the images.
 
     Args:
@@ -82,11 +82,11 @@ def load_labels(batch: ImageBatch, path: str) -> np.ndarray:
         ValueError: there are no labels, or another number of labels than of images.
     """
     if path:
-        return read_labels(path, batch.count)
-    if batch.labels is None:
-        raise ValueError(f'expected a class per image in {batch.path} (arr_1 of an npz, labels.npy of a '
+        return read_labels(path, images.count)
+    if images.labels is None:
+        raise ValueError(f'expected a class per image in {images.path} (arr_1 of an npz, labels.npy of a '
                          'folder), found none: pass --labels=FILE')
-    return batch.labels
+    return images.labels
 
 
 def load(settings: ClassifierSettings, labels_N: np.ndarray) -> Classifier:
@@ -109,7 +109,7 @@ def load(settings: ClassifierSettings, labels_N: np.ndarray) -> Classifier:
     return classifier
 
 
-def judge(batch: ImageBatch, labels_N: np.ndarray, classifier: Classifier, batch_size: int) -> Judgement:
+def judge(images: ImageSet, labels_N: np.ndarray, classifier: Classifier, batch_size: int) -> Judgement:
     """Judge all images; every rank calls it, judges a part of the images and gets the whole judgement.
 
     Raises:
@@ -117,22 +117,22 @@ def judge(batch: ImageBatch, labels_N: np.ndarray, classifier: Classifier, batch
     """
     # Ranks take whole batches, which are the same for any number of ranks: kernels may round differently in
     # another batch.
-    num_batches = -(-batch.count // batch_size)
+    num_batches = -(-images.count // batch_size)
     first_batch, end_batch = rank_range(num_batches)
-    begin = min(batch_size * first_batch, batch.count)
-    end = min(batch_size * end_batch, batch.count)
+    begin = min(batch_size * first_batch, images.count)
+    end = min(batch_size * end_batch, images.count)
     own = Judgement(np.empty(end - begin, np.float32), np.empty(end - begin, np.int64))
     own_labels_N = labels_N[begin:end]
     classes_C = torch.arange(classifier.num_classes, device=classifier.device)
 
     # A thread reads the next images while the classifier works on these.
     def batches() -> Iterator[torch.Tensor]:
-        for images_NHW3 in batch.blocks(begin, end, batch_size):
+        for images_NHW3 in images.blocks(begin, end, batch_size):
             images_N3HW = np.ascontiguousarray(images_NHW3.transpose(0, 3, 1, 2))
             yield torch.from_numpy(images_N3HW)
 
     first = 0
-    with progress_bar(end - begin, batch.path.name) as bar:
+    with progress_bar(end - begin, images.path.name) as bar:
         for images_u8 in read_ahead(batches()):
             rows = slice(first, first + len(images_u8))
             labels_B1 = torch.from_numpy(own_labels_N[rows, None]).to(classifier.device)
@@ -157,20 +157,20 @@ def judge(batch: ImageBatch, labels_N: np.ndarray, classifier: Classifier, batch
     if not is_finite_N.all():
         raise ValueError(f'expected finite probabilities, {classifier.name} gives '
                          f'{judgement.log_prob_N[~is_finite_N][0]} for image {is_finite_N.argmin()} of '
-                         f'{batch.path}: check the weights')
+                         f'{images.path}: check the weights')
     return judgement
 
 
-def describe_images(batch: ImageBatch) -> tuple[str, dict[str, Any] | None]:
+def describe_images(images: ImageSet) -> tuple[str, dict[str, Any] | None]:
     """SHA-256 of the images, and the manifest beside them or None; every rank calls it.
 
     Raises:
         ValueError: the manifest belongs to other images.
     """
     # The digest needs the whole file, so the master alone reads it for all ranks.
-    digest = batch.sha256() if dist.is_master() else ''
+    digest = images.sha256() if dist.is_master() else ''
     digest = dist.allgather_object(digest)[0]
-    return digest, read_manifest(batch.path, digest)
+    return digest, read_manifest(images.path, digest)
 
 
 def line(scores: dict[str, float]) -> str:
@@ -208,11 +208,11 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
     # Files come before the classifier, and the classifier before hours of judging.
     if settings.json:
         check_output(settings.json)
-    batch = open_batch(settings.sample)
-    labels_N = load_labels(batch, settings.labels)
+    images = open_images(settings.sample)
+    labels_N = load_labels(images, settings.labels)
     classifier = load(settings, labels_N)
-    digest, manifest = describe_images(batch)
-    judgement = judge(batch, labels_N, classifier, settings.batch_size)
+    digest, manifest = describe_images(images)
+    judgement = judge(images, labels_N, classifier, settings.batch_size)
     scores = judgement.scores(classifier.num_classes)
     rejection = (manifest or {}).get('rejection')
 
@@ -227,9 +227,9 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
         report = dict(
             command='classify-eval',
             scores=scores,
-            count=batch.count,
+            count=images.count,
             top1_per_class=top1_per_class,
-            sample=dict(path=str(batch.path), sha256=digest, height=batch.height, width=batch.width),
+            sample=dict(path=str(images.path), sha256=digest, height=images.height, width=images.width),
             labels=labels,
             classifier=dict(
                 name=classifier.name,
@@ -238,7 +238,7 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
             ),
             manifest=manifest,
             rejection=rejection,
-            warnings=batch.warnings,
+            warnings=images.warnings,
             settings=dataclasses.asdict(settings),
             versions=versions(),
             device=device_name(settings.torch_device),
@@ -253,10 +253,10 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
     # Rejection changes all scores, so a reader must not overlook it.
     rejected = f' with rejection (ratio {rejection["ratio"]:g})' if rejection else ''
     lines = [
-        f'{batch.path}, {batch.count:,} images of {batch.width}x{batch.height}{rejected}',
+        f'{images.path}, {images.count:,} images of {images.width}x{images.height}{rejected}',
         f'{classifier.name} {classifier.digest[:8]}, {classifier.num_classes} classes: {line(scores)}',
     ]
-    lines += [f'warning: {note}' for note in batch.warnings]
+    lines += [f'warning: {note}' for note in images.warnings]
     return '\n'.join(lines)
 
 
@@ -368,17 +368,17 @@ def evaluate_reject(settings: RejectSettings) -> str | None:
     # All that can fail comes before hours of judging.
     target = Path(settings.output)
     check_output(target)
-    batch = open_batch(settings.images)
-    batch[0]  # raises for a compressed npz, which cannot be read in random order
-    labels_N = load_labels(batch, settings.labels)
+    images = open_images(settings.images)
+    images[0]  # raises for a compressed npz, which cannot be read in random order
+    labels_N = load_labels(images, settings.labels)
     candidates = candidates_of(labels_N, settings.n_keep, settings.ratio)
     classifier = load(settings, labels_N)
-    digest, manifest = describe_images(batch)
+    digest, manifest = describe_images(images)
     if classifier.name == 'digits' and dist.is_master():
         logger.warning('scores with --features=digits will flatter what their own network has chosen')
 
     # Choose, then shuffle: candidates may be sorted by class, and the Inception Score needs a mixed order.
-    judgement = judge(batch, labels_N, classifier, settings.batch_size)
+    judgement = judge(images, labels_N, classifier, settings.batch_size)
     kept_K, seen = select(candidates, judgement.log_prob_N, settings.n_keep, settings.threshold)
     if not settings.no_shuffle:
         kept_K = kept_K[shuffled(len(kept_K), settings.seed)]
@@ -390,8 +390,8 @@ def evaluate_reject(settings: RejectSettings) -> str | None:
     )
 
     if dist.is_master():
-        images = map_ahead(batch.__getitem__, kept_K.tolist(), NUM_READERS)
-        write_npz(target, images, len(kept_K), batch.height, batch.width, labels_N[kept_K])
+        kept_images = map_ahead(images.__getitem__, kept_K.tolist(), NUM_READERS)
+        write_npz(target, kept_images, len(kept_K), images.height, images.width, labels_N[kept_K])
         rejection = dict(
             classifier=classifier.name,
             classifier_sha256=classifier.digest,
@@ -400,7 +400,7 @@ def evaluate_reject(settings: RejectSettings) -> str | None:
             threshold=settings.threshold,
             seed=None if settings.no_shuffle else settings.seed,
             batch_size=settings.batch_size,
-            source=str(batch.path),
+            source=str(images.path),
             source_sha256=digest,
             scores=scores,
             candidates_per_class={label: len(index) for label, index in seen.items()},
@@ -424,5 +424,5 @@ def evaluate_reject(settings: RejectSettings) -> str | None:
         f'each of {len(seen)} classes, by {classifier.name} {classifier.digest[:8]}',
     ]
     lines += [f'{name:10} {line(values)}' for name, values in scores.items()]
-    lines += [f'warning: {note}' for note in batch.warnings]
+    lines += [f'warning: {note}' for note in images.warnings]
     return '\n'.join(lines)

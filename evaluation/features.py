@@ -24,7 +24,7 @@ from configs.options import INF, REPO, check_values, expand_paths, opt
 from evaluation.digits_features import DigitsFeatures
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import FeatureStatistics, InceptionScore
-from utils.image_sets import ImageBatch
+from utils.image_sets import ImageSet
 from utils.log import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -290,7 +290,7 @@ def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
             yield item
 
 
-def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_size: int = 0,
+def extract(image_set: ImageSet, network: Any, settings: FeatureSettings, split_size: int = 0,
             keep_rows: bool = False) -> tuple[FeatureSet, Inspection]:
     """Features of all images of a file or folder, computed by all ranks together; every rank calls it.
 
@@ -303,14 +303,14 @@ def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_si
         ValueError: an image cannot be read, or gives features that are not finite.
     """
     device = settings.torch_device
-    begin, end = rank_range(batch.count)
+    begin, end = rank_range(image_set.count)
     num_rows = end - begin if keep_rows else 0
-    features = FeatureSet(network, batch.count, device, split_size, num_rows)
+    features = FeatureSet(network, image_set.count, device, split_size, num_rows)
     inspection = Inspection()
 
     # A thread reads and inspects the next images while the network works on these.
     def batches() -> Iterator[torch.Tensor]:
-        for images_NHW3 in batch.blocks(begin, end, settings.batch_size):
+        for images_NHW3 in image_set.blocks(begin, end, settings.batch_size):
             inspection.add(images_NHW3)
             images = torch.from_numpy(images_NHW3)
             if device.type == 'cuda':
@@ -318,12 +318,12 @@ def extract(batch: ImageBatch, network: Any, settings: FeatureSettings, split_si
             yield images.permute(0, 3, 1, 2)  # a view: the device copies it into this order faster than numpy
 
     first = begin
-    with progress_bar(end - begin, batch.path.name) as bar:
+    with progress_bar(end - begin, image_set.path.name) as bar:
         for images_u8 in read_ahead(batches()):
             try:
                 features.add(images_u8, first)
             except ValueError as error:
-                raise ValueError(f'{batch.path}: {error}') from None
+                raise ValueError(f'{image_set.path}: {error}') from None
             first += len(images_u8)
             bar.update(len(images_u8))
 

@@ -12,7 +12,7 @@ from evaluation.metrics import to_uint8
 from evaluation.score import check_output, refuse_overwriting
 from utils.checkpoint import atomic_path
 from utils.data import build_transforms, open_split
-from utils.image_sets import NUM_READERS, open_batch, pack_folder, shuffled, write_npz
+from utils.image_sets import NUM_READERS, open_images, pack_folder, shuffled, write_npz
 from utils.image_store import map_ahead
 
 logger = logging.getLogger(__name__)
@@ -40,22 +40,23 @@ def evaluate_stats(settings: StatsSettings) -> None:
         MissingWeights: the feature network has no weights.
         ValueError: the images cannot be read or are too few, or the output cannot be written.
     """
-    batch = open_batch(settings.images)
-    if batch.count < 2:
-        raise ValueError(f'statistics need 2 images or more, {settings.images} holds {batch.count}: add some')
+    images = open_images(settings.images)
+    if images.count < 2:
+        raise ValueError(f'statistics need 2 images or more, {settings.images} holds {images.count}: '
+                         'add some')
     check_output(settings.output)
     network = load_network(settings)
-    features, inspection = extract(batch, network, settings)
+    features, inspection = extract(images, network, settings)
     if dist.is_master():
         content = features.arrays()
         if settings.keep_images:
-            write_npz(settings.output, batch.blocks(), batch.count, batch.height, batch.width, **content)
+            write_npz(settings.output, images.blocks(), images.count, images.height, images.width, **content)
         else:
             with atomic_path(settings.output) as temporary, temporary.open('wb') as file:
                 np.savez(file, **content)
-        for note in batch.warnings + inspection.warnings(batch.path.name):
+        for note in images.warnings + inspection.warnings(images.path.name):
             logger.warning(note)
-        logger.info('statistics of %d images are in %s', batch.count, settings.output)
+        logger.info('statistics of %d images are in %s', images.count, settings.output)
     dist.barrier()
 
 
@@ -100,8 +101,8 @@ def evaluate_pack(settings: PackSettings) -> None:
         if settings.image_size:
             pack_data_set(settings, seed)
         else:
-            batch = pack_folder(settings.folder, settings.output, settings.count, seed, settings.allow_jpeg)
-            for note in batch.warnings:
+            images = pack_folder(settings.folder, settings.output, settings.count, seed, settings.allow_jpeg)
+            for note in images.warnings:
                 logger.warning(note)
         logger.info('packed the images of %s into %s', settings.folder, settings.output)
     dist.barrier()

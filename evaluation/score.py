@@ -32,7 +32,7 @@ from evaluation.metrics import frechet_distance, read_statistics
 from evaluation.precision_recall import precision_recall
 from utils.files import write_text
 from utils.hub import sha256_of
-from utils.image_sets import SUFFIXES, ImageBatch, npz_keys, open_batch
+from utils.image_sets import SUFFIXES, ImageSet, npz_keys, open_images
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class ScoredSide:
     """One side of the comparison: its images, its stored statistics, or both."""
 
     path: Path
-    images: ImageBatch | None
+    images: ImageSet | None
     keys: tuple[str, ...] = ()  # names of the arrays, if the side is an npz
     statistics: dict[str, tuple] = field(default_factory=dict)  # (mean, covariance) by suffix '' and '_s'
 
@@ -235,7 +235,7 @@ def open_set(path: str, needs_images: bool) -> ScoredSide:
                              'compute the statistics again (evaluate.py stats)')
     # A file that has neither is opened as images, too: the error then says what such a file must hold.
     has_images = 'arr_0' in keys or 'mu' not in keys or needs_images
-    images = open_batch(path) if has_images else None
+    images = open_images(path) if has_images else None
     return ScoredSide(Path(path), images, keys)
 
 

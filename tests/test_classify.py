@@ -19,7 +19,7 @@ from evaluation.score import read_manifest
 from tests.runs import kept_logging, launch
 from utils.data import open_split
 from utils.hub import sha256_of
-from utils.image_sets import open_batch, shuffled
+from utils.image_sets import open_images, shuffled
 from utils.log import one_line_errors
 
 NET = 'shufflenet_v2_x0_5'  # the fastest of torchvision here
@@ -251,7 +251,7 @@ def test_top5_needs_more_than_five_classes():
 def test_shares_of_ranks_make_up_the_whole(world_size, candidates, monkeypatch, network_file):
     """Bit for bit, as batches are the same; with 17 images in batches of 8, some of 5 ranks have none."""
     np.savez(candidates, arr_0=noise(17))
-    batch, labels_N = open_batch(candidates), np.arange(17) % 10
+    batch, labels_N = open_images(candidates), np.arange(17) % 10
     classifier = load_classifier(NET, str(network_file))
     whole = judge(batch, labels_N, classifier, 8)
     monkeypatch.setattr(dist, 'get_world_size', lambda: world_size)

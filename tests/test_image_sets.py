@@ -20,7 +20,7 @@ from PIL import Image
 
 from evaluation.metrics import read_statistics
 from utils import batches
-from utils.image_sets import npz_keys, open_batch, pack_folder, read_labels, shuffled, write_npz
+from utils.image_sets import npz_keys, open_images, pack_folder, read_labels, shuffled, write_npz
 from utils.image_store import PieceStore, PngStore
 from utils.misc import create_npz_from_sample_folder
 
@@ -65,7 +65,7 @@ def refusal(action, *args, **kwargs):
 
 
 def read_all(path):
-    batch = open_batch(path)
+    batch = open_images(path)
     return np.concatenate(list(batch.blocks()))
 
 
@@ -86,23 +86,23 @@ def assert_reads_as(batch, images):
 @pytest.mark.parametrize('version', [(1, 0), (2, 0), (3, 0)])
 def test_every_header_and_compression(tmp_path, version, compression):
     path = write_arrays(tmp_path / 'a.npz', version, compression, other=np.arange(5), arr_0=IMAGES)
-    assert_reads_as(open_batch(path), IMAGES)
+    assert_reads_as(open_images(path), IMAGES)
     assert npz_keys(path) == ('other', 'arr_0')
 
 
 def test_fortran_order(tmp_path):
     array = np.asfortranarray(IMAGES)
-    stored = open_batch(write_arrays(tmp_path / 'stored.npz', arr_0=array))
+    stored = open_images(write_arrays(tmp_path / 'stored.npz', arr_0=array))
     assert_reads_as(stored, IMAGES)
     assert np.array_equal(stored[3], IMAGES[3])
     packed = write_arrays(tmp_path / 'packed.npz', compression=zipfile.ZIP_DEFLATED, arr_0=array)
-    assert 'np.ascontiguousarray' in refusal(open_batch, packed)
+    assert 'np.ascontiguousarray' in refusal(open_images, packed)
 
 
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
 def test_files_of_numpy(tmp_path, save):
     save(tmp_path / 'a.npz', IMAGES, np.arange(7, dtype='>i2'))
-    batch = open_batch(tmp_path / 'a.npz')
+    batch = open_images(tmp_path / 'a.npz')
     assert_reads_as(batch, IMAGES)
     assert batch.labels.dtype == np.int64 and batch.labels.tolist() == list(range(7))
     assert batch.warnings == []
@@ -111,18 +111,18 @@ def test_files_of_numpy(tmp_path, save):
 def test_random_access(tmp_path):
     np.savez(tmp_path / 'a.npz', IMAGES)
     np.savez_compressed(tmp_path / 'b.npz', IMAGES)
-    batch = open_batch(str(tmp_path / 'a.npz'))
+    batch = open_images(str(tmp_path / 'a.npz'))
     for i in (6, 0, 3, -1, np.int64(2)):
         assert np.array_equal(batch[i], IMAGES[i])
     with pytest.raises(IndexError):
         batch[7]
-    assert 'b.npz' in refusal(open_batch(tmp_path / 'b.npz').__getitem__, 0)
+    assert 'b.npz' in refusal(open_images(tmp_path / 'b.npz').__getitem__, 0)
 
 
 @pytest.mark.parametrize('other', [np.arange(6), np.arange(7.), np.zeros((7, 1), int), np.array([None] * 7)])
 def test_other_arrays_are_no_labels(tmp_path, other):
     path = write_arrays(tmp_path / 'a.npz', arr_0=IMAGES, arr_1=other)
-    assert open_batch(path).labels is None
+    assert open_images(path).labels is None
 
 
 # ---------------------------------------------------------------------------------------------- npz: defects
@@ -142,7 +142,7 @@ def test_other_arrays_are_no_labels(tmp_path, other):
     (np.zeros((2, 0, 4, 3), np.uint8), ['none']),
 ])
 def test_arrays_that_are_no_images(tmp_path, array, words):
-    message = refusal(open_batch, write_arrays(tmp_path / 'a.npz', arr_0=array))
+    message = refusal(open_images, write_arrays(tmp_path / 'a.npz', arr_0=array))
     assert all(word in message for word in ['a.npz', 'arr_0', *words]), message
 
 
@@ -153,20 +153,20 @@ def test_float_advice_gives_the_pixels_back():
 
 
 def test_missing_files_and_arrays(tmp_path):
-    assert 'nowhere.npz' in refusal(open_batch, tmp_path / 'nowhere.npz')
+    assert 'nowhere.npz' in refusal(open_images, tmp_path / 'nowhere.npz')
     assert 'nowhere.npz' in refusal(npz_keys, tmp_path / 'nowhere.npz')
     np.savez(tmp_path / 'statistics.npz', mu=np.zeros(3), sigma=np.eye(3))
-    message = refusal(open_batch, tmp_path / 'statistics.npz')
+    message = refusal(open_images, tmp_path / 'statistics.npz')
     assert 'statistics.npz' in message and 'mu, sigma' in message
     np.save(tmp_path / 'a.npy', IMAGES)
-    assert 'a.npy' in refusal(open_batch, tmp_path / 'a.npy')
+    assert 'a.npy' in refusal(open_images, tmp_path / 'a.npy')
     with zipfile.ZipFile(tmp_path / 'bare.npz', 'w') as archive:
         archive.writestr('arr_0', b'not an array')
         assert 'arr_0' in archive.namelist()
-    assert 'none' in refusal(open_batch, tmp_path / 'bare.npz')
+    assert 'none' in refusal(open_images, tmp_path / 'bare.npz')
     path = write_arrays(tmp_path / 'name.npz', arr_0=IMAGES, é=IMAGES)
     path.write_bytes(path.read_bytes().replace('é'.encode(), b'\xff\xff'))  # a name that is no text
-    assert 'name.npz' in refusal(open_batch, path)
+    assert 'name.npz' in refusal(open_images, path)
 
 
 @pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -175,11 +175,11 @@ def test_array_shorter_than_its_header_says(tmp_path, compression):
     data = zipfile.ZipFile(whole).read('arr_0.npy')
     with zipfile.ZipFile(tmp_path / 'a.npz', 'w', compression) as archive:
         archive.writestr('arr_0.npy', data[:-1])
-    message = refusal(open_batch, tmp_path / 'a.npz')
+    message = refusal(open_images, tmp_path / 'a.npz')
     assert 'a.npz' in message and 'truncated' in message and f'{IMAGES.size - 1:,}' in message
     with zipfile.ZipFile(tmp_path / 'b.npz', 'w', compression) as archive:
         archive.writestr('arr_0.npy', data[:20])
-    assert 'header' in refusal(open_batch, tmp_path / 'b.npz')
+    assert 'header' in refusal(open_images, tmp_path / 'b.npz')
 
 
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
@@ -227,7 +227,7 @@ def test_samples_that_cannot_be_read_are_named_in_one_line(tmp_path, monkeypatch
     path = folder / '000003.png'
     damage(path, how, monkeypatch)
     with pytest.raises(ValueError, match='remove the file and sample again') as of_folder:
-        list(open_batch(folder).blocks())
+        list(open_images(folder).blocks())
     with PngStore(folder) as store, pytest.raises(ValueError, match='remove the file and run') as of_store:
         store.get(3)
     for caught in (of_folder, of_store):
@@ -239,19 +239,19 @@ def test_samples_that_cannot_be_read_are_named_in_one_line(tmp_path, monkeypatch
 def test_pipes_hidden_files_and_lack_of_memory(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / 'samples')
     (folder / '._0000.png').write_bytes(b'x')
-    assert open_batch(folder).count == 7
+    assert open_images(folder).count == 7
 
     def no_memory(*_, **__):
         raise MemoryError
     with monkeypatch.context() as patch:  # the file may be good
         patch.setattr(Image, 'open', no_memory)
         with pytest.raises(MemoryError):
-            open_batch(folder)
+            open_images(folder)
         with PngStore(folder) as store, pytest.raises(MemoryError):
             store.get(0)
     os.mkfifo(folder / 'pipe.png')
     with pytest.raises(ValueError, match=r'pipe\.png. \(it is no file\)'):
-        open_batch(folder)
+        open_images(folder)
 
 
 def test_pieces_that_cannot_be_read_are_named_in_one_line(tmp_path):
@@ -272,7 +272,7 @@ def test_large_files_are_never_in_memory(tmp_path):
 import shutil, sys, zipfile
 from pathlib import Path
 import numpy as np
-from utils.image_sets import open_batch, write_npz
+from utils.image_sets import open_images, write_npz
 def peak():
     return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024
 stored, packed = (Path(sys.argv[1]) / name for name in ('stored.npz', 'packed.npz'))
@@ -282,8 +282,8 @@ with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as arch
         archive.open('arr_0.npy', 'w') as target, zipfile.ZipFile(stored).open('arr_0.npy') as source:
     shutil.copyfileobj(source, target, 2 ** 20)
 for path in (stored, packed):
-    assert sum(len(block) for block in open_batch(path).blocks(size=16) if block.all()) == 400
-batch = open_batch(stored)
+    assert sum(len(block) for block in open_images(path).blocks(size=16) if block.all()) == 400
+batch = open_images(stored)
 assert all(batch[i].all() for i in range(0, 400, 7))
 streamed = peak()
 np.load(stored)['arr_0']
@@ -306,7 +306,7 @@ def test_folder_in_order_of_names(tmp_path):
     (folder / 'settings.json').write_text('{}')
     (folder / '.0003.png.tmp').write_bytes(b'half a')
     (folder / '._0003.png').write_bytes(b'of another system')
-    batch = open_batch(folder)
+    batch = open_images(folder)
     assert batch.warnings == [] and batch.labels is None
     assert_reads_as(batch, np.roll(IMAGES, -1, axis=0))
     assert np.array_equal(batch[np.int64(6)], IMAGES[0])
@@ -325,7 +325,7 @@ def test_order_is_kept_and_reading_ahead_is_bounded(tmp_path, monkeypatch):
         return np.full((2, 2, 3), i, np.uint8)
     monkeypatch.setattr(batches, '_decode', decode)
     monkeypatch.setattr(batches, 'NUM_READERS', 2)
-    blocks = open_batch(folder).blocks(size=4)
+    blocks = open_images(folder).blocks(size=4)
     assert next(blocks)[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     time.sleep(0.1)
     assert 4 < len(decoded) < 20
@@ -351,7 +351,7 @@ def convertible():
 @pytest.mark.parametrize(('mode', 'image', 'pixels'), list(convertible()))
 def test_other_modes_are_converted_with_a_warning(tmp_path, mode, image, pixels):
     folder = write_folder(tmp_path / 'pngs', x=image, y=image)
-    batch = open_batch(folder)
+    batch = open_images(folder)
     assert np.array_equal(batch[7], pixels) and np.array_equal(batch[0], IMAGES[0])
     warning, = batch.warnings
     assert warning.startswith(f'{mode} images') and '2 of 9' in warning and 'x.png' in warning
@@ -376,9 +376,9 @@ def test_transparent_pixels_are_refused(tmp_path, mode):
 def test_sixteen_bits_are_refused(tmp_path, colour_type):
     channels = {0: 1, 2: 3, 6: 4}[colour_type]
     png(tmp_path / 'x.png', 8, colour_type, bytes([9] * channels * 2))
-    assert (read_all(tmp_path) == 9).all() if colour_type < 6 else open_batch(tmp_path).count == 1
+    assert (read_all(tmp_path) == 9).all() if colour_type < 6 else open_images(tmp_path).count == 1
     png(tmp_path / 'x.png', 16, colour_type, bytes([9] * channels * 4))
-    message = refusal(open_batch, tmp_path)
+    message = refusal(open_images, tmp_path)
     assert 'x.png' in message and '16' in message
 
 
@@ -387,10 +387,10 @@ def test_jpeg_is_warned_of_and_not_packed(tmp_path):
     Image.fromarray(IMAGES[0]).save(folder / 'x.jpg', quality=95)
     (folder / 'x.jpg').rename(folder / 'x.png')  # the content decides, not the name
     Image.fromarray(IMAGES[1]).save(folder / 'y.jpeg')
-    batch = open_batch(folder)
+    batch = open_images(folder)
     warning, = batch.warnings
     assert batch.count == 9 and 'JPEG' in warning and '2 of 9' in warning and 'lossy' in warning
-    assert 'x.png' in refusal(open_batch, folder, allow_jpeg=False)
+    assert 'x.png' in refusal(open_images, folder, allow_jpeg=False)
     assert 'x.png' in refusal(pack_folder, folder, tmp_path / 'a.npz')
     assert 'x.png' in refusal(create_npz_from_sample_folder, str(folder), 9)
     assert not list(tmp_path.glob('*.npz'))
@@ -400,14 +400,14 @@ def test_jpeg_is_warned_of_and_not_packed(tmp_path):
 
 def test_mixed_sizes_are_refused(tmp_path):
     folder = write_folder(tmp_path / 'pngs', x=Image.new('RGB', (4, 6)))
-    message = refusal(open_batch, folder)
+    message = refusal(open_images, folder)
     assert '6x4' in message and '4x6' in message and 'x.png' in message
 
 
 def test_folders_without_images(tmp_path):
     (tmp_path / 'sub').mkdir()
     write_folder(tmp_path / 'sub' / 'pngs')
-    assert str(tmp_path / 'sub') in refusal(open_batch, tmp_path / 'sub')
+    assert str(tmp_path / 'sub') in refusal(open_images, tmp_path / 'sub')
     assert 'nowhere' in refusal(pack_folder, tmp_path / 'nowhere', tmp_path / 'a.npz')
 
 
@@ -435,7 +435,7 @@ def test_damaged_images_are_named(tmp_path, kind):
 def test_wrong_labels_of_a_folder(tmp_path, labels):
     folder = write_folder(tmp_path / 'pngs')
     np.save(folder / 'labels.npy', labels)
-    batch = open_batch(folder)
+    batch = open_images(folder)
     assert 'labels.npy' in refusal(lambda: batch.labels)
     assert 'labels.npy' in refusal(pack_folder, folder, tmp_path / 'a.npz')
     assert not list(tmp_path.glob('*.npz'))
@@ -444,19 +444,19 @@ def test_wrong_labels_of_a_folder(tmp_path, labels):
 # ---------------------------------------------------------------------------------------------- digests
 def test_sha256(tmp_path):
     np.savez(tmp_path / 'a.npz', IMAGES)
-    assert open_batch(tmp_path / 'a.npz').sha256() == \
+    assert open_images(tmp_path / 'a.npz').sha256() == \
         hashlib.sha256((tmp_path / 'a.npz').read_bytes()).hexdigest()
     folder = write_folder(tmp_path / 'pngs')
-    digests = [open_batch(folder).sha256()]
+    digests = [open_images(folder).sha256()]
     (folder / 'settings.json').write_text('{}')
-    assert open_batch(folder).sha256() == digests[0] == \
-        open_batch(write_folder(tmp_path / 'again')).sha256()
+    assert open_images(folder).sha256() == digests[0] == \
+        open_images(write_folder(tmp_path / 'again')).sha256()
     (folder / '0006.png').rename(folder / '0007.png')
-    digests.append(open_batch(folder).sha256())
+    digests.append(open_images(folder).sha256())
     (folder / '0007.png').unlink()
-    digests.append(open_batch(folder).sha256())
+    digests.append(open_images(folder).sha256())
     (folder / '0000.png').write_bytes((folder / '0001.png').read_bytes())
-    digests.append(open_batch(folder).sha256())
+    digests.append(open_images(folder).sha256())
     assert len(set(digests)) == 4
 
 
@@ -481,7 +481,7 @@ def test_written_npz_is_what_numpy_reads(tmp_path):
         assert arrays['mu'].tolist() == [0, 1, 2] and np.array_equal(arrays['sigma'], np.eye(3))
     write_npz(tmp_path / 'c.npz', iter(IMAGES), 7, 4, 6)
     assert npz_keys(tmp_path / 'c.npz') == ('arr_0',)
-    assert_reads_as(open_batch(tmp_path / 'c.npz'), IMAGES)
+    assert_reads_as(open_images(tmp_path / 'c.npz'), IMAGES)
 
 
 @pytest.mark.parametrize(('images', 'count', 'labels', 'words'), [
@@ -568,7 +568,7 @@ def test_upstream_packer_keeps_order_and_has_no_labels(tmp_path):
     plain = pack_folder(folder, tmp_path / 'a.npz', seed=None).sha256()
     np.save(folder / 'labels.npy', np.arange(3))  # not even looked at
     path = create_npz_from_sample_folder(str(folder), num_images=7)
-    assert open_batch(path).sha256() == plain and npz_keys(path) == ('arr_0',)
+    assert open_images(path).sha256() == plain and npz_keys(path) == ('arr_0',)
 
 
 # ---------------------------------------------------------------------------------------------- absurd sizes

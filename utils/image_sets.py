@@ -1,6 +1,7 @@
 """Sets of 8-bit images on disk: npz files (`arr_0` uint8 (N, H, W, 3)) and folders of PNG files.
 
-All images of a set have one size. An npz is never loaded as a whole. Letters: N images, H height, W width.
+All images of a set have one size. An npz is never loaded as a whole. `open_images` reads either kind,
+`write_npz` and `pack_folder` write the first. Letters: N images, n images of a block, H height, W width.
 """
 import hashlib
 import os
@@ -26,18 +27,21 @@ from utils.machine import available_cpus
 
 SUFFIXES = ('.png', '.jpg', '.jpeg')
 NUM_READERS = min(8, available_cpus())  # threads that decode files
-CONVERSIONS = {  # kind of file -> what becomes of it; RGB stays as it is
+CONVERSIONS = {  # kind of file -> what its pixels become, for warnings; RGB stays as it is
     'JPEG': 'lossy, which changes FID',
     '1': 'black and white become RGB', 'L': 'grey becomes RGB', 'P': 'the palette becomes RGB',
     'LA': 'grey becomes RGB, opaque alpha is dropped', 'RGBA': 'opaque alpha is dropped',
 }
 
 
-class ImageBatch:
+class ImageSet:
     """Images of one size, in a fixed order.
 
     Attributes:
-        count, height, width: N, and the size in pixels.
+        path: the npz file or the folder.
+        count: N.
+        height: H in pixels.
+        width: W in pixels.
         labels: (N,) int64 class ids in the order of the images, or None.
         warnings: what may change scores, one line each.
     """
@@ -50,7 +54,13 @@ class ImageBatch:
     warnings: list[str]
 
     def blocks(self, begin: int = 0, end: int | None = None, size: int = 64) -> Iterator[np.ndarray]:
-        """Images begin..end (exclusive, as in a slice): uint8 (n, H, W, 3), n = `size` but for the last."""
+        """Images begin..end (exclusive, as in a slice) in blocks of `size`, the last one maybe smaller.
+
+        Yields:
+            uint8 (n, H, W, 3).
+        Raises:
+            ValueError: an image cannot be read.
+        """
         raise NotImplementedError
 
     def __getitem__(self, i: int) -> np.ndarray:
@@ -58,19 +68,21 @@ class ImageBatch:
         raise NotImplementedError
 
     def sha256(self) -> str:
-        """Digest of the file, or of a folder's images: their names and contents in order."""
+        """SHA-256 of the file, or of the names and contents of the images in a folder, in their order."""
         raise NotImplementedError
 
 
-def open_batch(path: str | Path, allow_jpeg: bool = True) -> ImageBatch:
+def open_images(path: str | Path, allow_jpeg: bool = True) -> ImageSet:
     """The images of an npz file or of a folder.
 
     Args:
-        allow_jpeg: accept JPEG files in a folder, with a warning.
+        allow_jpeg: whether JPEG files in a folder are accepted, with a warning.
     Raises:
         ValueError: there are no 8-bit RGB images of one size; some defects show only when images are read.
     """
-    return FolderBatch(path, allow_jpeg) if Path(path).is_dir() else NpzBatch(path)
+    if Path(path).is_dir():
+        return FolderImages(path, allow_jpeg)
+    return NpzImages(path)
 
 
 # ---------------------------------------------------------------------------------------------- npz
@@ -81,13 +93,17 @@ def npz_keys(path: str | Path) -> tuple[str, ...]:
         ValueError: the file is missing or no npz.
     """
     with _open_npz(path) as archive:
-        return tuple(name.removesuffix('.npy') for name in archive.namelist() if name.endswith('.npy'))
+        members = [name for name in archive.namelist() if name.endswith('.npy')]
+    return tuple(name.removesuffix('.npy') for name in members)
 
 
-class NpzBatch(ImageBatch):
+class NpzImages(ImageSet):
     """`arr_0` of an npz file; `arr_1` are the labels if it has one integer per image.
 
-    A stored array is mapped into memory, a compressed one is read from its beginning and in order only.
+    An array that is stored as it is gets mapped into memory; a compressed one can only be read in order.
+
+    Raises:
+        ValueError: the file holds no 8-bit RGB images, or is cut off.
     """
 
     def __init__(self, path: str | Path):
@@ -102,21 +118,25 @@ class NpzBatch(ImageBatch):
             self.header_size = stream.tell()
             _check_images(shape, dtype, stream, path)
             info = archive.getinfo('arr_0.npy')
-        if info.file_size - self.header_size < prod(shape):
-            raise _truncated(path, prod(shape), info.file_size - self.header_size)
+        num_bytes = info.file_size - self.header_size
+        if num_bytes < prod(shape):
+            raise _truncated(path, prod(shape), num_bytes)
         self.shape = shape
         self.is_stored = info.compress_type == zipfile.ZIP_STORED
         self.count, self.height, self.width, _ = shape
         if self.is_stored:
-            with self.path.open('rb') as file:  # a local header of 30 bytes, name and extra field come first
+            # The array follows the local header of the zip: 30 bytes, the name, and an extra field.
+            with self.path.open('rb') as file:
                 file.seek(info.header_offset)
-                self.offset = info.header_offset + 30 + sum(struct.unpack('<26x2H', file.read(30)))
+                name_size, extra_size = struct.unpack('<26x2H', file.read(30))
+            self.offset = info.header_offset + 30 + name_size + extra_size
         elif self.is_fortran:
             raise ValueError(f'expected arr_0 in C order, got a compressed array in Fortran order in {path}: '
                              'store it by np.savez(file, np.ascontiguousarray(images))')
 
     @cached_property
     def labels(self) -> np.ndarray | None:
+        """(N,) int64 class ids, or None if `arr_1` is missing or something else."""
         if 'arr_1' not in npz_keys(self.path):
             return None
         with _open_npz(self.path) as archive, archive.open('arr_1.npy') as stream:
@@ -124,14 +144,17 @@ class NpzBatch(ImageBatch):
             if shape != (self.count,) or dtype.kind not in 'iu':
                 return None  # some other array
             data = _read(stream, self.count * dtype.itemsize, self.path)
-            return np.frombuffer(data, dtype).astype(np.int64)
+        return np.frombuffer(data, dtype).astype(np.int64)
 
     def blocks(self, begin: int = 0, end: int | None = None, size: int = 64) -> Iterator[np.ndarray]:
         begin, end, _ = slice(begin, end).indices(self.count)
-        blocks = (slice(first, min(first + size, end)) for first in range(begin, end, size))
+        blocks = [slice(first, min(first + size, end)) for first in range(begin, end, size)]
         if self.is_stored:
-            yield from map(self._copy, blocks)
+            for rows in blocks:
+                yield self._copy(rows)
             return
+
+        # A compressed array is unpacked from its beginning; what comes before `begin` is thrown away.
         bytes_per_image = prod(self.shape[1:])
         with _open_npz(self.path) as archive, archive.open('arr_0.npy') as stream:
             stream.seek(self.header_size + begin * bytes_per_image)
@@ -146,7 +169,7 @@ class NpzBatch(ImageBatch):
         return self._copy(i)
 
     def _copy(self, rows: int | slice) -> np.ndarray:
-        # mapped anew each time, as pages of a map that stays would pile up in this process's memory
+        # Mapped anew each time: the pages of a map that stays would pile up in the memory of this process.
         images = np.memmap(self.path, np.uint8, 'r', self.offset + self.header_size, self.shape,
                            order='F' if self.is_fortran else 'C')
         return np.array(images[rows], order='C')
@@ -157,7 +180,7 @@ class NpzBatch(ImageBatch):
 
 @contextmanager
 def _open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """The zip file behind an npz; its defects, whenever they show, as ValueError."""
+    """The zip file behind an npz; whatever is wrong with it becomes a ValueError, whenever that shows."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -170,9 +193,9 @@ def _open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _read_header(stream: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, whether in Fortran order, dtype) of the array that a stream begins with."""
+    """(shape, whether in Fortran order, dtype) of the array at the beginning of a stream."""
     try:
-        # version 3 differs from 2 in the encoding of field names, which images and labels do not have
+        # Version 3 differs from 2 in the encoding of field names, which images and labels do not have.
         if np.lib.format.read_magic(stream) == (1, 0):
             return np.lib.format.read_array_header_1_0(stream)
         return np.lib.format.read_array_header_2_0(stream)
@@ -182,11 +205,11 @@ def _read_header(stream: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], 
 
 
 def read_npy(path: str | Path) -> np.ndarray:
-    """The numbers in a .npy file, whose header must fit to its length: nothing is taken on trust.
+    """The numbers in a .npy file, after its header was compared with the length of the file.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no .npy file, holds objects, or fewer numbers than it says.
+        ValueError: it is no .npy file, holds objects, or holds fewer numbers than its header says.
     """
     with Path(path).open('rb') as file:
         shape, is_fortran, dtype = _read_header(file, path)
@@ -204,13 +227,15 @@ def read_npy(path: str | Path) -> np.ndarray:
 
 def read_npz_arrays(path: str | Path, shapes: dict[str, tuple[int, ...]],
                     kinds: str = 'fiu') -> list[np.ndarray]:
-    """Arrays of an npz file by name; another shape or kind is refused before it is unpacked.
+    """Arrays of an npz file by name; an array of another shape or kind is refused before it is unpacked.
 
     Args:
-        shapes: that each array must have.
+        shapes: the shape that each array must have, by its name.
         kinds: of data types that are accepted, as numpy abbreviates them.
+    Returns:
+        The arrays, in the order of `shapes`.
     Raises:
-        ValueError: one is missing or another than expected, or the file is damaged.
+        ValueError: an array is missing or another than expected, or the file is damaged.
     """
     arrays = []
     with _open_npz(path) as archive:
@@ -232,6 +257,7 @@ def read_npz_arrays(path: str | Path, shapes: dict[str, tuple[int, ...]],
 
 
 def _read(stream: IO[bytes], num_bytes: int, path: str | Path) -> bytes:
+    """The next `num_bytes` of a stream, all of them or an error."""
     data = stream.read(num_bytes)
     if len(data) < num_bytes:
         raise _truncated(path, num_bytes, len(data))
@@ -244,31 +270,46 @@ def _truncated(path: str | Path, expected: int, found: int) -> ValueError:
 
 
 def _check_images(shape: tuple[int, ...], dtype: np.dtype, stream: IO[bytes], path: str | Path) -> None:
-    """Refuse what is no (N, H, W, 3) array of uint8; `stream` continues with its values."""
+    """Refuse whatever is no (N, H, W, 3) array of uint8, with the conversion that it probably needs.
+
+    Args:
+        stream: continues with the values of the array.
+    """
     if dtype.kind == 'f':
+        # The range of the first values shows what black and white are, with some room, as the outputs of
+        # decoders leave [0, 1] or [-1, 1] a little.
         data = stream.read(2 ** 20)
         values = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
         low = values.min(initial=0)
         high = values.max(initial=0)
-        # with some room, as the outputs of decoders leave [0, 1] or [-1, 1] a little
-        scale = 'x.round()' if high > 2 else 'x * 127.5 + 128' if low < -0.1 else 'x * 255 + 0.5'
+        if high > 2:
+            scale = 'x.round()'
+        elif low < -0.1:
+            scale = 'x * 127.5 + 128'
+        else:
+            scale = 'x * 255 + 0.5'
         raise ValueError(f'expected 8-bit images as arr_0 of {path}, got {dtype} with values from {low:g} to '
                          f'{high:g}: store ({scale}).clip(0, 255).astype(np.uint8)')
     if dtype != np.uint8:
         raise ValueError(f'expected 8-bit images as arr_0 of {path}, got {dtype}: store them as np.uint8')
     if len(shape) != 4 or shape[3] != 3:
         is_nchw = len(shape) == 4 and shape[1] == 3
-        raise ValueError(f'expected images (N, H, W, 3) as arr_0 of {path}, got shape {shape}: ' + (
-            'channels come first, store images.transpose(0, 2, 3, 1)' if is_nchw else 'store RGB images'))
+        remedy = 'store RGB images'
+        if is_nchw:
+            remedy = 'channels come first, store images.transpose(0, 2, 3, 1)'
+        raise ValueError(f'expected images (N, H, W, 3) as arr_0 of {path}, got shape {shape}: {remedy}')
     if min(shape) < 1:
         raise ValueError(f'expected images as arr_0 of {path}, got none, shape {shape}: sample some')
 
 
 # ---------------------------------------------------------------------------------------------- folders
-class FolderBatch(ImageBatch):
+class FolderImages(ImageSet):
     """PNG and JPEG files directly in a folder, in the order of names; `labels.npy` holds their labels.
 
     Other files are ignored. The kind and size of every file are checked at once, its pixels when it is read.
+
+    Raises:
+        ValueError: there is no such folder or no image in it, or images differ in size or cannot be used.
     """
 
     def __init__(self, path: str | Path, allow_jpeg: bool = True):
@@ -276,11 +317,13 @@ class FolderBatch(ImageBatch):
         self.warnings = []
         if not self.path.is_dir():
             raise ValueError(f'expected a folder of PNG files, found none at {str(path)!r}: check the path')
-        self.files = sorted(file for file in self.path.iterdir()
-                            if file.suffix.lower() in SUFFIXES and is_data(file.name))
+        files = [file for file in self.path.iterdir() if file.suffix.lower() in SUFFIXES]
+        self.files = sorted(file for file in files if is_data(file.name))
         if not self.files:
             raise ValueError(f'expected PNG files directly in {str(path)!r}, found none: check the path')
         self.count = len(self.files)
+
+        # The first file decides the size.
         kinds: dict[str, list[str]] = {}  # kind -> names of files
         for file in self.files:
             kind, (width, height) = _inspect(file)
@@ -295,17 +338,24 @@ class FolderBatch(ImageBatch):
         if 'JPEG' in kinds and not allow_jpeg:
             raise ValueError(f'expected PNG files in {str(path)!r}, got {len(kinds["JPEG"])} JPEG, first '
                              f'{kinds["JPEG"][0]!r}: JPEG is lossy and changes FID; save PNG, or allow JPEG')
-        self.warnings += [f'{kind} images in {str(path)!r}: {len(names)} of {self.count} files, first '
-                          f'{names[0]!r}; {CONVERSIONS[kind]}' for kind, names in kinds.items()
-                          if kind != 'RGB']
+        for kind, names in kinds.items():
+            if kind != 'RGB':
+                self.warnings.append(f'{kind} images in {str(path)!r}: {len(names)} of {self.count} files, '
+                                     f'first {names[0]!r}; {CONVERSIONS[kind]}')
 
     @cached_property
     def labels(self) -> np.ndarray | None:
+        """(N,) int64 class ids, or None if there is no labels.npy.
+
+        Raises:
+            ValueError: the file cannot be read, or has another number of labels.
+        """
         file = self.path / 'labels.npy'
         return read_labels(file, self.count) if file.exists() else None
 
     def blocks(self, begin: int = 0, end: int | None = None, size: int = 64) -> Iterator[np.ndarray]:
-        images = self.read(range(*slice(begin, end).indices(self.count)))
+        begin, end, _ = slice(begin, end).indices(self.count)
+        images = self.read(range(begin, end))
         while block := list(islice(images, size)):
             yield np.stack(block)
 
@@ -324,14 +374,16 @@ class FolderBatch(ImageBatch):
 
 
 def read_labels(path: str | Path, count: int) -> np.ndarray:
-    """(count,) int64 class of every image: of a .npy file, or of text with one number per line.
+    """(count,) int64 class of every image, from a .npy file or a .txt file with one number per line.
 
     Raises:
-        ValueError: it cannot be read, or holds another number of integers.
+        ValueError: the file cannot be read, or holds another number of integers.
     """
     try:
-        is_text = Path(path).suffix == '.txt'
-        labels_N = np.loadtxt(path, dtype=np.int64, ndmin=1) if is_text else read_npy(path)
+        if Path(path).suffix == '.txt':
+            labels_N = np.loadtxt(path, dtype=np.int64, ndmin=1)
+        else:
+            labels_N = read_npy(path)
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f'expected the class of every image in {path}, cannot read it ({error}): '
                          'pass a .npy file of integers, or a .txt file with one per line') from None
@@ -343,7 +395,7 @@ def read_labels(path: str | Path, count: int) -> np.ndarray:
 
 @contextmanager
 def _open_image(path: Path) -> Iterator[Image.Image]:
-    """A PNG or JPEG file, and everything that goes wrong in reading it as one line."""
+    """A PNG or JPEG file; whatever goes wrong while it is read becomes a ValueError of one line."""
     try:
         if not is_regular(path):
             raise ValueError('it is no file')
@@ -359,20 +411,24 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
 def _inspect(path: Path) -> tuple[str, tuple[int, int]]:
     """('JPEG' or the mode of a PNG, (width, height)), from the header alone."""
     with _open_image(path) as image:
-        # by the raw mode: Pillow gives 16-bit RGB as RGB, cut to 8 bits
+        # By the raw mode, as Pillow gives 16-bit RGB as RGB, cut to 8 bits.
         is_16_bit = image.format == 'PNG' and '16' in image.tile[0][3]
     if is_16_bit:
         raise ValueError(f'expected images of 8 bits, got 16 bits in {str(path)!r}: save it with 8')
-    return 'JPEG' if image.format == 'JPEG' else image.mode, image.size
+    kind = 'JPEG' if image.format == 'JPEG' else image.mode
+    return kind, image.size
 
 
 def _decode(path: Path) -> np.ndarray:
+    """The pixels of a file, uint8 (H, W, 3); an image with transparent pixels is refused."""
     with _open_image(path) as image:
         has_alpha = 'A' in image.mode or 'transparency' in image.info
         image = image.convert('RGBA' if has_alpha else 'RGB')
-    if has_alpha and image.getextrema()[3][0] < 255:
-        raise ValueError(f'expected opaque images, got transparent pixels in {str(path)!r}: save it on a '
-                         'background')
+    if has_alpha:
+        *_, (lowest_alpha, _) = image.getextrema()
+        if lowest_alpha < 255:
+            raise ValueError(f'expected opaque images, got transparent pixels in {str(path)!r}: save it on a '
+                             'background')
     return np.array(image)[..., :3]
 
 
@@ -382,12 +438,14 @@ def write_npz(path: str | Path, images: Iterable[np.ndarray], count: int, height
     """Write an npz as FID evaluators read it: uncompressed, equal bytes for equal images and labels.
 
     Args:
-        images: uint8 images (H, W, 3) or blocks (n, H, W, 3); one at a time is in memory.
-        count: how many there are in all.
-        labels: (N,) integers, kept as int64 under `arr_1`.
-        arrays: what else the file holds, by name.
+        images: uint8 images (H, W, 3) or blocks (n, H, W, 3); one image or block at a time is in memory.
+        count: N, the number of images in all.
+        height: H in pixels.
+        width: W in pixels.
+        labels: (N,) integers, written as int64 under `arr_1`.
+        arrays: further arrays of the file, by name.
     Raises:
-        ValueError: other images, or another number of them or of labels.
+        ValueError: an image has another size or type, or the number of images or labels is another one.
         OSError: the disk is full or not writable; what was at `path` before is intact.
     """
     if labels is not None and np.shape(labels) != (count,):
@@ -413,8 +471,9 @@ def write_npz(path: str | Path, images: Iterable[np.ndarray], count: int, height
                     found = 'more' if num_written > count else num_written
                     raise ValueError(f'expected {count} images for {path}, got {found}: '
                                      'complete them, or give their true number')
-            of_labels = {} if labels is None else dict(arr_1=np.asarray(labels, np.int64))
-            for name, array in (of_labels | arrays).items():
+            if labels is not None:
+                arrays = dict(arr_1=np.asarray(labels, np.int64)) | arrays
+            for name, array in arrays.items():
                 with _new_member(archive, f'{name}.npy') as stream:
                     np.lib.format.write_array(stream, array, (1, 0), allow_pickle=False)
     except OSError as error:
@@ -423,40 +482,47 @@ def write_npz(path: str | Path, images: Iterable[np.ndarray], count: int, height
 
 
 def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    # dated 1980, so that the bytes do not depend on the time; large files need zip64, as sizes come last
+    """A new member of a zip archive, for writing.
+
+    It is dated 1980, so that the bytes of the archive do not depend on the time. Its size is known only at
+    the end, so it is written as a member that may be large (zip64).
+    """
     return archive.open(zipfile.ZipInfo(name), 'w', force_zip64=True)
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:
     """(count,) int64: the order in which images are packed, a permutation of 0..count - 1.
 
-    From numpy's RandomState (MT19937, Fisher-Yates), whose numbers never change: the same on every platform.
+    It comes from numpy's RandomState (MT19937, Fisher-Yates), whose numbers are the same in every version and
+    on every platform.
     """
     return np.random.RandomState(seed).permutation(count).astype(np.int64)
 
 
 def pack_folder(folder: str | Path, target: str | Path, count: int | None = None, seed: int | None = 0,
-                allow_jpeg: bool = False) -> NpzBatch:
+                allow_jpeg: bool = False) -> NpzImages:
     """Pack the images of a folder, and their labels, as an npz.
 
-    Scores of unmixed classes are wrong: the Inception Score is a mean over chunks. So the order is shuffled.
+    The order is shuffled, since the Inception Score is a mean over chunks of the file and would be wrong if
+    these held few classes each.
 
     Args:
-        count: how many images there must be; None takes what is there.
-        seed: of the order, see `shuffled`; None keeps that of names.
+        count: the number of images that the folder must hold; None takes all that are there.
+        seed: of the order, see `shuffled`; None keeps the order of names.
+        allow_jpeg: whether JPEG files are accepted, with a warning.
     Returns:
-        What was written, with the warnings about what was read.
+        The images of the npz, with the warnings about the folder.
     Raises:
-        ValueError: another number of images, or a defect of the folder.
+        ValueError: the folder holds another number of images, or images that cannot be used.
         OSError: see `write_npz`.
     """
-    batch = FolderBatch(folder, allow_jpeg)
-    if count not in (None, batch.count):
-        raise ValueError(f'expected {count} images in {folder}, got {batch.count}: '
+    images = FolderImages(folder, allow_jpeg)
+    if count not in (None, images.count):
+        raise ValueError(f'expected {count} images in {folder}, got {images.count}: '
                          'sample the missing ones or remove the surplus, or give another count')
-    order = np.arange(batch.count) if seed is None else shuffled(batch.count, seed)
-    labels = None if batch.labels is None else batch.labels[order]
-    write_npz(target, batch.read(order), batch.count, batch.height, batch.width, labels)
-    packed = NpzBatch(target)
-    packed.warnings += batch.warnings
+    order = np.arange(images.count) if seed is None else shuffled(images.count, seed)
+    labels = None if images.labels is None else images.labels[order]
+    write_npz(target, images.read(order), images.count, images.height, images.width, labels)
+    packed = NpzImages(target)
+    packed.warnings += images.warnings
     return packed

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from utils.checkpoint import newest_checkpoint
-from utils.image_sets import FolderBatch, write_npz
+from utils.image_sets import FolderImages, write_npz
 from utils.log import MetricLogger, SmoothedValue, TensorboardLogger  # where the published code has them
 
 __all__ = ['MetricLogger', 'SmoothedValue', 'TensorboardLogger', 'allow_tf32', 'auto_resume',
@@ -131,13 +131,13 @@ def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) 
         ValueError: wrong number of files, or images that differ in size or are not RGB of 8 bits.
     """
     folder = Path(sample_folder)
-    batch = FolderBatch(folder, allow_jpeg=False)
-    if batch.count != num_images:
-        raise ValueError(f'expected {num_images} PNG files in {folder}, got {batch.count}: '
-                         f'sample the missing ones or remove the surplus, or pass num_images={batch.count}')
-    if batch.warnings:
-        raise ValueError(f'expected RGB images of 8 bits, got {batch.warnings[0]}: '
+    images = FolderImages(folder, allow_jpeg=False)
+    if images.count != num_images:
+        raise ValueError(f'expected {num_images} PNG files in {folder}, got {images.count}: '
+                         f'sample the missing ones or remove the surplus, or pass num_images={images.count}')
+    if images.warnings:
+        raise ValueError(f'expected RGB images of 8 bits, got {images.warnings[0]}: '
                          'sample into a fresh folder')
     target = folder.with_name(f'{folder.name}.npz')
-    write_npz(target, batch.blocks(), batch.count, batch.height, batch.width)
+    write_npz(target, images.blocks(), images.count, images.height, images.width)
     return str(target)
