@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from evaluation.metrics import read_statistics
-from utils import batches
+from utils import image_sets
 from utils.image_sets import npz_keys, open_images, pack_folder, read_labels, shuffled, write_npz
 from utils.image_store import PieceStore, PngStore
 from utils.misc import create_npz_from_sample_folder
@@ -323,8 +323,8 @@ def test_order_is_kept_and_reading_ahead_is_bounded(tmp_path, monkeypatch):
         time.sleep(0.002 * (i % 3 == 0))  # later ones are ready first
         decoded.append(i)
         return np.full((2, 2, 3), i, np.uint8)
-    monkeypatch.setattr(batches, '_decode', decode)
-    monkeypatch.setattr(batches, 'NUM_READERS', 2)
+    monkeypatch.setattr(image_sets, '_decode', decode)
+    monkeypatch.setattr(image_sets, 'NUM_READERS', 2)
     blocks = open_images(folder).blocks(size=4)
     assert next(blocks)[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     time.sleep(0.1)
