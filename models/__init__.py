@@ -4,17 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models.base import (
-    ARModel,
-    Reconstruction,
-    Tokenizer,
-    Trainable,
-    differing_parameters,
-    load_weights,
-    read_kwargs,
-)
+from models.base import ARModel, Reconstruction, Tokenizer, Trainable
 from models.flexvar import FlexVAR
 from models.flowar import FlowAR
+from models.loading import differing_parameters, load_weights, read_kwargs
 from models.npp import NPP
 from models.tokenizers.discriminators import DINODiscriminator, PatchGAN, StyleGAN
 from models.tokenizers.flex_vae import FlexVAE

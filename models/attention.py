@@ -74,7 +74,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Ten
     """softmax(scale * q k^T + bias) v.
 
     Args:
-        q, k, v: (B, Lq, H, d) and twice (B, Lk, H, d), one dtype.
+        q: (B, Lq, H, d). k, v: (B, Lk, H, d), of the dtype of q.
         bias: additive, broadcastable to (B, H, Lq, Lk), 0 or -inf in the causal masks of this project.
         scale: None means d ** -0.5.
         causal: query i sees keys 0..i; needs Lq == Lk and no bias.
@@ -93,8 +93,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Ten
         elif bias is not None:
             bias = bias.to(q.dtype).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout_p, scale=scale)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # BLHd -> BHLd
-    bias = bias if bias is None else bias.to(q.dtype)
+    # SDPA wants heads before positions: BLHd -> BHLd, and back.
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if bias is not None:
+        bias = bias.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, is_causal=causal,
                                          dropout_p=dropout_p)
     return out.transpose(1, 2)
@@ -115,8 +117,11 @@ class KVCache:
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add (B, l, H, d) keys and values; returns views of everything held, (B, length, H, d) each."""
         end = self.length + k.shape[1]
+        # The first keys tell batch, heads and width. Where the capacity was not known, it doubles, so that
+        # each key is copied twice at most on average.
         if self.storage is None or end > self.capacity:
-            self.capacity = self.capacity if end <= self.capacity else max(end, 2 * self.capacity)
+            if end > self.capacity:
+                self.capacity = max(end, 2 * self.capacity)
             storage = k.new_empty(2, k.shape[0], self.capacity, *k.shape[2:])
             if self.storage is not None:
                 storage[:, :, :self.length] = self.storage[:, :, :self.length]
@@ -126,9 +131,9 @@ class KVCache:
         self.length = end
         return self.storage[0, :, :end], self.storage[1, :, :end]
 
-    def keep(self, rows: int) -> None:
-        """Forget all images but the first `rows`."""
-        self.storage = self.storage[:, :rows]
+    def truncate(self, batch: int) -> None:
+        """Forget all images but the first `batch`."""
+        self.storage = self.storage[:, :batch]
 
 
 @contextmanager

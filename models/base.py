@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from models.loading import load_weights
+
 
 class Stopwatch:
     """Seconds spent inside `with stopwatch:`; on CUDA between events, so timing never waits for the GPU."""
@@ -99,45 +101,6 @@ class Trainable(nn.Module):
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Constructor arguments that the keys and shapes of a published or trained state dict reveal."""
         raise NotImplementedError
-
-
-def read_kwargs(cls: type[Trainable], state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
-    """`cls.kwargs_from_state_dict(state)`.
-
-    Raises:
-        ValueError: the weights are of another model.
-    """
-    try:
-        return cls.kwargs_from_state_dict(state)
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f'{source} holds no {cls.__name__} weights ({error!r} while reading its keys): '
-                         'pass a checkpoint of that model') from None
-
-
-def load_weights(model: Trainable, state: dict[str, torch.Tensor], source: str) -> None:
-    """Strict load whose error says in one line which constructor argument differs.
-
-    Raises:
-        ValueError: the weights belong to another architecture or are incomplete.
-    """
-    theirs = read_kwargs(type(model), state, source)
-    ours = model.kwargs_from_state_dict(model.state_dict())
-    differing = [name for name in ours if ours[name] != theirs[name]]
-    if differing:
-        listing = ', '.join(f'{name}={theirs[name]} (here {ours[name]})' for name in differing)
-        raise ValueError(f'{source} is a {type(model).__name__} with {listing}: '
-                         'change the flags to match it, or start in another output folder')
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f'{source} does not fit {type(model).__name__}: '
-                         f'{" ".join(str(error).split())[:400]}') from None
-
-
-def differing_parameters(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the parameters that `state` holds with other values; those that it lacks do not count."""
-    return [name for name, parameter in model.named_parameters()
-            if name in state and not torch.equal(parameter, state[name].to(parameter))]
 
 
 class Reconstruction(NamedTuple):

@@ -65,27 +65,36 @@ class ScheduleSampler:
 
     def draw(self, rng: Any = random) -> tuple[int, ...]:
         """Sides, coarse to fine; `rng` is python's `random` or a `random.Random`."""
-        last = self.patch_nums[-1]
-        coarse = range(3, last * 10 // 16 + 1)
-        fine = range(max(last * 10 // 16 + 1, 3), last)
-        first = [side for side in self.patch_nums[:-1] if side < 3]  # 1 and 2
-        if rng.random() < 0.05:
-            sides = list(self.patch_nums)
-        else:
-            num_inner = len(self.patch_nums) - len(first) - 1
-            num_coarse = min(round(num_inner * 5 / 7), len(coarse))
-            inner = rng.sample(coarse, num_coarse)
-            inner += rng.sample(fine, min(num_inner - num_coarse, len(fine)))
-            sides = first + sorted(inner) + [last]
+        # One step in twenty has the pyramid of validation.
+        sides = list(self.patch_nums) if rng.random() < 0.05 else self._random_sides(rng)
+
+        # A few inner sides are left out now and then, so that steps of different lengths are learnt.
         u = rng.random()
         for threshold in REMOVALS:
             if u > threshold and len(sides) > 3:
                 del sides[rng.choice(range(2, len(sides) - 1))]
-        most = ScaleLayout(self.patch_nums).total
-        while ScaleLayout(tuple(sides)).total > most:
-            keep_last = self.keep_last or len(sides) < 4
-            del sides[rng.choice(range(max(len(sides) - 4, 1), len(sides) - keep_last))]
+
+        # No step costs more than the pyramid of validation: fine sides go until the tokens fit.
+        most_tokens = ScaleLayout(self.patch_nums).total
+        while ScaleLayout(tuple(sides)).total > most_tokens:
+            last_stays = self.keep_last or len(sides) < 4
+            end = len(sides) - 1 if last_stays else len(sides)
+            del sides[rng.choice(range(max(len(sides) - 4, 1), end))]
         return tuple(sides)
+
+    def _random_sides(self, rng: Any) -> list[int]:
+        """1, 2, five coarse sides for every two fine ones, and the last side of the published list."""
+        last = self.patch_nums[-1]
+        border = last * 10 // 16
+        coarse = range(3, border + 1)
+        fine = range(max(border + 1, 3), last)
+        first = [side for side in self.patch_nums[:-1] if side < 3]  # 1 and 2
+        num_inner = len(self.patch_nums) - len(first) - 1
+        num_coarse = min(round(num_inner * 5 / 7), len(coarse))
+        num_fine = min(num_inner - num_coarse, len(fine))
+        inner = rng.sample(coarse, num_coarse)
+        inner += rng.sample(fine, num_fine)
+        return [*first, *sorted(inner), last]
 
 
 class ScaleStep(NamedTuple):
@@ -99,10 +108,10 @@ class ScaleStep(NamedTuple):
 def sinusoid_grid(width: int) -> torch.Tensor:
     """(1, C, GRID, GRID): sines of the row in even channels, cosines of the column in odd ones."""
     frequency = torch.exp(-torch.arange(0, width, 2) * (math.log(10000) / width))
-    angle = torch.arange(GRID)[None] * frequency[:, None]  # (C / 2, GRID)
-    rows = angle.sin()[:, :, None]
-    columns = angle.cos()[:, None]
-    pairs = torch.stack([rows.expand(-1, GRID, GRID), columns.expand(-1, GRID, GRID)], dim=1)
+    angle = torch.arange(GRID)[None] * frequency[:, None]                                  # (C / 2, GRID)
+    rows = angle.sin()[:, :, None].expand(-1, GRID, GRID)
+    columns = angle.cos()[:, None].expand(-1, GRID, GRID)
+    pairs = torch.stack([rows, columns], dim=1)                                            # (C / 2, 2, ...)
     return pairs.reshape(1, width, GRID, GRID)
 
 
@@ -210,15 +219,17 @@ class FlexVAR(ARModel):
         Args:
             pos_mode: 'stretch' covers the whole grid with any map; 'crop' the part that keeps its aspect.
         """
-        extent = size if pos_mode == 'stretch' else (max(size),) * 2
+        rows, columns = size
+        extent = size if pos_mode == 'stretch' else (max(size), max(size))
         grid_1Chw = F.interpolate(self.pos_1LC, size=extent, mode='area')
-        return grid_1Chw[:, :, :size[0], :size[1]].flatten(2).transpose(1, 2)
+        return grid_1Chw[:, :, :rows, :columns].flatten(2).transpose(1, 2)
 
     def next_input(self, idx_Bl: torch.Tensor, size: tuple[int, int], next_size: tuple[int, int],
                    ) -> torch.Tensor:
         """(B, next l, Z): the vectors of one scale's codes, resized to the next scale."""
         code_BZhw = self.tokenizer.quantize.embed(idx_Bl, size)
-        return F.interpolate(code_BZhw, size=next_size, mode='bicubic').flatten(2).transpose(1, 2)
+        next_BZhw = F.interpolate(code_BZhw, size=next_size, mode='bicubic')
+        return next_BZhw.flatten(2).transpose(1, 2)
 
     # ------------------------------------------------------------------------------ training
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
@@ -231,7 +242,8 @@ class FlexVAR(ARModel):
         teacher_BLZ = self.teacher_input(idx_kBl, patch_nums)
         logits_BLV = self(label_B, teacher_BLZ, patch_nums)
         loss = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=self.label_smooth)
-        return loss, dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, patch_nums=patch_nums)
+        aux = dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, patch_nums=patch_nums)
+        return loss, aux
 
     @torch.no_grad()
     def teacher_input(self, idx_kBl: list[torch.Tensor], patch_nums: Sequence[Side]) -> torch.Tensor | None:
@@ -243,9 +255,10 @@ class FlexVAR(ARModel):
             (B, L - 1, Z) float32; None for a single scale.
         """
         sizes = as_sizes(patch_nums)
+        inputs = []
         with torch.autocast(idx_kBl[0].device.type, enabled=False):
-            inputs = [self.next_input(idx_Bl, size, next_size)
-                      for idx_Bl, size, next_size in zip(idx_kBl, sizes, sizes[1:], strict=False)]
+            for k, next_size in enumerate(sizes[1:]):
+                inputs.append(self.next_input(idx_kBl[k], sizes[k], next_size))
         return torch.cat(inputs, dim=1) if inputs else None
 
     def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None,
@@ -311,11 +324,22 @@ class FlexVAR(ARModel):
 
     # ------------------------------------------------------------------------------ sampling
     @torch.no_grad()
-    def sample_scales(self, label_B: torch.Tensor, *, infer_patch_nums: Sequence[Side] | None = None,
-                      cfg: float = 1.5, top_k: int = 0, top_p: float = 0., max_pn: int = 16,
-                      used_llamagen_cfg: bool = False, invalid_ids: Sequence[int] | None = None,
-                      greedy_unseen: bool = True, pos_mode: str = 'stretch', rng: Rng = None,
-                      keep: Keep | None = None) -> Iterator[ScaleStep]:
+    def sample_scales(
+        self,
+        label_B: torch.Tensor,
+        *,
+        infer_patch_nums: Sequence[Side] | None = None,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.,
+        max_pn: int = 16,
+        used_llamagen_cfg: bool = False,
+        invalid_ids: Sequence[int] | None = None,
+        greedy_unseen: bool = True,
+        pos_mode: str = 'stretch',
+        rng: Rng = None,
+        keep: Keep | None = None,
+    ) -> Iterator[ScaleStep]:
         """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
 
         Until it is exhausted or closed, the model keeps a cache and serves nothing else.
@@ -361,14 +385,17 @@ class FlexVAR(ARModel):
                 if invalid_ids is not None:
                     logits_BlV[:, :, list(invalid_ids)] = -100.
                 ratio = k / min(num_scales - 1, 9) if num_scales > 1 else 1.
-                t = cfg * ratio if max(size) <= max_pn else cfg
-                logits_BlV = guide(*logits_BlV.chunk(2), cfg if used_llamagen_cfg else 1 + t)
+                strength = cfg * ratio if max(size) <= max_pn else cfg
+                scale = cfg if used_llamagen_cfg else 1 + strength
+                cond_BlV, uncond_BlV = logits_BlV.chunk(2)
+                logits_BlV = guide(cond_BlV, uncond_BlV, scale)                            # (B, l, V)
 
                 # 3. Codes: the most likely ones at sides that the published code does not draw at, else
                 #    drawn, or given by an edit.
                 greedy = max(size) > max_pn or (greedy_unseen and max(size) not in DRAWN_SIDES)
                 num_likely = 1 if greedy else top_k
-                drawn_Bl = sample_with_top_k_top_p_(logits_BlV.clone(), num_likely, top_p, rng)[:, :, 0]
+                filtered_BlV = logits_BlV.clone()  # in place, by the draw
+                drawn_Bl = sample_with_top_k_top_p_(filtered_BlV, num_likely, top_p, rng)[:, :, 0]
                 idx_Bl, _ = keep_of_scale(keep, k, drawn_Bl)
                 yield ScaleStep(k, size, logits_BlV, idx_Bl)
 
@@ -379,12 +406,21 @@ class FlexVAR(ARModel):
                     x_BlC = (x_BlC + self.positions(next_size, pos_mode)).repeat(2, 1, 1)
 
     @torch.no_grad()
-    def autoregressive_infer_cfg(self, vqvae: Tokenizer | None, B: int,
-                                 label_B: int | Sequence[int] | torch.Tensor | None,
-                                 infer_patch_nums: Sequence[Side], g_seed: int | None = None,
-                                 cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
-                                 more_smooth: bool = False, max_pn: int = 16, used_llamagen_cfg: bool = False,
-                                 invalid_ids: Sequence[int] | None = None) -> torch.Tensor:
+    def autoregressive_infer_cfg(
+        self,
+        vqvae: Tokenizer | None,
+        B: int,
+        label_B: int | Sequence[int] | torch.Tensor | None,
+        infer_patch_nums: Sequence[Side],
+        g_seed: int | None = None,
+        cfg: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 0.,
+        more_smooth: bool = False,
+        max_pn: int = 16,
+        used_llamagen_cfg: bool = False,
+        invalid_ids: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Images (B, 3, H, W), nominally in [-1, 1] but not clamped: the published call.
 
         Args:
@@ -401,9 +437,17 @@ class FlexVAR(ARModel):
         if more_smooth:
             raise ValueError('FlexVAR has no more_smooth: leave it out')
         rng = None if g_seed is None else self.rng.manual_seed(g_seed)
-        return self._pixels(self.as_labels(label_B, B, rng), infer_patch_nums=infer_patch_nums, cfg=cfg,
-                            top_k=top_k, top_p=top_p, max_pn=max_pn, used_llamagen_cfg=used_llamagen_cfg,
-                            invalid_ids=invalid_ids, rng=rng)
+        return self._pixels(
+            self.as_labels(label_B, B, rng),
+            infer_patch_nums=infer_patch_nums,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            max_pn=max_pn,
+            used_llamagen_cfg=used_llamagen_cfg,
+            invalid_ids=invalid_ids,
+            rng=rng,
+        )
 
     def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 3.5, rng: Rng = None,
                infer_patch_nums: Sequence[Side] | None = None, image_size: tuple[int, int] | None = None,
@@ -491,8 +535,9 @@ class FlexVAR(ARModel):
         Raises:
             ValueError: no scale is as small as `start`, or none is finer.
         """
-        sizes = rect_schedule(self.patch_nums if infer_patch_nums is None else infer_patch_nums,
-                              *self.tokenizer.map_size(*image_size or images_B3HW.shape[-2:]))
+        base = self.patch_nums if infer_patch_nums is None else infer_patch_nums
+        height, width = image_size or images_B3HW.shape[-2:]
+        sizes = rect_schedule(base, *self.tokenizer.map_size(height, width))
         kept_sizes = list(takewhile(lambda size: max(size) <= start, sizes))
         if not 0 < len(kept_sizes) < len(sizes):
             raise ValueError(f'expected start in 1..{max(sizes[-1]) - 1}, so that some scales are kept and '

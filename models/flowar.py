@@ -4,6 +4,7 @@ Letters: B batch, K scales, L all tokens, l tokens of one scale, n side of a sca
 W width of the head, H heads, d head dim, Z latent channels, 3HW image. Time t runs from 1, noise, to 0, data.
 Source: arXiv 2412.15205; step annealing arXiv 2505.20297; loss weighting after arXiv 2310.08442.
 """
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -60,13 +61,16 @@ class Attention(nn.Module):
                 attn_bias: torch.Tensor | None = None) -> torch.Tensor:
         B, L, C = x_BLC.shape
         q, k, v = self.qkv(x_BLC).view(B, L, 3, self.num_heads, -1).unbind(2)  # (B, L, H, d)
+        # Positions turn queries and keys, so that their product depends on the distance alone.
         table_2Lp = self.rope(positions_L2)
         q = rotate(q, table_2Lp)
         k = rotate(k, table_2Lp)
+        # While sampling, the queries of a scale also see the keys of all scales before it.
         if self.cache is not None:
             k, v = self.cache.append(k, v)
-        out = attend(q, k, v, bias=attn_bias, dropout_p=self.attn_drop if self.training else 0.)
-        return self.proj_drop(self.proj(out.reshape(B, L, C)))
+        dropout_p = self.attn_drop if self.training else 0.
+        out = attend(q, k, v, bias=attn_bias, dropout_p=dropout_p)
+        return self.proj_drop(self.proj(out.reshape(B, L, C)))                             # (B, L, C)
 
 
 class CrossAttention(nn.Module):
@@ -85,8 +89,10 @@ class CrossAttention(nn.Module):
         q = self.q(x_BlW).view(B, l, self.num_heads, -1)
         k, v = self.kv(z_BlC).view(B, l, 2, self.num_heads, -1).unbind(2)
         table_2lp = self.rope(positions_l2)
-        out = attend(rotate(q, table_2lp), rotate(k, table_2lp), v)
-        return self.proj(out.reshape(B, l, W))
+        q = rotate(q, table_2lp)
+        k = rotate(k, table_2lp)
+        out = attend(q, k, v)
+        return self.proj(out.reshape(B, l, W))                                             # (B, l, W)
 
 
 class GatedMLP(nn.Module):
@@ -101,7 +107,8 @@ class GatedMLP(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1_g(x)) * self.fc1_x(x))))
+        hidden = F.gelu(self.fc1_g(x)) * self.fc1_x(x)
+        return self.drop(self.fc2(self.drop(hidden)))
 
 
 def modulated(block: nn.Module, x_BLC: torch.Tensor, modulation: torch.Tensor, positions_L2: torch.Tensor,
@@ -112,8 +119,10 @@ def modulated(block: nn.Module, x_BLC: torch.Tensor, modulation: torch.Tensor, p
         modulation: (B, 1 or L, 6 C): two gates, two scales, two shifts.
     """
     gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
-    x_BLC = x_BLC + gamma1 * block.attn(block.norm(x_BLC) * (1 + scale1) + shift1, positions_L2, attn_bias)
-    return x_BLC + gamma2 * block.mlp(block.norm(x_BLC) * (1 + scale2) + shift2)
+    h_BLC = block.norm(x_BLC) * (1 + scale1) + shift1
+    x_BLC = x_BLC + gamma1 * block.attn(h_BLC, positions_L2, attn_bias)
+    h_BLC = block.norm(x_BLC) * (1 + scale2) + shift2
+    return x_BLC + gamma2 * block.mlp(h_BLC)
 
 
 class TrunkBlock(nn.Module):
@@ -128,7 +137,8 @@ class TrunkBlock(nn.Module):
 
     def forward(self, x_BLC: torch.Tensor, cond_BC: torch.Tensor, positions_L2: torch.Tensor,
                 attn_bias: torch.Tensor | None = None) -> torch.Tensor:
-        return modulated(self, x_BLC, self.ada_lin(cond_BC)[:, None], positions_L2, attn_bias)
+        modulation_B1C = self.ada_lin(cond_BC)[:, None]                                    # (B, 1, 6 C)
+        return modulated(self, x_BLC, modulation_B1C, positions_L2, attn_bias)             # (B, L, C)
 
 
 class AttnMLP(nn.Module):
@@ -143,7 +153,8 @@ class AttnMLP(nn.Module):
 
     def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor, z_BlC: torch.Tensor,
                 positions_l2: torch.Tensor) -> torch.Tensor:
-        return modulated(self, x_BlW, self.ada_lin(F.silu(t_B1W + c_BlW)), positions_l2)
+        modulation_BlW = self.ada_lin(F.silu(t_B1W + c_BlW))                               # (B, l, 6 W)
+        return modulated(self, x_BlW, modulation_BlW, positions_l2)                        # (B, l, W)
 
 
 class AttnCrossAttnMLP(nn.Module):
@@ -162,11 +173,18 @@ class AttnCrossAttnMLP(nn.Module):
 
     def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor, z_BlC: torch.Tensor,
                 positions_l2: torch.Tensor) -> torch.Tensor:
-        gamma1, scale1, shift1 = self.ada_lin_attn(F.silu(t_B1W)).chunk(3, dim=-1)
-        gamma2, scale2, shift2 = self.ada_lin_mlp(F.silu(t_B1W + c_BlW)).chunk(3, dim=-1)
-        x = x_BlW + gamma1 * self.attn(self.norm(x_BlW) * (1 + scale1) + shift1, positions_l2)
-        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z_BlC), positions_l2)
-        return x + gamma2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+        # Self-attention knows the time alone,
+        gamma1, scale1, shift1 = self.ada_lin_attn(F.silu(t_B1W)).chunk(3, dim=-1)         # (B, 1, W) each
+        h_BlW = self.norm(x_BlW) * (1 + scale1) + shift1
+        x_BlW = x_BlW + gamma1 * self.attn(h_BlW, positions_l2)                            # (B, l, W)
+
+        # cross-attention brings in what the trunk says of all tokens of the scale,
+        x_BlW = x_BlW + self.crossattn(self.norm2_1(x_BlW), self.norm2_2(z_BlC), positions_l2)
+
+        # and the feed-forward network knows both, token by token.
+        gamma2, scale2, shift2 = self.ada_lin_mlp(F.silu(t_B1W + c_BlW)).chunk(3, dim=-1)  # (B, l, W) each
+        h_BlW = self.norm(x_BlW) * (1 + scale2) + shift2
+        return x_BlW + gamma2 * self.mlp(h_BlW)                                            # (B, l, W)
 
 
 class TimeEmbedder(nn.Module):
@@ -177,8 +195,9 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(SINUSOID, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: torch.Tensor) -> torch.Tensor:
-        index_B = (t_B.float() * TIMES).long()  # in float32 on purpose: 0.65 is 650 there, 649 in float64
-        return self.mlp(sinusoid(index_B, SINUSOID))
+        # In float32 on purpose: 0.65 is step 650 there, 649 in float64.
+        index_B = (t_B.float() * TIMES).long()
+        return self.mlp(sinusoid(index_B, SINUSOID))                                       # (B, W)
 
 
 class FinalLayer(nn.Module):
@@ -191,8 +210,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x_BlW: torch.Tensor, cond_BlW: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(cond_BlW).chunk(2, dim=-1)
-        return self.linear(self.norm(x_BlW) * (1 + scale) + shift)
+        shift, scale = self.adaLN_modulation(cond_BlW).chunk(2, dim=-1)                    # (B, l, W) each
+        return self.linear(self.norm(x_BlW) * (1 + scale) + shift)                         # (B, l, Z)
 
 
 class FlowHead(nn.Module):
@@ -221,7 +240,7 @@ class FlowHead(nn.Module):
         x_BlW = self.input_proj(x_BlZ)                                                     # (B, l, W)
         for block in self.res_blocks:
             x_BlW = block(x_BlW, t_B1W, c_BlW, z_BlC, positions_l2)
-        return self.final_layer(x_BlW, t_B1W + c_BlW)
+        return self.final_layer(x_BlW, t_B1W + c_BlW)                                      # (B, l, Z)
 
 
 class ScaleStep(NamedTuple):
@@ -252,7 +271,10 @@ def time_grid(num_steps: int) -> torch.Tensor:
 def annealed_steps(upper: int, lower: int, num_scales: int) -> list[int]:
     """Steps per scale, falling linearly from `upper` at the first to `lower` at the last (DiSA)."""
     last = num_scales - 1
-    return [int((upper - lower) * (last - k) / max(last, 1) + lower) for k in range(num_scales)]
+    steps = []
+    for k in range(num_scales):
+        steps.append(int((upper - lower) * (last - k) / max(last, 1) + lower))
+    return steps
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -366,10 +388,15 @@ class FlowAR(ARModel):
             given = scale_name(latent_BZhw.shape[2:])
             raise ValueError(f'expected latents of {side}x{side}, got {given}: train on images or a cache of '
                              'that size, or pass --img_size')
-        targets = [F.interpolate(latent_BZhw, size=(n, n), mode='area') for n in self.layout.patch_nums]
-        inputs = [latent_BZhw.new_empty(len(latent_BZhw), 0, self.Z)]  # of the first scale
-        inputs += [self.next_input(x, k) for k, x in enumerate(targets[:-1])]
-        return torch.cat([*map(to_tokens, targets)], dim=1), torch.cat(inputs, dim=1)
+        # A scale's target is the latent, averaged to its side; its input is the target of the scale before.
+        targets = []
+        inputs = [latent_BZhw.new_empty(len(latent_BZhw), 0, self.Z)]  # the first scale has none
+        for k, n in enumerate(self.layout.patch_nums):
+            target_BZnn = F.interpolate(latent_BZhw, size=(n, n), mode='area')
+            targets.append(to_tokens(target_BZnn))
+            if n < side:
+                inputs.append(self.next_input(target_BZnn, k))
+        return torch.cat(targets, dim=1), torch.cat(inputs, dim=1)
 
     def next_input(self, x_BZnn: torch.Tensor, k: int) -> torch.Tensor:
         """(B, next l, Z): scale k brought to full size, then averaged to the size of the next scale."""
@@ -416,18 +443,23 @@ class FlowAR(ARModel):
                        noise_BLZ: torch.Tensor) -> torch.Tensor:
         """(K, B) mean squared error of the head's velocity on x_t = (1 - t) x + t noise."""
         errors = []
-        for k, ((begin, end), t_B) in enumerate(zip(self.layout.spans, t_KB, strict=True)):
-            x = target_BLZ[:, begin:end]
-            noise = noise_BLZ[:, begin:end]
+        for k, (begin, end) in enumerate(self.layout.spans):
+            x_BlZ = target_BLZ[:, begin:end]
+            noise_BlZ = noise_BLZ[:, begin:end]
+            t_B = t_KB[k]
+            # A straight path from data to noise, whose velocity is noise - x at all times.
             t_B11 = t_B[:, None, None]
-            v = self.flownet((1 - t_B11) * x + t_B11 * noise, t_B, z_BLC[:, begin:end], self.positions(k))
-            errors.append((v.float() - (noise - x)).square().mean((1, 2)))
+            x_t_BlZ = (1 - t_B11) * x_BlZ + t_B11 * noise_BlZ
+            v_BlZ = self.flownet(x_t_BlZ, t_B, z_BLC[:, begin:end], self.positions(k))
+            error_BlZ = v_BlZ.float() - (noise_BlZ - x_BlZ)
+            errors.append(error_BlZ.square().mean((1, 2)))
         return torch.stack(errors)
 
     def total_loss(self, error_KB: torch.Tensor, t_KB: torch.Tensor) -> torch.Tensor:
         """Sum over scales, weighted by their tokens over those of the last, times the weight of the time."""
-        share_K1 = error_KB.new_tensor(self.layout.lengths)[:, None] / self.layout.lengths[-1]
-        return (share_K1 * LOSS_WEIGHTS[self.loss_weighting](t_KB) * error_KB).sum(0).mean()
+        weight_K1 = error_KB.new_tensor(self.layout.lengths)[:, None] / self.layout.lengths[-1]
+        weight_of_time_KB = LOSS_WEIGHTS[self.loss_weighting](t_KB)
+        return (weight_K1 * weight_of_time_KB * error_KB).sum(0).mean()
 
     def forward(self, label_B: torch.Tensor, teacher_BLZ: torch.Tensor) -> torch.Tensor:
         """Conditions z (B, L, C) of the flow head, one per token.
@@ -444,11 +476,15 @@ class FlowAR(ARModel):
     def trunk(self, x_BlC: torch.Tensor, cond_BC: torch.Tensor, positions_l2: torch.Tensor, span: slice,
               attn_bias: torch.Tensor | None = None) -> torch.Tensor:
         """Both stacks over the tokens `span` of the sequence."""
-        x_BlC = self.z_proj_ln(x_BlC + self.encoder_pos_embed_learned[:, span])
-        x_BlC = self.encoder_norm(self.run(self.encoder_blocks, x_BlC, cond_BC, positions_l2, attn_bias))
+        # The stacks are named after those of MAR; here both are causal over the scales.
+        x_BlC = self.z_proj_ln(x_BlC + self.encoder_pos_embed_learned[:, span])            # (B, l, C)
+        x_BlC = self.run(self.encoder_blocks, x_BlC, cond_BC, positions_l2, attn_bias)
+        x_BlC = self.encoder_norm(x_BlC)
         x_BlC = self.decoder_embed(x_BlC) + self.decoder_pos_embed_learned[:, span]
-        x_BlC = self.decoder_norm(self.run(self.decoder_blocks, x_BlC, cond_BC, positions_l2, attn_bias))
-        return x_BlC + self.diffusion_pos_embed_learned[:, span]
+        x_BlC = self.run(self.decoder_blocks, x_BlC, cond_BC, positions_l2, attn_bias)
+        x_BlC = self.decoder_norm(x_BlC)
+        # The flow head is told the position of each token once more.
+        return x_BlC + self.diffusion_pos_embed_learned[:, span]                           # (B, l, C)
 
     def run(self, blocks: nn.ModuleList, x_BlC: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
         """`x_BlC` after all blocks, which are recomputed in the backward pass where asked."""
@@ -476,15 +512,17 @@ class FlowAR(ARModel):
             rng: a generator, `ImageNoise`, or None for torch's global generator.
         """
         num_scales = len(self.layout.patch_nums)
-        steps = annealed_steps(num_steps, num_steps if lower_steps is None else lower_steps, num_scales)
-        grids = [time_grid(n) for n in steps]
+        if lower_steps is None:
+            lower_steps = num_steps
+        grids = [time_grid(n) for n in annealed_steps(num_steps, lower_steps, num_scales)]
         B = len(label_B)
 
         # With guidance the second half of the batch has the null class.
         num_copies = 1
         if cfg > 1:
             num_copies = 2
-            label_B = torch.cat([label_B, torch.full_like(label_B, self.num_classes)])
+            null_B = torch.full_like(label_B, self.num_classes)
+            label_B = torch.cat([label_B, null_B])
         cond_BC = self.class_emb(label_B)                                                  # (2B, C)
         x_BlC = cond_BC[:, None]
         with sampling_mode(self, [*self.encoder_blocks, *self.decoder_blocks], capacity=self.layout.total):
@@ -531,7 +569,8 @@ class FlowAR(ARModel):
             t_in = torch.full((len(z),), t, device=x.device)
             v = self.flownet(x_in, t_in, z, positions_l2).double()
             if guided:
-                v = guide(*v.chunk(2), scale)
+                cond, uncond = v.chunk(2)
+                v = guide(cond, uncond, scale)
                 num_null += 1
             x = x + (t_next - t) * v
         return x.float(), (len(grid) - 1, num_null)
@@ -549,10 +588,11 @@ class FlowAR(ARModel):
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The loss without weighting by time, and the error of every scale, named by its side in pixels."""
         error_K = aux['error_KB'].mean(1)
-        share_K = error_K.new_tensor(self.layout.lengths) / self.layout.lengths[-1]
-        sides = [n * self.tokenizer.stride for n in self.layout.patch_nums]
-        per_scale = {f'L_{side}': error for side, error in zip(sides, error_K, strict=True)}
-        return dict(L_mean=(share_K * error_K).sum(), L_tail=error_K[-1], **per_scale)
+        weight_K = error_K.new_tensor(self.layout.lengths) / self.layout.lengths[-1]
+        metrics = dict(L_mean=(weight_K * error_K).sum(), L_tail=error_K[-1])
+        for n, error in zip(self.layout.patch_nums, error_K, strict=True):
+            metrics[f'L_{n * self.tokenizer.stride}'] = error
+        return metrics
 
     # ------------------------------------------------------------------------------ weights
     @torch.no_grad()
@@ -566,9 +606,10 @@ class FlowAR(ARModel):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     module.bias.zero_()
-        for table in (self.class_emb.weight, self.encoder_pos_embed_learned, self.decoder_pos_embed_learned,
-                      self.diffusion_pos_embed_learned):
-            nn.init.normal_(table, std=0.02)
+        nn.init.normal_(self.class_emb.weight, std=0.02)
+        nn.init.normal_(self.encoder_pos_embed_learned, std=0.02)
+        nn.init.normal_(self.decoder_pos_embed_learned, std=0.02)
+        nn.init.normal_(self.diffusion_pos_embed_learned, std=0.02)
 
     def compiled_parts(self) -> list[nn.Module]:
         return [self, self.flownet]
@@ -602,24 +643,38 @@ class FlowAR(ARModel):
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         width = state['class_emb.weight'].shape[1]
-        freqs = 'blocks.0.attn.rope.freqs'
 
-        def depth(prefix: str) -> int:
-            return 1 + max(int(key[len(prefix):].split('.')[0]) for key in state if key.startswith(prefix))
-        visible = (state['mask'][0, 0] == 0).sum(1).unique().tolist()  # tokens up to each scale
-        lengths = [end - begin for begin, end in zip([0, *visible], visible, strict=False)]
+        def num_blocks(prefix: str) -> int:
+            numbers = [key[len(prefix):].split('.')[0] for key in state if key.startswith(prefix)]
+            return 1 + max(map(int, numbers))
+
+        def num_heads(stack: str) -> int:
+            num_freqs = len(state[f'{stack}_blocks.0.attn.rope.freqs'])  # a quarter of a head's channels
+            return width // 4 // num_freqs
+
+        # The mask tells the scales: how many tokens each of them sees, its own included.
+        visible = (state['mask'][0, 0] == 0).sum(1).unique().tolist()
+        lengths = [end - begin for begin, end in itertools.pairwise([0, *visible])]
+
+        # The hidden width was rounded down; a ratio of 4 is told exactly, any other to half a channel.
         hidden = len(state['encoder_blocks.0.mlp.fc1_g.bias'])
         ratio = 4. if hidden == int(width * 4. * 2 / 3.) else (hidden + 0.5) * 3 / (2 * width)
-        return dict(num_classes=len(state['class_emb.weight']) - 1, encoder_embed_dim=width,
-                    encoder_depth=depth('encoder_blocks.'), decoder_embed_dim=width,
-                    encoder_num_heads=width // 4 // len(state[f'encoder_{freqs}']),
-                    decoder_depth=depth('decoder_blocks.'),
-                    decoder_num_heads=width // 4 // len(state[f'decoder_{freqs}']), mlp_ratio=ratio,
-                    diffloss_d=depth('flownet.res_blocks.'),
-                    diffloss_w=len(state['flownet.input_proj.bias']),
-                    cross='flownet.res_blocks.0.crossattn.q.weight' in state,
-                    scale=tuple(math.isqrt(length) for length in lengths),
-                    vocab_size=None, channels=state['z_proj.weight'].shape[1])
+        return dict(
+            num_classes=len(state['class_emb.weight']) - 1,
+            encoder_embed_dim=width,
+            encoder_depth=num_blocks('encoder_blocks.'),
+            encoder_num_heads=num_heads('encoder'),
+            decoder_embed_dim=width,
+            decoder_depth=num_blocks('decoder_blocks.'),
+            decoder_num_heads=num_heads('decoder'),
+            mlp_ratio=ratio,
+            diffloss_d=num_blocks('flownet.res_blocks.'),
+            diffloss_w=len(state['flownet.input_proj.bias']),
+            cross='flownet.res_blocks.0.crossattn.q.weight' in state,
+            scale=tuple(math.isqrt(length) for length in lengths),
+            vocab_size=None,
+            channels=state['z_proj.weight'].shape[1],
+        )
 
     def extra_repr(self) -> str:
         return f'scale={self.layout.patch_nums}, loss_weighting={self.loss_weighting}'

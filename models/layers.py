@@ -17,7 +17,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        # The mean of squares needs float32: in half precision it loses digits, or overflows.
+        mean_square = x.float().square().mean(-1, keepdim=True)
+        normed = (x.float() * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
         return normed if self.weight is None else normed * self.weight
 
 

@@ -30,6 +30,8 @@ def patches(t_BN: torch.Tensor, p: int) -> torch.Tensor:
     if side * side != t_BN.shape[1] or side % p:
         raise ValueError(f'expected a square map of codes whose side is a multiple of the patch, got '
                          f'{t_BN.shape[1]} codes and patches of {p}x{p}: choose another image size or patch')
+    # (B, row of patches, row within, column of patches, column within, ...), then both rows before both
+    # columns.
     blocks = t_BN.unflatten(1, (side // p, p, side // p, p)).transpose(2, 3)
     return blocks.flatten(1, 2).flatten(2, 3)
 
@@ -40,12 +42,14 @@ def patch_loss(logits_BPV: torch.Tensor, idx_BPM: torch.Tensor) -> torch.Tensor:
     The normaliser is computed once per patch and the codes are gathered: logits are never repeated.
     """
     logits_BPM = logits_BPV.gather(2, idx_BPM)
-    return (logits_BPV.logsumexp(2, keepdim=True) - logits_BPM).mean()
+    normaliser_BP1 = logits_BPV.logsumexp(2, keepdim=True)
+    return (normaliser_BP1 - logits_BPM).mean()
 
 
 def ffn_width(dim: int, multiple_of: int = 256, multiplier: float = 1.) -> int:
-    """Hidden width of the feed-forward network: 8 / 3 of `dim`, rounded up."""
-    return -(-int(multiplier * int(8 * dim / 3)) // multiple_of) * multiple_of
+    """Hidden width of the feed-forward network: 8 / 3 of `dim`, rounded up to a multiple."""
+    hidden = int(multiplier * int(8 * dim / 3))
+    return math.ceil(hidden / multiple_of) * multiple_of
 
 
 # ---------------------------------------------------------------------------------------------- parts
@@ -77,14 +81,20 @@ class Attention(nn.Module):
         B, L, C = x_BLC.shape
         heads = self.wqkv(x_BLC).view(B, L, self.n_head + 2 * self.n_kv_head, -1)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)        # (B, L, H, d)
+        # Keys are cached as rotated, since a position is the same at every later step.
         q = rotate(q, table_2Lp)
         k = rotate(k, table_2Lp)
         if self.cache is not None:
             k, v = self.cache.append(k, v)
+        # Grouped heads: each key and value serves several queries.
         if self.n_kv_head < self.n_head:
-            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=2) for t in (k, v))
-        out = attend(q, k, v, causal=L > 1, dropout_p=self.attn_drop if self.training else 0.)
-        return self.resid_dropout(self.wo(out.reshape(B, L, C)))
+            group = self.n_head // self.n_kv_head
+            k = k.repeat_interleave(group, dim=2)
+            v = v.repeat_interleave(group, dim=2)
+        # A single token, while sampling, sees all that is cached; several see those before them.
+        dropout_p = self.attn_drop if self.training else 0.
+        out = attend(q, k, v, causal=L > 1, dropout_p=dropout_p)
+        return self.resid_dropout(self.wo(out.reshape(B, L, C)))                           # (B, L, C)
 
 
 class FeedForward(nn.Module):
@@ -104,8 +114,18 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and feed-forward network, each normalised and added."""
 
-    def __init__(self, dim: int, n_head: int, n_kv_head: int, hidden: int, eps: float, attn_drop: float,
-                 resid_drop: float, ffn_drop: float, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        n_head: int,
+        n_kv_head: int,
+        hidden: int,
+        eps: float,
+        attn_drop: float,
+        resid_drop: float,
+        ffn_drop: float,
+        drop_path: float,
+    ):
         super().__init__()
         self.attention = Attention(dim, n_head, n_kv_head, attn_drop, resid_drop)
         self.feed_forward = FeedForward(dim, hidden, ffn_drop)
@@ -119,8 +139,10 @@ class TransformerBlock(nn.Module):
         return self.attention
 
     def forward(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
-        x_BLC = x_BLC + self.drop_path(self.attention(self.attention_norm(x_BLC), table_2Lp))
-        return x_BLC + self.drop_path(self.feed_forward(self.ffn_norm(x_BLC)))
+        attn_BLC = self.attention(self.attention_norm(x_BLC), table_2Lp)
+        x_BLC = x_BLC + self.drop_path(attn_BLC)
+        ffn_BLC = self.feed_forward(self.ffn_norm(x_BLC))
+        return x_BLC + self.drop_path(ffn_BLC)                                             # (B, L, C)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -183,8 +205,9 @@ class NPP(ARModel):
                              f'width {dim}, {n_head} heads, {n_kv_head} groups: choose other numbers')
         ends = [end for end, _ in phases]
         sides = [p for _, p in phases]
-        if not phases or ends != sorted({*ends}) or ends[0] <= 0 or (ends[-1], sides[-1]) != (1, 1) \
-                or any(p < 1 or grid % p for p in sides):
+        are_rising = ends == sorted({*ends}) and min(ends, default=0) > 0
+        do_fit = all(p >= 1 and grid % p == 0 for p in sides)
+        if not are_rising or not do_fit or tuple(phases[-1]) != (1, 1):
             raise ValueError('expected phases (share at which it ends, side of a patch that divides '
                              f'{grid}) of which the last is (1, 1), got {tuple(phases)}: see --epoch_rate '
                              'and --patch_level')
@@ -203,12 +226,23 @@ class NPP(ARModel):
         self.tok_embeddings = nn.Embedding(self.vocab_size, dim)
         self.tok_dropout = nn.Dropout(token_dropout_p)
 
-        # 2. positions, 3. transformer
+        # 2. rotary positions, by row and column
         self.rope = Rope2d(dim // n_head, rope_base, persistent=False)
-        rates = torch.linspace(0, drop_path_rate, n_layer, device='cpu').tolist()
+
+        # 3. transformer; drop path grows from block to block
         self.layers = nn.ModuleList(
-            TransformerBlock(dim, n_head, n_kv_head, ffn_dim or ffn_width(dim), norm_eps, attn_dropout_p,
-                             resid_dropout_p, ffn_dropout_p, rate) for rate in rates)
+            TransformerBlock(
+                dim=dim,
+                n_head=n_head,
+                n_kv_head=n_kv_head,
+                hidden=ffn_dim or ffn_width(dim),
+                eps=norm_eps,
+                attn_drop=attn_dropout_p,
+                resid_drop=resid_dropout_p,
+                ffn_drop=ffn_dropout_p,
+                drop_path=rate,
+            )
+            for rate in torch.linspace(0, drop_path_rate, n_layer, device='cpu').tolist())
 
         # 4. head
         self.norm = RMSNorm(dim, norm_eps)
@@ -227,13 +261,15 @@ class NPP(ARModel):
         p = self.patch_side(progress)
         if self.training:
             label_B = drop_labels(label_B, self.num_classes, self.class_dropout_prob)
+            # Dropout follows, whose masks must differ between ranks.
             GlobalBatch.current.reseed_per_rank()
 
         # One prediction per patch, compared with each of its M = p^2 codes.
         logits_BPV = self(label_B, idx_BN, p)
         idx_BPM = patches(idx_BN, p)
         loss = patch_loss(logits_BPV, idx_BPM)
-        return loss, dict(loss=loss.detach(), hit=logits_BPV.argmax(2, keepdim=True) == idx_BPM, p=p)
+        hit_BPM = logits_BPV.argmax(2, keepdim=True) == idx_BPM
+        return loss, dict(loss=loss.detach(), hit=hit_BPM, p=p)
 
     def forward(self, label_B: torch.Tensor, idx_BN: torch.Tensor, p: int = 1) -> torch.Tensor:
         """Logits (B, P, V) of every patch, float32, each from the class and the patches before it.
@@ -254,8 +290,8 @@ class NPP(ARModel):
     def transform(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, V) in float32 of what follows each token."""
         for block in self.layers:
-            x_BLC = block(x_BLC, table_2Lp)
-        return self.output(self.norm(x_BLC)).float()
+            x_BLC = block(x_BLC, table_2Lp)                                                # (B, L, C)
+        return self.output(self.norm(x_BLC)).float()                                       # (B, L, V)
 
     def rope_table(self, side: int) -> torch.Tensor:
         """(2, 1 + side^2, d / 2) cosines and sines of the class token and of a map.
@@ -264,7 +300,8 @@ class NPP(ARModel):
         sees itself alone, and everything sees it with score 0.
         """
         ticks = torch.arange(side, device=self.device)
-        return F.pad(self.rope(torch.cartesian_prod(ticks, ticks)), (0, 0, 1, 0))
+        table_2Np = self.rope(torch.cartesian_prod(ticks, ticks))
+        return F.pad(table_2Np, (0, 0, 1, 0))  # a row of zeros before all others
 
     # ------------------------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -297,16 +334,25 @@ class NPP(ARModel):
         x_B1C = self.cls_embedding(label_B)                                                # (2B, 1, C)
         with sampling_mode(self, self.layers, capacity=num_codes):
             for i in range(num_codes):
+                # 1. One token goes in, the class or the code before; the cache holds all others.
                 logits_B1V = self.transform(x_B1C, table_2Lp[:, i:i + 1])
+
+                # 2. Guidance, and the code that is drawn.
                 if len(logits_B1V) > B:
-                    logits_B1V = guide(*logits_B1V.chunk(2), guidance)
+                    cond_B1V, uncond_B1V = logits_B1V.chunk(2)
+                    logits_B1V = guide(cond_B1V, uncond_B1V, guidance)
                 idx_B1 = self.draw(logits_B1V, temperature, top_k, top_p, greedy, rng)
                 codes.append(idx_B1)
-                if i == last_guided:  # what follows needs no null class
+
+                # 3. After the last guided code nothing needs the null class, so its half leaves the batch.
+                if i == last_guided:
                     for block in self.layers:
-                        block.attn.cache.keep(B)
+                        block.attn.cache.truncate(B)
                     x_B1C = x_B1C[:B]
-                x_B1C = self.tok_embeddings(idx_B1).repeat(len(x_B1C) // B, 1, 1)
+
+                # 4. The code is the next input, for both halves alike.
+                num_copies = len(x_B1C) // B
+                x_B1C = self.tok_embeddings(idx_B1).repeat(num_copies, 1, 1)
         return torch.cat(codes, dim=1)
 
     def draw(self, logits_B1V: torch.Tensor, temperature: float, top_k: int, top_p: float, greedy: bool,
@@ -315,8 +361,9 @@ class NPP(ARModel):
         if greedy or top_p <= 0:
             return logits_B1V.argmax(2)
         logits_B1V = logits_B1V / max(temperature, 1e-5)
+        # The published options mean "off" by other values than the filter does.
         top_k = min(top_k, self.vocab_size)
-        top_p = top_p if top_p < 1 else 0.  # the filter below takes 0 for "off"
+        top_p = top_p if top_p < 1 else 0.
         return sample_with_top_k_top_p_(logits_B1V, top_k, top_p, rng)[:, :, 0]
 
     def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 1., rng: Rng = None,
@@ -330,12 +377,15 @@ class NPP(ARModel):
             image_size_eval: pixels per side to which the images are then resized; None leaves them.
         """
         label_B = self.as_labels(labels, len(labels), rng)
-        grid = self.grid if image_size is None else self.tokenizer.map_size(image_size, image_size)[0]
+        grid = self.grid
+        if image_size is not None:
+            grid, _ = self.tokenizer.map_size(image_size, image_size)
         idx_BN = self.sample_tokens(label_B, guidance=guidance, grid=grid, rng=rng, **options)
-        images = self.tokenizer.decode_code(idx_BN, (len(label_B), self.tokenizer.channels, grid, grid))
-        if image_size_eval not in (None, images.shape[-1]):  # before clamping, as published
-            images = F.interpolate(images, (image_size_eval, image_size_eval), mode='bicubic')
-        return images.clamp(-1, 1).add(1).mul(0.5)
+        images_B3HW = self.tokenizer.decode_code(idx_BN, (len(label_B), self.tokenizer.channels, grid, grid))
+        # Resized before clamping, as published.
+        if image_size_eval not in (None, images_B3HW.shape[-1]):
+            images_B3HW = F.interpolate(images_B3HW, (image_size_eval, image_size_eval), mode='bicubic')
+        return images_B3HW.clamp(-1, 1).add(1).mul(0.5)
 
     # ------------------------------------------------------------------------------ metrics
     @torch.no_grad()

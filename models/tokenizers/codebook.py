@@ -46,7 +46,7 @@ class CodebookUpkeep:
         embedding: the codebook.
         ema: move every code to the running mean of the queries that chose it; it then gets no gradient.
         restart: put queries in the place of codes that nothing has chosen for a long time.
-        rows: the part of `embedding` looked after.
+        rows: the part of `embedding` that this codebook is.
     """
 
     def __init__(self, embedding: nn.Embedding, ema: bool = True, restart: bool = True,
@@ -58,9 +58,12 @@ class CodebookUpkeep:
         if ema:
             embedding.weight.requires_grad_(False)
         self.vocab_size = len(embedding.weight[rows])
-        self.count_V = self.sum_VZ = self.age_V = None  # running counts and sums; steps since the last hit
-        self.hit_KV: torch.Tensor | None = None  # hits of the last step, of all ranks
-        self.step = self.num_restarts = 0
+        self.count_V: torch.Tensor | None = None  # running count of hits
+        self.sum_VZ: torch.Tensor | None = None   # running sum of the queries of each code
+        self.age_V: torch.Tensor | None = None    # steps since the last hit
+        self.hit_KV: torch.Tensor | None = None   # hits of the last step, of all ranks
+        self.step = 0
+        self.num_restarts = 0
         self.window = CodeUsage(self.vocab_size)
         self.last_window = CodeUsage(self.vocab_size)
         self.best_share: dict[str, float] = {}  # highest perplexity / reachable codes of each scale so far
@@ -81,7 +84,7 @@ class CodebookUpkeep:
         self.age_V = torch.zeros(self.vocab_size, dtype=torch.int64, device=weight_VZ.device)
 
     def observe(self, codes: dict[str, torch.Tensor], queries: dict[str, torch.Tensor]) -> None:
-        """Note one micro-batch.
+        """Record one micro-batch for the next `update`.
 
         Args:
             codes: by the name of the scale, (B, l) int64.
@@ -108,6 +111,7 @@ class CodebookUpkeep:
             return {}
         if self.count_V is None:
             self.begin()
+        # All micro-batches of the step, and the hits of all ranks.
         codes = _joined(self._codes)
         queries = _joined(self._queries)
         self._codes.clear()
@@ -117,21 +121,32 @@ class CodebookUpkeep:
         self.hit_KV = count_KV
         for name, scale_count_V in zip(codes, count_KV.long(), strict=True):
             self.window.counts[name] = self.window.counts.get(name, 0) + scale_count_V
+
+        # Every code moves to the running mean of its queries (arXiv 1711.00937, App. A.1); one that has had
+        # hardly any stays where it is.
         if self.ema:
             self.count_V.mul_(GAMMA).add_(count_V, alpha=1 - GAMMA)
             self.sum_VZ.mul_(GAMMA).add_(sum_VZ, alpha=1 - GAMMA)
             moved_VZ = self.sum_VZ / self.count_V.clamp_min(EPS)[:, None]
             self.weight_VZ.copy_(torch.where(self.count_V[:, None] > EPS, moved_VZ, self.weight_VZ))
+
+        # Figures of usage, and the watch over ranks that drift apart.
         self.age_V = torch.where(count_V > 0, 0, self.age_V + 1)
         self.step += 1
         if self.step % WINDOW == 0:
             self._close_window()
         if self.step % CHECKSUM_EVERY == 0:
             self._compare_ranks()
-        if not self.restart or self.step % CHECK_EVERY or progress >= STOP_AT:
+
+        # Now and then dead codes are replaced, but not near the end, where they could not settle.
+        is_due = self.restart and self.step % CHECK_EVERY == 0 and progress < STOP_AT
+        if not is_due:
             return {}
         dead = self._restart_dead(queries, tokens_per_step=count_V.sum().item())
-        return {self.embedding.weight: dead + (self.rows.start or 0)} if len(dead) else {}
+        if len(dead) == 0:
+            return {}
+        first_row = self.rows.start or 0
+        return {self.embedding.weight: first_row + dead}
 
     def _global_statistics(self, codes: dict[str, torch.Tensor],
                            queries: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,12 +165,15 @@ class CodebookUpkeep:
     # ------------------------------------------------------------------------------ restart
     def _restart_dead(self, queries: dict[str, torch.Tensor], tokens_per_step: float) -> torch.Tensor:
         """Put queries of this step in the place of dead codes; returns the codes replaced."""
+        # A code is dead if it had no hit in so many tokens that an even use would have brought it several.
         patience = max(MIN_PATIENCE, math.ceil(PATIENCE_TOKENS * self.vocab_size / tokens_per_step))
         dead = (self.age_V >= patience).nonzero().flatten()
+        # Those that are dead for longest come first; a few at a time keep the decoder from losing track.
         dead = dead[self.age_V[dead].argsort(descending=True, stable=True)]
         dead = dead[:max(1, int(MAX_REPLACED * self.vocab_size))]
         if len(dead) == 0:
             return dead
+        # They begin anew where queries of this step are, with the average of an ordinary code.
         candidates = balanced_candidates(list(queries.values()), len(dead))
         dead = dead[:len(candidates)]
         self.count_V[dead] = self.count_V.mean()
@@ -229,12 +247,13 @@ def balanced_candidates(queries: list[torch.Tensor], count: int) -> torch.Tensor
     Args:
         queries: (N, Z) of this rank per scale; N is equal on all ranks.
     """
-    share, extra = divmod(count, len(queries))
+    per_scale, extra = divmod(count, len(queries))
     chosen = []
     rank = dist.get_rank()
     for k, query_NZ in enumerate(queries):
         num_local = len(query_NZ)
-        pick = torch.randperm(num_local * dist.get_world_size())[:share + (k < extra)] - rank * num_local
+        num_picks = per_scale + 1 if k < extra else per_scale
+        pick = torch.randperm(num_local * dist.get_world_size())[:num_picks] - rank * num_local
         rows = query_NZ.new_zeros(len(pick), query_NZ.shape[1])
         mine = (pick >= 0) & (pick < num_local)
         rows[mine.to(rows.device)] = query_NZ[pick[mine].to(rows.device)]

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import dist
-from models.base import Reconstruction, Tokenizer, at_least_float32, load_weights
+from models.base import Reconstruction, Tokenizer, at_least_float32
+from models.loading import load_weights
 from models.noise import GlobalBatch
 from models.tokenizers.conv import (
     KL_LAYOUT,

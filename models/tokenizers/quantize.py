@@ -5,8 +5,6 @@ This file is the published algorithm; what keeps its training from collapse is i
 Letters: B batch, K scales, Z code channels, V vocabulary, N all queries of a scale, h w feature map.
 Source: arXiv 2404.02905, Algorithms 1 and 2; upstream's class VectorQuantizer2.
 """
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -145,7 +143,7 @@ class VectorQuantizer2(nn.Module):
         self.unshared = unshared
         num_codebooks = num_scales if unshared else 1
         self.embedding = nn.Embedding(vocab_size * num_codebooks, Cvae)
-        self.measures: QuantizerTraining | None = None
+        self.measures: 'QuantizerTraining | None' = None
 
     def eini(self, eini: float) -> None:
         """Initialise the codebook: e > 0 truncated normal of std e, e < 0 uniform in +-|e| / V."""
@@ -279,7 +277,7 @@ class VectorQuantizer2(nn.Module):
 
     @torch.no_grad()
     def average_hits(self, hit_KV: torch.Tensor) -> None:
-        """Fold one step's hits of all ranks into the running averages, which begin with those of the first."""
+        """Fold the hits of a step on all ranks into the running averages, which begin with the first step."""
         if self.record_hit == 0:
             decay = 0.
         elif self.record_hit < 100:

@@ -38,7 +38,9 @@ def entropy_loss(affinity_NV: torch.Tensor) -> torch.Tensor:
     p_NV = scaled_NV.softmax(1)
     log_p_NV = scaled_NV.log_softmax(1)
     p_V = p_NV.mean(0)
-    return (p_V * (p_V + 1e-5).log()).sum() - (p_NV * log_p_NV).sum(1).mean()
+    negative_entropy_of_mean = (p_V * (p_V + 1e-5).log()).sum()
+    negative_mean_entropy = (p_NV * log_p_NV).sum(1).mean()
+    return negative_entropy_of_mean - negative_mean_entropy
 
 
 def area_resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -119,23 +121,32 @@ class VectorQuantizer(nn.Module):
     def forward(self, z_BZhw: torch.Tensor) -> Quantised:
         """Quantise with gradients and losses; in training mode the codes also enter `codebook_used`."""
         with torch.autocast(z_BZhw.device.type, enabled=False):
-            query_NZ = self.queries(z_BZhw)
+            B, _, h, w = z_BZhw.shape
+            query_NZ = self.queries(z_BZhw)                                                # (N, Z)
+            # Distances need a gradient for the entropy loss alone, and take the most memory of all.
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.entropy_ratio != 0):
-                distance_NV = self.distances(query_NZ)
+                distance_NV = self.distances(query_NZ)                                     # (N, V)
             idx_N = distance_NV.argmin(1)
             code_NZ = self.unit(self.embedding(idx_N))
+
+            # The published usage figure looks at the latest codes.
             if self.training:
                 seen = torch.cat([self.codebook_used, idx_N.to(self.codebook_used)])
                 self.codebook_used.copy_(seen[-HISTORY:])
-            B, _, h, w = z_BZhw.shape
+
+            # Straight through: the decoder sees the codes, and their gradient goes to the queries.
             quant_NZ = query_NZ + (code_NZ - query_NZ).detach()
+            entropy = query_NZ.new_zeros(())
+            if self.entropy_ratio:
+                entropy = self.entropy_ratio * entropy_loss(-distance_NV)
             return Quantised(
                 quant_BZhw=quant_NZ.view(B, h, w, -1).permute(0, 3, 1, 2).contiguous(),
-                idx_Bl=idx_N.view(B, -1), query_NZ=query_NZ,
+                idx_Bl=idx_N.view(B, -1),
+                query_NZ=query_NZ,
                 vq_loss=F.mse_loss(code_NZ, query_NZ.detach()),
                 commit_loss=self.beta * F.mse_loss(code_NZ.detach(), query_NZ),
-                entropy_loss=(self.entropy_ratio * entropy_loss(-distance_NV) if self.entropy_ratio
-                              else query_NZ.new_zeros(())))
+                entropy_loss=entropy,
+            )
 
     def usage(self) -> float:
         """Distinct codes among the latest 65,536 of this rank / V, as published."""
@@ -160,12 +171,23 @@ class VQModel(Tokenizer):
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'use': 'usage'}
     rank_local = frozenset({'quantize.codebook_used'})  # the latest codes of this rank, as published
 
-    def __init__(self, codebook_size: int = 16384, codebook_embed_dim: int = 8, codebook_l2_norm: bool = True,
-                 commit_loss_beta: float = 0.25, entropy_loss_ratio: float = 0.,
-                 encoder_ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
-                 decoder_ch_mult: Sequence[int] = (1, 1, 2, 2, 4), z_channels: int = 256,
-                 dropout_p: float = 0., ch: int = 128, num_res_blocks: int = 2, net: str = 'published',
-                 upkeep: dict[str, Any] | None = None, test_mode: bool = False):
+    def __init__(
+        self,
+        codebook_size: int = 16384,
+        codebook_embed_dim: int = 8,
+        codebook_l2_norm: bool = True,
+        commit_loss_beta: float = 0.25,
+        entropy_loss_ratio: float = 0.,
+        encoder_ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        decoder_ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        z_channels: int = 256,
+        dropout_p: float = 0.,
+        ch: int = 128,
+        num_res_blocks: int = 2,
+        net: str = 'published',
+        upkeep: dict[str, Any] | None = None,
+        test_mode: bool = False,
+    ):
         super().__init__()
         self.vocab_size = codebook_size
         self.Cvae = self.channels = codebook_embed_dim
