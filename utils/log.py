@@ -24,37 +24,45 @@ from utils.provenance import unusable_gpu
 from utils.stop import Stopped
 
 logger = logging.getLogger(__name__)
-OTHERS_SPEAK_AFTER = 10  # seconds that ranks other than the first wait before they report an error, too
+OTHER_RANKS_WAIT = 10  # seconds that all ranks but the first wait before they report an error, too
 
 
 def setup_logging(output_dir: str | None, is_master: bool) -> None:
-    """The master's messages and all warnings on the console; the master's also in `output_dir`/stdout.txt.
+    """Send messages of the master and warnings of every rank to the console; the master's to stdout.txt, too.
 
+    Args:
+        output_dir: folder of stdout.txt; None writes none.
+        is_master: whether this is the first rank.
     Raises:
         ValueError: stdout.txt cannot be written.
     """
     root = logging.getLogger()
     root.handlers.clear()
     root.setLevel(logging.DEBUG)
-    line = logging.Formatter('[{asctime}] ({filename}, line {lineno:3d})=> {message}', '%m-%d %H:%M:%S',
-                             style='{')
+    line_format = logging.Formatter(
+        '[{asctime}] ({filename}, line {lineno:3d})=> {message}',
+        '%m-%d %H:%M:%S',
+        style='{',
+    )
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if is_master else logging.WARNING)
     handlers: list[logging.Handler] = [console]
     if output_dir and is_master:
         handlers.append(_file_handler(Path(output_dir) / 'stdout.txt'))
     for handler in handlers:
-        handler.setFormatter(line)
+        handler.setFormatter(line_format)
         root.addHandler(handler)
     logging.captureWarnings(True)
-    if is_master and not output_dir:  # at the start of a program, once
+
+    # A training calls this twice, the second time with its folder; once is enough.
+    if is_master and not output_dir:
         note = unusable_gpu()
         if note:
             logger.warning('%s', note)
 
 
 def _file_handler(path: Path) -> logging.Handler:
-    """Writes to `path`, after what an earlier start has written there."""
+    """A handler that appends to `path`, where an earlier start may have written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -64,12 +72,17 @@ def _file_handler(path: Path) -> logging.Handler:
     except OSError as error:
         raise ValueError(f'cannot write to {str(path)!r} ({error.strerror or error}): free some space, '
                          'change its permissions, or pass another output folder') from None
-    handler.addFilter(lambda record: record.levelno > logging.DEBUG or record.name == __name__)
+
+    # Tracebacks of `one_line_errors` are debug messages of this module; those of other modules are noise.
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.DEBUG or record.name == __name__
+
+    handler.addFilter(is_wanted)
     return handler
 
 
 class _QuietFileHandler(logging.FileHandler):
-    """A full disk must not print a traceback for every message; the console has them all."""
+    """Does not print a traceback for every message while the disk is full; the console has all messages."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called inside the `except` block of a message that could not be written."""
@@ -78,7 +91,12 @@ class _QuietFileHandler(logging.FileHandler):
 
 
 class SmoothedValue:
-    """A series with its median over a window and its average over everything."""
+    """A series of numbers with its median over a window and its average over everything.
+
+    Args:
+        window_size: number of last values in the window.
+        fmt: how the meter is shown, with any of the properties by name.
+    """
 
     def __init__(self, window_size: int = 30, fmt: str = '{median:.4f} ({global_avg:.4f})'):
         self.deque: deque[float] = deque(maxlen=window_size)
@@ -87,45 +105,63 @@ class SmoothedValue:
         self.fmt = fmt
 
     def update(self, value: float, n: int = 1) -> None:
+        """Add a value, which counts `n` times in the average."""
         self.deque.append(value)
         self.count += n
         self.total += value * n
 
     @property
     def median(self) -> float:
+        """Median of the window; 0 without values."""
         return float(np.median(self.deque)) if self.deque else 0.
 
     @property
     def avg(self) -> float:
+        """Average of the window; 0 without values."""
         return sum(self.deque) / max(len(self.deque), 1)
 
     @property
     def global_avg(self) -> float:
+        """Average of all values; 0 without values."""
         return self.total / max(self.count, 1)
 
     @property
     def max(self) -> float:
+        """Largest value of the window."""
         return max(self.deque)
 
     @property
     def value(self) -> float:
+        """The last value; 0 without values."""
         return self.deque[-1] if self.deque else 0.
 
     def __str__(self) -> str:
-        return self.fmt.format(median=self.median, avg=self.avg, global_avg=self.global_avg,
-                               max=self.max if self.deque else 0., value=self.value)
+        return self.fmt.format(
+            median=self.median,
+            avg=self.avg,
+            global_avg=self.global_avg,
+            max=self.max if self.deque else 0.,
+            value=self.value,
+        )
 
 
 class MetricLogger:
-    """Meters of one epoch, and the progress line."""
+    """Meters of one epoch, and the progress line.
+
+    Attributes:
+        meters: by name.
+        log_iters: iterations of the epoch after which a progress line is written.
+        regular_iters: those of them that do not depend on where a start begins.
+    """
 
     def __init__(self, delimiter: str = '  '):
         self.meters: dict[str, SmoothedValue] = {}
         self.delimiter = delimiter
         self.log_iters = set()
-        self.regular_iters: set[int] = set()  # of these, what does not depend on where a start begins
+        self.regular_iters: set[int] = set()
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        """Show `meter` under `name`, in place of one with the default format."""
         self.meters[name] = meter
 
     def update(self, **values: float | torch.Tensor | None) -> None:
@@ -137,45 +173,70 @@ class MetricLogger:
     def log_every(self, start_it: int, max_iters: int, itrt: Iterable, num_lines: int, header: str = '',
                   images_per_iter: int = 0,
                   tokenizer_seconds: Callable[[], float] = lambda: 0.) -> Iterator[tuple[int, Any]]:
-        """Yield (iteration, item) and write a progress line at `num_lines` evenly spaced iterations.
+        """Yield (iteration, item), and write a progress line at evenly spaced iterations.
 
-        The line ends with images/s and the shares of time spent on waiting for data, tokenizer and model.
+        The line ends with images/s and the fractions of time spent on waiting for data, tokenizer and model.
+
+        Args:
+            start_it: the first iteration of this start.
+            max_iters: iterations of the epoch.
+            itrt: gives an item per iteration, from `start_it` on.
+            num_lines: progress lines of a whole epoch.
+            header: begins every line.
+            images_per_iter: of all ranks together.
+            tokenizer_seconds: gives the seconds spent in the tokenizer since its last call.
         """
-        # the same iterations whether an epoch is done in one go or by several starts
+        # Evenly spaced over the epoch, so that they are the same if it is done by several starts.
         self.regular_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist())
         self.log_iters = self.regular_iters | {start_it}
         width = len(str(max_iters))
         epoch_begin = time.time()
         iterator = iter(itrt)
-        window = dict(seconds=0., data=0., iters=0)
-        tokenizer_seconds()  # forget what an evaluation spent
+        tokenizer_seconds()  # forget the time of an evaluation before this epoch
+
+        # Sums since the last line: seconds in all, seconds of waiting for data, iterations.
+        seconds = 0.
+        data_seconds = 0.
+        num_iters = 0
         for it in range(start_it, max_iters):
             begin = time.time()
             item = next(iterator)
-            window['data'] += time.time() - begin
-            yield it, item
-            window['seconds'] += time.time() - begin
-            window['iters'] += 1
-            if it in self.log_iters:
-                per_iter = (time.time() - epoch_begin) / (it + 1 - start_it)
-                eta = datetime.timedelta(seconds=round(per_iter * (max_iters - it - 1)))
-                seconds = max(window['seconds'], 1e-9)
-                data = window['data'] / seconds
-                tokens = min(tokenizer_seconds() / seconds, 1.)
-                logger.info(self.delimiter.join([
-                    f'{header} [{it:{width}d}/{max_iters}]', f'eta: {eta}',
-                    *(f'{name}: {meter}' for name, meter in self.meters.items()),
-                    f'time: {seconds / window["iters"]:.3f}', f'data: {window["data"] / window["iters"]:.3f}',
-                    f'images/s: {images_per_iter * window["iters"] / seconds:.1f}',
-                    f'data/tokenizer/model: {data:.0%}/{tokens:.0%}/{max(1 - data - tokens, 0):.0%}']))
-                window = dict(seconds=0., data=0., iters=0)
+            data_seconds += time.time() - begin
+            yield it, item  # the caller trains here
+            seconds += time.time() - begin
+            num_iters += 1
+            if it not in self.log_iters:
+                continue
+
+            seconds_per_iter = (time.time() - epoch_begin) / (it + 1 - start_it)
+            eta = datetime.timedelta(seconds=round(seconds_per_iter * (max_iters - it - 1)))
+            seconds = max(seconds, 1e-9)
+            data = data_seconds / seconds
+            tokenizer = min(tokenizer_seconds() / seconds, 1.)
+            model = max(1 - data - tokenizer, 0)
+            parts = [f'{header} [{it:{width}d}/{max_iters}]', f'eta: {eta}']
+            parts += [f'{name}: {meter}' for name, meter in self.meters.items()]
+            parts += [
+                f'time: {seconds / num_iters:.3f}',
+                f'data: {data_seconds / num_iters:.3f}',
+                f'images/s: {images_per_iter * num_iters / seconds:.1f}',
+                f'data/tokenizer/model: {data:.0%}/{tokenizer:.0%}/{model:.0%}',
+            ]
+            logger.info(self.delimiter.join(parts))
+            seconds = 0.
+            data_seconds = 0.
+            num_iters = 0
 
 
 class TensorboardLogger:
     """Scalars and images under the tag head/name; on every rank but the first each call does nothing.
 
     Args:
+        log_dir: folder of the files; None on ranks that write nothing.
+        filename_suffix: ends the name of the file.
         every: steps between two points.
+    Raises:
+        ValueError: the folder cannot be written.
     """
 
     def __init__(self, log_dir: str | None, filename_suffix: str = '', every: int = 500):
@@ -191,6 +252,7 @@ class TensorboardLogger:
                                  'or pass another output folder') from None
 
     def set_step(self, step: int) -> None:
+        """Set the current step, at which `update` writes its points."""
         self.step = step
 
     def due(self) -> bool:
@@ -199,38 +261,57 @@ class TensorboardLogger:
 
     def update(self, head: str = 'scalar', step: int | None = None,
                **values: float | torch.Tensor | None) -> None:
-        """Write scalars; without `step` at the current one, and only if it is `due`."""
+        """Write scalars; without `step` at the current step, and only if that is `due`. None is skipped."""
         if self.writer is None or (step is None and not self.due()):
             return
+        step = self.step if step is None else step
         for name, value in values.items():
             if value is not None:
-                self.writer.add_scalar(f'{head}/{name}', float(value), self.step if step is None else step)
+                self.writer.add_scalar(f'{head}/{name}', float(value), step)
 
     def log_tensor_as_distri(self, tag: str, values: torch.Tensor, step: int | None = None) -> None:
+        """Write a histogram of values; without `step` at the current step."""
         if self.writer is not None:
             self.writer.add_histogram(tag, values, self.step if step is None else step)
 
     def log_image(self, tag: str, image_chw: torch.Tensor, step: int | None = None) -> None:
+        """Write an image (3, H, W); without `step` at the current step."""
         if self.writer is not None:
             self.writer.add_image(tag, image_chw, self.step if step is None else step)
 
     def flush(self) -> None:
+        """Make sure that all points are in the file."""
         if self.writer is not None:
             self.writer.flush()
 
     def close(self) -> None:
+        """End the file."""
         if self.writer is not None:
             self.writer.close()
 
 
 def progress_bar(total: int, text: str, unit: str = 'image') -> tqdm:
-    """A bar with rate and remaining time on the master's console; a line now and then where it is a file.
+    """A bar with rate and remaining time on the master's console; in a file, a line now and then.
 
-    Small totals, done in a moment, stay silent.
+    Work that is done within two seconds stays silent.
+
+    Args:
+        total: number of units in all.
+        text: stands before the bar.
+        unit: what is counted.
     """
     seconds = 0.5 if sys.stderr.isatty() else 30.
-    return tqdm(total=total, desc=text, unit=unit, disable=int(os.environ.get('RANK', 0)) > 0, delay=2,
-                mininterval=seconds, maxinterval=max(seconds, 10.), leave=False)
+    is_other_rank = int(os.environ.get('RANK', 0)) > 0
+    return tqdm(
+        total=total,
+        desc=text,
+        unit=unit,
+        disable=is_other_rank,
+        delay=2,
+        mininterval=seconds,
+        maxinterval=max(seconds, 10.),
+        leave=False,
+    )
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:
@@ -260,7 +341,7 @@ def _finite_or_none(value: Any) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log of JSON lines; a line that a kill or a full disk has torn is left out."""
+    """The lines of a log of JSON lines; a line that a kill or a full disk has cut off is left out."""
     if not path.is_file():
         return []
     lines = []
@@ -275,8 +356,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
-    """Remove from a log of JSON lines what is torn, and what `is_kept` says no to; the rest stays as it
-    is."""
+    """Remove from a log of JSON lines those that were cut off, and those that `is_kept` says no to.
+
+    The other lines stay as they are.
+    """
     if not path.is_file():
         return
     text = path.read_text(errors='replace')
@@ -294,10 +377,12 @@ def keep_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> No
 
 
 def keep_events(folder: Path, is_kept: Callable[[str, int], bool]) -> None:
-    """Remove points from the TensorBoard files of a folder, and a torn end; files without either stay.
+    """Remove points from the TensorBoard files of a folder, and the end of a file that was cut off.
+
+    Files that need no change are not written.
 
     Args:
-        is_kept: whether a point stays, by its tag and step.
+        is_kept: (tag, step) -> whether the point stays.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
@@ -308,6 +393,7 @@ def keep_events(folder: Path, is_kept: Callable[[str, int], bool]) -> None:
         for record in RawEventFileLoader(str(path)).Load():
             event = Event.FromString(record)
             values = [value for value in event.summary.value if is_kept(value.tag, event.step)]
+            # A record without a removed point keeps its bytes; one without points is left out.
             if len(values) == len(event.summary.value):
                 writer.write(record)
             elif values:
@@ -321,12 +407,14 @@ def keep_events(folder: Path, is_kept: Callable[[str, int], bool]) -> None:
 
 @contextmanager
 def one_line_errors(program: str, exit_code: int = 1) -> Iterator[None]:
-    """Report what a user can mend in one line and exit; the traceback goes to stdout.txt.
+    """Report an error that a user can mend in one line, and exit; the traceback goes to stdout.txt.
 
-    Under torchrun the first rank speaks first, and the launcher then ends the others before they repeat it.
+    Under torchrun the first rank reports first, and the launcher then ends the other ranks before they report
+    the same error.
 
     Args:
-        exit_code: unless the error has one of its own.
+        program: begins the line.
+        exit_code: for errors that have no exit code of their own.
     """
     try:
         yield
@@ -340,26 +428,25 @@ def one_line_errors(program: str, exit_code: int = 1) -> Iterator[None]:
         logger.debug('', exc_info=True)
         message = one_line(error)
         if int(os.environ.get('RANK', 0)) > 0:
-            time.sleep(OTHERS_SPEAK_AFTER)
+            time.sleep(OTHER_RANKS_WAIT)
         stop = SystemExit(f'{program}: {message}')
         code = getattr(error, 'exit_code', exit_code)
-        if code != 1:  # python prints a message itself, but only with code 1
+        # Python prints the message of a SystemExit itself, but then exits with code 1.
+        if code != 1:
             sys.stderr.write(f'{stop}\n')
             stop.code = code
         raise stop from None
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error as one line that names the file, where there is one.
-
-    An error of a loader process carries its traceback in front, and the names of its kinds.
-    """
+    """The message of an error as one line that names the file, if there is one."""
+    # An error of a loader process has its traceback in front, and the names of its kinds.
     text = str(error).strip()
     if ' in DataLoader worker process ' in text:
         text = text[text.rfind('\n') + 1:]
     text = re.sub(r'^([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception): ', '', ' '.join(text.split()))
     if isinstance(error, OSError) and error.strerror and error.filename:
-        # "[Errno 28] No space left on device: 'file'" in words, with what to do
+        # In place of "[Errno 28] No space left on device: 'file'".
         return (f'cannot use {os.fsdecode(error.filename)!r} ({error.strerror}): check the path, its '
                 'permissions and the free space')
     return text or type(error).__name__
