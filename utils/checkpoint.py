@@ -1,7 +1,6 @@
 """Checkpoints of a training: written atomically, kept in pairs, looked through for the newest usable one.
 
-How a file of tensors is written and read is in `utils.tensor_files`, what holds for files of any kind in
-`utils.files`.
+`utils.tensor_files` writes and reads single files of tensors, `utils.files` files of any kind.
 """
 import fnmatch
 import logging
@@ -31,33 +30,42 @@ __all__ = ['Newest', 'UnusableFile', 'atomic_path', 'first_not_finite', 'load_fi
 logger = logging.getLogger(__name__)
 MASKS = ('attn_bias_for_masking', 'mask')  # last part of the names of buffers that hold -inf
 PREFIXES = ('module.', '_orig_mod.', 'model.')  # of DistributedDataParallel, torch.compile and Lightning
-COUNTER = 'n_averaged'  # what torch's AveragedModel keeps beside the weights, whose keys begin with `module.`
+COUNTER = 'n_averaged'  # a key of torch's AveragedModel beside its weights, whose keys begin with `module.`
 
 
 # ---------------------------------------------------------------------------------------------- writing
 def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str,
                     is_best: bool = False) -> None:
-    """Write `<prefix>-last.pth`, also as `-best` if `is_best`; the file it replaces stays as `-prev`.
+    """Write `<prefix>-last.pth`, also as `-best` if `is_best`; the file that it replaces stays as `-prev`.
 
     `-best` appears first: a kill in between leaves an older `-last`, whose continuation writes both again.
 
+    Args:
+        state: what the file holds.
+        folder: where the files lie.
+        prefix: begins the names of the files.
+        is_best: whether this is the best checkpoint so far.
     Raises:
         OSError: the disk is full or not writable; every older file is intact.
         ValueError: a tensor of the state holds nan or an infinite number; nothing is written.
     """
+    # A checkpoint of nan would replace a good one, and no start could continue from it.
     name = first_not_finite(state.get('trainer', {}), 'trainer')
     if name is not None:
         raise ValueError(f'{name} holds nan or infinite numbers: the checkpoint is not saved, so that those '
                          'before it stay; lower the learning rate and run the same command again to go on '
                          'from the last one')
     folder = Path(folder)
-    last, previous, best = (folder / f'{prefix}-{name}.pth' for name in ('last', 'prev', 'best'))
+    last = folder / f'{prefix}-last.pth'
+    previous = folder / f'{prefix}-prev.pth'
+    best = folder / f'{prefix}-best.pth'
     try:
         with atomic_path(last) as temporary:
             write_signed(state, temporary)
             if is_best:
                 link_or_copy(temporary, best)
-            if last.exists():  # both names exist until the new file takes `last`
+            # The older file has both names until the new one takes `last` at the end of this block.
+            if last.exists():
                 link_or_copy(last, previous)
         sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
@@ -73,7 +81,11 @@ def remove_leftovers(folder: str | os.PathLike, prefix: str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file that is in the way to `<name>.damaged`, with a number where that is taken."""
+    """Rename a file that is in the way to `<name>.damaged`, or with a number if that name is taken.
+
+    Returns:
+        The new path.
+    """
     target = path.with_name(f'{path.name}.damaged')
     number = 1
     while os.path.lexists(target):
@@ -87,13 +99,12 @@ def set_aside(path: Path) -> Path:
 def first_not_finite(tree: Any, name: str = '') -> str | None:
     """Dotted name of the first tensor in nested dicts and lists that holds nan or an infinite number.
 
-    Plain numbers count as well, but for the scores of a validation, which may be nan. Waits for a device
-    once.
+    Plain numbers count as well. Waits for each device once.
 
     Args:
         name: of the tree itself.
     """
-    found: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}  # with their names, by device
+    found: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}  # (dotted name, tensor) by device
     for place, value in _leaves(tree, name):
         if isinstance(value, float) and not math.isfinite(value):
             return place
@@ -101,16 +112,17 @@ def first_not_finite(tree: Any, name: str = '') -> str | None:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() and not is_mask:
             found.setdefault(value.device, []).append((place, value))
     for tensors in found.values():
-        # the smallest and the largest number take in every nan, and need no memory
+        # The extremes of a tensor are finite only where all of it is, and need no memory.
         extremes = torch.stack([torch.stack(value.aminmax()).float() for _, value in tensors])
-        for (place, _), is_finite in zip(tensors, extremes.isfinite().all(1).tolist(), strict=True):
+        is_finite_list = extremes.isfinite().all(1).tolist()
+        for (place, _), is_finite in zip(tensors, is_finite_list, strict=True):
             if not is_finite:
                 return place
     return None
 
 
 def _leaves(tree: Any, name: str) -> Iterable[tuple[str, Any]]:
-    """Everything in nested dicts and lists that is neither, with its dotted name."""
+    """(dotted name, value) of everything in nested dicts and lists that is neither of them."""
     if isinstance(tree, dict):
         items: Iterable[tuple[Any, Any]] = tree.items()
     elif isinstance(tree, list | tuple):
@@ -139,7 +151,7 @@ def newest_checkpoint(folder: str | os.PathLike, pattern: str, without: Collecti
         without: files that are left out, as if they were not there.
     Raises:
         ValueError: there are checkpoints, and none can be used: starting anew would hide the loss. Or the
-            file system refuses to read one, which says nothing of what it holds.
+            file system refuses to read a file, which says nothing about its content.
     """
     try:
         paths = list(Path(folder).iterdir())
@@ -149,7 +161,8 @@ def newest_checkpoint(folder: str | os.PathLike, pattern: str, without: Collecti
         raise ValueError(f'cannot look for checkpoints in {str(folder)!r} ({error.strerror or error}): check '
                          'the disk, the network and the permissions, and run the same command '
                          'again') from None
-    found = [path for path in paths if fnmatch.fnmatch(path.name, pattern) and path not in set(without)]
+    left_out = set(without)
+    found = [path for path in paths if fnmatch.fnmatch(path.name, pattern) and path not in left_out]
     files = sorted(found, reverse=True, key=_age)
     unusable: list[Path] = []
     for path in files:
@@ -170,7 +183,10 @@ def newest_checkpoint(folder: str | os.PathLike, pattern: str, without: Collecti
 
 
 def _age(path: Path) -> tuple[bool, bool, int]:
-    """What the newest checkpoint has most of: its name where it tells, as a copied folder has other times."""
+    """A key by which the newest checkpoint is the last one.
+
+    Names come before times, since the files of a copied folder have other times.
+    """
     try:
         changed = path.lstat().st_mtime_ns
     except OSError:
@@ -180,7 +196,7 @@ def _age(path: Path) -> tuple[bool, bool, int]:
 
 # ---------------------------------------------------------------------------------------------- weights
 def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """Weights whose keys lose the prefixes that all of them have, such as `module.` or `_orig_mod.`."""
+    """Weights whose keys lose the prefixes that all of them share, such as `module.` or `_orig_mod.`."""
     while state and all(isinstance(key, str) for key in state):
         weights = {key: value for key, value in state.items() if key != COUNTER}
         if COUNTER in state and weights and all(key.startswith('module.') for key in weights):
@@ -189,7 +205,7 @@ def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
         if prefix is None:
             if not any('_orig_mod.' in key for key in state):
                 return state
-            # torch.compile of a part puts its prefix into the middle of the keys
+            # Where a part of a model was compiled, the prefix is in the middle of its keys.
             inner = {re.sub(r'(^|\.)_orig_mod\.', r'\1', key): value for key, value in state.items()}
             return inner if len(inner) == len(state) else state
         state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -197,35 +213,44 @@ def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True) -> dict[str, torch.Tensor]:
-    """The flat weights of a generator: of our checkpoints, of upstream's, or of a released file.
+    """The flat weights of a generator: from a checkpoint of ours or upstream's, or from a released file.
 
     Args:
-        prefer_ema: take averaged weights where there are any.
+        prefer_ema: whether to take averaged weights where the file has them.
     """
     trainer = checkpoint.get('trainer', {})
-    averaged = ((trainer, 'var_ema'), (checkpoint, 'model_ema'), (checkpoint, 'ema')) if prefer_ema else ()
-    plain = (trainer, 'var_wo_ddp'), *((checkpoint, key) for key in ('model', 'module', 'state_dict'))
-    found = next((holder[key] for holder, key in (*averaged, *plain)
-                  if isinstance(holder.get(key), dict) and holder[key]), checkpoint)
-    return without_prefix(found)
-
-
-def tokenizer_weights(checkpoint: dict[str, Any], prefer_ema: bool = True,
-                      ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tokenizer of a checkpoint of ours (its own or a generator's), of upstream's, or of a released file.
-
-    Args:
-        prefer_ema: take averaged weights where there are any.
-    Returns:
-        (flat weights, what they do not tell of the architecture; empty in files of others).
-    """
-    trainer = checkpoint.get('trainer', {})
-    of_trainer = trainer.get('config') if 'vae_wo_ddp' in trainer else trainer.get('vae_config')
-    keys = ('vae_wo_ddp', 'vae_local', 'model', 'module', 'state_dict')
+    places = [(trainer, 'var_wo_ddp'), (checkpoint, 'model'), (checkpoint, 'module'),
+              (checkpoint, 'state_dict')]
     if prefer_ema:
-        keys = ('vae_ema', 'ema', *keys)
-    for holder, config in ((trainer, of_trainer), (checkpoint, checkpoint.get('config'))):
+        places = [(trainer, 'var_ema'), (checkpoint, 'model_ema'), (checkpoint, 'ema'), *places]
+    for holder, key in places:
+        if _holds_weights(holder, key):
+            return without_prefix(holder[key])
+    return without_prefix(checkpoint)
+
+
+def _holds_weights(holder: dict[str, Any], key: str) -> bool:
+    return isinstance(holder.get(key), dict) and bool(holder[key])
+
+
+def tokenizer_weights(
+    checkpoint: dict[str, Any],
+    prefer_ema: bool = True,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tokenizer of a checkpoint of ours (its own or a generator's) or upstream's, or of a released file.
+
+    Args:
+        prefer_ema: whether to take averaged weights where the file has them.
+    Returns:
+        The flat weights, and settings of the architecture that weights do not show; {} in files of others.
+    """
+    trainer = checkpoint.get('trainer', {})
+    trainer_config = trainer.get('config') if 'vae_wo_ddp' in trainer else trainer.get('vae_config')
+    keys = ['vae_wo_ddp', 'vae_local', 'model', 'module', 'state_dict']
+    if prefer_ema:
+        keys = ['vae_ema', 'ema', *keys]
+    for holder, config in ((trainer, trainer_config), (checkpoint, checkpoint.get('config'))):
         for key in keys:
-            if isinstance(holder.get(key), dict) and holder[key]:
+            if _holds_weights(holder, key):
                 return without_prefix(holder[key]), config if isinstance(config, dict) else {}
     return without_prefix(checkpoint), {}
