@@ -1,1 +1,1 @@
-"""What `train.py` needs beside the loop: how a run is continued, and what its logs hold."""
+"""What `train.py` needs beside its loop: data, models from recipes, logs, restarts, faults, distances."""

@@ -1,4 +1,4 @@
-"""From a recipe to what it describes: a model with its tokenizer, losses, optimizers, and the trainer."""
+"""Builds what a recipe describes: a model with its tokenizer, losses, optimizers, and the trainer."""
 import logging
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,14 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
     """The model of a recipe with its frozen tokenizer, freshly initialised or from `--init_from`.
 
     Args:
+        num_classes: of the data set.
+        total_steps: optimizer steps of the training.
+        steps_per_epoch: optimizer steps of an epoch.
         device: 'meta' builds without memory, for counting; the tokenizer's file is then not needed.
-        classes: names of the classes, which the rows of `--init_from` follow; None takes these as they are.
+        classes: names of the classes of the data set, by which the rows of the class embedding of
+            `--init_from` are matched; None takes the rows as they are.
+    Raises:
+        ValueError: a file cannot be used, or does not fit the recipe.
     """
     model_class, tokenizer_class = FAMILIES[recipe.model]
     kwargs = model_arguments(recipe, total_steps, steps_per_epoch)
@@ -47,7 +53,7 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
         args.append(load_tokenizer(recipe, tokenizer_class, device))
         kwargs['num_classes'] = num_classes
 
-    # Weights to begin with, and what they say of a tokenizer beside its flags.
+    # Weights to begin with; for a tokenizer also its settings, which flags may override.
     state = None
     if recipe.init_from and not on_meta:
         path = str(fetch(recipe.init_from))
@@ -65,11 +71,11 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
     if state is None:
         return model
 
-    # The rows of the class embedding follow the names of the classes.
-    theirs = checkpoint.get('classes')
-    if is_generator and theirs and classes and list(theirs) != classes:
+    # The same class may have another number here, so rows of the class embedding are matched by name.
+    saved_classes = checkpoint.get('classes')
+    if is_generator and saved_classes and classes and list(saved_classes) != classes:
         fresh = model.state_dict()[model.class_table]
-        state = rows_by_class(state, model.class_table, list(theirs), classes, fresh, path)
+        state = rows_by_class(state, model.class_table, list(saved_classes), classes, fresh, path)
     model.warm_start(state, path)
     if recipe.train_only:
         model.freeze_codes()
@@ -77,16 +83,18 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
 
 
 def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | str) -> Tokenizer:
-    """The frozen tokenizer of `--vae_ckpt`; on 'meta' the published sizes where the file is absent.
+    """The frozen tokenizer of `--vae_ckpt`; on 'meta' one of the published sizes if the file is missing.
 
     Raises:
-        ValueError: no such file, no tokenizer in it, one of another stride, or not the same on all ranks.
+        ValueError: the file is missing or holds no such tokenizer, the tokenizer has another stride, or ranks
+            have different files.
     """
     if torch.device(device).type == 'meta' and not Path(recipe.vae_ckpt).is_file():
         with torch.device('meta'):
             return cls(**recipe.tokenizer_kwargs())
 
-    def load(is_first: bool) -> Tokenizer:  # one process per node downloads, the others then find the file
+    # One process of a node downloads, the other ones then find the file.
+    def load(is_first: bool) -> Tokenizer:
         path = fetch(recipe.vae_ckpt)
         state, config = tokenizer_weights(load_file(path))
         return build_tokenizer(cls, state, str(path), device, **config | recipe.tokenizer_kwargs())
@@ -94,6 +102,7 @@ def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | 
     if torch.device(device).type == 'meta':
         tokenizer = load(True)
     else:
+        # A rank with another tokenizer would train on other codes, and nobody would see it in the loss.
         tokenizer = dist.first_of_node_first(load)
         dist.require_equal(weights_checksum(tokenizer), f'the tokenizer {recipe.vae_ckpt!r}',
                            'copy the same file to every node')
@@ -105,33 +114,43 @@ def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | 
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Number of all parameters of a model, trained or not."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------- trainers
 def build_optimizer(recipe: Recipe, model: nn.Module, no_decay: set[str]) -> AmpOptimizer:
-    """AdamW with precision, clipping and accumulation of the recipe.
+    """AdamW with the precision, clipping and accumulation of the recipe.
 
     Args:
-        no_decay: parameters whose name holds any of these strings get no weight decay.
+        no_decay: parameters whose name contains one of these strings get no weight decay.
     """
     names, params, groups = filter_params(model, no_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.beta1, recipe.beta2),
-                                  weight_decay=0., fused=recipe.fused)
+
+    # Rate and decay of the groups are set before every step, so these here are never used.
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=recipe.base_lr,
+        betas=(recipe.beta1, recipe.beta2),
+        weight_decay=0.,
+        fused=recipe.fused,
+    )
     return AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip, recipe.accumulate)
 
 
 def build_criterion(recipe: TokenizerRecipe, total_steps: int, device: torch.device) -> TokenizerLoss:
-    """The losses of a tokenizer, with their files read.
+    """The losses of a tokenizer with the weights of their networks.
 
     Raises:
-        ValueError: a file is missing, or is another one than it should be.
+        ValueError: a file is missing, or is another file than it should be.
     """
-    files = recipe.lpips_vgg, recipe.lpips_lin, recipe.lpips_path, recipe.allow_download
-    if recipe.lpips == 'vgg' and recipe.allow_download and dist.is_local_master():
-        lpips_state(*files)  # one process per node downloads, the others then find the files
+    # One process of a node downloads, the other ones then find the files.
+    files = (recipe.lpips_vgg, recipe.lpips_lin, recipe.lpips_path, recipe.allow_download)
+    uses_lpips = recipe.lpips == 'vgg'
+    if uses_lpips and recipe.allow_download and dist.is_local_master():
+        lpips_state(*files)
     dist.barrier()
-    lpips = lpips_state(*files) if recipe.lpips == 'vgg' else None
+    lpips = lpips_state(*files) if uses_lpips else None
     dino = dino_state(recipe.dino_path) if recipe.disc == 'dino' else None
     gan = recipe.gan_kwargs(total_steps)
     if recipe.disc != 'none' and gan['start'] >= 1 and dist.is_master():
@@ -139,14 +158,27 @@ def build_criterion(recipe: TokenizerRecipe, total_steps: int, device: torch.dev
                        recipe.disc_start, total_steps)
     with torch.device(device):
         return build_loss(
-            l1_weight=recipe.l1_weight, l2_weight=recipe.l2_weight, perceptual=recipe.lpips,
-            perceptual_weight=recipe.lpips_weight, perceptual_min=recipe.lpips_min, lpips_files=lpips,
-            discriminator=recipe.disc, dino_files=dino, image_size=recipe.image_size, width=recipe.disc_width,
-            gan=gan)
+            l1_weight=recipe.l1_weight,
+            l2_weight=recipe.l2_weight,
+            perceptual=recipe.lpips,
+            perceptual_weight=recipe.lpips_weight,
+            perceptual_min=recipe.lpips_min,
+            lpips_files=lpips,
+            discriminator=recipe.disc,
+            dino_files=dino,
+            image_size=recipe.image_size,
+            width=recipe.disc_width,
+            gan=gan,
+        )
 
 
 def build_trainer(recipe: Recipe, model: Trainable, total_steps: int) -> Trainer:
-    """The model with its optimizer, compiled where asked; a tokenizer with its losses and discriminator."""
+    """The model with its optimizer, and a tokenizer also with its losses and discriminator.
+
+    Raises:
+        ValueError: see `build_criterion`.
+    """
+    # Compiled in place, so that the keys of weights stay as they are.
     if recipe.compile_model:
         for part in model.compiled_parts():
             part.compile(mode=COMPILE_MODES[recipe.compile_model])

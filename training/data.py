@@ -1,4 +1,4 @@
-"""What a training reads: images or stored tokens, in which order, in which batches."""
+"""The data of a training: images or a token cache, their order, and their batches."""
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,16 +17,18 @@ from utils.stop import leave_signals_to_parent
 from utils.token_cache import TokenCache, weights_digest
 
 logger = logging.getLogger(__name__)
-CALIBRATION_IMAGES = 10_000  # training images that a tokenizer is calibrated on
+CALIBRATION_IMAGES = 10_000  # at most so many training images calibrate a tokenizer
 
 
 @dataclass
 class Data:
-    """The images of a training, or stored tokens in their place.
+    """The images of a training, or token caches in their place.
 
     Attributes:
+        train: the training set.
+        val: the validation set.
         classes: names of the classes, by label.
-        caches: those of `train` and `val` that are stored tokens, by split.
+        caches: those of the two sets that are token caches, by split.
     """
     train: Dataset
     val: Dataset
@@ -34,7 +36,7 @@ class Data:
     caches: dict[str, TokenCache] = field(default_factory=dict)
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Number and digest of the images of both splits, as a checkpoint keeps them."""
+        """Number and digest of the images of both splits, as checkpoints hold them."""
         return dict(train=describe_data(self.train), val=describe_data(self.val))
 
 
@@ -42,19 +44,23 @@ def build_data(recipe: Recipe) -> Data:
     """Training and validation set of a recipe.
 
     Raises:
-        ValueError: a folder is missing, or caches are of other images.
+        ValueError: a folder is missing, or caches and images belong to different data sets.
     """
     if not recipe.cached_path:
         _, train_set, val_set = build_dataset(recipe.data_path, recipe.image_size, recipe.hflip,
                                               recipe.mid_reso, recipe.crop, exif=recipe.exif)
         return Data(train_set, val_set, list(train_set.classes))
+
+    # With a token cache, the training images themselves need not be there.
     train_set = TokenCache(recipe.cached_path, recipe.hflip)
     if recipe.cached_val_path:
         val_set = TokenCache(recipe.cached_val_path, fixed=True)
-    else:  # the training images need not be there
+    else:
         _, val_transform = build_transforms(recipe.image_size, False, recipe.mid_reso, recipe.crop)
         val_set = open_split(recipe.data_path, 'val', val_transform, exif=recipe.exif)
-    numbers = [str(label) for label in range(len(val_set.classes))]  # imported codes know no names
+
+    # Classes must agree in names and order; those of imported codes have numbers in place of names.
+    numbers = [str(label) for label in range(len(val_set.classes))]
     if train_set.classes not in (list(val_set.classes), numbers):
         odd = sorted(set(train_set.classes) ^ set(val_set.classes)) or ['their order']
         raise ValueError(f'{recipe.cached_path} holds {len(train_set.classes)} classes, those of validation '
@@ -68,9 +74,10 @@ def build_data(recipe: Recipe) -> Data:
 
 
 def check_caches(caches: dict[str, TokenCache], recipe: Recipe, model: Trainable) -> None:
-    """Make sure that stored tokens are those of the model's tokenizer; see `TokenCache.check`.
+    """Make sure that the caches hold tokens of the model's tokenizer; see `TokenCache.check`.
 
-    The tokenizer is hashed and asked once for all of them.
+    Raises:
+        ValueError: a cache was made otherwise.
     """
     if not caches:
         return
@@ -82,39 +89,54 @@ def check_caches(caches: dict[str, TokenCache], recipe: Recipe, model: Trainable
 
 def train_sampler(recipe: Recipe, num_images: int,
                   start: tuple[int, int] = (0, 0)) -> DistInfiniteBatchSampler:
-    """Which images every rank sees at every step, from `start` = (epoch, step) on.
+    """The images that this rank sees at every step, from `start` = (epoch, step) on.
 
     A batch holds the images of all micro-steps of one optimizer step on this rank.
     """
     world_size = dist.get_world_size()
+    epoch, step = start
     return DistInfiniteBatchSampler(
-        world_size, dist.get_rank(), num_images, recipe.micro_batch(world_size) * recipe.accumulate,
-        same_seed_for_all_ranks=recipe.same_seed_for_all_ranks, fill_last=True, start_ep=start[0],
-        start_it=start[1], by_batch=True, with_epoch=True)
+        world_size,
+        dist.get_rank(),
+        num_images,
+        glb_batch_size=recipe.micro_batch(world_size) * recipe.accumulate,
+        same_seed_for_all_ranks=recipe.same_seed_for_all_ranks,
+        fill_last=True,
+        start_ep=epoch,
+        start_it=step,
+        by_batch=True,
+        with_epoch=True,
+    )
 
 
 def loader_options(recipe: Recipe) -> dict[str, Any]:
     """Arguments of every loader of a training."""
-    return dict(num_workers=recipe.num_workers(dist.get_world_size()),
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=leave_signals_to_parent)
+    return dict(
+        num_workers=recipe.num_workers(dist.get_world_size()),
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_parent,
+    )
 
 
 def train_batches(recipe: Recipe, train_set: Dataset, seed: int, start: tuple[int, int],
                   steps_per_epoch: int) -> Iterator:
     """Endless batches (images, labels, damage) from `start` on.
 
-    `damage` has a string per image: empty, or why the file could not be read that the image stands in for.
+    `damage` has a string per image: '', or why a file could not be read, in whose place this image stands.
+
+    Args:
+        start: (epoch, step within it).
     """
     keyed = KeyedAugmentation(train_set, seed, replace_damaged=True)
 
     def make_loader(position: tuple[int, int]) -> DataLoader:
-        return DataLoader(keyed, batch_sampler=train_sampler(recipe, len(train_set), position),
-                          **loader_options(recipe))
+        sampler = train_sampler(recipe, len(train_set), position)
+        return DataLoader(keyed, batch_sampler=sampler, **loader_options(recipe))
 
+    # Of an epoch whose steps are done only the end is left, which needs no batches.
     epoch, step = start
-    if step >= steps_per_epoch:  # only the end of that epoch is left to do
-        start = epoch + 1, 0
+    if step >= steps_per_epoch:
+        start = (epoch + 1, 0)
     return restarting_batches(make_loader, start, steps_per_epoch)
 
 
@@ -124,13 +146,16 @@ def validation_batch(recipe: Recipe) -> int:
 
 
 def validation_loader(recipe: Recipe, val_set: Dataset) -> DataLoader:
-    """This rank's share of the validation images."""
+    """Batches of the validation images of this rank."""
     sampler = EvalDistributedSampler(val_set, dist.get_world_size(), dist.get_rank())
     return DataLoader(val_set, validation_batch(recipe), sampler=sampler, **loader_options(recipe))
 
 
 def calibration_images(recipe: Recipe, train_set: Dataset, seed: int) -> Iterator[torch.Tensor]:
-    """This rank's share of up to `CALIBRATION_IMAGES` training images in batches, the same at every call."""
+    """Batches of training images of this rank, in [-1, 1] on its device; the same ones at every call.
+
+    All ranks together have up to `CALIBRATION_IMAGES`, spread over the data set and augmented as in epoch 0.
+    """
     count = min(len(train_set), CALIBRATION_IMAGES)
     chosen = [(0, i * len(train_set) // count) for i in range(count)]
     subset = Subset(KeyedAugmentation(train_set, seed, replace_damaged=True), chosen)
