@@ -1,10 +1,10 @@
-"""What may go wrong in a training without ending it, up to a limit: steps that are not finite, bad images.
+"""Faults that a training survives up to a limit: steps that are not finite, images that cannot be read.
 
-Every rank counts the same: a step is left out on all ranks or on none, and unreadable images are told to all.
+Every rank has the same counts: a step is left out on all ranks or on none, and ranks tell each other which
+images they could not read.
 """
 import logging
 from pathlib import Path
-from typing import Any
 
 import dist
 from trainer import StepInfo
@@ -24,7 +24,7 @@ class NotFinite(ValueError):
     """Too many steps in a row had a loss or gradient that is nan or infinite.
 
     Attributes:
-        at_once: whether not one step since the start was finite: then the checkpoint itself may be at fault.
+        at_once: whether no step since the start was finite; then the checkpoint itself may be at fault.
     """
 
     def __init__(self, message: str, at_once: bool):
@@ -36,9 +36,9 @@ class SkippedSteps:
     """Counts steps whose loss or gradient was not finite, names their images, and knows when to give up.
 
     Args:
-        folder: of not_finite.jsonl.
-        state: where `skipped_steps` counts them, those of earlier starts included.
-        limit: so many in a row end the run; 0 is no limit.
+        folder: where not_finite.jsonl is written.
+        state: its `skipped_steps` counts these steps, those of earlier starts included.
+        limit: the run ends after this many in a row; 0 means no limit.
         precision: of the recipe, for the advice.
         is_resumed: whether this start continues a checkpoint.
     """
@@ -53,7 +53,7 @@ class SkippedSteps:
         self.steps_since_start = 0
 
     def count(self, info: StepInfo) -> None:
-        """Take in the outcome of a step."""
+        """Count a step, by its outcome."""
         self.steps_since_start += 1
         if info.is_finite:
             self.in_a_row = 0
@@ -62,25 +62,31 @@ class SkippedSteps:
             self.state.skipped_steps += 1
 
     def report(self, epoch: int, step: int, info: StepInfo, images: list[str]) -> None:
-        """Name the images of a step that was left out; every rank calls it.
+        """Log the images of a step that was left out; every rank calls it.
 
         Args:
+            epoch: the current one, from 0 on.
             step: since the beginning of the training.
-            images: names of those that this rank has seen.
+            info: outcome of the step.
+            images: names of the images of this rank.
         Raises:
-            NotFinite: there are too many such steps in a row.
+            NotFinite: there were too many such steps in a row.
         """
-        # A loss that is finite on a rank clears its images, unless the losses of all ranks are.
+        # The loss of one rank may show which images are at fault. If all losses are finite, the gradient was
+        # not, and all images are under suspicion.
         parts = dist.allgather_object((bool(info.loss.isfinite()), images))
-        suspects = [name for is_finite, names in parts if not is_finite for name in names]
-        if not suspects:
-            suspects = [name for _, names in parts for name in names]
+        suspects = []
+        all_images = []
+        for is_finite, names in parts:
+            all_images += names
+            if not is_finite:
+                suspects += names
+        suspects = suspects or all_images
         if dist.is_master():
             append_json_line(self.folder / 'not_finite.jsonl', dict(step=step, epoch=epoch, images=suspects))
             logger.warning('step %d is left out, its loss or gradient is not finite (%d so far); %d images, '
-                           'first %s; all are in not_finite.jsonl', step, self.state.skipped_steps,
-                           len(suspects),
-                           suspects[0])
+                           'first %s; all are in not_finite.jsonl',
+                           step, self.state.skipped_steps, len(suspects), suspects[0])
         if self.limit and self.in_a_row >= self.limit:
             self.give_up(step)
 
@@ -100,8 +106,8 @@ class BadImages:
     """Lists training images that could not be read and were replaced by others.
 
     Args:
-        known: why each of those could not be read that earlier starts have met.
-        limit: more of them end the run.
+        known: why each image could not be read that earlier starts have replaced; it grows.
+        limit: the run ends when there are more than these.
     """
 
     def __init__(self, known: list[str], limit: int):
@@ -109,22 +115,23 @@ class BadImages:
         self.limit = limit
 
     def add(self, damage_B: list[str]) -> None:
-        """Take in what this rank has met at a step; every rank calls it, and all know the same afterwards.
+        """Add the images of a step that could not be read; every rank calls it, and all lists are the same.
 
         Args:
-            damage_B: for every image of the batch why it could not be read, or an empty string.
+            damage_B: for every image of this rank's batch why it could not be read, or ''.
         Raises:
-            ValueError: there are more than the limit.
+            ValueError: there are more of them than the limit.
         """
         known = set(self.reasons)
         parts: list[list[str]] = dist.allgather_object([reason for reason in damage_B if reason])
-        met: dict[str, Any] = dict.fromkeys(reason for part in parts for reason in part)
-        for reason in met:
-            if reason in known:
-                continue
-            self.reasons.append(reason)
-            if dist.is_master():
-                logger.warning('an image is replaced by another one: %s', reason)
+        for part in parts:
+            for reason in part:
+                if reason in known:
+                    continue
+                known.add(reason)
+                self.reasons.append(reason)
+                if dist.is_master():
+                    logger.warning('an image is replaced by another one: %s', reason)
         if len(self.reasons) > self.limit:
             raise ValueError(f'{len(self.reasons)} training images cannot be read, --max_bad_images='
                              f'{self.limit} allows fewer; the last one: {self.reasons[-1]}')

@@ -1,7 +1,7 @@
 """Frechet distance of a small sample while a generator trains: `train.py --fid_images=5000`.
 
-Always named by its number of images, `fid_5k`: it compares with other points of the same curve, never with
-the published FID of 50,000 images.
+The score is always named by its number of images, `fid_5k`: it can be compared with other points of the same
+curve, and never with the published FID of 50,000 images.
 """
 import logging
 import math
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingFID:
-    """Draws the same noise and classes at every call, shared among the ranks, and scores what comes out.
+    """Samples images of the same noise and classes at every call, and scores them.
 
     Args:
         network: see `evaluation.features`.
-        settings: of the samples; `seed`, `num_images` and what `sample_kwargs` gives.
-        reference: mean and covariance of pool features.
+        settings: of the samples: `seed`, `num_images`, `batch_size` and what `sample_kwargs` returns.
+        reference: (mean, covariance) of pool features.
     """
 
     def __init__(self, network: Any, settings: SampleRecipe, reference: tuple[torch.Tensor, torch.Tensor]):
@@ -43,26 +43,35 @@ class TrainingFID:
 
     def __call__(self, model: ARModel, autocast: AbstractContextManager,
                  stop_request: Any = False) -> float:
-        """The distance, equal on all ranks, which all call it; nan where an image is not finite.
+        """The distance; every rank calls it, and all get the same number; nan if an image is not finite.
 
         Args:
-            stop_request: becomes true when a rank must end soon; all then give nan after their current batch.
+            model: the generator.
+            autocast: the precision to sample in.
+            stop_request: becomes true when this rank must end soon; all ranks then return nan, this one after
+                its current batch.
         """
         count = self.settings.num_images
         size = self.settings.batch_size
         features = FeatureSet(self.network, count, model.device)
         is_finite = True
+
+        # Ranks take batches in turn. Noise and class of an image follow from its index alone, so that all
+        # points of the curve compare the same samples.
         for first in range(dist.get_rank() * size, count, dist.get_world_size() * size):
             index_B = range(first, min(first + size, count))
+            labels = [i % model.num_classes for i in index_B]
+            noise = ImageNoise(self.settings.seed, index_B)
             with torch.no_grad(), autocast:
-                images_B3HW = model.sample([i % model.num_classes for i in index_B],
-                                           rng=ImageNoise(self.settings.seed, index_B),
-                                           **self.settings.sample_kwargs())
+                images_B3HW = model.sample(labels, rng=noise, **self.settings.sample_kwargs())
             is_finite = is_finite and bool(images_B3HW.isfinite().all())
-            features.add(to_uint8(images_B3HW.float().nan_to_num() * 2 - 1), first)
+            images_B3HW = images_B3HW.float().nan_to_num() * 2 - 1
+            features.add(to_uint8(images_B3HW), first)
             if stop_request:
                 is_finite = False
                 break
+
+        # Also after a stop, since the other ranks wait in these calls.
         features.reduce()
         if not all(dist.allgather_object(is_finite)):
             return math.nan
@@ -70,9 +79,12 @@ class TrainingFID:
 
 
 def build_training_fid(recipe: Recipe, model: Trainable, val_loader: DataLoader) -> TrainingFID | None:
-    """What the recipe asks for; None where it asks for nothing or weights are missing. Every rank calls it.
+    """The distance that the recipe asks for; every rank calls it.
 
+    Returns:
+        None if the recipe asks for none, or if the default weights of the feature network are missing.
     Raises:
+        MissingWeights: the recipe names a file of weights that is missing.
         ValueError: the flags of the samples or the reference are wrong.
     """
     if not recipe.fid_images:
@@ -82,18 +94,29 @@ def build_training_fid(recipe: Recipe, model: Trainable, val_loader: DataLoader)
                          'pass --fid_ref=FILE.npz')
     dist.require_equal(bool(recipe.fid_ref), 'whether --fid_ref is given',
                        'pass it on every node, or on none')
+
+    # Of the flags of sample.py, those that the training decides or that change no image have no use here.
     cls = SAMPLE_RECIPES[recipe.model]
     flags = parse_flags(cls, '--fid_flags', recipe.fid_flags)
-    of_the_family = {f.name for f in fields(cls)} - {f.name for f in fields(SampleRecipe)}
-    useless = sorted(flags.keys() - of_the_family - {'cfg', 'seed', 'batch_size'})
+    common = {field.name for field in fields(SampleRecipe)}
+    family_fields = {field.name for field in fields(cls)} - common
+    useless = sorted(flags.keys() - family_fields - {'cfg', 'seed', 'batch_size'})
     if useless:
         raise ValueError(f'--fid_flags takes cfg, seed, batch_size and what is special to {recipe.model}, '
                          f'got {", ".join(useless)}: leave it out')
     settings = cls(**flags, model=recipe.model, ckpt='in training', num_images=recipe.fid_images)
-    with torch.no_grad():  # fail before the first epoch where the model refuses these settings
-        size = model.sample([0], rng=ImageNoise(0, [0]), **settings.sample_kwargs()).shape[2:]
-    feature_settings = FeatureSettings(features=recipe.fid_features, offline=True,
-                                       inception_weights=recipe.inception_weights)
+
+    # One image shows before the first epoch whether the model refuses these settings, and its size.
+    with torch.no_grad():
+        image_13HW = model.sample([0], rng=ImageNoise(0, [0]), **settings.sample_kwargs())
+    size = image_13HW.shape[2:]
+
+    # A training on many nodes must not begin by a download, so missing weights only turn the distance off.
+    feature_settings = FeatureSettings(
+        features=recipe.fid_features,
+        offline=True,
+        inception_weights=recipe.inception_weights,
+    )
     try:
         network = load_network(feature_settings)
     except MissingWeights as error:
@@ -102,12 +125,16 @@ def build_training_fid(recipe: Recipe, model: Trainable, val_loader: DataLoader)
         if dist.is_master():
             logger.warning('--fid_images is off: %s', error)
         return None
+
+    # The reference is a file, or else the validation images.
     if recipe.fid_ref:
-        return TrainingFID(network, settings, read_statistics(recipe.fid_ref, network.num_features))
+        reference = read_statistics(recipe.fid_ref, network.num_features)
+        return TrainingFID(network, settings, reference)
     features = FeatureSet(network, len(val_loader.dataset), model.device)
     seen = 0
     for images_B3HW, _ in without_child_signal(val_loader):
-        if images_B3HW.shape[2:] != size:  # a generator may train on larger images than it draws
+        # A generator may train on larger images than it samples.
+        if images_B3HW.shape[2:] != size:
             images_B3HW = F.interpolate(images_B3HW, size=size, mode='area')
         features.add(to_uint8(images_B3HW), seen)
         seen += len(images_B3HW)
