@@ -1,8 +1,8 @@
 """How a run is continued: which checkpoint, the same one on every rank, and whether it belongs to this run.
 
 Global rank 0 chooses; the other ranks read the same file from their own view of the output folder. A rank
-that sees another file, or none, ends the run: it would train another model, and averaged gradients of two
-models are a loss curve that looks all right.
+that sees another file, or none, ends the run: it would train another model, and the averaged gradients of two
+models give a loss curve that looks all right.
 """
 import logging
 import time
@@ -37,7 +37,7 @@ WAIT_SECONDS = 30  # for a shared file system to show a file that another node h
 
 @dataclass
 class RunState:
-    """What a checkpoint keeps under `run`: where the run stands beside weights and optimizer."""
+    """The entry `run` of a checkpoint: where the run stands, beside weights and optimizer."""
     seed: int
     steps_per_epoch: int
     best: float = NO_SCORE                 # lowest validation score so far
@@ -49,15 +49,17 @@ class RunState:
 
     def take_over(self, path: Path, checkpoint: dict[str, Any], described: dict[str, Any],
                   steps: int) -> tuple[int, int]:
-        """Continue the state of a checkpoint; data that changed within an epoch are named in the log.
+        """Continue the state of a checkpoint; data that have changed are named in the log.
 
         Args:
+            path: the checkpoint, for messages.
+            checkpoint: its content.
             described: number and digest of the images of this run.
             steps: `--steps` of this run.
         Returns:
             (epoch, step within it) at which the run goes on.
         Raises:
-            ValueError: another batch size, within an epoch.
+            ValueError: the checkpoint lies within an epoch, and this run has another batch size.
         """
         here = self.steps_per_epoch
         epoch, step = position_of(checkpoint)
@@ -65,15 +67,22 @@ class RunState:
         for name, value in saved.items():
             setattr(self, name, value)
         then = self.steps_per_epoch
-        if 'epochs_ended' not in saved:  # a checkpoint of an earlier version, or a published one
+
+        # Checkpoints of earlier versions and published ones do not say how many epochs have ended.
+        if 'epochs_ended' not in saved:
             self.epochs_ended = epoch
             if step and steps and epoch * then + step >= steps:
                 self.epochs_ended += 1
         changes = data_changes(checkpoint.get('data'), described)
         if changes:
-            logger.warning('the data set is not that of the checkpoint: %s%s', '; '.join(changes),
-                           '. The rest of this epoch has another order: some images come twice in it, '
-                           'others not at all' if step > 0 else '')
+            consequence = ''
+            if step > 0:
+                consequence = ('. The rest of this epoch has another order: some images come twice in it, '
+                               'others not at all')
+            logger.warning('the data set is not that of the checkpoint: %s%s',
+                           '; '.join(changes), consequence)
+
+        # Steps are counted in batches, so within an epoch a count means nothing for batches of another size.
         if step > 0 and then != here:
             if not changes:
                 raise ValueError(f'{str(path)!r} stopped within an epoch of {then} steps, this run has '
@@ -94,6 +103,8 @@ def choose_checkpoint(folder: Path, pattern: str) -> Newest:
     Args:
         folder: the output folder, as this rank sees it.
         pattern: of the names of checkpoints.
+    Returns:
+        `NONE` if there is no checkpoint.
     Raises:
         ValueError: no file can be read, access to one is refused, or a rank does not see the chosen file.
     """
@@ -111,6 +122,8 @@ def choose_checkpoint(folder: Path, pattern: str) -> Newest:
     told = dist.from_master(choose)
     if told is None:
         return NONE
+
+    # The other ranks look for the file that rank 0 names, and all give up together if one does not find it.
     name, digest, position = told
     failure = None
     if not dist.is_master():
@@ -128,10 +141,10 @@ def position_of(content: dict[str, Any]) -> tuple[int, int]:
 
 
 def newest_finite_checkpoint(folder: Path, pattern: str) -> Newest:
-    """`newest_checkpoint` whose weights and moments are finite.
+    """The newest usable checkpoint whose weights and moments are finite; see `newest_checkpoint`.
 
     Raises:
-        ValueError: there are checkpoints, and none is usable.
+        ValueError: there are checkpoints, and none of them is usable.
     """
     rejected: list[Path] = []
     while True:
@@ -152,10 +165,13 @@ def newest_finite_checkpoint(folder: Path, pattern: str) -> Newest:
 def read_as_told(path: Path, digest: str, position: tuple[int, int]) -> Newest:
     """The file that rank 0 has chosen, as this rank sees it; waits a while for it to appear.
 
-    The first process of a node compares the digest, the others where the checkpoint stands.
+    The first process of a node compares the digest, the other ones only epoch and step of the checkpoint.
 
+    Args:
+        digest: SHA-256 of the file on rank 0.
+        position: (epoch, step within it) of the checkpoint on rank 0.
     Raises:
-        ValueError: it is not there, or it is another one.
+        ValueError: the file is not there, or is another one.
     """
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
@@ -177,9 +193,9 @@ def read_as_told(path: Path, digest: str, position: tuple[int, int]) -> Newest:
 
 
 def go_back_one_checkpoint(path: Path, prefix: str) -> None:
-    """Move a checkpoint away after which not one step was finite, so that the one before it is the newest.
+    """Move away a checkpoint after which no step was finite, so that the one before it is the newest.
 
-    Every rank calls it. Where there is no other one, it stays.
+    The only checkpoint of a folder stays. Every rank calls it.
     """
     dist.barrier()
     if dist.is_master():
@@ -193,10 +209,14 @@ def go_back_one_checkpoint(path: Path, prefix: str) -> None:
 
 # ------------------------------------------------------------------------------ of this run or of another
 def check_model(path: Path, content: dict[str, Any], model: str) -> None:
-    """Make sure that a checkpoint is of this kind of model.
+    """Make sure that a checkpoint holds this kind of model.
 
+    Args:
+        path: the checkpoint, for the message.
+        content: its content.
+        model: the kind that is trained here.
     Raises:
-        ValueError: it is of another one.
+        ValueError: it holds another kind.
     """
     trained = (content.get('args') or {}).get('model', model)
     if trained != model:
@@ -205,24 +225,29 @@ def check_model(path: Path, content: dict[str, Any], model: str) -> None:
 
 
 def check_classes(path: Path, content: dict[str, Any], classes: list[str], data_path: str) -> None:
-    """Make sure that every label still means what it meant.
+    """Make sure that every label still means the class that it meant.
 
+    Args:
+        path: the checkpoint, for the message.
+        content: its content.
+        classes: names of the classes of this run, by label.
+        data_path: of this run, for the message.
     Raises:
         ValueError: a class has another name, or another place in the order.
     """
     saved = content.get('classes')
-    if saved is None or list(saved) == list(classes):  # published checkpoints do not name their classes
+    # Published checkpoints do not name their classes.
+    if saved is None or list(saved) == list(classes):
         return
     trained_on = (content.get('args') or {}).get('data_path', '')
     place = f' (trained on {trained_on!r})' if trained_on not in ('', data_path) else ''
     raise ValueError(f'{str(path)!r}{place} has {first_difference(saved, classes)}: restore the folders of '
                      'the classes to go on, or begin in another --output_dir (there --init_from takes over '
-                     'the '
-                     'weights by the names of the classes)')
+                     'the weights by the names of the classes)')
 
 
 def first_difference(saved: list[str], here: list[str]) -> str:
-    """In words, where two lists of class names part."""
+    """The first class in which two lists of names differ, in words."""
     for number in range(max(len(saved), len(here))):
         there_name = ascii(saved[number]) if number < len(saved) else 'nothing'
         here_name = ascii(here[number]) if number < len(here) else 'nothing'
@@ -233,7 +258,12 @@ def first_difference(saved: list[str], here: list[str]) -> str:
 
 
 def data_changes(saved: dict[str, Any] | None, here: dict[str, Any]) -> list[str]:
-    """What differs between the data of a checkpoint and those of this run, a phrase per split."""
+    """What differs between the data of a checkpoint and those of this run, a phrase per split.
+
+    Args:
+        saved: from the checkpoint, by split; None if it does not describe its data.
+        here: of this run, by split.
+    """
     changes = []
     for split, old in (saved or {}).items():
         new = here.get(split, old)
@@ -249,7 +279,10 @@ def changed_settings(recipe: Any, saved: dict[str, Any], free: tuple[str, ...],
     """Settings that differ from those of the checkpoint, as 'flag old -> new'.
 
     Args:
+        recipe: of this run.
+        saved: settings of the checkpoint, by name.
         free: names of settings that may change between two starts.
+        flag_of: (recipe, name) -> the flag of a setting.
     """
     changed = []
     for name, value in vars(recipe).items():
@@ -262,11 +295,13 @@ def changed_settings(recipe: Any, saved: dict[str, Any], free: tuple[str, ...],
 # ------------------------------------------------------------------------------ weights of another run
 def rows_by_class(state: dict[str, torch.Tensor], key: str, theirs: list[str], ours: list[str],
                   fresh: torch.Tensor, source: str) -> dict[str, torch.Tensor]:
-    """Weights whose class embedding follows the names of the classes.
+    """Weights whose class embedding has the rows of the same classes, by name, in the order of this training.
 
     Args:
-        state: flat weights; `key` names the embedding (classes + 1, width), whose last row is the null class.
-        theirs, ours: names of the classes of the weights, and of this training.
+        state: flat weights.
+        key: name of the embedding in them, (classes + 1, width); its last row is the null class.
+        theirs: names of the classes of the weights, by row.
+        ours: names of the classes of this training, by label.
         fresh: the embedding of this training as initialised, for classes that the weights do not know.
         source: where the weights come from, for the log.
     Raises:
@@ -282,6 +317,8 @@ def rows_by_class(state: dict[str, torch.Tensor], key: str, theirs: list[str], o
         raise ValueError(f'{source} knows none of these {len(ours)} classes (it has '
                          f'{", ".join(map(ascii, theirs[:3]))}, ...; here {", ".join(map(ascii, ours[:3]))}, '
                          '...): name the class folders as there, or train without --init_from')
+
+    # Classes that the weights know take their rows, new classes stay as initialised.
     rows = fresh.detach().to('cpu', table.dtype, copy=True)
     for row, name in enumerate(ours):
         if name in known:
@@ -289,16 +326,24 @@ def rows_by_class(state: dict[str, torch.Tensor], key: str, theirs: list[str], o
     rows[len(ours)] = table[len(theirs)]
     new = [ascii(name) for name in ours if name not in known]
     if dist.is_master():
-        logger.info('%s: the rows of %d of %d classes follow their names; %s', source, len(shared), len(ours),
-                    f'new: {", ".join(new[:10])}' if new else 'none is new')
+        about_new = f'new: {", ".join(new[:10])}' if new else 'none is new'
+        logger.info('%s: the rows of %d of %d classes follow their names; %s',
+                    source, len(shared), len(ours), about_new)
     return state | {key: rows}
 
 
 def repair_best(path: Path, prefix: str, content: dict[str, Any]) -> None:
-    """Make `-best` again where it is missing although this very checkpoint is the best one so far."""
+    """Make `-best` again if it is missing although this very checkpoint is the best one so far.
+
+    Args:
+        path: the checkpoint.
+        prefix: begins the names of the checkpoints.
+        content: of the checkpoint.
+    """
     best = path.with_name(f'{prefix}-best.pth')
     run = content.get('run', {})
-    is_best = run.get('best_epoch', -1) == run.get('epochs_ended', 0) > 0
+    epochs_ended = run.get('epochs_ended', 0)
+    is_best = epochs_ended > 0 and run.get('best_epoch', -1) == epochs_ended
     if is_best and not best.exists() and content['iter'] == 0:
         link_or_copy(path, best)
         logger.info('%r was missing: it is the checkpoint of this start', str(best))
