@@ -16,7 +16,7 @@ from PIL import Image
 from utils.checkpoint import atomic_path
 from utils.images import reason_of
 
-MAX_WAITING = 512  # images in memory that wait for being written: 100 MB at 256 pixels
+MAX_WAITING = 512  # images in memory that wait until they are written: 100 MB at 256 pixels
 
 
 def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads: int) -> Iterator[Any]:
@@ -32,34 +32,39 @@ def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads:
 
 
 class ImageStore:
-    """A folder of images by index, written by threads while the caller draws the next ones.
+    """A folder of images by index, written by threads while the caller samples the next ones.
 
     Use it as a context manager: on leaving, everything is written or the first error is raised.
 
     Args:
-        num_threads: that write and read.
+        folder: where the images are.
+        num_threads: number of threads that write and read.
     """
 
     def __init__(self, folder: str | Path, num_threads: int = 4):
         self.folder = Path(folder)
         self.num_threads = num_threads
         self.threads = ThreadPoolExecutor(num_threads)
-        self.pending: deque[tuple[Future, int]] = deque()  # with their numbers of images
+        self.pending: deque[tuple[Future, int]] = deque()  # (files being written, their numbers of images)
 
     def stored(self, count: int) -> np.ndarray:
         """(count,) bool, whether each image is there."""
         raise NotImplementedError
 
     def put(self, index: np.ndarray, images: np.ndarray) -> None:
-        """Write images (n, H, W, 3) of ascending indices, later; waits while too much is waiting."""
+        """Write images (n, H, W, 3) of ascending indices, later; blocks while too many images are waiting."""
         raise NotImplementedError
 
     def get(self, i: int) -> np.ndarray:
-        """Image i."""
+        """Image i, uint8 (H, W, 3).
+
+        Raises:
+            ValueError: its file cannot be read.
+        """
         raise NotImplementedError
 
     def discard(self) -> None:
-        """Remove what packing has made superfluous."""
+        """Remove the files that are of no use once all images are packed."""
 
     def read(self, order: Iterable[int]) -> Iterator[np.ndarray]:
         """Images in this order, read ahead."""
@@ -70,6 +75,7 @@ class ImageStore:
         raise NotImplementedError
 
     def _write_or_explain(self, *args: Any) -> None:
+        """Write one file; the error of a full disk says what to do."""
         try:
             self._write(*args)
         except OSError as error:
@@ -77,9 +83,12 @@ class ImageStore:
                           'free some space and run the same command again') from error
 
     def _submit(self, num_images: int, *args: Any) -> None:
-        self.pending.append((self.threads.submit(self._write_or_explain, *args), num_images))
+        """Let a thread write a file of so many images."""
+        future = self.threads.submit(self._write_or_explain, *args)
+        self.pending.append((future, num_images))
         while len(self.pending) > 1 and sum(count for _, count in self.pending) > MAX_WAITING:
-            self.pending.popleft()[0].result()
+            oldest, _ = self.pending.popleft()
+            oldest.result()  # waits, and raises if the file could not be written
 
     def __enter__(self) -> 'ImageStore':
         return self
@@ -87,7 +96,8 @@ class ImageStore:
     def __exit__(self, *error: Any) -> None:
         self.threads.shutdown()
         while self.pending and error[0] is None:
-            self.pending.popleft()[0].result()
+            future, _ = self.pending.popleft()
+            future.result()
 
 
 class PngStore(ImageStore):
@@ -125,7 +135,7 @@ class PngStore(ImageStore):
 class PieceStore(ImageStore):
     """Runs of consecutive images as arrays, named by the first image and the one after the last.
 
-    Needs no encoding and few files; made to be packed and discarded.
+    They need no encoding and are few files, but nobody can look at them: they are packed and removed.
     """
 
     def __init__(self, folder: str | Path, num_threads: int = 4):
@@ -135,15 +145,21 @@ class PieceStore(ImageStore):
     def stored(self, count: int) -> np.ndarray:
         self.pieces.clear()
         for path in self.folder.glob('pixels-*.npy'):
-            if name := re.fullmatch(r'pixels-([0-9]+)-([0-9]+)', path.stem):
-                first, end = map(int, name.groups())
-                self.pieces |= {i: (path, i - first) for i in range(first, end)}
+            name = re.fullmatch(r'pixels-([0-9]+)-([0-9]+)', path.stem)
+            if name is None:
+                continue
+            first = int(name[1])
+            end = int(name[2])
+            for i in range(first, end):
+                self.pieces[i] = (path, i - first)
         return np.array([i in self.pieces for i in range(count)], dtype=bool)
 
     def put(self, index: np.ndarray, images: np.ndarray) -> None:
+        # Within a run of consecutive indices, index minus row is constant.
         for _, run in groupby(enumerate(index), key=lambda item: item[1] - item[0]):
             rows = [row for row, _ in run]
-            self._submit(len(rows), index[rows[0]], images[rows])
+            first = index[rows[0]]
+            self._submit(len(rows), first, images[rows])
 
     def get(self, i: int) -> np.ndarray:
         path, row = self.pieces[i]
@@ -158,8 +174,9 @@ class PieceStore(ImageStore):
             path.unlink()
 
     def _write(self, first: int, images: np.ndarray) -> None:
-        with atomic_path(self.folder / f'pixels-{first:06d}-{first + len(images):06d}.npy') as temporary, \
-                temporary.open('wb') as file:
+        end = first + len(images)
+        path = self.folder / f'pixels-{first:06d}-{end:06d}.npy'
+        with atomic_path(path) as temporary, temporary.open('wb') as file:
             np.save(file, images)
 
 
