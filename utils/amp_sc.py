@@ -9,9 +9,11 @@ MAX_SCALE = 32768.  # as published: a larger float16 loss scale is cut back to t
 
 
 def autocast(device_type: str, precision: int) -> AbstractContextManager:
-    """Inside, products are in float32 (precision 0), float16 (1) or bfloat16 (2)."""
-    dtype = {0: None, 1: torch.float16}.get(precision, torch.bfloat16)
-    return torch.autocast(device_type, dtype=dtype) if dtype else nullcontext()
+    """A context in which products are in float32 (precision 0), float16 (1) or bfloat16 (2)."""
+    if precision == 0:
+        return nullcontext()
+    dtype = torch.float16 if precision == 1 else torch.bfloat16
+    return torch.autocast(device_type, dtype=dtype)
 
 
 class AmpOptimizer:
@@ -19,8 +21,10 @@ class AmpOptimizer:
 
     Args:
         mixed_precision: 0 float32, 1 float16 with loss scaling, 2 bfloat16.
-        names, paras: the trained parameters, for clipping.
-        grad_clip: maximum gradient norm; <= 0 only measures it.
+        optimizer: moves the parameters.
+        names: of the trained parameters.
+        paras: the trained parameters, for clipping.
+        grad_clip: largest norm of the gradient; 0 or less only measures the norm.
         n_gradient_accumulation: micro-steps per step; losses are divided by it.
     Attributes:
         moved: whether the last step moved the parameters; a gradient that is not finite moves nothing.
@@ -42,44 +46,58 @@ class AmpOptimizer:
 
     def backward_clip_step(self, stepping: bool,
                            loss: torch.Tensor) -> tuple[torch.Tensor | None, float | None]:
-        """Backward, and on the last micro-step clip and step.
+        """Backward; on the last micro-step also clip and step.
 
-        A step whose gradient is nan or infinite is left out in every precision, as float16 with loss scaling
-        does. Ranks have exchanged their gradients before, so that all of them leave it out.
-
+        Args:
+            stepping: whether this is the last micro-step.
+            loss: of this micro-step.
         Returns:
-            (gradient norm before clipping, log2 of the loss scale); None where there is none: norm on
-            micro-steps that do not step, scale unless float16.
+            The gradient norm before clipping, None on other micro-steps; and log2 of the loss scale, None
+            unless in float16.
         """
         loss = loss * self.r_accu
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
-        scale = math.log2(max(self.scaler.get_scale(), 1e-30)) if self.scaler else None
+        log2_scale = None
+        if self.scaler:
+            loss = self.scaler.scale(loss)
+            log2_scale = math.log2(max(self.scaler.get_scale(), 1e-30))
+        loss.backward()
         if not stepping:
-            return None, scale
+            return None, log2_scale
+
+        # Gradients are clipped in their own scale, not in that of the loss.
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.paras, self.grad_clip if self.grad_clip > 0 else math.inf)
+        max_norm = self.grad_clip if self.grad_clip > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(self.paras, max_norm)
+
+        # A step whose gradient is nan or infinite is left out in every precision, as loss scaling does it in
+        # float16. Ranks have exchanged their gradients before, so all of them leave it out.
         self.moved = bool(norm.isfinite())
         if self.scaler:
             if self.moved:
                 self.scaler.step(self.optimizer)
-            self.scaler.update(MAX_SCALE if self.scaler.get_scale() > MAX_SCALE else None)
+            is_too_large = self.scaler.get_scale() > MAX_SCALE
+            self.scaler.update(MAX_SCALE if is_too_large else None)
         elif self.moved:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, scale
+        return norm, log2_scale
 
     def forget(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
-        """Zero the moments of some rows, after their values were replaced."""
+        """Set the moments of some rows of a parameter to zero, after these rows were replaced."""
         for value in self.optimizer.state.get(parameter, {}).values():
             if value.shape == parameter.shape:
                 value[rows.to(value.device)] = 0
 
     def state_dict(self) -> dict:
+        """State of the optimizer and, in float16, of the loss scaling."""
         state = dict(optimizer=self.optimizer.state_dict())
-        return state | dict(scaler=self.scaler.state_dict()) if self.scaler else state
+        if self.scaler:
+            state['scaler'] = self.scaler.state_dict()
+        return state
 
     def load_state_dict(self, state: dict) -> None:
+        """Continue from a state; that of a run in another precision may have no loss scaling."""
         self.optimizer.load_state_dict(state['optimizer'])
         if self.scaler and 'scaler' in state:
             self.scaler.load_state_dict(state['scaler'])

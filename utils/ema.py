@@ -9,14 +9,14 @@ from torch import nn
 class WeightEMA:
     """Averages the trained parameters; all other entries of the state dict are copied.
 
-    With a warm-up the decay of update t = 0, 1, ... is min(decay, (h + 1) / (h + 10)), h = t // 2, so that
-    the average is of use from the first steps on.
+    With a warm-up, the decay of update t = 0, 1, ... is min(decay, (h + 1) / (h + 10)) with h = t // 2, so
+    that the average is of use from the first steps on.
 
     Args:
-        model: its parameters give the first value.
-        decay: of the average per optimizer step.
-        copied: names of parameters that are copied, too.
-        warmup: see above.
+        model: its weights are the first value of the average.
+        decay: of the average, per optimizer step.
+        copied: names of parameters that are copied instead of averaged.
+        warmup: whether the decay begins small, see above.
     """
 
     def __init__(self, model: nn.Module, decay: float, copied: set[str] = frozenset(),
@@ -25,15 +25,17 @@ class WeightEMA:
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
-        self.averaged = {name for name, parameter in model.named_parameters()
-                         if parameter.requires_grad} - set(copied)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.averaged = trained - set(copied)
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights; once per optimizer step."""
-        half = self.num_updates // 2
-        decay = min(self.decay, (half + 1) / (half + 10)) if self.warmup else self.decay
+        """Move the average towards the weights of the model; call it once per optimizer step."""
+        decay = self.decay
+        if self.warmup:
+            half = self.num_updates // 2
+            decay = min(decay, (half + 1) / (half + 10))
         self.num_updates += 1
         for name, value in self.model.state_dict().items():
             if name in self.averaged:
@@ -43,7 +45,7 @@ class WeightEMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights."""
+        """A context in which the model has the averaged weights."""
         trained = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.weights)
         try:
@@ -56,6 +58,12 @@ class WeightEMA:
         return dict(self.weights)
 
     def load_state_dict(self, state: dict[str, torch.Tensor], num_updates: int) -> None:
+        """Continue an average.
+
+        Args:
+            state: averaged weights, from `state_dict`.
+            num_updates: number of updates that they are made of, for the warm-up.
+        """
         for name, value in state.items():
             self.weights[name].copy_(value)
         self.num_updates = num_updates

@@ -7,40 +7,54 @@ from torch import nn
 
 
 def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, end: float) -> float:
-    """Share of the peak learning rate at a step.
+    """The learning rate at a step as a fraction of its peak.
 
     Args:
         schedule: cos; lin, lin0 (flat for 15 or 5 %, then linear); lin00 (linear at once); lin<T> (gently
-            falling until share T, then steeper); exp; flat or constant; flat<T> (constant until share T, then
-            as cos); cosine (as cos, but reaching `end` one step after the last); tail<T> (constant, then
-            linear over the last share T of all steps, reaching `end` one step after the last).
-        step, warmup, total: in micro-steps. start, end: ratio at the first and last step.
+            falling until the fraction T of the steps, then steeper); exp; flat or constant; flat<T> (constant
+            until the fraction T, then as cos); cosine (as cos, but reaching `end` one step after the last);
+            tail<T> (constant, then linear over the last fraction T of all steps, reaching `end` one step
+            after the last).
+        step: in micro-steps, as are the next two.
+        warmup: steps in which the rate rises linearly from `start` to its peak.
+        total: all steps, those of the warm-up included.
+        start: fraction at the first step.
+        end: fraction at the last step.
     Raises:
-        NotImplementedError: unknown schedule.
+        NotImplementedError: the schedule is none of these.
     """
     if step < warmup:
         return start + (1 - start) * step / warmup
+
+    # p runs from 0 after the warm-up to 1 at the last step.
     p = (step - warmup) / max(total - (schedule != 'cosine') - warmup, 1)
     rest = 1 - p
     if schedule in ('cos', 'cosine'):
         return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * p))
     if schedule in ('lin', 'lin0'):
         flat = 0.15 if schedule == 'lin' else 0.05
-        return 1. if p < flat else end + (1 - end) * rest / (1 - flat)
+        if p < flat:
+            return 1.
+        return end + (1 - end) * rest / (1 - flat)
     if schedule == 'lin00':
         return end + (1 - end) * rest
     if schedule == 'exp':
         flat = 0.15
-        return 1. if p < flat else math.exp((p - flat) / (1 - flat) * math.log(end))
+        if p < flat:
+            return 1.
+        return math.exp((p - flat) / (1 - flat) * math.log(end))
     if schedule == 'constant':
         return 1.
     if schedule.startswith('tail'):
         tail = float(schedule[4:]) * total
-        return end + (1 - end) * min(1., (total - step) / tail) if tail else 1.
+        if not tail:
+            return 1.
+        return end + (1 - end) * min(1., (total - step) / tail)
     if schedule.startswith('flat'):
         knee = float(schedule[4:] or 1)
-        return 1. if p < knee or knee == 1 else \
-            end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * (p - knee) / (1 - knee)))
+        if p < knee or knee == 1:
+            return 1.
+        return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * (p - knee) / (1 - knee)))
     if schedule.startswith('lin'):
         knee = float(schedule[3:])
         middle = (1 + end + (1 - end) * (1 - knee)) / 2
@@ -54,10 +68,22 @@ def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, en
 def lr_wd_annealing(sche_type: str, optimizer: torch.optim.Optimizer, peak_lr: float, wd: float,
                     wd_end: float, cur_it: int, wp_it: float, max_it: int, wp0: float = 0.005,
                     wpe: float = 0.001) -> tuple[float, float, float, float]:
-    """Set learning rate and weight decay of every group for micro-step `cur_it`.
+    """Set learning rate and weight decay of every group for a micro-step.
 
+    Args:
+        sche_type: schedule of the rate, see `lr_ratio`.
+        optimizer: its groups may have factors `lr_sc` and `wd_sc`.
+        peak_lr: highest learning rate.
+        wd: weight decay at the first step.
+        wd_end: weight decay at the last step; it changes between them like half a cosine.
+        cur_it: the micro-step, from 0 on.
+        wp_it: micro-steps of the warm-up.
+        max_it: micro-steps of the training.
+        wp0: fraction of the peak at the first step.
+        wpe: fraction of the peak at the last step.
     Returns:
-        (lowest lr, highest lr, lowest wd, highest wd); the lowest wd is of decayed groups, -1 without any.
+        (lowest lr, highest lr, lowest wd, highest wd); the lowest wd is that of groups with weight decay, or
+        -1 if there are none.
     """
     lr = peak_lr * lr_ratio(sche_type.strip(), cur_it, round(wp_it), max_it, wp0, wpe)
     decay = wd_end + (wd - wd_end) * (0.5 + 0.5 * math.cos(math.pi * cur_it / max(max_it - 1, 1)))
@@ -66,15 +92,21 @@ def lr_wd_annealing(sche_type: str, optimizer: torch.optim.Optimizer, peak_lr: f
         group['weight_decay'] = decay * group.get('wd_sc', 1)
     lrs = [group['lr'] for group in optimizer.param_groups]
     decays = [group['weight_decay'] for group in optimizer.param_groups]
-    return min(lrs), max(lrs), min((d for d in decays if d > 0), default=-1.), max(decays)
+    lowest_decay = min((decay for decay in decays if decay > 0), default=-1.)
+    return min(lrs), max(lrs), lowest_decay, max(decays)
 
 
 def filter_params(model: nn.Module,
                   nowd_keys: Iterable[str] = ()) -> tuple[list[str], list[nn.Parameter], list[dict]]:
-    """Trainable parameters in two groups, with weight decay and without (vectors, biases, names with a key).
+    """Trainable parameters in two groups: with weight decay, and without it.
 
+    Vectors and biases have no weight decay, nor have parameters that are named in `nowd_keys`.
+
+    Args:
+        nowd_keys: parts of names.
     Returns:
-        (names, parameters, groups); groups, in order of first appearance, hold params, wd_sc (0 or 1), lr_sc.
+        (names, parameters, groups); a group has the entries params, wd_sc (0 or 1) and lr_sc (1). Groups are
+        in the order of their first parameters.
     """
     groups: dict[float, dict] = {}
     names = []
@@ -82,8 +114,10 @@ def filter_params(model: nn.Module,
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        decayed = param.ndim > 1 and not name.endswith('bias') and not any(key in name for key in nowd_keys)
-        group = groups.setdefault(float(decayed), dict(params=[], wd_sc=float(decayed), lr_sc=1.))
+        is_named = any(key in name for key in nowd_keys)
+        has_decay = param.ndim > 1 and not name.endswith('bias') and not is_named
+        factor = 1. if has_decay else 0.
+        group = groups.setdefault(factor, dict(params=[], wd_sc=factor, lr_sc=1.))
         group['params'].append(param)
         names.append(name)
         params.append(param)
