@@ -20,20 +20,33 @@ def versions() -> dict[str, str | None]:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
             return None
-    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__,
-                torchvision=torchvision.__version__, pillow=PIL.__version__) | {
-        package: installed(package) for package in ('scipy', 'scikit-learn', 'torch-fidelity')}
+
+    found = dict(
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        numpy=np.__version__,
+        torchvision=torchvision.__version__,
+        pillow=PIL.__version__,
+    )
+    for package in ('scipy', 'scikit-learn', 'torch-fidelity'):
+        found[package] = installed(package)
+    return found
 
 
 def git_commit() -> str | None:
     """Commit of this checkout, with '+changes' where files differ from it; None outside of git."""
     def git(*args: str) -> str:
-        return subprocess.run(['git', '-C', str(REPO), *args], capture_output=True, text=True,
-                              check=True).stdout.strip()
+        command = ['git', '-C', str(REPO), *args]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
+        # A copy of this project may lie within another repository, whose commit says nothing about it.
         if git('rev-parse', '--show-toplevel') != str(REPO):
-            return None  # the repository around a copy of this project
-        return git('rev-parse', 'HEAD') + ('+changes' if git('status', '--porcelain', '-uno') else '')
+            return None
+        commit = git('rev-parse', 'HEAD')
+        has_changes = bool(git('status', '--porcelain', '-uno'))
+        return f'{commit}+changes' if has_changes else commit
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -50,17 +63,23 @@ DRIVER = Path('/proc/driver/nvidia')
 
 
 def unusable_gpu() -> str:
-    """One line where this machine seems to have an NVIDIA GPU that torch cannot use, else ''.
+    """A line that says so if this machine seems to have an NVIDIA GPU that torch cannot use, else ''.
 
-    Without it a run would go on a hundred times slower on the CPU, and nobody would know why. A GPU that
-    CUDA_VISIBLE_DEVICES hides was hidden on purpose.
+    Without this line a run would go on a hundred times slower on the CPU, and nobody would know why. A GPU
+    that CUDA_VISIBLE_DEVICES hides was hidden on purpose.
     """
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     is_hidden = visible is not None and visible.split(',')[0].strip() in ('', '-1', 'NoDevFiles')
     if is_hidden or torch.cuda.is_available():
         return ''
-    devices = sorted(str(path) for path in DEVICES.glob('nvidia[0-9]*'))
-    signs = [*devices[:1], *(str(path) for path in [DRIVER] if path.exists()), *_which('nvidia-smi')]
+
+    # Any of these shows that there is a GPU; the first one is named.
+    signs = sorted(str(path) for path in DEVICES.glob('nvidia[0-9]*'))
+    if DRIVER.exists():
+        signs.append(str(DRIVER))
+    program = shutil.which('nvidia-smi')
+    if program:
+        signs.append(program)
     if not signs:
         return ''
     if torch.version.cuda is None:
@@ -71,15 +90,11 @@ def unusable_gpu() -> str:
     return f'this machine seems to have an NVIDIA GPU ({signs[0]}), but torch cannot use it; {cause}'
 
 
-def _which(program: str) -> list[str]:
-    path = shutil.which(program)
-    return [path] if path else []
-
-
 def _driver_version() -> str:
-    """What the kernel module says of itself."""
+    """The version of the driver, as its kernel module reports it."""
     try:
-        found = re.search(r'\b\d{3,4}\.\d+(\.\d+)?\b', (DRIVER / 'version').read_text())
+        text = (DRIVER / 'version').read_text()
+        found = re.search(r'\b\d{3,4}\.\d+(\.\d+)?\b', text)
     except (OSError, UnicodeDecodeError):
         found = None
     return f'its driver has version {found[0]}' if found else 'the version of its driver is unknown'

@@ -1,4 +1,4 @@
-"""Ending a training in order: signals are noted, the step is finished, a checkpoint is saved."""
+"""Ending a training in order: a signal is remembered, the step is finished, a checkpoint is saved."""
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -13,13 +13,13 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered, in place of dying from them.
+    """A context in which SIGTERM, SIGUSR1 and SIGINT are remembered, and do not end the process.
 
-    Cluster schedulers send one of them some time before they take a machine away. A second Ctrl-C is not
-    noted but interrupts at once, for whoever does not want to wait for the checkpoint.
+    Cluster schedulers send one of these signals some time before they take a machine away. A second Ctrl-C
+    interrupts at once, for those who do not want to wait for the checkpoint.
 
     Attributes:
-        signal_name: of the signal that came, such as 'SIGTERM'; empty before one came.
+        signal_name: of the last signal, such as 'SIGTERM'; '' before one came.
     """
 
     def __init__(self):
@@ -28,7 +28,7 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python lets the main thread alone handle signals
+            return self  # only the main thread of Python can handle signals
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         return self
