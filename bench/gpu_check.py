@@ -2,28 +2,35 @@
 
     python -m bench.gpu_check --out=bench/results
 
-Reference vectors in float32, VAR-d16 training and sampling at 256 px in bf16 and fp16 with random weights,
-FlowAR-S in TF32 and bf16, what FlowAR saves of sampling time and of memory, the attention kernels that ran,
-images/s, peak memory, and NCCL with one process. To try the script without a GPU: `--device=cpu --depth=1
---batch=2`.
+1. reference vectors in float32, which the GPU must reproduce within stated tolerances;
+2. images/s, peak memory and attention kernels of VAR-d16 at 256 px in bf16 and fp16, and of FlowAR-S in TF32
+   and bf16, both with random weights, and what FlowAR saves of sampling time and of memory;
+3. NCCL with one process.
+
+To try the script without a GPU: `--device=cpu --depth=1 --batch=2`.
+Letters: B batch, K scales, L all tokens, l tokens of one scale, C width, V vocabulary, Z tokenizer channels.
 """
 import argparse
 import copy
 import json
+import math
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import dist
+from bench.common import synchronize
 from bench.published_solver import both_halves
 from configs import PRESETS, FlowARRecipe
-from models import VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
+from models import NPP, VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import filter_top_k_top_p
 from models.noise import ImageNoise
 from tests import flexvar_vectors, flowar_vectors, golden, npp_vectors
@@ -34,37 +41,51 @@ from utils.doctor import report
 from utils.lr_control import filter_params, lr_wd_annealing
 from utils.misc import allow_tf32
 
+# names of attention kernels, as the profiler shows them
 KERNEL = re.compile(r'flash|fmha|attention|attn|cutlassF|efficient', re.IGNORECASE)
+PRECISIONS = dict(tf32=0, fp16=1, bf16=2)  # in the unit of `AmpOptimizer`
 
 
 # ---------------------------------------------------------------------------------------------- vectors
 class Vectors:
-    """Largest error per group of reference vectors, against its tolerance; 0 means exact."""
+    """Compares this device with the stored vectors of the published code.
+
+    Attributes:
+        rows: by group, the largest absolute error, its tolerance (0: must be exact) and how often it was
+            compared. For integers the error is the number of differences.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.rows = device, {}
+        self.device = device
+        self.rows: dict[str, dict] = {}
         self.vae = golden.build_vqvae().to(device)
 
     def compare(self, group: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-        actual, expected = actual.detach().cpu(), expected.cpu()
+        """Note the error of a tensor on any device."""
+        actual = actual.detach().cpu()
+        expected = expected.cpu()
         if actual.is_floating_point():
             error = (actual - expected).abs().max().item()
         else:
-            error = float((actual != expected).sum())  # number of differing indices
-        known = self.rows.get(group, dict(error=0., tolerance=tolerance, compared=0))
-        known['error'], known['compared'] = max(known['error'], error), known['compared'] + 1
-        self.rows[group] = known
+            error = float((actual != expected).sum())
+        row = self.rows.setdefault(group, dict(error=0., tolerance=tolerance, compared=0))
+        row['error'] = max(row['error'], error)
+        row['compared'] += 1
 
     def relative(self, group: str, actual: float, expected: float, tolerance: float) -> None:
+        """Note the relative error of a number."""
         self.compare(group, torch.tensor(actual / expected), torch.tensor(1.), tolerance)
 
     def var(self, variant: str, **overrides) -> VAR:
+        """A VAR with stored weights on the device, in eval mode."""
+        config = golden.load_json(f'var_{variant}')['config'] | overrides
         with torch.device(self.device):
-            var = VAR(self.vae, **{**golden.load_json(f'var_{variant}')['config'], **overrides})
+            var = VAR(self.vae, **config)
         var.load_state_dict(golden.var_state(variant))
         return var.eval()
 
     def tokenizer(self) -> None:
+        """VQVAE from pixels to codes and back, and every variant of its quantizer."""
         vectors = golden.load_tensors('vqvae')
         x = golden.images(vectors['images_u8']).to(self.device)
         self.compare('vqvae features', self.vae.features(x), vectors['feat'], 1e-4)
@@ -74,7 +95,9 @@ class Vectors:
         self.compare('vqvae images', self.vae.decode(idx_kBl), vectors['rec.last'], 2e-4)
         teacher_BLZ = self.vae.quantize.idxBl_to_var_input(idx_kBl)
         self.compare('vqvae teacher input', teacher_BLZ, vectors['var_input'], 1e-4)
-        info, vectors = golden.load_json('quantizer_variants'), golden.load_tensors('quantizer_variants')
+
+        info = golden.load_json('quantizer_variants')
+        vectors = golden.load_tensors('quantizer_variants')
         for name, variant in info['variants'].items():
             quantizer = VectorQuantizer2(**info['config'] | variant['kwargs'])
             quantizer.load_state_dict(golden.build_state(variant['state'], quantizer))
@@ -86,8 +109,10 @@ class Vectors:
                          vectors[f'{name}.fhat_last'], 1e-5)
 
     def transformer(self) -> None:
+        """VAR: teacher-forced logits, the loss and the gradient of every parameter."""
         for variant in golden.VARIANTS:
-            info, vectors = golden.load_json(f'var_{variant}'), golden.load_tensors(f'var_{variant}')
+            info = golden.load_json(f'var_{variant}')
+            vectors = golden.load_tensors(f'var_{variant}')
             var = self.var(variant)
             labels, teacher, target = (vectors[key].to(self.device) for key in ('labels', 'var_input', 'gt'))
             logits_BLV = var(labels, teacher)
@@ -98,10 +123,11 @@ class Vectors:
             self.relative('var loss', loss.item(), stored['loss'], 1e-5)
             for name, parameter in var.named_parameters():
                 norm = stored['grad_l2'][name]
-                if norm > 1e-6:
+                if norm > 1e-6:  # a smaller one is rounding
                     self.relative('var gradients', parameter.grad.norm().item(), norm, 1e-3)
 
     def sampling(self) -> None:
+        """VAR: greedy sampling, filters of logits, and noise that must not depend on the device."""
         vectors = golden.load_tensors('sampling')
         for case in golden.load_json('sampling')['cases']:
             if not case['rng_independent']:
@@ -119,15 +145,21 @@ class Vectors:
                 logits = vectors[case['input']].to(self.device)
                 kept = filter_top_k_top_p(logits, case['top_k'], case['top_p']).isfinite()
                 self.compare('filters', kept, vectors[f'{case["key"]}.keep'], 0)
-        shape = torch.empty(2, 7, 96)
-        here, there = (ImageNoise(5, [3, 9]).exponential_like(t) for t in (shape, shape.to(self.device)))
-        self.compare('noise by image index', there, here, 2e-6)
-        here, there = (ImageNoise(5, [3, 9]).normal_like(t) for t in (shape, shape.to(self.device)))
-        self.compare('normal noise by image index', there, here, 1e-5)
+
+        on_cpu = torch.empty(2, 7, 96)
+        on_device = on_cpu.to(self.device)
+        expected = ImageNoise(5, [3, 9]).exponential_like(on_cpu)
+        actual = ImageNoise(5, [3, 9]).exponential_like(on_device)
+        self.compare('noise by image index', actual, expected, 2e-6)
+        expected = ImageNoise(5, [3, 9]).normal_like(on_cpu)
+        actual = ImageNoise(5, [3, 9]).normal_like(on_device)
+        self.compare('normal noise by image index', actual, expected, 1e-5)
 
     def flexvar(self) -> None:
+        """FlexVAR: codes, teacher-forced logits, and sampled codes, for which the CPU is the reference."""
         for name in ('teacher_forced_l2norm', 'teacher_forced_shared_aln'):
-            info, vectors = flexvar_vectors.load_json(name), flexvar_vectors.load_tensors(name)
+            info = flexvar_vectors.load_json(name)
+            vectors = flexvar_vectors.load_tensors(name)
             model = self.flexvar_model(name)
             for i, case in enumerate(info['config']['cases']):
                 images = flexvar_vectors.images(case['xseed'], case['xshape']).to(self.device)
@@ -137,25 +169,32 @@ class Vectors:
                 logits_BLV = model(label_B, model.teacher_input(idx_kBl, case['patch_nums']),
                                    case['patch_nums'])
                 self.compare('flexvar logits', logits_BLV[:, ::case['lstep']], vectors[f'{i}.logits'], 5e-4)
+
         model = self.flexvar_model('sample_tiny')
-        sizes, here = ((1, 1), (2, 3), (4, 7), (5, 9)), flexvar_vectors.build('sample_tiny')
+        on_cpu = flexvar_vectors.build('sample_tiny')
+        sizes = ((1, 1), (2, 3), (4, 7), (5, 9))
+
+        def drawn(model: FlexVAR, **options) -> torch.Tensor:
+            """All codes of two images, coarse to fine."""
+            labels = model.as_labels([1, 2], 2, None)
+            steps = model.sample_scales(labels, infer_patch_nums=sizes, rng=ImageNoise(0, [0, 1]), **options)
+            return torch.cat([step.idx_Bl for step in steps], dim=1)
+
         for options in (dict(top_k=20), dict(top_k=20, greedy_unseen=False, pos_mode='crop')):
-            there_idx, here_idx = (
-                torch.cat([step.idx_Bl for step in each.sample_scales(
-                    each.as_labels([1, 2], 2, None), infer_patch_nums=sizes, rng=ImageNoise(0, [0, 1]),
-                    **options)], dim=1) for each in (model, here))
-            self.compare('flexvar drawn codes', there_idx, here_idx, 0)
+            self.compare('flexvar drawn codes', drawn(model, **options), drawn(on_cpu, **options), 0)
 
     def flexvar_model(self, name: str) -> FlexVAR:
-        """A copy on the device: the original is cached on the CPU."""
+        """A model with stored weights on the device: a copy, since the original is cached on the CPU."""
         model = copy.deepcopy(flexvar_vectors.build(name)).to(self.device)
         object.__setattr__(model, 'tokenizer', copy.deepcopy(model.tokenizer).to(self.device))
         return model
 
     def flowar(self) -> None:
+        """FlowAR: conditions, velocity errors, the loss, gradients, and sampled latents."""
         for name in ('attn_mlp', 'attn_crossattn_mlp'):
             file = f'{name}_train'
-            info, vectors = flowar_vectors.load_json(file), flowar_vectors.load_tensors(file)
+            info = flowar_vectors.load_json(file)
+            vectors = flowar_vectors.load_tensors(file)
             model = flowar_vectors.build(file).to(self.device)
             latent, t_KB, noise_BLZ = (vectors[key].to(self.device) for key in ('latent', 't', 'noise'))
             target_BLZ, teacher_BLZ = model.pyramid(latent)
@@ -172,46 +211,74 @@ class Vectors:
             self.flowar_latents(model, f'{name}_sample')
 
     def flowar_latents(self, model: FlowAR, name: str) -> None:
-        """Published cases, and the first one with the null class moving along."""
-        info, vectors = flowar_vectors.load_json(name), flowar_vectors.load_tensors(name)
+        """Published cases, and the first of them also with the published solver."""
+        info = flowar_vectors.load_json(name)
+        vectors = flowar_vectors.load_tensors(name)
         label_B = torch.tensor(info['labels'], device=self.device)
 
         def draw(case: dict) -> torch.Tensor:
+            """Latents from the stored noise."""
             noise = [t.to(self.device) for t in flowar_vectors.given_noise(name).tensors]
-            *_, last = model.sample_scales(
-                label_B, cfg=case['cfg'], guidance_until=case['guidance'], num_steps=case['flow_upper_steps'],
-                lower_steps=case['flow_lower_steps'], rng=flowar_vectors.GivenNoise(noise))
+            steps = model.sample_scales(
+                label_B,
+                cfg=case['cfg'],
+                guidance_until=case['guidance'],
+                num_steps=case['flow_upper_steps'],
+                lower_steps=case['flow_lower_steps'],
+                rng=flowar_vectors.GivenNoise(noise),
+            )
+            *_, last = steps
             return last.latent_BZnn
+
         for case in info['cases']:
             self.compare('flowar latents', draw(case), vectors[case['key']], 5e-4)
         with both_halves(model):
             self.compare('flowar latents, both halves', draw(info['cases'][0]), vectors['out0'], 5e-4)
 
     def npp(self) -> None:
-        vectors, here = npp_vectors.load_tensors('gpt_forward'), npp_vectors.build()
-        there = copy.deepcopy(here).to(self.device)
-        label_B, idx_BN = vectors['cond'].to(self.device), vectors['idx'].to(self.device)
+        """NPP: logits at every patch size, and sampled codes, for which the CPU is the reference."""
+        vectors = npp_vectors.load_tensors('gpt_forward')
+        on_cpu = npp_vectors.build()
+        on_device = copy.deepcopy(on_cpu).to(self.device)
+        label_B = vectors['cond'].to(self.device)
+        idx_BN = vectors['idx'].to(self.device)
         for p in (1, 2, 4, 8):
-            self.compare('npp logits', there(label_B, idx_BN, p), vectors[f'logits_p{p}'], 5e-4)
+            self.compare('npp logits', on_device(label_B, idx_BN, p), vectors[f'logits_p{p}'], 5e-4)
+
+        def drawn(model: NPP, **options) -> torch.Tensor:
+            """All codes of two images."""
+            labels = model.as_labels([1, 2], 2, None)
+            return model.sample_tokens(labels, rng=ImageNoise(0, [0, 1]), **options)
+
         for options in (dict(), dict(guidance=2., cfg_interval=5), dict(guidance=2., top_k=20, top_p=0.9)):
-            there_idx, here_idx = (model.sample_tokens(model.as_labels([1, 2], 2, None),
-                                                       rng=ImageNoise(0, [0, 1]), **options)
-                                   for model in (there, here))
-            self.compare('npp drawn codes', there_idx, here_idx, 0)
+            self.compare('npp drawn codes', drawn(on_device, **options), drawn(on_cpu, **options), 0)
 
     def training(self) -> None:
+        """VAR: trajectories of the published trainer, step by step."""
         vectors = golden.load_tensors('trainer')
-        batches = [(golden.images(vectors[f'batch.{i}.images_u8']).to(self.device),
-                    vectors[f'batch.{i}.labels'].to(self.device)) for i in range(3)]
+        batches = []
+        for i in range(3):
+            images_B3HW = golden.images(vectors[f'batch.{i}.images_u8']).to(self.device)
+            label_B = vectors[f'batch.{i}.labels'].to(self.device)
+            batches.append((images_B3HW, label_B))
         for name, run in golden.load_json('trainer')['runs'].items():
             if run['global_manual_seed'] is not None or run['prog']:
                 continue
             model = self.var(run['model'], label_smooth=run['label_smooth'])
             trainer = make_trainer(model, 0, run['clip'], run['ac'])
             for row in run['rows']:
-                lr_wd_annealing(run['sche'], trainer.optimizer.optimizer, run['peak_lr'], run['wd'],
-                                run['wd_end'], row['g_it'], run['wp_it'], run['max_it'], wp0=run['wp0'],
-                                wpe=run['wpe'])
+                lr_wd_annealing(
+                    run['sche'],
+                    trainer.optimizer.optimizer,
+                    run['peak_lr'],
+                    run['wd'],
+                    run['wd_end'],
+                    row['g_it'],
+                    run['wp_it'],
+                    run['max_it'],
+                    wp0=run['wp0'],
+                    wpe=run['wpe'],
+                )
                 info = trainer.train_step(*batches[row['batch']], progress=0., stepping=row['stepping'])
                 self.relative('trainer loss', info.loss.item(), row['loss'], 1e-3)
                 if row['stepping']:
@@ -219,6 +286,7 @@ class Vectors:
             self.compare('trained head', model.head.weight, vectors[f'{name}.head.weight'], 1e-2)
 
     def run(self) -> dict[str, dict]:
+        """Compare everything in full float32; returns `rows`."""
         allow_tf32(False)
         for group in (self.tokenizer, self.transformer, self.sampling, self.flexvar, self.flowar, self.npp,
                       self.training):
@@ -228,74 +296,122 @@ class Vectors:
 
 # ---------------------------------------------------------------------------------------------- speed
 def make_trainer(model: ARModel, precision: int, clip: float = 2., accumulate: int = 1) -> GeneratorTrainer:
+    """Trainer with AdamW as published.
+
+    Args:
+        precision: one of the values of `PRECISIONS`.
+        clip: largest norm of the gradient.
+        accumulate: micro-steps of a step.
+    """
     names, params, groups = filter_params(model, model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0., fused=True)
     return GeneratorTrainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate))
 
 
 def make_tokenizer_trainer(model: VQVAE) -> TokenizerTrainer:
-    """With PatchGAN from the first step on, as the most general case."""
-    gan = dict(weight=0.5, start=0., ramp=0.1, adaptive=True, adaptive_min=0., adaptive_max=1e4,
-               adaptive_eps=1e-6, augment=True)
-    criterion = build_loss(l1_weight=0.2, l2_weight=1., perceptual='pyramid', lpips_files=None,
-                           discriminator='patchgan', dino_files=None, image_size=64, width=64, gan=gan)
+    """Trainer of a tokenizer in bf16, with a PatchGAN from the first step on, as the most general case."""
+    gan = dict(
+        weight=0.5,
+        start=0.,
+        ramp=0.1,
+        adaptive=True,
+        adaptive_min=0.,
+        adaptive_max=1e4,
+        adaptive_eps=1e-6,
+        augment=True,
+    )
+    criterion = build_loss(
+        l1_weight=0.2,
+        l2_weight=1.,
+        perceptual='pyramid',
+        lpips_files=None,
+        discriminator='patchgan',
+        dino_files=None,
+        image_size=64,
+        width=64,
+        gan=gan,
+    )
     criterion.to(next(model.parameters()).device)
 
-    def optimize(module: torch.nn.Module) -> AmpOptimizer:
+    def make_optimizer(module: torch.nn.Module) -> AmpOptimizer:
+        """AdamW for one of the two networks."""
         names, params, groups = filter_params(module)
-        return AmpOptimizer(2, torch.optim.AdamW(groups, lr=1e-4, fused=True), names, params, 1.)
-    return TokenizerTrainer(model, optimize(model), criterion, optimize(criterion.discriminator), 0.9999)
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+        return AmpOptimizer(PRECISIONS['bf16'], optimizer, names, params, 1.)
+
+    return TokenizerTrainer(model, make_optimizer(model), criterion, make_optimizer(criterion.discriminator),
+                            0.9999)
 
 
 class Meter:
-    """Seconds per call, peak memory, and names of the attention kernels of a function."""
+    """Measures seconds per call, peak memory, and which attention kernels a function runs."""
 
     def __init__(self, device: torch.device):
-        self.device, self.on_cuda = device, device.type == 'cuda'
+        self.device = device
+        self.on_cuda = device.type == 'cuda'
 
-    def synchronize(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize()
+    def measure(self, call: Callable[[], Any], num_images: int, repeats: int) -> dict:
+        """Figures of a function.
 
-    def measure(self, call, num_images: int, repeats: int) -> dict:
+        Args:
+            call: the function.
+            num_images: images that one call processes.
+            repeats: timed calls, after two calls to warm up.
+        """
         call()
-        call()  # warm-up
-        self.synchronize()
+        call()
+        synchronize(self.device)
+
+        # Time and memory. The median, since a busy machine delays single calls.
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
         times = []
         for _ in range(repeats):
             begin = time.perf_counter()
             call()
-            self.synchronize()
+            synchronize(self.device)
             times.append(time.perf_counter() - begin)
         median = sorted(times)[len(times) // 2]
-        peak = torch.cuda.max_memory_allocated() / 2 ** 30 if self.on_cuda else None
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_cuda
+        peak_gib = None
+        if self.on_cuda:
+            peak_gib = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+
+        # Kernels, in a call of its own: the profiler slows it down.
+        activities = [ProfilerActivity.CPU]
+        if self.on_cuda:
+            activities.append(ProfilerActivity.CUDA)
         with profile(activities=activities) as trace:
             call()
-            self.synchronize()
-        kernels = sorted({event.key[:100] for event in trace.key_averages() if KERNEL.search(event.key)})
-        return dict(images_per_second=round(num_images / median, 2), median_seconds=round(median, 4),
-                    repeats=repeats, peak_memory_gib=peak and round(peak, 2), attention_kernels=kernels)
+            synchronize(self.device)
+        kernels = {event.key[:100] for event in trace.key_averages() if KERNEL.search(event.key)}
+        return dict(
+            images_per_second=round(num_images / median, 2),
+            median_seconds=round(median, 4),
+            repeats=repeats,
+            peak_memory_gib=peak_gib,
+            attention_kernels=sorted(kernels),
+        )
 
 
 def speed(device: torch.device, depth: int, batch: int, repeats: int) -> dict[str, dict]:
-    """Training and sampling of VAR at 256 px; the share of the tokenizer in a training step beside it."""
+    """Training and sampling of VAR at 256 px, and the tokenizer alone, which is a part of a training step."""
     allow_tf32(True)
     torch.manual_seed(0)
-    meter, rows = Meter(device), {}
+    meter = Meter(device)
+    rows = {}
     images_B3HW = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
     label_B = torch.randint(0, 1000, (batch,), device=device)
-    for name, precision, dtype in (('bf16', 2, torch.bfloat16), ('fp16', 1, torch.float16)):
+    for name, dtype in (('bf16', torch.bfloat16), ('fp16', torch.float16)):
         vae, var = build_vae_var(device, depth=depth)
-        trainer = make_trainer(var, precision)
+        trainer = make_trainer(var, PRECISIONS[name])
         losses = []
 
-        def train_step(trainer=trainer, losses=losses):
+        def train_step(trainer=trainer, losses=losses) -> None:
+            """One step in the middle of the training; notes its loss."""
             losses.append(trainer.train_step(images_B3HW, label_B, 0.5).loss)
 
-        def draw(var=var, dtype=dtype):
+        def draw(var=var, dtype=dtype) -> None:
+            """One batch of images with guidance and filters."""
             with torch.autocast(device.type, dtype=dtype):
                 image = var.sample(label_B.tolist(), guidance=2.5, top_k=900, top_p=0.96,
                                    rng=ImageNoise(0, range(batch)))
@@ -305,69 +421,85 @@ def speed(device: torch.device, depth: int, batch: int, repeats: int) -> dict[st
         assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
         rows[f'train {name}'].update(first_loss=losses[0].item(), last_loss=losses[-1].item())
         rows[f'sample {name}'] = meter.measure(draw, batch, repeats)
-        if precision == 2:
+        if name == 'bf16':  # once is enough: it runs in float32 in both
             rows['tokenize float32'] = meter.measure(lambda vae=vae: vae.encode(images_B3HW), batch, repeats)
         del vae, var, trainer
     return rows
 
 
 def make_flowar(preset: str, device: torch.device) -> FlowAR:
-    """A published size with random weights; a tiny one on the CPU, which only tries the script."""
-    tiny = dict(depth=1, width=64, diffloss_d=1, diffloss_w=64) if device.type == 'cpu' else {}
-    recipe = FlowARRecipe(**PRESETS['flowar'][preset] | tiny)
+    """A published size with random weights; on the CPU, which only tries the script, a tiny model."""
+    settings = dict(PRESETS['flowar'][preset])
+    if device.type == 'cpu':
+        settings |= dict(depth=1, width=64, diffloss_d=1, diffloss_w=64)
+    recipe = FlowARRecipe(**settings)
     with torch.device(device):
         return FlowAR(flowar_vectors.Latents(), **model_arguments(recipe))
 
 
 def flowar_speed(device: torch.device, batch: int, repeats: int) -> dict[str, dict]:
-    """FlowAR on latents of 256 px, without its tokenizer: training and sampling of S, the trunk of L.
-
-    Training is float32 with TF32 and bf16; sampling is bf16. The trunk runs forward and backward at a quarter
-    of the batch, with all activations and with checkpointing.
-    """
+    """FlowAR on latents of 256 px, without its tokenizer: training and sampling of S, the trunk of L."""
     allow_tf32(True)
     torch.manual_seed(0)
-    meter, rows = Meter(device), {}
+    meter = Meter(device)
     latent_BZhw = torch.randn(batch, 16, 16, 16, device=device)
     label_B = torch.randint(0, 1000, (batch,), device=device)
     model = make_flowar('flowar_s', device)
-    for name, precision in (('tf32', 0), ('bf16', 2)):
-        trainer, losses = make_trainer(model, precision), []
 
-        def train_step(trainer=trainer, losses=losses):
+    # 1. Training steps of S in float32 with TF32, and in bf16.
+    rows = {}
+    for name in ('tf32', 'bf16'):
+        trainer = make_trainer(model, PRECISIONS[name])
+        losses = []
+
+        def train_step(trainer=trainer, losses=losses) -> None:
+            """One step in the middle of the training; notes its loss."""
             losses.append(trainer.train_step(latent_BZhw, label_B, 0.5).loss)
+
         rows[name] = meter.measure(train_step, batch, repeats)
         assert torch.stack(losses).isfinite().all()
         del trainer, train_step
     measured = {f'flowar_s train {name}': row for name, row in over_first(rows).items()}
 
+    # 2. Sampling of S in bf16: the published solver, ours, and ours with fewer steps.
     rows = {}
     for name, solver, options in (
-            ('both halves at every step', both_halves, {}), ('null class where it guides', nullcontext, {}),
+            ('both halves at every step', both_halves, {}),
+            ('null class where it guides', nullcontext, {}),
             ('the same, 25 to 15 steps', nullcontext, dict(lower_steps=15))):
-        def draw(options=options):
+        def draw(options=options) -> None:
+            """One batch of latents."""
+            rng = ImageNoise(0, range(batch))
             with torch.autocast(device.type, dtype=torch.bfloat16):
-                *_, last = model.sample_scales(label_B, cfg=4.3, rng=ImageNoise(0, range(batch)), **options)
+                *_, last = model.sample_scales(label_B, cfg=4.3, rng=rng, **options)
             assert last.latent_BZnn.isfinite().all()
+
         with solver(model):
             rows[name] = meter.measure(draw, batch, repeats)
         rows[name]['seconds_per_image'] = rows[name]['median_seconds'] / batch
     measured |= {f'flowar_s sample bf16, {name}': row for name, row in over_first(rows).items()}
 
-    rows, model, share = {}, make_flowar('flowar_l', device), slice(-(-batch // 4))
-    teacher_BLZ = model.pyramid(latent_BZhw[share])[1]
+    # 3. The trunk of L forward and backward, at a quarter of the batch (rounded up): all activations kept, or
+    #    computed again in the backward pass.
+    rows = {}
+    model = make_flowar('flowar_l', device)
+    quarter = slice(math.ceil(batch / 4))
+    _, teacher_BLZ = model.pyramid(latent_BZhw[quarter])
     for name, use_checkpoint in (('kept', False), ('recomputed', True)):
         model.use_checkpoint = use_checkpoint
 
-        def trunk_step():
-            model(label_B[share], teacher_BLZ).square().mean().backward()
+        def trunk_step() -> None:
+            """Forward and backward, without an optimizer."""
+            model(label_B[quarter], teacher_BLZ).square().mean().backward()
             model.zero_grad()
+
         rows[name] = meter.measure(trunk_step, len(teacher_BLZ), repeats)
-    return measured | {f'flowar_l trunk, activations {name}': row for name, row in over_first(rows).items()}
+    measured |= {f'flowar_l trunk, activations {name}': row for name, row in over_first(rows).items()}
+    return measured
 
 
 def over_first(rows: dict[str, dict]) -> dict[str, dict]:
-    """`rows` with the seconds and the peak memory of each over those of the first."""
+    """`rows`, each with its seconds and its peak memory as multiples of those of the first row."""
     first = next(iter(rows.values())).copy()
     for row in rows.values():
         for key in ('median_seconds', 'peak_memory_gib'):
@@ -375,13 +507,22 @@ def over_first(rows: dict[str, dict]) -> dict[str, dict]:
     return rows
 
 
+# ---------------------------------------------------------------------------------------------- processes
 def one_process_group(device: torch.device) -> dict[str, str]:
-    """NCCL (gloo on CPU) with one process: collectives and a training step under DDP."""
-    os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29533')
+    """NCCL (gloo on the CPU) with one process: collectives and a training step under DDP."""
+    os.environ.update(
+        RANK='0',
+        WORLD_SIZE='1',
+        LOCAL_RANK='0',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT='29533',
+    )
     dist.initialize(backend='nccl' if device.type == 'cuda' else 'gloo')
     total = torch.ones(3, device=device)
     dist.allreduce(total)
-    assert total.tolist() == [1., 1., 1.] and dist.allgather_object('x') == ['x']
+    assert total.tolist() == [1., 1., 1.]
+    assert dist.allgather_object('x') == ['x']
+
     vae = VQVAE(**golden.load_json('vqvae')['config'], test_mode=False, upkeep={}).to(device)
     images_B3HW = torch.zeros(2, 3, 64, 64, device=device)
     loss = make_tokenizer_trainer(vae).train_step(images_B3HW, None, progress=0.5).loss
@@ -392,6 +533,7 @@ def one_process_group(device: torch.device) -> dict[str, str]:
 
 
 def main() -> None:
+    """Check everything, write the report, and exit with an error if a vector is out of tolerance."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('--device', default='cuda')
@@ -400,7 +542,8 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=7)
     parser.add_argument('--out', type=Path, default=None, help='folder of the JSON file')
     args = parser.parse_args()
-    device, begin = torch.device(args.device), time.time()
+    device = torch.device(args.device)
+    begin = time.time()
     if device.type == 'cuda' and not torch.cuda.is_available():
         sys.exit('gpu_check: no CUDA device here; --device=cpu --depth=1 --batch=2 tries the script')
 
