@@ -9,8 +9,7 @@ from models import attention
 from models.attention import KVCache, attend, choose_backend, kv_caching, optional_module
 from models.basic_var import SelfAttention
 from models.scales import ScaleLayout
-from tests import golden
-from tests.golden import assert_within
+from tests.vectors import assert_within, load_tensors, tiny_var
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LAYOUT = ScaleLayout((1, 2, 3))
@@ -127,8 +126,8 @@ def test_cpu_runs_torch(packages):
 
 def test_model_passes_its_scale_and_layout(forced):
     """A whole VAR forward and sampling through fake packages equals the one through torch."""
-    vectors = golden.load_tensors('var_sep_nol2')
-    var = golden.build_var('sep_nol2')
+    vectors = load_tensors('var/var_sep_nol2')
+    var = tiny_var('sep_nol2')
     with torch.no_grad():
         for block in var.blocks:
             block.attn.backend = 'xformers'

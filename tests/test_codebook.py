@@ -23,9 +23,9 @@ from models.tokenizers.codebook import (
     balanced_candidates,
     kmeans,
 )
-from models.tokenizers.quantizer_training import QuantizerTraining
-from tests.golden import assert_within
+from models.tokenizers.quantize import QuantizerTraining
 from tests.runs import on_two_ranks
+from tests.vectors import assert_within
 from utils.amp_sc import AmpOptimizer
 
 PATCH_NUMS = (1, 2, 4)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
 
-from tests.golden import assert_within, load_json, load_tensors, needs_rng
+from tests.vectors import assert_within, load_json, load_tensors, needs_rng
 from utils.data import (
     AdmRandomCrop,
     ClassFolders,
@@ -52,7 +52,7 @@ def write_images(root, classes=('cat', 'dog'), splits=('train', 'val'), count=3,
 
 
 # ---------------------------------------------------------------------------------------------- samplers
-@pytest.mark.parametrize('case', load_json('samplers')['train'])
+@pytest.mark.parametrize('case', load_json('var/samplers')['train'])
 def test_train_sampler_vectors(case):
     needs_rng()
     kwargs = {k: v for k, v in case.items() if k not in ('len', 'batches', 'start_it')}
@@ -69,7 +69,7 @@ def test_train_sampler_vectors(case):
     assert take(sampler, len(case['batches'])) == case['batches']
 
 
-@pytest.mark.parametrize('case', load_json('samplers')['eval'])
+@pytest.mark.parametrize('case', load_json('var/samplers')['eval'])
 def test_eval_sampler_vectors(case):
     indices = list(EvalDistributedSampler(range(case['dataset_len']), case['world_size'], case['rank']))
     assert len(indices) == case['len']
@@ -107,7 +107,7 @@ def test_resume_at_every_batch(by_batch):
                                                                 ('r48.m1.5', 48, 1.5, True)])
 def test_transform_vectors(key, reso, mid_reso, hflip):
     needs_rng()
-    vectors = load_tensors('data')
+    vectors = load_tensors('var/data')
     image = Image.fromarray(vectors['source_hwc_u8'].numpy())
     train, val = build_transforms(reso, hflip=hflip, mid_reso=mid_reso)
     assert_within(val(image), vectors[f'val.{key}'], atol=2 / 255)
@@ -180,7 +180,7 @@ def test_images_of_the_right_size_stay_as_they_are(crop):
 
 
 def test_normalize_leaves_its_argument():
-    vectors = load_tensors('data')
+    vectors = load_tensors('var/data')
     x = vectors['normalize_in'].clone()
     assert torch.equal(normalize_01_into_pm1(x), vectors['normalize_out'])
     assert torch.equal(x, vectors['normalize_in'])

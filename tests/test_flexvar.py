@@ -2,6 +2,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,8 +14,16 @@ from models.flexvar import ScheduleSampler, sinusoid_grid
 from models.helpers import drop_labels, filter_top_k_top_p, sample_with_top_k_top_p_
 from models.noise import GlobalBatch, ImageNoise
 from models.scales import ScaleLayout, as_sizes, cached_causal_bias, check_sizes, rect_schedule
-from tests import flexvar_vectors as vectors
-from tests.golden import assert_norms, assert_within, named_grads, needs_rng
+from tests.vectors import (
+    assert_norms,
+    assert_within,
+    load_json,
+    load_tensors,
+    named_grads,
+    needs_rng,
+    tiny_flexvar,
+    uniform_images,
+)
 from utils.lr_control import filter_params, lr_wd_annealing
 
 P256, P512 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -22,13 +31,13 @@ RECT = ((1, 1), (1, 2), (2, 3), (3, 5), (4, 6))
 
 
 def cases(name):
-    count = len(vectors.load_json(name)['config']['cases'])
+    count = len(load_json(f'flexvar/{name}')['config']['cases'])
     return [pytest.param(name, i, id=f'{name}-{i}') for i in range(count)]
 
 
 @pytest.fixture(scope='module')
 def model():
-    return vectors.build('sample_tiny')
+    return tiny_flexvar('sample_tiny')
 
 
 def small(**overrides):
@@ -45,10 +54,10 @@ def codes(steps):
 
 
 # ------------------------------------------------------------ published: positions, teacher forcing, sampling
-@pytest.mark.parametrize('width', vectors.load_json('pos_embed')['config']['Cs'])
+@pytest.mark.parametrize('width', load_json('flexvar/pos_embed')['config']['Cs'])
 def test_positions(width):
-    info, t = vectors.load_json('pos_embed'), vectors.load_tensors('pos_embed')
-    model = vectors.build('sample_tiny') if width == 64 else None
+    info, t = load_json('flexvar/pos_embed'), load_tensors('flexvar/pos_embed')
+    model = tiny_flexvar('sample_tiny') if width == 64 else None
     grid = sinusoid_grid(width)
     assert_within(grid[:, ::info['config']['cstep'], ::5, ::7].contiguous(), t[f'C{width}.pos_thin'], 2e-6)
     for side in info['config']['hws']:
@@ -65,9 +74,9 @@ def test_positions(width):
 
 @pytest.mark.parametrize(('name', 'i'), cases('teacher_forced_l2norm') + cases('teacher_forced_shared_aln'))
 def test_teacher_forcing(name, i):
-    model, info, t = vectors.build(name), vectors.load_json(name), vectors.load_tensors(name)
+    model, info, t = tiny_flexvar(name), load_json(f'flexvar/{name}'), load_tensors(f'flexvar/{name}')
     case, expected = info['config']['cases'][i], info[f'case{i}']
-    idx_kBl = model.tokenizer.encode(vectors.images(case['xseed'], case['xshape']), case['patch_nums'])
+    idx_kBl = model.tokenizer.encode(uniform_images(case['xseed'], case['xshape']), case['patch_nums'])
     target_BL = torch.cat(idx_kBl, dim=1)
     assert torch.equal(target_BL, t[f'{i}.gt_idx'])
     teacher_BLZ = model.teacher_input(idx_kBl, case['patch_nums'])
@@ -92,7 +101,7 @@ def test_published_label_drop():
     """One uniform number per image from the global generator, in training mode only."""
     needs_rng()
     name = 'teacher_forced_l2norm'
-    model, info = vectors.build(name), vectors.load_json(name)
+    model, info = tiny_flexvar(name), load_json(f'flexvar/{name}')
     for i, case in enumerate(info['config']['cases']):
         expected, labels = info[f'case{i}'], torch.tensor(case['labels'])
         for rate in (0.1, 0.55, 0.6):  # the published rate drops none of these few
@@ -103,7 +112,7 @@ def test_published_label_drop():
         assert drop_labels(labels, 10, 0.1).tolist() == expected['labels_after_drop']
     label, teacher = torch.tensor([0, 1]), torch.zeros(2, 4, 32)
     null = torch.full_like(label, model.num_classes)
-    always = vectors.build(name, token_dropout_p=0.1)
+    always = tiny_flexvar(name, token_dropout_p=0.1)
     always.cond_drop_rate = 1.
     with torch.no_grad():
         assert torch.equal(always.train()(label, teacher, (1, 2)), model(null, teacher, (1, 2)))
@@ -113,7 +122,7 @@ def test_published_label_drop():
 @pytest.mark.parametrize(('name', 'i'), cases('sample_tiny') + cases('sample_shared_aln'))
 def test_sampling(name, i):
     needs_rng()
-    model, info, t = vectors.build(name), vectors.load_json(name), vectors.load_tensors(name)
+    model, info, t = tiny_flexvar(name), load_json(f'flexvar/{name}'), load_tensors(f'flexvar/{name}')
     case, expected = info['config']['cases'][i], info[f'case{i}']
     taken = ('cfg', 'top_k', 'top_p', 'max_pn', 'used_llamagen_cfg', 'invalid_ids')
     options = {key: case[key] for key in taken if key in case}
@@ -138,10 +147,10 @@ def test_sampling(name, i):
 
 def test_sampler_vectors():
     needs_rng()
-    info, t = vectors.load_json('schedules_lr_sampler'), vectors.load_tensors('schedules_lr_sampler')
+    info, t = load_json('flexvar/schedules_lr_sampler'), load_tensors('flexvar/schedules_lr_sampler')
     for i, case in enumerate(info['config']['samp']):
-        noise = vectors.np.random.RandomState(case['s']).standard_normal(case['shape'])
-        logits = 3 * torch.from_numpy(noise.astype(vectors.np.float32))
+        noise = np.random.RandomState(case['s']).standard_normal(case['shape'])
+        logits = 3 * torch.from_numpy(noise.astype(np.float32))
         kept = filter_top_k_top_p(logits, case['top_k'], case['top_p']).isfinite()
         assert torch.equal(kept.to(t[f'samp{i}.kept'].dtype), t[f'samp{i}.kept'])
         idx = sample_with_top_k_top_p_(logits, case['top_k'], case['top_p'],
@@ -153,13 +162,13 @@ def test_sampler_vectors():
 @pytest.mark.parametrize('seed', ['0', '1', '2'])
 def test_drawn_pyramids(seed):
     rng, sampler = random.Random(int(seed)), ScheduleSampler()
-    lists = vectors.load_json('schedules_lr_sampler')['schedules'][seed]
+    lists = load_json('flexvar/schedules_lr_sampler')['schedules'][seed]
     assert [list(sampler.draw(rng)) for _ in lists] == lists
 
 
 def test_distribution_of_drawn_pyramids():
     """Shares within 5 standard deviations of those over 200,000 published draws."""
-    stats, count = vectors.load_json('schedules_lr_sampler')['stats'], 20_000
+    stats, count = load_json('flexvar/schedules_lr_sampler')['stats'], 20_000
     rng, sampler = random.Random(7), ScheduleSampler()
     drawn = [sampler.draw(rng) for _ in range(count)]
     shares = dict(length=[len(sides) for sides in drawn], last=[sides[-1] for sides in drawn])
@@ -187,7 +196,7 @@ def test_drawn_pyramids_of_any_list(patch_nums, keep_last):
 
 @pytest.mark.parametrize('row', range(0, 33, 4))
 def test_learning_rates(row):
-    case = vectors.load_json('schedules_lr_sampler')['lr'][row]
+    case = load_json('flexvar/schedules_lr_sampler')['lr'][row]
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
     lr_wd_annealing(case['sche'], optimizer, case['peak'], case['wd'], case['wd_end'], case['it'],
                     case['wp_it'], case['max_it'], wp0=case['wp0'], wpe=case['wpe'])
@@ -197,8 +206,8 @@ def test_learning_rates(row):
 
 def test_training_trajectory():
     needs_rng()
-    info, t = vectors.load_json('train_tiny'), vectors.load_tensors('train_tiny')
-    config, model = info['config'], vectors.build('train_tiny').train()
+    info, t = load_json('flexvar/train_tiny'), load_tensors('flexvar/train_tiny')
+    config, model = info['config'], tiny_flexvar('train_tiny').train()
     names, _, groups = filter_params(model, model.no_weight_decay())
     decayed = {name for group in groups if group['wd_sc'] for name in names if any(
         p is dict(model.named_parameters())[name] for p in group['params'])}
@@ -207,7 +216,7 @@ def test_training_trajectory():
     schedules = iter(config['schedules'])
     object.__setattr__(model, 'schedule', type('Given', (), dict(draw=lambda self: tuple(next(schedules))))())
     for it, step in enumerate(info['steps']):
-        x = vectors.images(config['xseed'] + it, config['xshape'])
+        x = uniform_images(config['xseed'] + it, config['xshape'])
         torch.manual_seed(config['seed'] + it)
         lr_wd_annealing(config['sche'], optimizer, config['peak_lr'], config['wd'], config['wd'], it,
                         config['wp_it'], config['max_it'], wp0=config['wp0'], wpe=config['wpe'])
@@ -240,14 +249,14 @@ def test_training_trajectory():
         actual = parameters['pos_1LC'][:, :, ::8, ::8] if name == 'final.pos_1LC_corner' else parameters[
             name.removeprefix('final.')]
         assert_within(actual.contiguous(), expected, 2e-5)
-    vectors.build.cache_clear()  # these weights have moved
+    tiny_flexvar.cache_clear()  # these weights have moved
 
 
 # ------------------------------------------------------------ published: weights
 @pytest.mark.parametrize(('depth', 'num_parameters'),
                          [(16, 315_561_936), (20, 607_513_952), (24, 1_041_314_576)])
 def test_published_sizes(depth, num_parameters):
-    keys = dict(vectors.load_json('state_dict_keys')[f'FlexVAR-d{depth}'])
+    keys = dict(load_json('flexvar/state_dict_keys')[f'FlexVAR-d{depth}'])
     with torch.device('meta'):
         model = FlexVAR(FlexVAE(test_mode=True), attn_l2_norm=True, **FlexVAR.published_sizes(depth))
     mask = keys.pop('attn_bias_for_masking')
@@ -290,7 +299,7 @@ def test_build_flexvar():
                                    ((1, 1), (3, 1), (7, 2))], ids=str)
 @pytest.mark.parametrize('name', ['sample_tiny', 'sample_shared_aln'])
 def test_cached_sampling_equals_teacher_forcing(name, sizes):
-    model, label_B = vectors.build(name), torch.tensor([1, 4])
+    model, label_B = tiny_flexvar(name), torch.tensor([1, 4])
     steps = list(model.sample_scales(label_B, infer_patch_nums=sizes, cfg=0., top_k=5,
                                      rng=ImageNoise(0, [0, 1])))
     teacher = model.teacher_input([step.idx_Bl for step in steps], sizes)
@@ -356,7 +365,7 @@ def test_positions_of_oblong_maps(model):
     ((4,), (3, 5), ((1, 1), (3, 5))),
     (((1, 1), (2, 4)), (4, 8), ((1, 1), (4, 8))),
     (range(1, 4), (3, 3), ((1, 1), (2, 2), (3, 3))),
-    (vectors.np.array([1, 2]), (2, 2), ((1, 1), (2, 2))),
+    (np.array([1, 2]), (2, 2), ((1, 1), (2, 2))),
 ])
 def test_rect_schedule(base, size, expected):
     assert rect_schedule(base, *size) == expected
@@ -496,7 +505,7 @@ def kept_codes(model, images, keep, sizes, labels, **options):
 
 @pytest.fixture(scope='module')
 def pictures():
-    return vectors.images(5, (2, 3, 64, 96))
+    return uniform_images(5, (2, 3, 64, 96))
 
 
 @pytest.mark.parametrize('seed', range(3))

@@ -14,9 +14,19 @@ from models.layers import Rope2d, rotate, sinusoid
 from models.noise import GlobalBatch, ImageNoise
 from models.scales import ScaleLayout
 from models.tokenizers.kl_vae import Posterior
-from tests import flowar_vectors as vectors
-from tests.golden import assert_norms, assert_within, named_grads
-from training.build import model_arguments
+from tests.vectors import (
+    Latents,
+    assert_norms,
+    assert_within,
+    fill,
+    flowar_rule,
+    given_draws,
+    given_noise,
+    load_json,
+    load_tensors,
+    named_grads,
+    tiny_flowar,
+)
 from utils.checkpoint import load_file, model_weights
 from utils.ema import WeightEMA
 from utils.lr_control import filter_params, lr_wd_annealing
@@ -24,11 +34,11 @@ from utils.lr_control import filter_params, lr_wd_annealing
 SCALES = (1, 2, 4, 8, 16)
 SMALL = dict(num_classes=5, encoder_embed_dim=32, encoder_depth=2, encoder_num_heads=2, decoder_embed_dim=32,
              decoder_depth=1, decoder_num_heads=4, diffloss_d=2, diffloss_w=64, scale=(1, 2, 4))
-TABLES = vectors.load_json('tables')
+TABLES = load_json('flowar/tables')
 
 
 def cases(name, slow=()):
-    keys = [case.get('key') or case['case'] for case in vectors.load_json(name)['cases']]
+    keys = [case.get('key') or case['case'] for case in load_json(f'flowar/{name}')['cases']]
     return [pytest.param(name, i, id=f'{name}-{key}', marks=[pytest.mark.slow] * (key in slow))
             for i, key in enumerate(keys)]
 
@@ -40,7 +50,7 @@ def assert_near(actual, expected, tolerance):
 
 def small(tokenizer=None, **overrides):
     """A model over latents of 4 channels that is fast to train and to draw from; nothing in it is zero."""
-    return vectors.fill(FlowAR(tokenizer or vectors.Latents(channels=4), **SMALL | overrides), 7).eval()
+    return fill(FlowAR(tokenizer or Latents(channels=4), **SMALL | overrides), flowar_rule(7)).eval()
 
 
 @pytest.fixture(scope='module', params=[False, True], ids=['attn_mlp', 'attn_crossattn_mlp'])
@@ -137,8 +147,8 @@ def test_debias_weights(row):
 
 # ------------------------------------------------------------ published: parts
 def test_scales():
-    info, t = vectors.load_json('scales'), vectors.load_tensors('scales')
-    model = vectors.build('attn_mlp_train')
+    info, t = load_json('flowar/scales'), load_tensors('flowar/scales')
+    model = tiny_flowar('attn_mlp_train')
     targets, teacher = model.pyramid(t['latent'])
     assert_near(targets, t['gt_tokens'], info['tolerance'])
     assert_near(teacher, t['teacher_inputs'], info['tolerance'])
@@ -155,9 +165,9 @@ def test_scales():
     assert_near(posterior.kl(), t['post_kl'], info['tolerance'])
 
 
-@pytest.mark.parametrize('case', vectors.load_json('rope')['cases'], ids=lambda case: case['key'])
+@pytest.mark.parametrize('case', load_json('flowar/rope')['cases'], ids=lambda case: case['key'])
 def test_rotary_positions(case):
-    info, t, key = vectors.load_json('rope'), vectors.load_tensors('rope'), case['key']
+    info, t, key = load_json('flowar/rope'), load_tensors('flowar/rope'), case['key']
     rope, positions = Rope2d(case['head_dim']), grid_positions(case['grid'], 16)
     if f'{key}_token_index' in t:
         positions = positions[t[f'{key}_token_index']]
@@ -168,11 +178,11 @@ def test_rotary_positions(case):
 
 @pytest.mark.parametrize(('name', 'i'), cases('flow_head') + cases('flow_head_wide', slow=['c1']))
 def test_flow_head(name, i):
-    info, t = vectors.load_json(name), vectors.load_tensors(name)
+    info, t = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}')
     case = info['cases'][i]
     head = FlowHead(case['in_channels'], case['model_channels'], case['z_channels'], case['num_res_blocks'],
                     case['cross'])
-    vectors.fill(head, case['weight_seed'], case['weight_key_prefix'])
+    fill(head, flowar_rule(case['weight_seed']), case['weight_key_prefix'])
     if case['keys']:
         assert {key: list(value.shape) for key, value in head.state_dict().items()} == case['keys']
     assert head.res_blocks[0].attn.num_heads == case['num_heads']
@@ -184,9 +194,9 @@ def test_flow_head(name, i):
 
 @pytest.mark.parametrize('name', ['flow_head', 'flow_head_wide'])
 def test_embedded_times(name):
-    info, t = vectors.load_json(name), vectors.load_tensors(name)
-    embedder = vectors.fill(TimeEmbedder(info['time_embed_width']), info['time_embed_weight_seed'],
-                            'flownet.time_embed.')
+    info, t = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}')
+    embedder = fill(TimeEmbedder(info['time_embed_width']), flowar_rule(info['time_embed_weight_seed']),
+                    'flownet.time_embed.')
     seen = []
     embedder.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     assert_near(embedder(t['te_t']), t['te_out'], info['tolerance'])
@@ -198,13 +208,14 @@ def test_embedded_times(name):
 # ------------------------------------------------------------ published: training
 @pytest.mark.parametrize('name', ['attn_mlp_train', 'attn_crossattn_mlp_train'])
 def test_training_loss(name, monkeypatch):
-    info, t, model = vectors.load_json(name), vectors.load_tensors(name), vectors.build(name).train()
+    info, t, model = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}'), tiny_flowar(name).train()
     tolerance, labels, seen = info['tolerance'], torch.tensor(info['effective_labels']), []
     for key, row in info['state_dict'].items():
         if key != 'mask':
             assert model.state_dict()[key].double().sum().item() == pytest.approx(row['sum'], abs=1e-4), key
-    given = vectors.given_draws(t['label_drop_u'], t['t'], t['noise'])
-    monkeypatch.setattr(GlobalBatch, 'per_image', given)
+    given = given_draws(t['label_drop_u'], t['t'], t['noise'])
+    monkeypatch.setattr(helpers, 'draw_rows', given)
+    monkeypatch.setattr(flowar, 'draw_rows', given)
     model.register_forward_hook(lambda _, args, z: seen.append((args[0], z)))
     loss, aux = model.training_loss(t['latent'], t['labels'])
     (label_B, z), = seen
@@ -234,7 +245,7 @@ def test_training_loss(name, monkeypatch):
 
 @pytest.mark.parametrize('name', ['attn_mlp_train', 'attn_crossattn_mlp_train'])
 def test_scale_by_scale_equals_the_masked_trunk(name):
-    info, t, model = vectors.load_json(name), vectors.load_tensors(name), vectors.build(name)
+    info, t, model = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}'), tiny_flowar(name)
     cond_BC = model.class_emb(torch.tensor(info['effective_labels']))
     x_BLC = torch.cat([cond_BC[:, None], model.z_proj(model.pyramid(t['latent'])[1])], dim=1)
     with kv_caching([*model.encoder_blocks, *model.decoder_blocks], capacity=341):
@@ -245,7 +256,7 @@ def test_scale_by_scale_equals_the_masked_trunk(name):
 
 def test_training_trajectory(monkeypatch):
     name = 'train_steps'
-    info, t, model = vectors.load_json(name), vectors.load_tensors(name), vectors.build(name).train()
+    info, t, model = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}'), tiny_flowar(name).train()
     setting, tolerance = info['optimizer'], info['tolerance']
     _, _, groups = filter_params(model, model.no_weight_decay())
     names = {p: name for name, p in model.named_parameters()}
@@ -260,8 +271,9 @@ def test_training_trajectory(monkeypatch):
     def norm(weights):
         return nn.utils.get_total_norm([weights[name] for name in names.values()]).item()
     for i, step in enumerate(info['steps']):
-        given = vectors.given_draws(*(t[f's{i}_{part}'] for part in ('label_drop_u', 't', 'flow_noise')))
-        monkeypatch.setattr(GlobalBatch, 'per_image', given)
+        given = given_draws(*(t[f's{i}_{part}'] for part in ('label_drop_u', 't', 'flow_noise')))
+        monkeypatch.setattr(helpers, 'draw_rows', given)
+        monkeypatch.setattr(flowar, 'draw_rows', given)
         it = setting['start_epoch'] * per_epoch + i
         lr_wd_annealing(setting['lr_schedule'], optimizer, peak, wd, wd, it,
                         setting['warmup_epochs'] * per_epoch, setting['epochs'] * per_epoch, wp0=0., wpe=0.)
@@ -292,13 +304,13 @@ def test_training_trajectory(monkeypatch):
                          + cases('attn_crossattn_mlp_sample', slow=['out3']))
 def test_sampling(name, i):
     """With the settings of the command line; the null class needs no noise."""
-    info, t, model = vectors.load_json(name), vectors.load_tensors(name), vectors.build(name)
+    info, t, model = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}'), tiny_flowar(name)
     case = info['cases'][i]
     taken = ['flow_upper_steps', 'flow_lower_steps'] if case['disa'] else ['num_step']
     recipe = FlowARSampleRecipe(ckpt='a file', **{key: case[key] for key in ('cfg', 'guidance', *taken)})
     options = recipe.sample_kwargs()
     options['cfg'] = options.pop('guidance')
-    steps = list(model.sample_scales(torch.tensor(info['labels']), rng=vectors.given_noise(name), **options))
+    steps = list(model.sample_scales(torch.tensor(info['labels']), rng=given_noise(name), **options))
     assert_near(steps[-1].latent_BZnn, t[case['key']], info['tolerance'])
     assert steps[-1].latent_BZnn.shape == torch.Size(case['out_shape'])
     for step, side, expected in zip(steps, SCALES, case['per_scale'], strict=True):
@@ -316,10 +328,10 @@ def test_sampling(name, i):
 def test_published_small_model():
     """About 1 GB."""
     name = 'flowar_small_full'
-    info, t = vectors.load_json(name), vectors.load_tensors(name)
+    info, t = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}')
     tolerance, label = info['tolerance'], torch.tensor([info['label']])
     recipe = FlowARRecipe(**PRESETS['flowar']['flowar_s'])
-    model = vectors.fill(FlowAR(vectors.Latents(), **model_arguments(recipe)), info['weight_seed']).eval()
+    model = fill(FlowAR(Latents(), **recipe.model_kwargs(1, 1)), flowar_rule(info['weight_seed'])).eval()
     with torch.no_grad():
         targets, teacher = model.pyramid(t['latent'])
         z = model(label, teacher)
@@ -331,7 +343,7 @@ def test_published_small_model():
     assert loss == pytest.approx(info['loss'], rel=tolerance['loss']['rtol'])
     sampling = info['sampling']
     *_, last = model.sample_scales(label, cfg=sampling['cfg'], guidance_until=sampling['guidance'],
-                                   num_steps=sampling['num_step'], rng=vectors.given_noise(name))
+                                   num_steps=sampling['num_step'], rng=given_noise(name))
     assert_near(last.latent_BZnn, t['sample_out'], tolerance['sample'])
 
 
@@ -339,11 +351,11 @@ def test_published_small_model():
 @pytest.mark.parametrize(('size', 'num_parameters', 'num_keys'), [
     ('small', 171_718_072, 204), ('large', 586_862_912, 484), ('huge', 1_913_316_880, 666)])
 def test_published_sizes(size, num_parameters, num_keys):
-    info = vectors.load_json('state_dict_keys')[f'flowar_{size}']
-    kwargs = model_arguments(FlowARRecipe(**PRESETS['flowar'][f'flowar_{size[0]}']))
+    info = load_json('flowar/state_dict_keys')[f'flowar_{size}']
+    kwargs = FlowARRecipe(**PRESETS['flowar'][f'flowar_{size[0]}']).model_kwargs(1, 1)
     assert (kwargs['diffloss_d'], kwargs['diffloss_w']) == (info['diffloss_d'], info['diffloss_w'])
     with torch.device('meta'):
-        model = FlowAR(vectors.Latents(), **kwargs)
+        model = FlowAR(Latents(), **kwargs)
     state = model.state_dict()
     assert {name: list(t.shape) for name, t in state.items()} == info['keys'] and len(state) == num_keys
     assert sum(p.numel() for p in model.parameters()) == info['parameters_total'] == num_parameters
@@ -675,7 +687,7 @@ def test_velocity_error_of_the_true_velocity_is_zero(monkeypatch):
 
 def test_initial_weights():
     """As published, the last layer of the head and the modulations do not begin at zero."""
-    model = FlowAR(vectors.Latents(), **SMALL | dict(encoder_embed_dim=128, decoder_embed_dim=128))
+    model = FlowAR(Latents(), **SMALL | dict(encoder_embed_dim=128, decoder_embed_dim=128))
     for name, p in model.named_parameters():
         if name.endswith('.bias'):
             assert not p.any(), name

@@ -20,17 +20,16 @@ from models.helpers import (
 )
 from models.noise import GlobalBatch
 from models.tokenizers.codebook import float32_matmul
-from tests import golden
-from tests.golden import assert_within
 from tests.runs import TINY_VQVAE
+from tests.vectors import assert_within, load_json, load_tensors, needs_rng
 from utils.misc import allow_tf32, full_precision
 
-FILTERS = golden.load_json('topk_topp')['cases']
+FILTERS = load_json('var/topk_topp')['cases']
 
 
 @pytest.fixture(scope='module')
 def vectors():
-    return golden.load_tensors('topk_topp')
+    return load_tensors('var/topk_topp')
 
 
 def seeded(seed):
@@ -54,7 +53,7 @@ def test_filter(vectors, case):
 
 @pytest.mark.parametrize('case', FILTERS, ids=[case['key'] for case in FILTERS])
 def test_draw(vectors, case):
-    golden.needs_rng()
+    needs_rng()
     logits = vectors[case['input']].clone()
     idx = sample_with_top_k_top_p_(logits, case['top_k'], case['top_p'], rng=seeded(13))
     assert idx.dtype == torch.int64 and idx.shape == (*logits.shape[:2], 1)
@@ -65,7 +64,7 @@ def test_draw(vectors, case):
 
 @pytest.mark.parametrize('n', [4, -3])
 def test_several_draws(vectors, n):
-    golden.needs_rng()
+    needs_rng()
     idx = sample_with_top_k_top_p_(vectors['base.in'].clone(), 8, 0.9, rng=seeded(21), num_samples=n)
     assert torch.equal(idx, vectors[f'multi.n{n}'])
     if n < 0:
@@ -108,13 +107,13 @@ def test_top_k_out_of_range(top_k):
 @pytest.mark.parametrize('tau', [1.0, 0.27, 0.01])
 @pytest.mark.parametrize('hard', [0, 1])
 def test_gumbel_softmax(vectors, tau, hard):
-    golden.needs_rng()
+    needs_rng()
     actual = gumbel_softmax_with_rng(vectors['base.in'], tau=tau, hard=bool(hard), rng=seeded(31))
     assert_within(actual, vectors[f'gumbel.tau{tau}.hard{hard}'], 1e-3 if tau == 0.01 else 1e-5)
 
 
 def test_gumbel_softmax_of_filtered_logits(vectors):
-    golden.needs_rng()
+    needs_rng()
     stored = vectors['gumbel.masked_in']
     logits = stored.masked_fill(stored < -1e29, -torch.inf)
     actual = gumbel_softmax_with_rng(logits, tau=0.1, rng=seeded(32))
@@ -123,7 +122,7 @@ def test_gumbel_softmax_of_filtered_logits(vectors):
 
 
 def test_gumbel_softmax_with_the_global_generator(vectors):
-    golden.needs_rng()
+    needs_rng()
     torch.manual_seed(33)
     actual = gumbel_softmax_with_rng(vectors['base.in'], tau=0.5)
     assert_within(actual, vectors['gumbel.global33.tau0.5'], 1e-5)

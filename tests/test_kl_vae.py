@@ -11,8 +11,7 @@ import dist
 from models import load_weights
 from models.noise import GlobalBatch
 from models.tokenizers.kl_vae import AutoencoderKL, Posterior
-from tests.flowar_vectors import filled, load_json, load_tensors
-from tests.golden import assert_within
+from tests.vectors import assert_within, build_filled, flowar_rule, load_json, load_tensors
 
 SMALL = dict(embed_dim=4, net='tiny')
 
@@ -20,14 +19,13 @@ SMALL = dict(embed_dim=4, net='tiny')
 @functools.cache
 def published(name):
     """(description, vectors, model in eval mode)."""
-    info = load_json(name)
+    info = load_json(f'flowar/{name}')
     config = info['config']
-    with torch.device('meta'):
-        model = AutoencoderKL(config['embed_dim'], config['ch_mult'], ch=config['ch'],
-                              num_res_blocks=config['num_res_blocks'], test_mode=True)
-    state = filled({key: t.shape for key, t in model.state_dict().items()}, info['weight_seed'])
-    model.load_state_dict(state, assign=True)
-    return info, load_tensors(name), model
+
+    def make():
+        return AutoencoderKL(config['embed_dim'], config['ch_mult'], ch=config['ch'],
+                             num_res_blocks=config['num_res_blocks'], test_mode=True)
+    return info, load_tensors(f'flowar/{name}'), build_filled(make, flowar_rule(info['weight_seed']))
 
 
 def images_of(side, batch=2):
@@ -36,7 +34,7 @@ def images_of(side, batch=2):
 
 # ------------------------------------------------------------ against the reference
 def test_published_keys():
-    info = load_json('state_dict_keys')['kl16_vae']
+    info = load_json('flowar/state_dict_keys')['kl16_vae']
     with torch.device('meta'):
         model = AutoencoderKL()
     state = model.state_dict()

@@ -1,16 +1,12 @@
 """Losses of tokenizer training: LPIPS, discriminators, adversarial terms, and their sum."""
 import copy
-import functools
 import hashlib
-import json
 import logging
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,32 +33,30 @@ from models.tokenizers.losses import (
     discriminator_loss,
     generator_loss,
 )
-from tests import npp_vectors
 from tests.runs import on_two_ranks
+from tests.vectors import fill, load_json, load_tensors, npp_numbers, npp_rule
 from trainer import distributed
 from utils import hub
 from utils.hub import dino_state, lpips_state
 
-DATA = Path(__file__).parent / 'data' / 'npp'
 FP32 = nullcontext()
 
 
-# ---------------------------------------------------------------------------------------------- golden
-@functools.cache
-def golden():
-    return json.loads((DATA / 'vq_loss.json').read_text()), load_file(DATA / 'vq_loss.safetensors')
+# ---------------------------------------------------------------------------------------------- vectors
+def stored():
+    return load_json('npp/vq_loss'), load_tensors('npp/vq_loss')
 
 
 def filled_lpips(prefix=''):
-    lpips, keys = LPIPS(), golden()[0]['lpips']['keys']
-    lpips.load_published({key: torch.from_numpy(npp_vectors.weight(prefix + key, shape))
+    lpips, keys = LPIPS(), stored()[0]['lpips']['keys']
+    lpips.load_published({key: torch.from_numpy(npp_rule(prefix + key, shape))
                           for key, shape in keys.items()}, 'the stored keys')
     return lpips
 
 
 def inputs():
     """(image, its reconstruction)."""
-    image, noise = (torch.from_numpy(npp_vectors.raw(f'input.{name}', (2, 3, 64, 64)).astype(np.float32))
+    image, noise = (torch.from_numpy(npp_numbers(f'input.{name}', (2, 3, 64, 64)).astype(np.float32))
                     for name in ('vl_img', 'vl_noise'))
     return image, 0.7 * image + 0.3 * noise
 
@@ -82,8 +76,8 @@ def close(actual, expected, rtol=1e-4, atol=1e-6):
 
 
 def test_patchgan_is_the_published_one():
-    info, vectors = golden()
-    patchgan = npp_vectors.filled(PatchGAN())
+    info, vectors = stored()
+    patchgan = fill(PatchGAN(), npp_rule)
     assert list(shapes(patchgan).items()) == list(info['patchgan']['keys'].items())
     image, _ = inputs()
     close(patchgan.train()(image), vectors['patchgan_train'])
@@ -101,8 +95,8 @@ def test_patchgan_initialisation():
 
 
 def test_stylegan_is_the_published_one():
-    info, vectors = golden()
-    stylegan = npp_vectors.filled(StyleGAN(64))
+    info, vectors = stored()
+    stylegan = fill(StyleGAN(64), npp_rule)
     assert shapes(stylegan) == info['stylegan64']['keys']
     close(stylegan(inputs()[0]), vectors['stylegan_out_img64'])
     assert num_params(lambda: StyleGAN(64)) == info['stylegan64']['n_params'] == 34_619_905
@@ -114,11 +108,11 @@ def test_stylegan_is_the_published_one():
 
 
 def test_lpips_is_the_published_one():
-    close(filled_lpips()(*inputs()), golden()[1]['lpips_eval'].flatten())
+    close(filled_lpips()(*inputs()), stored()[1]['lpips_eval'].flatten())
 
 
 def test_adversarial_terms():
-    info, vectors = golden()
+    info, vectors = stored()
     real, fake = vectors['logits_real'], vectors['logits_fake']
     for kind, d_name, g_name in (('hinge', 'hinge', 'hinge'), ('vanilla', 'vanilla', 'hinge'),
                                  ('non-saturating', 'non_saturating_correct', 'non_saturating_correct')):
@@ -139,10 +133,10 @@ class PublishedForward(PatchGAN):
 
 @pytest.fixture(scope='module')
 def published_parts():
-    return npp_vectors.filled(PublishedForward(), 'discriminator.'), filled_lpips('perceptual_loss.')
+    return fill(PublishedForward(), npp_rule, 'discriminator.'), filled_lpips('perceptual_loss.')
 
 
-@pytest.mark.parametrize('row', golden()[0]['vqloss'],
+@pytest.mark.parametrize('row', stored()[0]['vqloss'],
                          ids=lambda row: f'{row["adaptive"]}_{row["global_step"]}')
 def test_whole_loss_is_the_published_one(row, published_parts):
     """Published without a ramp and with constant codebook losses; before its start the GAN counts 0."""
@@ -151,7 +145,7 @@ def test_whole_loss_is_the_published_one(row, published_parts):
                               gan=GANSettings(0.5, start=0.5, ramp=0., half=True, adaptive=row['adaptive']))
     progress = row['global_step'] / 40_000
     image, rec = inputs()
-    last = nn.Parameter(torch.from_numpy(npp_vectors.raw('input.lastlayer', (3, 3, 1, 1)).astype(np.float32)))
+    last = nn.Parameter(torch.from_numpy(npp_numbers('input.lastlayer', (3, 3, 1, 1)).astype(np.float32)))
     rec = Reconstruction([(image, F.conv2d(rec, last))], torch.tensor(0.11 + 0.022 + 0.003), {}, {})
     logged = row['logged_generator']
     loss, parts = criterion.generator(rec, progress, last, FP32)

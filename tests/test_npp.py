@@ -14,16 +14,30 @@ from models.helpers import guide
 from models.layers import RMSNorm, Rope2d, rotate
 from models.noise import GlobalBatch, ImageNoise
 from models.npp import patch_loss, patches
-from tests import npp_vectors as vectors
-from tests.golden import assert_norms, assert_within, named_grads, needs_rng
+from tests.vectors import (
+    DROPOUTS,
+    NO_DROPOUT,
+    Codes,
+    assert_norms,
+    assert_within,
+    build_filled,
+    fill,
+    load_json,
+    load_tensors,
+    named_grads,
+    needs_rng,
+    npp_numbers,
+    npp_rule,
+    tiny_npp,
+)
 from utils.amp_sc import AmpOptimizer
 from utils.ema import WeightEMA
 from utils.lr_control import filter_params, lr_wd_annealing
 
 PHASES = ((0.25, 4), (0.5, 2), (1., 1))
 SMALL = dict(num_classes=5, dim=32, n_layer=2, n_head=4, ffn_dim=48, grid=4, phases=PHASES)
-FORWARD = vectors.load_json('gpt_forward')
-COMBOS = vectors.load_json('generate')['combos']
+FORWARD = load_json('npp/gpt_forward')
+COMBOS = load_json('npp/generate')['combos']
 # layers, heads, width, hidden width; parameters, keys
 SIZES = {
     'B': (12, 12, 768, 2048, 110_888_448, 88),
@@ -39,8 +53,8 @@ SIZES = {
 
 def small(tokenizer=None, **overrides):
     """A model over 31 codes that is fast to train and to draw from; nothing in it is zero."""
-    model = NPP(tokenizer or vectors.Codes(31), **SMALL | vectors.NO_DROPOUT | overrides)
-    return vectors.filled(model).eval()
+    model = NPP(tokenizer or Codes(31), **SMALL | NO_DROPOUT | overrides)
+    return fill(model, npp_rule).eval()
 
 
 @pytest.fixture(scope='module')
@@ -92,46 +106,46 @@ def train_pass(model, label_B, idx_BN, p):
 
 # ------------------------------------------------------------ published: parts
 def test_fill_rule():
-    for name, stored in vectors.load_tensors('fill_check').items():
-        rule = vectors.raw if name.startswith('input') else vectors.weight
+    for name, stored in load_tensors('npp/fill_check').items():
+        rule = npp_numbers if name.startswith('input') else npp_rule
         assert torch.equal(torch.from_numpy(rule(name, stored.shape)).float(), stored), name
 
 
-@pytest.mark.parametrize('row', vectors.load_json('rope2d')['tables'], ids=lambda row: row['key'])
+@pytest.mark.parametrize('row', load_json('npp/rope2d')['tables'], ids=lambda row: row['key'])
 def test_rotary_tables(row):
     """Those of a class token are zero."""
     width, skipped = row['head_dim'], 1 - row['cls_token_num']
     model = small(dim=width, n_head=1, rope_base=row['base'])
     table = model.rope_table(row['grid'])
-    expected = vectors.load_tensors('rope2d')[row['key']].movedim(-1, 0)
+    expected = load_tensors('npp/rope2d')[row['key']].movedim(-1, 0)
     assert_within(table[:, skipped:], expected, 1e-6)
     assert not table[:, 0].any()
 
 
 def test_rotary_table_of_a_large_grid():
-    row, t = vectors.load_json('rope2d')['strided_rows'], vectors.load_tensors('rope2d')
+    row, t = load_json('npp/rope2d')['strided_rows'], load_tensors('npp/rope2d')
     table = small(dim=row['head_dim'], n_head=1).rope_table(row['grid'])
     assert_within(table[:, ::row['row_stride']], t['strided_rows'].movedim(-1, 0), 1e-6)
 
 
 def test_rotation():
-    info, t = vectors.load_json('rope2d')['apply'], vectors.load_tensors('rope2d')
+    info, t = load_json('npp/rope2d')['apply'], load_tensors('npp/rope2d')
     assert_within(rotate(t['apply_x'], t[info['table']].movedim(-1, 0)), t['apply_y'], 2e-6)
     ticks = torch.arange(3)
     table = Rope2d(16)(torch.cartesian_prod(ticks, ticks))
     assert_within(rotate(t['apply_x'], table), t['apply_y'], 2e-6)
 
 
-@pytest.mark.parametrize('p', vectors.load_json('patchify')['levels'])
+@pytest.mark.parametrize('p', load_json('npp/patchify')['levels'])
 def test_patches(p):
-    t = vectors.load_tensors('patchify')
+    t = load_tensors('npp/patchify')
     assert_within(patches(t['emb'], p).mean(2), t[f'emb_p{p}'], 1e-6)
     assert torch.equal(patches(t['idx'], p), t[f'idx_p{p}'])
     assert torch.equal(patches(t['idx'], 1)[:, :, 0], t['idx'])
 
 
 def test_modules():
-    t, model = vectors.load_tensors('gpt_forward'), vectors.build()
+    t, model = load_tensors('npp/gpt_forward'), tiny_npp()
     first, second, _ = model.layers
     table = model.rope_table(8)[:, :5]
     with torch.no_grad():
@@ -145,14 +159,14 @@ def test_modules():
 
 # ------------------------------------------------------------ published: training
 def test_weights_have_the_published_names():
-    state = vectors.build().state_dict()
+    state = tiny_npp().state_dict()
     assert [(name, list(value.shape)) for name, value in state.items()] == list(FORWARD['keys'].items())
     assert sum(value.numel() for value in state.values()) == FORWARD['n_params']
 
 
 @pytest.mark.parametrize('p', [int(p) for p in FORWARD['levels']])
 def test_forward_and_gradients(p):
-    info, t, model = FORWARD['levels'][str(p)], vectors.load_tensors('gpt_forward'), vectors.build().train()
+    info, t, model = FORWARD['levels'][str(p)], load_tensors('npp/gpt_forward'), tiny_npp().train()
     hidden = []
     for block in model.layers:
         block.register_forward_hook(lambda _, args, out: hidden.append(out[:, :17]))
@@ -171,7 +185,7 @@ def test_forward_and_gradients(p):
 
 
 def test_logits_of_a_whole_sequence():
-    t, model = vectors.load_tensors('gpt_forward'), vectors.build()
+    t, model = load_tensors('npp/gpt_forward'), tiny_npp()
     x_BLC = torch.cat([model.cls_embedding(t['cond']), model.tok_embeddings(t['idx'])], dim=1)
     with torch.no_grad():
         logits = model.transform(x_BLC, model.rope_table(8))
@@ -187,8 +201,8 @@ def test_seeded_dropout(case, monkeypatch):
         monkeypatch.setattr(npp, 'drop_labels', lambda label_B, *_: label_B)
     if 'drop_path_rate' in rates:  # takes the place of these
         rates |= dict(resid_dropout_p=0.5, ffn_dropout_p=0.5)
-    model = vectors.build(phases=((0.5, 2), (1., 1)), **rates).train()
-    idx_BN = torch.from_numpy((vectors.raw('input.drop_idx', (4, 64)) + 1) / 2 * 97).long()
+    model = tiny_npp(phases=((0.5, 2), (1., 1)), **rates).train()
+    idx_BN = torch.from_numpy((npp_numbers('input.drop_idx', (4, 64)) + 1) / 2 * 97).long()
     torch.manual_seed(case['seed'])
     loss, _ = model.training_loss(idx_BN, torch.tensor(FORWARD['seeded_dropout_labels']), 1 / case['p'] - 0.1)
     assert loss.item() == pytest.approx(case['loss'], abs=1e-5)
@@ -196,10 +210,10 @@ def test_seeded_dropout(case, monkeypatch):
 
 @pytest.mark.parametrize('name', ['runA', 'runB'])
 def test_training_trajectory(name):
-    run, t = vectors.load_json('trajectory')['runs'][name], vectors.load_tensors('trajectory')
+    run, t = load_json('npp/trajectory')['runs'][name], load_tensors('npp/trajectory')
     setting, steps = run['config'], run['steps']
     phases = ((setting['epoch_rate'], 2), (1., 1)) if setting['patch_level'] == 2 else ((1., 1),)
-    model = vectors.build(phases=phases).train()
+    model = tiny_npp(phases=phases).train()
     names, params, groups = filter_params(model, model.no_weight_decay())
     own = {p: name for name, p in zip(names, params, strict=True)}
     plain, = ([own[p] for p in group['params']] for group in groups if group['wd_sc'] == 0)
@@ -225,7 +239,7 @@ def test_training_trajectory(name):
             assert_within(weights[key.removeprefix(f'{name}.{kind}.')][:len(rows)], rows, 2e-4)
 
 
-@pytest.mark.parametrize('row', vectors.load_json('schedules')['patch_schedule'],
+@pytest.mark.parametrize('row', load_json('npp/schedules')['patch_schedule'],
                          ids=lambda row: f'{row["epochs"]}-{row["epoch_rate"]}-{row["patch_level"]}')
 def test_patches_of_every_epoch(row):
     """The published schedules that reach single codes; of the others the constructor says so."""
@@ -243,17 +257,14 @@ def test_patches_of_every_epoch(row):
 @pytest.fixture(scope='module')
 def gpt_b():
     """The published GPT-B, which takes its weights without being initialised first."""
-    with torch.device('meta'):
-        model = NPP(vectors.Codes(16384), **vectors.NO_DROPOUT)
+    model = build_filled(lambda: NPP(Codes(16384), **NO_DROPOUT), npp_rule)
     model.rope = Rope2d(64, persistent=False)
-    model.load_state_dict({name: torch.from_numpy(vectors.weight(name, value.shape))
-                           for name, value in model.state_dict().items()}, assign=True)
     return model
 
 
 @pytest.mark.parametrize('p', [8, 4, 2, 1])
 def test_published_size(gpt_b, p):
-    info, t = vectors.load_json('gpt_b_real')['levels'][str(p)], vectors.load_tensors('gpt_b_real')
+    info, t = load_json('npp/gpt_b_real')['levels'][str(p)], load_tensors('npp/gpt_b_real')
     with torch.no_grad():
         logits = gpt_b(t['cond'], t['idx'], p)
     assert list(logits.shape) == info['logits_shape']
@@ -264,7 +275,7 @@ def test_published_size(gpt_b, p):
 # ------------------------------------------------------------ published: sampling
 @pytest.fixture
 def sharp():
-    model = vectors.build()
+    model = tiny_npp()
     with torch.no_grad():
         model.output.weight *= 4
     return model
@@ -274,7 +285,7 @@ def sharp():
 def test_sampling(sharp, combo, monkeypatch):
     if combo['sample_logits']:
         needs_rng()
-    i, t = combo['i'], vectors.load_tensors('generate')
+    i, t = combo['i'], load_tensors('npp/generate')
     guided, filtered = spy(sharp, 'draw', monkeypatch), spy_filters(monkeypatch)
     torch.manual_seed(combo['seed'] or 0)
     settings = {name: combo[name] for name in ('cfg_interval', 'temperature', 'top_k', 'top_p')}
@@ -293,8 +304,8 @@ def test_sampling(sharp, combo, monkeypatch):
 
 def test_teacher_forced_logits(monkeypatch):
     """Of one pass, and of sampling that draws just these codes."""
-    info, t = vectors.load_json('generate')['teacher_forced'], vectors.load_tensors('generate')
-    model, label_B = vectors.build(), t['labels'][:2]
+    info, t = load_json('npp/generate')['teacher_forced'], load_tensors('npp/generate')
+    model, label_B = tiny_npp(), t['labels'][:2]
     x_BLC = torch.cat([model.cls_embedding(label_B), model.tok_embeddings(t['tf_tokens'])], dim=1)
     with torch.no_grad():
         logits = model.transform(x_BLC, model.rope_table(8))
@@ -311,10 +322,10 @@ def test_teacher_forced_logits(monkeypatch):
 
 
 @pytest.mark.parametrize(('j', 'top_k', 'top_p'), [
-    (j, *pair) for j, pair in enumerate(vectors.load_json('generate')['filter'])])
+    (j, *pair) for j, pair in enumerate(load_json('npp/generate')['filter'])])
 def test_filters(j, top_k, top_p, monkeypatch):
     """What `draw` leaves of the logits."""
-    t, model, filtered = vectors.load_tensors('generate'), small(vectors.Codes(20)), spy_filters(monkeypatch)
+    t, model, filtered = load_tensors('npp/generate'), small(Codes(20)), spy_filters(monkeypatch)
     drawn = model.draw(t['filter_in'][:, None], 1., top_k, top_p, False, None)
     keep_BV = filtered[0][:, 0].isfinite() if filtered else F.one_hot(drawn[:, 0], 20).bool()
     assert torch.equal(keep_BV, t[f'filter_{j}_keep'].bool())
@@ -326,7 +337,7 @@ def test_published_sizes(size):
     """Names, shapes, numbers; the norms alone have no weight decay; weights tell all that they can."""
     n_layer, n_head, dim, hidden, num_parameters, num_keys = SIZES[size]
     with torch.device('meta'):
-        model = NPP(vectors.Codes(16384), dim=dim, n_layer=n_layer, n_head=n_head)
+        model = NPP(Codes(16384), dim=dim, n_layer=n_layer, n_head=n_head)
     block = {'attention.wqkv': (3 * dim, dim), 'attention.wo': (dim, dim), 'feed_forward.w1': (hidden, dim),
              'feed_forward.w3': (hidden, dim), 'feed_forward.w2': (dim, hidden), 'attention_norm': (dim,),
              'ffn_norm': (dim,)}
@@ -372,7 +383,7 @@ def test_foreign_weights():
     with pytest.raises(ValueError, match=r'a file is a NPP with n_layer=3 \(here 2\)'):
         load_weights(small(), small(n_layer=3).state_dict(), 'a file')
     with pytest.raises(ValueError, match=r'vocab_size=20 \(here 31\)'):
-        load_weights(small(), small(vectors.Codes(20)).state_dict(), 'a file')
+        load_weights(small(), small(Codes(20)).state_dict(), 'a file')
     with pytest.raises(ValueError, match='a file holds no NPP weights'):
         load_weights(small(), dict(weight=torch.zeros(1)), 'a file')
     tokenizer = VQModel(20, 8, z_channels=16, net='tiny')
@@ -382,9 +393,9 @@ def test_foreign_weights():
 
 def test_initial_weights():
     """Spreads of the published model; the first loss is ln V whatever the patches are."""
-    model = NPP(vectors.Codes(1024), n_layer=1, phases=PHASES)
+    model = NPP(Codes(1024), n_layer=1, phases=PHASES)
     state = model.state_dict()
-    for name, expected in vectors.load_json('gpt_b_real')['initial_std'].items():
+    for name, expected in load_json('npp/gpt_b_real')['initial_std'].items():
         assert state[name].std().item() == pytest.approx(expected, rel=0.01), name
         assert state[name].ndim > 1 or (state[name] == 1).all(), name
     for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
@@ -548,7 +559,7 @@ def test_draws_follow_the_place_in_the_global_batch():
     assert not torch.equal(loss(model, 0, first), loss(model, 4, first))
 
 
-@pytest.mark.parametrize('name', vectors.DROPOUTS[:4])
+@pytest.mark.parametrize('name', DROPOUTS[:4])
 def test_dropout_is_of_training(name):
     model, label_B, idx_BN = small(**{name: 0.3}), torch.tensor([0, 3, 5]), codes()
     with torch.no_grad():
@@ -652,7 +663,7 @@ def test_the_likeliest_codes(model, options):
 @pytest.mark.parametrize('was_training', [False, True])
 def test_caches_go_and_the_mode_stays(was_training, monkeypatch):
     """Also after an exception; a model in training mode draws without dropout and then trains as before."""
-    model = small(**dict.fromkeys(vectors.DROPOUTS[:4], 0.5))
+    model = small(**dict.fromkeys(DROPOUTS[:4], 0.5))
     idx_BN, expected = codes(), draw(model, [1, 2], guidance=2., cfg_interval=3)
     model.train(was_training)
 

@@ -17,10 +17,10 @@ from configs.options import make_parser
 from models import NPP, VAR, VQVAE, VQModel
 from models.noise import GlobalBatch
 from tests import test_token_cache
-from tests.npp_vectors import load_json
 from tests.runs import BATCH, STEPS_PER_EPOCH, TINY_VQVAE, launch, make_folder, prepared, read
 from tests.test_run import Interrupt, assert_equal, epoch_lines, largest_difference, same_weights
 from tests.test_sample import same_images
+from tests.vectors import load_json
 from utils.lr_control import lr_ratio
 from utils.misc import mix_seed, seed_everything
 
@@ -97,7 +97,7 @@ def test_resume_is_exact(made, codes, here, trained, tmp_path, monkeypatch):
     assert all(line == straight[line['step']] for line in resumed), 'learning rates, patches, losses'
 
 
-@pytest.mark.parametrize('row', load_json('schedules')['lr_schedule'],
+@pytest.mark.parametrize('row', load_json('npp/schedules')['lr_schedule'],
                          ids=lambda row: f'{row["epoch_range"]}-{row["decay_ratio"]}')
 def test_published_learning_rates(row):
     """A warm-up longer than a phase has room for leaps upstream, and is refused here."""

@@ -28,7 +28,7 @@ from evaluation.score import ScoreSettings
 from evaluation.tokenizer import TokenizerSettings
 from extract import ExtractSettings
 from models import FlexVAR
-from tests.golden import load_json
+from tests.vectors import load_json
 from train import describe
 
 REPO = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ def settings(recipe):
 
 def test_every_published_flag_parses_with_its_default():
     ours = settings(parse_recipe([]))
-    for entry in load_json('args')['flags']:
+    for entry in load_json('var/args')['flags']:
         flag, default = entry['flag'], entry['default']
         if flag in RUNTIME or flag in ('workers', 'local_out_dir_path'):  # workers: automatic here
             continue
@@ -107,7 +107,7 @@ def test_every_published_flag_parses_with_its_default():
         parse_recipe([f'--{flag}={value}'])
 
 
-@pytest.mark.parametrize('case', load_json('args')['derived'],
+@pytest.mark.parametrize('case', load_json('var/args')['derived'],
                          ids=lambda c: f'{" ".join(c["argv"])} x{c["world_size"]}')
 def test_derived_values(case):
     recipe = parse_recipe(case['argv'])

@@ -9,18 +9,25 @@ from models.editing import box_mask
 from models.helpers import ImageNoise, gumbel_softmax_with_rng, sample_with_top_k_top_p_
 from models.scales import ScaleLayout
 from models.var import AdaLNSelfAttn
-from tests import golden
-from tests.golden import assert_stats, assert_within
+from tests.vectors import (
+    assert_stats,
+    assert_within,
+    load_json,
+    load_tensors,
+    needs_rng,
+    split_scales,
+    tiny_var,
+)
 
 PATCH_NUMS = (1, 2, 3, 4)
-SAMPLING = golden.load_json('sampling')['cases']
-EDIT = golden.load_json('edit')
+SAMPLING = load_json('var/sampling')['cases']
+EDIT = load_json('var/edit')
 P256, P512 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
 @pytest.fixture(scope='module')
 def models():
-    return {name: golden.build_var(name) for name in ('sep_l2', 'shared_nol2')}
+    return {name: tiny_var(name) for name in ('sep_l2', 'shared_nol2')}
 
 
 def tolerance(case, plain):
@@ -31,8 +38,8 @@ def tolerance(case, plain):
 @pytest.mark.parametrize('case', SAMPLING, ids=[case['key'] for case in SAMPLING])
 def test_sampling_case(models, case):
     if not case['rng_independent']:
-        golden.needs_rng()
-    var, t = models[case['model']], golden.load_tensors('sampling')
+        needs_rng()
+    var, t = models[case['model']], load_tensors('var/sampling')
     expected = {name: t[f'{case["key"]}.{name}'] for name in case['stored']}
     labels = torch.tensor(case['label_B']) if isinstance(case['label_B'], list) else case['label_B']
     options = {name: case[name] for name in ('cfg', 'top_k', 'top_p', 'more_smooth')}
@@ -146,8 +153,8 @@ def test_kept_counts_of_the_published_pyramids(key):
 @pytest.mark.parametrize('case', EDIT['cases'], ids=[case['key'] for case in EDIT['cases']])
 def test_editing_with_public_attributes(models, case):
     if case['top_k'] != 1:
-        golden.needs_rng()
-    var, t, vqvae = models[case['model']], golden.load_tensors('edit'), golden.load_tensors('vqvae')
+        needs_rng()
+    var, t, vqvae = models[case['model']], load_tensors('var/edit'), load_tensors('var/vqvae')
     box = [case[name] for name in ('y0', 'x0', 'y1', 'x1')]
     mask = get_edit_mask(PATCH_NUMS, *box, 'cpu', case['inpainting'])
     options = {name: case[name] for name in ('g_seed', 'cfg', 'top_k', 'top_p', 'more_smooth')}
@@ -174,7 +181,7 @@ def test_editing_without_mask_is_sampling(models, label, more_smooth):
 
 
 def test_keeping_everything_reconstructs_the_input(models):
-    vqvae = golden.load_tensors('vqvae')
+    vqvae = load_tensors('var/vqvae')
     mask = torch.ones(2, 4, 4)  # one mask per image
     _, f_hat = autoregressive_infer_cfg_with_mask(models['sep_l2'], 2, -1, 0, edit_mask=mask,
                                                   input_img_tokens=[vqvae[f'idx.{k}'] for k in range(4)])
@@ -199,8 +206,8 @@ def test_keep_masks(models, row):
 @pytest.mark.parametrize('case', EDIT['cases'], ids=[case['key'] for case in EDIT['cases']])
 def test_keep(models, case):
     if case['top_k'] != 1:
-        golden.needs_rng()
-    var, t, vqvae = models[case['model']], golden.load_tensors('edit'), golden.load_tensors('vqvae')
+        needs_rng()
+    var, t, vqvae = models[case['model']], load_tensors('var/edit'), load_tensors('var/vqvae')
     mask = box_mask((4, 4), *[case[name] for name in ('y0', 'x0', 'y1', 'x1')])
     mask = ~mask if case['inpainting'] else mask
     masks = var.keep_masks(mask[None, None].float(), var.layout.sizes)
@@ -209,7 +216,7 @@ def test_keep(models, case):
     options = {name: case[name] for name in ('cfg', 'top_k', 'top_p', 'more_smooth')}
     steps = list(var.sample_scales(var.as_labels(case['label'], case['B'], rng), rng=rng,
                                    keep=list(zip(given, masks, strict=True)), **options))
-    drawn = golden.split_scales(t[f'{case["key"]}.tokens'], PATCH_NUMS)
+    drawn = split_scales(t[f'{case["key"]}.tokens'], PATCH_NUMS)
     for step, drawn_Bl, given_Bl, kept_Bl in zip(steps, drawn, given, masks, strict=True):
         assert torch.equal(step.idx_Bl, torch.where(kept_Bl, given_Bl, drawn_Bl))
     assert_within(steps[-1].f_hat, t[f'{case["key"]}.fhat'], tolerance(case, 5e-4))

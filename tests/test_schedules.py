@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.golden import build_var, load_json
+from tests.vectors import load_json, tiny_var
 from utils.amp_sc import AmpOptimizer
 from utils.log import MetricLogger, SmoothedValue
 from utils.lr_control import filter_params, lr_ratio, lr_wd_annealing
 
 
-@pytest.mark.parametrize('table', load_json('schedules')['tables'],
+@pytest.mark.parametrize('table', load_json('var/schedules')['tables'],
                          ids=lambda t: f'{t["sche"]}-{t["wp_it"]}-{t["max_it"]}')
 def test_schedule_tables(table):
     groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr_sc=lr, wd_sc=wd)
@@ -35,7 +35,7 @@ def test_schedules_survive_tiny_runs_and_refuse_unknown_names():
 
 @pytest.mark.parametrize('variant', ['sep_l2', 'shared_nol2', 'sep_nol2', 'shared_l2'])
 def test_parameter_groups(variant):
-    expected, model = load_json('param_groups'), build_var(variant)
+    expected, model = load_json('var/param_groups'), tiny_var(variant)
     assert model.no_weight_decay() == set(expected['nowd_keys'])
     names, params, groups = filter_params(model, model.no_weight_decay())
     by_id = {id(p): n for n, p in model.named_parameters()}
@@ -98,14 +98,14 @@ def test_autocast_follows_the_recipe(precision, dtype):
 
 
 # ---------------------------------------------------------------------------------------------- meters
-@pytest.mark.parametrize('case', load_json('metrics')['log_iters'])
+@pytest.mark.parametrize('case', load_json('var/metrics')['log_iters'])
 def test_logging_iterations(case):
     meters = MetricLogger()
     next(meters.log_every(case['start_it'], case['max_iters'], iter(range(10 ** 6)), case['count']))
     assert sorted(meters.log_iters) == case['log_iters']
 
 
-@pytest.mark.parametrize('case', load_json('metrics')['smoothed'])
+@pytest.mark.parametrize('case', load_json('var/metrics')['smoothed'])
 def test_smoothed_value(case):
     meter = SmoothedValue(window_size=case['window'])
     for value in case['values']:

@@ -18,8 +18,8 @@ from PIL import Image
 import extract
 import train
 from models import AutoencoderKL, VQModel
-from tests.npp_vectors import load_json, load_tensors
 from tests.runs import BATCH, CLASSES, NUM_IMAGES, REPO, kill_tree, launch, make_folder, read, start
+from tests.vectors import load_json, load_tensors
 from utils import data, token_cache
 from utils.data import KeyedAugmentation, adm_center_crop, crop_views, describe_data, open_split
 from utils.log import one_line_errors
@@ -100,16 +100,16 @@ def write_square(root, splits=('train', 'val')):
 
 
 # ---------------------------------------------------------------------------------------------- views
-@pytest.mark.parametrize('case', load_json('data')['cases'], ids=lambda case: f'{case["image_size"]}')
+@pytest.mark.parametrize('case', load_json('npp/data')['cases'], ids=lambda case: f'{case["image_size"]}')
 def test_ten_crops_are_the_published_ones(case):
-    vectors, size = load_tensors('data'), case['image_size']
+    vectors, size = load_tensors('npp/data'), case['image_size']
     views = crop_views(Image.fromarray(vectors['src'].numpy()), size, case['crop_range'])
     expected = vectors[f'tencrop_{size}_{case["crop_range"]}'].permute(0, 3, 1, 2)
     assert views.shape == expected.shape
     assert (views.add(1).mul(127.5).round() - expected.float()).abs().max() <= 1, 'PIL may round elsewhere'
 
 
-@pytest.mark.parametrize(('name', 'expected'), load_json('data')['crop_sizes'].items())
+@pytest.mark.parametrize(('name', 'expected'), load_json('npp/data')['crop_sizes'].items())
 def test_ten_crops_are_of_the_published_larger_crop(name, expected, monkeypatch):
     def stop(image, size):
         raise KeyError(size)

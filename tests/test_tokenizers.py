@@ -10,8 +10,18 @@ from torch.nn import functional as F
 import dist
 from models import VQVAE, VectorQuantizer2, build_tokenizer, build_vae_var, load_weights
 from models.tokenizers.quantize import phi_index
-from tests import golden
-from tests.golden import assert_norms, assert_stats, assert_within
+from tests.vectors import (
+    assert_norms,
+    assert_stats,
+    assert_within,
+    load_json,
+    load_tensors,
+    named_grads,
+    pixels,
+    split_scales,
+    stored_state,
+    tiny_vqvae,
+)
 
 PATCH_NUMS = (1, 2, 3, 4)
 SMALL = dict(vocab_size=24, z_channels=8, ch=32, v_patch_nums=(1, 2, 4))
@@ -20,17 +30,17 @@ TINY = dict(vocab_size=24, z_channels=8, net='tiny', v_patch_nums=(1, 2, 4))
 
 @pytest.fixture(scope='module')
 def vqvae():
-    return golden.build_vqvae()
+    return tiny_vqvae()
 
 
 @pytest.fixture(scope='module')
 def vectors():
-    return golden.load_tensors('vqvae')
+    return load_tensors('var/vqvae')
 
 
 @pytest.fixture(scope='module')
 def images(vectors):
-    return golden.images(vectors['images_u8'])
+    return pixels(vectors['images_u8'])
 
 
 def idx_of(vectors, name='idx'):
@@ -47,7 +57,7 @@ def rms(t):
 
 # ------------------------------------------------------------ inference against the reference
 def test_state_dict_is_the_published_one(vqvae):
-    rules, state = golden.load_json('vqvae')['state'], vqvae.state_dict()
+    rules, state = load_json('var/vqvae')['state'], vqvae.state_dict()
     assert list(state) == list(rules)
     assert {key: list(t.shape) for key, t in state.items()} == {key: rules[key]['shape'] for key in rules}
     assert {str(t.dtype) for t in state.values()} == {'torch.float32'}
@@ -70,7 +80,7 @@ def test_features(vqvae, vectors, images):
 
 
 def test_every_convolution_output(vqvae, vectors, images):
-    probes, seen = golden.load_json('vqvae')['conv_output_probes'], {}
+    probes, seen = load_json('var/vqvae')['conv_output_probes'], {}
     handles = [module.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out.clone()}))
                for name, module in vqvae.named_modules()
                if isinstance(module, nn.Conv2d) and not name.startswith('quantize')]
@@ -90,7 +100,7 @@ def test_codes(vqvae, vectors, images):
 
 @pytest.mark.parametrize('as_pairs', [True, False])
 def test_codes_of_another_pyramid(vqvae, vectors, images, as_pairs):
-    sizes = [tuple(hw) for hw in golden.load_json('vqvae')['custom_patch_hw']]
+    sizes = [tuple(hw) for hw in load_json('var/vqvae')['custom_patch_hw']]
     sizes = sizes if as_pairs else [h if h == w else (h, w) for h, w in sizes]
     idx_kBl = vqvae.img_to_idxBl(images, v_patch_nums=sizes)
     for actual, expected in zip(idx_kBl, idx_of(vectors, 'custom_idx'), strict=True):
@@ -98,8 +108,8 @@ def test_codes_of_another_pyramid(vqvae, vectors, images, as_pairs):
 
 
 def test_pyramid_of_pairs_in_the_constructor(vectors, images):
-    sizes = [tuple(hw) for hw in golden.load_json('vqvae')['custom_patch_hw']]
-    vqvae = golden.build_vqvae(v_patch_nums=sizes)
+    sizes = [tuple(hw) for hw in load_json('var/vqvae')['custom_patch_hw']]
+    vqvae = tiny_vqvae(v_patch_nums=sizes)
     for actual, expected in zip(vqvae.encode(images), idx_of(vectors, 'custom_idx'), strict=True):
         assert torch.equal(actual, expected)
 
@@ -133,7 +143,7 @@ def test_native_size_features(vqvae, vectors):
 
 
 def test_images_of_codes(vqvae, vectors):
-    info, idx_kBl = golden.load_json('vqvae'), idx_of(vectors)
+    info, idx_kBl = load_json('var/vqvae'), idx_of(vectors)
     full = vqvae.idxBl_to_img(idx_kBl, same_shape=True)
     for image, expected in zip(full, info['tok_img_same_shape_stats'], strict=True):
         assert_stats(image, expected)
@@ -147,7 +157,7 @@ def test_images_of_codes(vqvae, vectors):
 
 def test_reconstructions(vqvae, vectors, images):
     recs = vqvae.img_to_reconstructed_img(images)
-    for rec, expected in zip(recs, golden.load_json('vqvae')['reconstruct_stats_per_scale'], strict=True):
+    for rec, expected in zip(recs, load_json('var/vqvae')['reconstruct_stats_per_scale'], strict=True):
         assert_stats(rec, expected)
     assert_within(recs[-1], vectors['rec.last'], 2e-4)
     assert torch.equal(vqvae.img_to_reconstructed_img(images, last_one=True), recs[-1])
@@ -160,7 +170,7 @@ def test_decoder_alone(vqvae, vectors):
 def test_teacher_forcing_input_and_its_prefixes(vqvae, vectors):
     idx_kBl = idx_of(vectors)
     assert_within(vqvae.quantize.idxBl_to_var_input(idx_kBl), vectors['var_input'], 1e-4)
-    for stage, info in golden.load_json('vqvae')['prog'].items():
+    for stage, info in load_json('var/vqvae')['prog'].items():
         prefix = vqvae.quantize.idxBl_to_var_input(idx_kBl[:int(stage) + 1])
         if info['var_input_len'] is None:
             assert prefix is None
@@ -187,13 +197,13 @@ def test_encode_ignores_autocast(vqvae, images):
 
 
 # ------------------------------------------------------------ quantizer variants
-@pytest.mark.parametrize('name', list(golden.load_json('quantizer_variants')['variants']))
+@pytest.mark.parametrize('name', list(load_json('var/quantizer_variants')['variants']))
 def test_quantizer_variant(name):
-    info, vectors = golden.load_json('quantizer_variants'), golden.load_tensors('quantizer_variants')
+    info, vectors = load_json('var/quantizer_variants'), load_tensors('var/quantizer_variants')
     variant, pns = info['variants'][name], info['config']['v_patch_nums']
     quantize = VectorQuantizer2(**info['config'], **variant['kwargs'])
     assert list(quantize.state_dict()) == list(variant['state'])
-    quantize.load_state_dict(golden.build_state(variant['state'], quantize))
+    quantize.load_state_dict(stored_state(variant['state'], quantize))
     quantize.eval()
 
     idx_kBl = quantize.f_to_idxBl_or_fhat(vectors['feat'], to_fhat=False)
@@ -201,7 +211,7 @@ def test_quantizer_variant(name):
     f_hats = quantize.f_to_idxBl_or_fhat(vectors['feat'], to_fhat=True)
     assert_within(f_hats[0], vectors[f'{name}.fhat_first'], 1e-5)
     assert_within(f_hats[-1], vectors[f'{name}.fhat_last'], 1e-5)
-    idx_kBl = golden.split_scales(vectors[f'{name}.idx'], pns)
+    idx_kBl = split_scales(vectors[f'{name}.idx'], pns)
     assert_within(quantize.idxBl_to_var_input(idx_kBl), vectors[f'{name}.var_input'], 1e-5)
 
     feat = vectors['feat'].clone().requires_grad_()
@@ -211,10 +221,10 @@ def test_quantizer_variant(name):
     assert_within(f_hat, vectors[f'{name}.train_fhat'], 1e-5)
     (loss + (f_hat * vectors['probe_weight']).sum()).backward()
     assert_within(feat.grad, vectors[f'{name}.grad_feat'], 1e-5)
-    assert_norms(golden.named_grads(quantize), variant['grad_l2'])
+    assert_norms(named_grads(quantize), variant['grad_l2'])
 
 
-PHI_TABLES = golden.load_json('quantizer_variants')['phi_index_per_scale']
+PHI_TABLES = load_json('var/quantizer_variants')['phi_index_per_scale']
 
 
 @pytest.mark.parametrize(('key', 'table'), PHI_TABLES.items(), ids=PHI_TABLES)
@@ -260,13 +270,13 @@ def test_codebook_initialisation_by_hand(e):
 def train_steps(vqvae, vectors, num_steps=3):
     """(row, gradients, reconstruction) of each forward of the reference's training runs."""
     for step in range(num_steps):
-        images = golden.images(vectors[f'images_u8.{step}'])
+        images = pixels(vectors[f'images_u8.{step}'])
         rec, usages, vq_loss = vqvae(images, ret_usages=True)
         loss = F.mse_loss(rec, images) + vq_loss
         vqvae.zero_grad(set_to_none=True)
         loss.backward()
         yield dict(rec=rec, usages=usages, vq_loss=vq_loss.item(), total_loss=loss.item(),
-                   grads=golden.named_grads(vqvae))
+                   grads=named_grads(vqvae))
 
 
 @pytest.fixture
@@ -281,9 +291,9 @@ def process_group(request, tmp_path):
 
 @pytest.mark.parametrize('process_group', [False, True], indirect=True, ids=['no_group', 'world1'])
 def test_training_forward(process_group):
-    runs, vectors = golden.load_json('vqvae_train')['runs'], golden.load_tensors('vqvae_train')
+    runs, vectors = load_json('var/vqvae_train')['runs'], load_tensors('var/vqvae_train')
     rows = runs['process_group_world1' if process_group else 'not_initialised']
-    vqvae = golden.build_vqvae(test_mode=False)
+    vqvae = tiny_vqvae(test_mode=False)
     for step, (actual, row) in enumerate(zip(train_steps(vqvae, vectors), rows, strict=True)):
         assert actual['vq_loss'] == pytest.approx(row['vq_loss'], rel=1e-5)
         assert actual['total_loss'] == pytest.approx(row['total_loss'], rel=1e-5)
@@ -298,7 +308,7 @@ def test_training_forward(process_group):
 
     vqvae.eval()
     hits = vqvae.quantize.ema_vocab_hit_SV.clone()
-    images = golden.images(vectors['images_u8.0'])
+    images = pixels(vectors['images_u8.0'])
     with torch.no_grad():
         assert vqvae(images)[1] is None
         _, usages, vq_loss = vqvae(images, ret_usages=True)
@@ -308,10 +318,10 @@ def test_training_forward(process_group):
 
 
 def test_hit_counters_advance_once_per_step():
-    vectors, vqvae = golden.load_tensors('vqvae_train'), golden.build_vqvae(test_mode=False)
+    vectors, vqvae = load_tensors('var/vqvae_train'), tiny_vqvae(test_mode=False)
     quantize, expected = vqvae.quantize, None
     for step in range(3):
-        images = golden.images(vectors[f'images_u8.{step}'])
+        images = pixels(vectors[f'images_u8.{step}'])
         hits = np.zeros((len(PATCH_NUMS), quantize.vocab_size))
         for k, idx in enumerate(vqvae.encode(images)):
             for code in idx.flatten().tolist():

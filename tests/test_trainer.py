@@ -6,27 +6,27 @@ import pytest
 import torch
 
 from models import VAR
-from tests.golden import (
+from tests.vectors import (
     assert_within,
-    build_var,
-    build_vqvae,
     frozen_vqvae,
-    images,
     load_json,
     load_tensors,
     needs_rng,
+    pixels,
+    tiny_var,
+    tiny_vqvae,
     var_state,
 )
 from trainer import GeneratorTrainer
 from utils.amp_sc import AmpOptimizer
 from utils.lr_control import filter_params, lr_wd_annealing
 
-RUNS = load_json('trainer')['runs']
+RUNS = load_json('var/trainer')['runs']
 
 
 def batches():
-    vectors = load_tensors('trainer')
-    return [(images(vectors[f'batch.{i}.images_u8']), vectors[f'batch.{i}.labels']) for i in range(3)]
+    vectors = load_tensors('var/trainer')
+    return [(pixels(vectors[f'batch.{i}.images_u8']), vectors[f'batch.{i}.labels']) for i in range(3)]
 
 
 def make_trainer(model, clip=2., accumulate=1, precision=0, lr=1e-3, ema=0.):
@@ -38,7 +38,7 @@ def make_trainer(model, clip=2., accumulate=1, precision=0, lr=1e-3, ema=0.):
 def run_trainer(run):
     schedule = run['prog'] and dict(total=run['max_it'], warmup=run['wp_it'], until=run['prog']['pg'],
                                     first_stage=run['prog']['pg0'], stage_warmup=run['prog']['prog_wp_it'])
-    model = build_var(run['model'], drop_path_rate=run['drop_path_rate'],
+    model = tiny_var(run['model'], drop_path_rate=run['drop_path_rate'],
                       cond_drop_rate=run['cond_drop_rate'], label_smooth=run['label_smooth'],
                       progressive=schedule)
     return make_trainer(model, run['clip'], run['ac'])
@@ -74,7 +74,7 @@ def test_published_trajectory(name):
             assert info.grad_norm is None
         for key, value in row['params_l2'].items():
             assert trainer.model.get_parameter(key).norm().item() == pytest.approx(value, rel=1e-3), key
-    vectors = load_tensors('trainer')
+    vectors = load_tensors('var/trainer')
     for key in (key for key in vectors if key.startswith(f'{name}.')):
         final = trainer.model.get_parameter(key.removeprefix(f'{name}.')).detach()
         assert_within(final, vectors[key], atol=1e-2)
@@ -95,7 +95,7 @@ def test_tensorboard_values_of_the_first_step(name):
 
 
 def test_published_evaluation():
-    stored, trainer = load_json('trainer'), make_trainer(build_var('sep_l2', cond_drop_rate=0.5))
+    stored, trainer = load_json('var/trainer'), make_trainer(tiny_var('sep_l2', cond_drop_rate=0.5))
     for key, prepare in (('eval_ep_sep_l2_initial_weights', lambda t: t),
                          ('eval_ep_after_plain', after_plain)):
         trainer = prepare(trainer)
@@ -113,7 +113,7 @@ def after_plain(_):
 
 
 def test_evaluation_repeats_to_the_last_bit_and_weighs_images():
-    trainer = make_trainer(build_var('sep_l2', cond_drop_rate=0.9, drop_path_rate=0.5))
+    trainer = make_trainer(tiny_var('sep_l2', cond_drop_rate=0.9, drop_path_rate=0.5))
     first = trainer.eval_epoch(batches())
     assert trainer.eval_epoch(batches()) == first
     (x, y), *rest = batches()
@@ -124,7 +124,7 @@ def test_evaluation_repeats_to_the_last_bit_and_weighs_images():
 
 def test_checkpoint_tree_is_the_published_one():
     trainer = after_plain(None)
-    state, expected = trainer.state_dict(), load_json('trainer')['trainer_state_tree']
+    state, expected = trainer.state_dict(), load_json('var/trainer')['trainer_state_tree']
     assert set(expected['top_keys']) <= state.keys()
     assert set(expected['config']) <= state['config'].keys()
     assert set(state['var_wo_ddp']) == set(var_state('sep_l2'))
@@ -138,7 +138,7 @@ def test_checkpoint_tree_is_the_published_one():
 def test_accumulation_equals_the_large_batch(accumulate):
     (x, y), (x2, y2), _ = batches()
     x, y = torch.cat([x, x2]), torch.cat([y, y2])
-    large, small = make_trainer(build_var('sep_l2')), make_trainer(build_var('sep_l2'), accumulate=accumulate)
+    large, small = make_trainer(tiny_var('sep_l2')), make_trainer(tiny_var('sep_l2'), accumulate=accumulate)
     for _ in range(3):
         want = large.train_step(x, y, 0.5)
         for j, rows in enumerate(torch.arange(4).chunk(accumulate)):
@@ -150,7 +150,7 @@ def test_accumulation_equals_the_large_batch(accumulate):
 
 def test_overfits_four_images():
     (x, y), (x2, y2), _ = batches()
-    model = build_var('sep_l2')
+    model = tiny_var('sep_l2')
     model.init_weights()
     trainer = make_trainer(model, lr=3e-3)
     losses = [trainer.train_step(torch.cat([x, x2]), torch.cat([y, y2]), 0.5).loss.item() for _ in range(60)]
@@ -161,13 +161,13 @@ def test_overfits_four_images():
 @pytest.mark.parametrize(('precision', 'ema'), [(0, 0.), (0, 0.9), (1, 0.), (2, 0.)])
 def test_state_round_trip_continues_bit_for_bit(precision, ema):
     data, settings = batches(), dict(precision=precision, ema=ema)
-    straight = make_trainer(build_var('sep_l2', drop_path_rate=0.3, cond_drop_rate=0.3), **settings)
+    straight = make_trainer(tiny_var('sep_l2', drop_path_rate=0.3, cond_drop_rate=0.3), **settings)
     for i in range(4):
         if i == 2:
             state = copy.deepcopy(straight.state_dict())
         torch.manual_seed(i)
         straight.train_step(*data[i % 3], progress=0.1)
-    resumed = make_trainer(VAR(frozen_vqvae(), **load_json('var_sep_l2')['config'] | dict(
+    resumed = make_trainer(VAR(frozen_vqvae(), **load_json('var/var_sep_l2')['config'] | dict(
         drop_path_rate=0.3, cond_drop_rate=0.3)), **settings)
     resumed.load_state_dict(state)
     for i in (2, 3):
@@ -186,9 +186,9 @@ def test_state_round_trip_continues_bit_for_bit(precision, ema):
 
 
 def test_foreign_checkpoints_are_named_in_one_line():
-    trainer = make_trainer(build_var('sep_l2'))
+    trainer = make_trainer(tiny_var('sep_l2'))
     state = trainer.state_dict()
-    deeper = make_trainer(VAR(frozen_vqvae(), **load_json('var_sep_l2')['config'] | dict(depth=3)))
+    deeper = make_trainer(VAR(frozen_vqvae(), **load_json('var/var_sep_l2')['config'] | dict(depth=3)))
     with pytest.raises(ValueError, match=r'a\.pth.*depth=2 \(here 3\)') as error:
         deeper.load_state_dict(state, 'a.pth')
     assert len(str(error.value).splitlines()) == 1
@@ -197,14 +197,14 @@ def test_foreign_checkpoints_are_named_in_one_line():
     with pytest.raises(ValueError, match='another tokenizer'):
         trainer.load_state_dict(state | dict(vae_local=other))
     with pytest.raises(ValueError, match='holds no VAR'):
-        trainer.load_state_dict(dict(vae_wo_ddp=build_vqvae().state_dict()))
+        trainer.load_state_dict(dict(vae_wo_ddp=tiny_vqvae().state_dict()))
     torn = {name: value for name, value in state['var_wo_ddp'].items() if name != 'head.weight'}
     with pytest.raises(ValueError, match=r'head\.weight'):
         trainer.load_state_dict(state | dict(var_wo_ddp=torn))
 
 
 def test_published_checkpoints_without_our_extras_load():
-    trainer = make_trainer(build_var('sep_l2'))
+    trainer = make_trainer(tiny_var('sep_l2'))
     state = {name: value for name, value in trainer.state_dict().items() if name != 'training_state'}
     before = set(state)
     trainer.load_state_dict(state)
@@ -213,7 +213,7 @@ def test_published_checkpoints_without_our_extras_load():
 
 def test_losses_are_one_line_away_from_the_formula():
     """Every token weighs 1 / L, the batch is averaged: with equal tokens this is the mean cross-entropy."""
-    trainer = make_trainer(build_var('sep_l2'))
+    trainer = make_trainer(tiny_var('sep_l2'))
     x, y = batches()[0]
     loss, aux = trainer.model.training_loss(x, y)
     target = torch.nn.functional.one_hot(aux['target_BL'], 96)
@@ -227,7 +227,7 @@ def test_compiled_training_equals_eager():
     """In place, same losses and same keys; without dropout, whose random stream a compiler may change."""
     data, losses = batches(), {}
     for compiled in (False, True):
-        model = build_var('sep_l2')
+        model = tiny_var('sep_l2')
         if compiled:
             model.compile()
         trainer = make_trainer(model)

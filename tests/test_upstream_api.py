@@ -14,8 +14,8 @@ import models.var
 import utils.data
 import utils.misc
 from models import VAR, VQVAE, VectorQuantizer2, build_vae_var
-from tests.golden import build_var
 from tests.test_imports import REPO
+from tests.vectors import tiny_var
 
 PYRAMID = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIGNATURES = {
@@ -74,7 +74,7 @@ def test_published_names_are_where_they_were():
 
 
 def test_attributes_that_notebooks_read():
-    var = build_var('sep_l2')
+    var = tiny_var('sep_l2')
     assert isinstance(var.rng, torch.Generator) and var.rng.device == var.device
     assert var.uniform_prob.shape == (1, 5) and var.uniform_prob.sum() == 1
     assert (var.patch_nums, var.first_l, var.num_stages_minus_1, var.Cvae) == ((1, 2, 3, 4), 1, 3, 16)

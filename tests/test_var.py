@@ -9,8 +9,20 @@ from torch.nn import functional as F
 from models import VAR, VARHF, VQVAE, build_generator, build_vae_var, load_weights
 from models.helpers import ImageNoise, drop_labels, guide
 from models.var import ProgressiveSchedule
-from tests import golden
-from tests.golden import VARIANTS, assert_norms, assert_stats, assert_within
+from tests.vectors import (
+    VARIANTS,
+    assert_norms,
+    assert_stats,
+    assert_within,
+    load_json,
+    load_tensors,
+    named_grads,
+    needs_rng,
+    pixels,
+    split_scales,
+    tiny_var,
+    vqvae_state,
+)
 
 PATCH_NUMS = (1, 2, 3, 4)
 SPANS = ((0, 1), (1, 5), (5, 14), (14, 30))
@@ -21,28 +33,28 @@ NULL = 5
 def case(request):
     """(name, model in eval mode, description, tensors)"""
     name = request.param
-    return name, golden.build_var(name), golden.load_json(f'var_{name}'), golden.load_tensors(f'var_{name}')
+    return name, tiny_var(name), load_json(f'var/var_{name}'), load_tensors(f'var/var_{name}')
 
 
 @pytest.fixture(scope='module', params=['sep_l2', 'shared_nol2'])
 def full_case(request):
     """As `case`, for the variants whose description has every tensor."""
     name = request.param
-    return name, golden.build_var(name), golden.load_json(f'var_{name}'), golden.load_tensors(f'var_{name}')
+    return name, tiny_var(name), load_json(f'var/var_{name}'), load_tensors(f'var/var_{name}')
 
 
 @pytest.fixture
 def var():
-    return golden.build_var('sep_l2')
+    return tiny_var('sep_l2')
 
 
 @pytest.fixture(scope='module')
 def vectors():
-    return golden.load_tensors('var_sep_l2')
+    return load_tensors('var/var_sep_l2')
 
 
 def codes(vectors):
-    return golden.split_scales(vectors['gt'], PATCH_NUMS)
+    return split_scales(vectors['gt'], PATCH_NUMS)
 
 
 # ------------------------------------------------------------ parity with the reference
@@ -57,7 +69,7 @@ def test_names_shapes_and_order(case):
 
 
 def test_public_attributes(var):
-    config = golden.load_json('var_sep_l2')['config']
+    config = load_json('var/var_sep_l2')['config']
     for name in ('num_classes', 'depth', 'num_heads', 'cond_drop_rate', 'drop_path_rate'):
         assert getattr(var, name) == config[name]
     assert (var.patch_nums, var.L, var.first_l, var.num_stages_minus_1) == (PATCH_NUMS, 30, 1, 3)
@@ -77,7 +89,7 @@ def test_eval_logits(case):
 
 def test_eval_draws_nothing_and_drops_no_label(case):
     name, _, _, t = case
-    var = golden.build_var(name, cond_drop_rate=1., drop_path_rate=0.9)
+    var = tiny_var(name, cond_drop_rate=1., drop_path_rate=0.9)
     torch.manual_seed(3)
     with torch.no_grad():
         assert_within(var(t['labels'], t['var_input']), t['logits_eval'], 5e-4)
@@ -89,7 +101,7 @@ def test_eval_draws_nothing_and_drops_no_label(case):
 def test_train_logits_without_dropout(case):
     name, _, _, t = case
     with torch.no_grad():
-        assert_within(golden.build_var(name).train()(t['labels'], t['var_input']), t['logits_train'], 5e-4)
+        assert_within(tiny_var(name).train()(t['labels'], t['var_input']), t['logits_train'], 5e-4)
 
 
 def test_unconditional_logits(full_case):
@@ -99,7 +111,7 @@ def test_unconditional_logits(full_case):
 
 
 def test_dropped_labels(full_case):
-    golden.needs_rng()
+    needs_rng()
     _, var, info, t = full_case
     torch.manual_seed(12)
     labels = drop_labels(t['labels'], NULL, info['stochastic']['cond_drop_rate'])
@@ -108,9 +120,9 @@ def test_dropped_labels(full_case):
 
 
 def test_train_logits_with_dropout(full_case):
-    golden.needs_rng()
+    needs_rng()
     name, _, info, t = full_case
-    var = golden.build_var(name, **info['stochastic']).train()
+    var = tiny_var(name, **info['stochastic']).train()
     torch.manual_seed(11)
     with torch.no_grad():
         assert_within(var(t['labels'], t['var_input']), t['logits_stochastic_seed11'], 5e-4)
@@ -137,7 +149,7 @@ def test_teacher_input_of_the_golden_codes(case):
 
 def test_attention_scale_is_clamped():
     for name in ('sep_l2', 'shared_l2'):
-        vectors, var = golden.load_tensors(f'var_{name}'), golden.build_var(name)
+        vectors, var = load_tensors(f'var/var_{name}'), tiny_var(name)
         scales = [block.attn.scale_mul_1H11 for block in var.blocks]
         assert max(scale.max() for scale in scales) > math.log(100)
         with torch.no_grad():
@@ -151,18 +163,18 @@ def test_attention_scale_is_clamped():
 def test_loss_and_gradients(case, smooth):
     name, _, info, t = case
     expected = info['losses'][f'ls{smooth}']
-    var = golden.build_var(name, label_smooth=smooth).train()
-    images = golden.images(golden.load_tensors('vqvae')['images_u8'])
+    var = tiny_var(name, label_smooth=smooth).train()
+    images = pixels(load_tensors('var/vqvae')['images_u8'])
     loss, aux = var.training_loss(images, t['labels'])
     loss.backward()
     assert torch.equal(aux['target_BL'], t['gt'])
     assert loss.item() == pytest.approx(expected['loss'], rel=1e-5)
-    assert_norms(golden.named_grads(var), expected['grad_l2'])
+    assert_norms(named_grads(var), expected['grad_l2'])
 
 
 def test_gradients_reach_every_parameter(case):
     name, _, _, t = case
-    var = golden.build_var(name).train()
+    var = tiny_var(name).train()
     F.cross_entropy(var(t['labels'], t['var_input']).transpose(1, 2), t['gt']).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in var.parameters())
 
@@ -321,7 +333,7 @@ def test_interrupted_sampling_leaves_no_trace(var, vectors, monkeypatch, trainin
 
 @pytest.mark.parametrize('more_smooth', [False, True])
 def test_sampling_is_in_eval_mode_whatever_the_mode(more_smooth):
-    var = golden.build_var('shared_nol2', drop_path_rate=0.5, cond_drop_rate=0.9, drop_rate=0.2,
+    var = tiny_var('shared_nol2', drop_path_rate=0.5, cond_drop_rate=0.9, drop_rate=0.2,
                            attn_drop_rate=0.2)
     options = dict(g_seed=2, cfg=2., top_k=30, more_smooth=more_smooth)
     expected = var.eval().autoregressive_infer_cfg(3, 1, **options)
@@ -336,9 +348,9 @@ def test_sampling_builds_no_graph(var):
 
 # ------------------------------------------------------------ training loss and metrics
 def test_progressive_loss_weighs_the_newest_scale(vectors):
-    images = golden.images(golden.load_tensors('vqvae')['images_u8'])
+    images = pixels(load_tensors('var/vqvae')['images_u8'])
     settings = dict(total=100, warmup=10., until=0.8, first_stage=1, stage_warmup=20.)
-    var = golden.build_var('sep_l2', progressive=settings)
+    var = tiny_var('sep_l2', progressive=settings)
     schedule = ProgressiveSchedule(num_scales=4, **settings)
     ce_BL = F.cross_entropy(vectors['logits_eval'].transpose(1, 2), vectors['gt'], reduction='none')
     seen = set()
@@ -401,11 +413,11 @@ def stateful_schedule(num_scales, total, warmup, until, first_stage, stage_warmu
 
 
 def test_progressive_schedule_of_the_reference():
-    run = golden.load_json('trainer')['runs']['progressive']
+    run = load_json('var/trainer')['runs']['progressive']
     prog = run['prog']
     settings = dict(total=run['max_it'], warmup=run['wp_it'], until=prog['pg'], first_stage=prog['pg0'],
                     stage_warmup=prog['prog_wp_it'])
-    var = golden.build_var('sep_l2', progressive=settings)
+    var = tiny_var('sep_l2', progressive=settings)
     schedule = ProgressiveSchedule(num_scales=4, **settings)
     assert len({row['prog_si'] for row in run['rows']}) == 3
     for row in run['rows']:
@@ -461,7 +473,7 @@ def test_published_sizes(depth, patch_nums, shared, parameters, entries, drop_pa
 
 @pytest.mark.parametrize('index', range(3))
 def test_initialisation(index):
-    info = golden.load_json('init_stats')['configs'][index]
+    info = load_json('var/init_stats')['configs'][index]
     config = dict(info['config'])
     init = {name: config.pop(name) for name in ('init_adaln', 'init_adaln_gamma', 'init_head', 'init_std')}
     tokenizer = types.SimpleNamespace(channels=config.pop('Cvae'), vocab_size=config.pop('V'))
@@ -490,7 +502,7 @@ def test_gamma_rows_start_small():
     init = dict(init_adaln=0.5, init_adaln_gamma=1e-5)
     for name, weight in (('sep_l2', lambda block: block.ada_lin[-1].weight.view(6, -1)),
                          ('shared_l2', lambda block: block.ada_gss.view(6, -1))):
-        var = golden.build_var(name)
+        var = tiny_var(name)
         before = [weight(block).detach().clone() for block in var.blocks]
         var.init_weights(init_std=0.02, **init)
         for block, old in zip(var.blocks, before, strict=True):
@@ -514,7 +526,7 @@ def test_first_loss_is_that_of_a_uniform_guess(shared):
 # ------------------------------------------------------------ weights
 def test_hub_round_trip(case, tmp_path):
     _, var, info, t = case
-    hf = VARHF(vae_kwargs=golden.load_json('vqvae')['config'], **info['config'])
+    hf = VARHF(vae_kwargs=load_json('var/vqvae')['config'], **info['config'])
     hf.load_state_dict(var.state_dict())
     hf.save_pretrained(tmp_path)
     loaded = VARHF.from_pretrained(tmp_path).eval()
@@ -535,7 +547,7 @@ def test_hub_round_trip(case, tmp_path):
     (dict(mlp_ratio=2.), r'mlp_ratio=2\.0 \(here 4\.0\)'),
 ])
 def test_load_weights_names_the_difference(var, change, message):
-    config = {**golden.load_json('var_sep_l2')['config'], **change}
+    config = {**load_json('var/var_sep_l2')['config'], **change}
     tokenizer = types.SimpleNamespace(channels=16, vocab_size=config.pop('vocab_size', 96))
     before = {key: t.clone() for key, t in var.state_dict().items()}
     with pytest.raises(ValueError, match=rf'other\.pth is a VAR with .*{message}') as error:
@@ -546,7 +558,7 @@ def test_load_weights_names_the_difference(var, change, message):
 
 def test_load_weights_of_something_else(var):
     with pytest.raises(ValueError, match='ckpt holds no VAR weights'):
-        load_weights(var, golden.vqvae_state(), 'ckpt')
+        load_weights(var, vqvae_state(), 'ckpt')
     incomplete = var.state_dict()
     del incomplete['head.weight']
     with pytest.raises(ValueError, match=r'ckpt does not fit VAR: .*head\.weight') as error:
@@ -555,7 +567,7 @@ def test_load_weights_of_something_else(var):
 
 
 def test_load_weights_copies(var):
-    source = golden.build_var('sep_l2')
+    source = tiny_var('sep_l2')
     source.init_weights()
     load_weights(var, source.state_dict(), 'ckpt')
     assert all(torch.equal(t, source.state_dict()[key]) for key, t in var.state_dict().items())

@@ -1,13 +1,9 @@
 """VQ-16, VQ-8 and FlexVAE: the published outputs, and what training here adds."""
-import functools
-import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from models import load_weights
@@ -20,32 +16,23 @@ from models.tokenizers.conv import (
     read_ch_mult,
     read_encoder_decoder,
 )
-from models.tokenizers.flex_vae import FlexVAE
-from models.tokenizers.vq_model import VectorQuantizer, VQ_models, VQModel, entropy_loss
-from tests import flexvar_vectors, npp_vectors
-from tests.golden import assert_within
+from models.tokenizers.vq_model import FlexVAE, VectorQuantizer, VQ_models, VQModel, entropy_loss
+from tests.vectors import (
+    assert_within,
+    build_filled,
+    fill,
+    flexvar_rule,
+    load_json,
+    load_tensors,
+    npp_rule,
+    uniform_images,
+)
 
-DATA = Path(__file__).parent / 'data'
 SMALL = dict(codebook_size=64, codebook_embed_dim=8, z_channels=16, net='tiny')
 
 
 def load(name):
-    return json.loads((DATA / f'{name}.json').read_text()), load_file(DATA / f'{name}.safetensors')
-
-
-def filled(shapes, fill):
-    """A state dict of these shapes whose parameters follow a rule; the usage buffer stays at zero."""
-    return {name: torch.zeros(shape) if name.endswith('codebook_used')
-            else torch.from_numpy(fill(name, tuple(shape)).astype(np.float32))
-            for name, shape in shapes.items()}
-
-
-def build(make, fill):
-    """A published-size model takes filled weights without being initialised first."""
-    with torch.device('meta'):
-        model = make()
-    model.load_state_dict(filled({key: t.shape for key, t in model.state_dict().items()}, fill), assign=True)
-    return model
+    return load_json(name), load_tensors(name)
 
 
 # ------------------------------------------------------------ LlamaGen
@@ -54,17 +41,8 @@ def vq():
     return load('npp/vq')
 
 
-@functools.cache
-def tiny_state():
-    with torch.device('meta'):
-        state = VQModel(**load('npp/vq')[0]['tiny']['config']).state_dict()
-    return filled({key: t.shape for key, t in state.items()}, npp_vectors.weight)
-
-
 def build_tiny(**overrides):
-    model = VQModel(**load('npp/vq')[0]['tiny']['config'], **overrides)
-    model.load_state_dict(tiny_state())
-    return model
+    return fill(VQModel(**load_json('npp/vq')['tiny']['config'], **overrides), npp_rule)
 
 
 def test_tiny_model(vq):
@@ -77,17 +55,17 @@ def test_tiny_model(vq):
         assert_within(z, vectors['tiny.z'], 2e-4)
         out = model.quantize(z)
         assert_within(out.quant_BZhw, vectors['tiny.quant'], 1e-5)
-        assert torch.equal(out.idx_Bl.flatten().int(), vectors['tiny.indices'])
+        assert torch.equal(out.idx_Bl.flatten(), vectors['tiny.indices'])
         rec, losses = model(vectors['tiny.img'])
         assert_within(rec, vectors['tiny.recon'], 1e-3)
-        decoded = model.decode_code(vectors['tiny.rand_codes'].long(), (3, 4, 8, 8))
+        decoded = model.decode_code(vectors['tiny.rand_codes'], (3, 4, 8, 8))
         assert_within(decoded, vectors['tiny.rand_codes_decoded'], 1e-3)
-        flat = vectors['tiny.rand_codes'].long().flatten()
+        flat = vectors['tiny.rand_codes'].flatten()
         assert torch.equal(model.decode_code(flat, (3, 8, 8, 4), channel_first=False), decoded)
     assert all(t.isfinite() for t in losses[:3])
     assert not model.quantize.codebook_used.any(), 'evaluation must not count'
     idx_BL = model.encode(vectors['tiny.img'])
-    assert torch.equal(idx_BL.int(), vectors['tiny.indices'].view(2, 64)) and idx_BL.dtype == torch.int64
+    assert torch.equal(idx_BL, vectors['tiny.indices'].view(2, 64)) and idx_BL.dtype == torch.int64
     assert_within(model.decode(idx_BL), vectors['tiny.recon'].clamp(-1, 1), 1e-3)
 
 
@@ -115,9 +93,7 @@ def test_training_losses_and_gradients(vq, case):
 def build_quantizer(info):
     info = info['quantizer']
     quantize = VectorQuantizer(info['n_e'], info['e_dim'], info['beta'], info['entropy_ratio'], info['l2'])
-    quantize.load_state_dict(filled({key: t.shape for key, t in quantize.state_dict().items()},
-                                    lambda name, shape: npp_vectors.weight('q.' + name, shape)))
-    return quantize
+    return fill(quantize, npp_rule, 'q.')
 
 
 def test_quantizer_alone(vq):
@@ -125,7 +101,7 @@ def test_quantizer_alone(vq):
     quantize = build_quantizer(info)
     z = vectors['q.z'].clone().requires_grad_()
     out = quantize(z)
-    assert torch.equal(out.idx_Bl.flatten().int(), vectors['q.idx'])
+    assert torch.equal(out.idx_Bl.flatten(), vectors['q.idx'])
     assert_within(out.quant_BZhw, vectors['q.zq'], 1e-5)
     losses = (out.vq_loss.item(), out.commit_loss.item(), out.entropy_loss.item(), quantize.usage())
     assert losses == pytest.approx(info['quantizer']['losses'], rel=1e-5)
@@ -149,21 +125,21 @@ def test_entropy_loss(vq):
 @pytest.mark.parametrize('name', ['VQ-16', 'VQ-8'])
 def test_published_size(vq, name):
     info, vectors = vq
-    model = build(VQ_models[name], npp_vectors.weight).eval()
+    model = build_filled(VQ_models[name], npp_rule).eval()
     assert sum(p.numel() for p in model.parameters()) == info[name]['n_params']
     images = vectors[f'{name}.img']
     with torch.no_grad():
         z = model.features(images)
         assert_within(z, vectors[f'{name}.z'], 2e-4)
         idx_Bl = model.quantize.codes(z)
-        assert torch.equal(idx_Bl.flatten().int(), vectors[f'{name}.indices'])
+        assert torch.equal(idx_Bl.flatten(), vectors[f'{name}.indices'])
         rec = model.decode_code(idx_Bl, (1, 8, *z.shape[2:]))
     assert_within(rec, vectors[f'{name}.recon'], 1e-3)
 
 
 @pytest.mark.parametrize('name', ['VQ-16', 'VQ-8'])
 def test_published_keys(name):
-    keys = json.loads((DATA / 'flexvar/state_dict_keys.json').read_text())[f'{name}_V8912_C32']
+    keys = load_json('flexvar/state_dict_keys')[f'{name}_V8912_C32']
     with torch.device('meta'):
         model = VQ_models[name](codebook_size=8912, codebook_embed_dim=32)
     state = model.state_dict()
@@ -178,17 +154,18 @@ def test_published_keys(name):
 def flex(request):
     info, vectors = load(f'flexvar/{request.param}')
     config = info['config']['vae']
-    model = build(lambda: FlexVAE(config['V'], config['dim'], ch=config['ch'] or 128, z_channels=config['z'],
-                                  encoder_ch_mult=config['ch_mult'], decoder_ch_mult=config['ch_mult'],
-                                  entropy_loss_ratio=config['ent']),
-                  flexvar_vectors.fill(info['config']['wseed'])).eval()
-    return info, vectors, model
+
+    def make():
+        return FlexVAE(config['V'], config['dim'], ch=config['ch'] or 128, z_channels=config['z'],
+                       encoder_ch_mult=config['ch_mult'], decoder_ch_mult=config['ch_mult'],
+                       entropy_loss_ratio=config['ent'])
+    return info, vectors, build_filled(make, flexvar_rule(info['config']['wseed'])).eval()
 
 
 @pytest.fixture
 def flex_images(flex):
     config = flex[0]['config']
-    return flexvar_vectors.images(config['xseed'], config['xshape'])
+    return uniform_images(config['xseed'], config['xshape'])
 
 
 def test_weights_follow_the_rule(flex):
@@ -208,7 +185,7 @@ def test_native_codes(flex, flex_images):
     z = model.features(flex_images)
     assert_within(z, vectors['encode_conti'], 2e-5)
     out = model.quantize(z)
-    assert torch.equal(out.idx_Bl.flatten().int(), vectors['native_idx'])
+    assert torch.equal(out.idx_Bl.flatten(), vectors['native_idx'])
     assert_within(out.quant_BZhw[:1], vectors['native_quant'], 2e-6)
     assert_within(model(flex_images)[0][..., ::s, ::s], vectors['native_dec'], 1e-4)
 
@@ -222,7 +199,7 @@ def test_codes_of_every_side(flex, flex_images):
     recs, losses = model(flex_images[:1], sides)
     assert len(recs) == len(losses) == len(sides)
     for side, idx_Bl, quant, rec in zip(sides, idx_kBl, quants, recs, strict=True):
-        assert torch.equal(idx_Bl.int(), vectors[f'idx_{side}'])
+        assert torch.equal(idx_Bl, vectors[f'idx_{side}'])
         assert_within(quant[:1], vectors[f'quant_{side}'], 2e-6)
         assert_within(rec[..., ::s, ::s], vectors[f'dec_{side}'], 1e-4)
     decoded = model.decode_code(idx_kBl[-1][:1], (1, model.channels, sides[-1], sides[-1]))
@@ -246,11 +223,11 @@ def test_pictures_of_every_side(flex, flex_images):
 def test_oblong_images(flex):
     info, vectors, model = flex
     config, s = info['config'], info['config']['stride']
-    images = flexvar_vectors.images(config['xseed'] + 1, config['rshape'])
+    images = uniform_images(config['xseed'] + 1, config['rshape'])
     assert_within(model.features(images), vectors['rect_conti'], 2e-5)
     size = tuple(vectors['rect_conti'].shape[2:])
     idx_kBl = model.encode(images, [1, size])
-    assert torch.equal(idx_kBl[-1].flatten().int(), vectors['rect_idx'])
+    assert torch.equal(idx_kBl[-1].flatten(), vectors['rect_idx'])
     assert_within(model.decode(idx_kBl, size)[..., ::s, ::s], vectors['rect_dec'].clamp(-1, 1), 1e-4)
     with pytest.raises(ValueError, match=r'codes per image, got .*pass size=\(rows, columns\)'):
         model.decode(idx_kBl)
