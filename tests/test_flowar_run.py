@@ -1,114 +1,41 @@
-"""FlowAR through train.py, extract.py and sample.py: exact resume, micro-steps, validation, wrong files."""
+"""FlowAR through train.py and sample.py: validation, steps of the flow head, layouts of files."""
 import json
-import math
-import shutil
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-import extract
 import sample
 import train
 from configs import parse_recipe
-from evaluation import digits_features as digits
 from models import VAR, VQVAE, AutoencoderKL
-from tests import test_token_cache
-from tests.runs import BATCH, TINY_VQVAE, launch, prepared, read
-from tests.test_run import Interrupt, assert_equal, epoch_lines, largest_difference, same_weights
-from tests.test_sample import same_images
-from tests.test_token_cache import training
+from tests.runs import BATCH, TINY_VQVAE, assert_equal, epochs_of, read, same_images, steps_of, training
 
-made = test_token_cache.made
-TWO_EPOCHS = ('--ep=2', '--lr=1e-3', '--ema_rate=0.9')
-NO_DROPOUT = ('--attn_dropout=0', '--proj_dropout=0')  # a mask follows its place in the micro-batch
-FROZEN = ('--lr=1e-30', '--min_lr=0', '--twd=0')       # every step is lost in rounding
+FROZEN = ('--lr=1e-30', '--min_lr=0', '--twd=0')  # every step is lost in rounding
 
 
-@pytest.fixture(scope='module')
-def trained(made, tmp_path_factory):
+@pytest.fixture(scope='session')
+def made(families):
+    """(image folder, tokenizer file, tokenizer)."""
+    return families['flowar']
+
+
+@pytest.fixture
+def trained(trained_folder):
     """Folder of a training of two epochs with dropout, dropped labels and averaged weights."""
-    folder = tmp_path_factory.mktemp('trained')
-    train.train(prepared(training(made, folder, *TWO_EPOCHS)))
-    return folder
-
-
-def steps_of(folder):
-    return [json.loads(line) for line in (folder / 'steps.jsonl').read_text().splitlines()]
+    return trained_folder('flowar')
 
 
 # ---------------------------------------------------------------------------------------------- training
-@pytest.mark.parametrize('cached', [False, True])
-def test_resume_is_exact(made, here, trained, tmp_path, monkeypatch, cached):
-    """Within an epoch: masks, dropped labels, mirror images, latents, times and noise go on as they would."""
-    more, straight = TWO_EPOCHS, trained
-    if cached:
-        here(extract, *test_token_cache.flags(made, tmp_path / 'cache'))
-        more, straight = (*more, f'--cached_path={tmp_path / "cache"}'), tmp_path / 'straight'
-        here(train, *training(made, straight, *more))
-    step, arguments = train.Run.train_step, training(made, tmp_path / 'a', *more, '--save_every=3')
-
-    def interrupted(self, images, labels, number):
-        if number == 7:
-            raise Interrupt
-        return step(self, images, labels, number)
-    with monkeypatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr(train.Run, 'train_step', interrupted)
-        here(train, *arguments)
-    assert read(tmp_path / 'a')['iter'] == 1
-    here(train, *arguments)
-    final, expected = read(tmp_path / 'a'), read(straight)
-    assert_equal(final['trainer'], expected['trainer'])
-    assert final['run'] == expected['run']
-    assert not same_weights(final, dict(trainer=dict(var_wo_ddp=final['trainer']['var_ema'])))
-
-
-def test_micro_steps_and_the_published_batch_size(made, here, tmp_path):
-    """Equal up to the order of sums, of which AdamW makes a share of its step where gradients are tiny."""
-    def one_epoch(name, *more):
-        here(train, *training(made, tmp_path / name, *NO_DROPOUT, '--lr=1e-3', *more))
-        return read(tmp_path / name), [line['grad_norm'] for line in steps_of(tmp_path / name)]
-    whole, norms = one_epoch('whole')
-    micro, norms_of_micro = one_epoch('micro', '--ac=4')
-    assert norms_of_micro == pytest.approx(norms, rel=1e-5) and largest_difference(micro, whole) < 1e-4
-    published, _ = one_epoch('published', '--bs=2048', f'--batch_size={BATCH}')
-    assert_equal(published['trainer'], whole['trainer'])
-    other, _ = one_epoch('other', '--same_seed_for_all_ranks=1')
-    assert largest_difference(other, whole) > 1e-3, 'the comparison would notice another order'
-
-
 def test_published_batch_size_suits_any_number_of_ranks():
     recipe = parse_recipe(['--model=flowar', '--batch_size=64'])
     recipe.check_batch(3)
     assert recipe.micro_batch(3) == 192
 
 
-@pytest.mark.slow
-def test_two_ranks_equal_one(made, here, tmp_path):
-    """`--batch_size` is of each."""
-    more = (*NO_DROPOUT, *TWO_EPOCHS)
-    here(train, *training(made, tmp_path / 'one', *more))
-    launch('train.py', training(made, tmp_path / 'two', *more, '--bs=2048', f'--batch_size={BATCH // 2}'), 2)
-    one, two = read(tmp_path / 'one'), read(tmp_path / 'two')
-    assert largest_difference(one, two) < 1e-4, 'see the micro-steps'
-    assert two['run']['validation']['count'] == one['run']['validation']['count'] == 8
-
-
-def test_gradient_checkpointing_gives_the_same_weights(made, here, trained, tmp_path):
-    here(train, *training(made, tmp_path, *TWO_EPOCHS, '--use_checkpoint'))
+def test_gradient_checkpointing_gives_the_same_weights(whole_training, here, trained, tmp_path):
+    here(train, *whole_training('flowar', tmp_path, '--use_checkpoint'))
     assert_equal(read(tmp_path)['trainer'], read(trained)['trainer'])
-
-
-@pytest.mark.parametrize('precision', [1, 2])
-def test_half_precision_learns_the_same(made, here, trained, tmp_path, precision):
-    """bfloat16 keeps 8 bits, so sums of many products agree to some percent."""
-    here(train, *training(made, tmp_path, *TWO_EPOCHS, f'--fp16={precision}'))
-    half, single = read(tmp_path), read(trained)
-    assert ('scaler' in half['trainer']['var_opt']) == (precision == 1)
-    assert not same_weights(half, single)
-    for line, expected in zip(steps_of(tmp_path), steps_of(trained), strict=True):
-        assert line['L_mean'] == pytest.approx(expected['L_mean'], rel=0.03)
 
 
 @pytest.mark.parametrize(('precision', 'batch'), [(0, BATCH), (1, 2), (0, 2)])
@@ -126,7 +53,7 @@ def test_overflow_stops_with_a_line_and_keeps_a_good_checkpoint(made, here, tmp_
 def test_validation_of_the_same_weights_repeats(made, here, tmp_path):
     """Whatever training drew in between."""
     here(train, *training(made, tmp_path, *FROZEN, '--ep=2', '--eval_every=1'))
-    first, second = epoch_lines(tmp_path)
+    first, second = epochs_of(tmp_path)
     assert first['vL_mean'] == second['vL_mean'] and first['vL_tail'] == second['vL_tail']
     assert first['L_mean'] != second['L_mean'], 'training draws anew'
 
@@ -141,53 +68,12 @@ def test_weighting_of_times_is_no_part_of_the_metrics(made, here, tmp_path):
         assert ours == theirs
 
 
-@pytest.fixture
-def random_features(monkeypatch):
-    """In the place of fitted ones, which take seconds."""
-    rng = np.random.RandomState(0)
-    monkeypatch.setattr(digits, '_fit', lambda sizes: [
-        array for inputs, outputs in pairwise((digits.SIDE ** 2, *sizes, 10))
-        for array in (rng.randn(outputs, inputs) / inputs ** 0.5, np.zeros(outputs))])
-
-
-def test_distance_during_training_changes_nothing(made, here, trained, tmp_path, random_features):
-    here(train, *training(made, tmp_path, *TWO_EPOCHS, '--fid_images=8', '--fid_features=digits',
-                          '--fid_flags=--cfg=2 --flow_upper_steps=8 --flow_lower_steps=4 --eval_bsz=3'))
-    curve = [line['fid_0.008k'] for line in epoch_lines(tmp_path) if 'fid_0.008k' in line]
-    assert len(curve) == 1 and 0 < curve[0] < math.inf
-    assert_equal(read(tmp_path)['trainer'], read(trained)['trainer'])
-
-
-def test_tokens_are_no_reference_of_distances(made, here, tmp_path, random_features):
-    for split in ('train', 'val'):
-        here(extract, *test_token_cache.flags(made, tmp_path / split, f'--split={split}'))
-    cached = f'--cached_path={tmp_path / "train"}', f'--cached_val_path={tmp_path / "val"}'
-    with pytest.raises(SystemExit, match=r'^train: .*--cached_val_path.*--fid_ref'):
-        here(train, *training(made, tmp_path / 'a', *cached, '--fid_images=4', '--fid_features=digits'))
-
-
 # ---------------------------------------------------------------------------------------------- sampling
 def drawn(here, ckpt, output, *more):
     """Images by index, and the manifest."""
     here(sample, '--model=flowar', f'--ckpt={ckpt}', '--num_images=5', '--shuffle=-1', '--cfg=3',
          '--num_step=6', f'--output={output}', *more)
     return np.load(f'{output}.npz')['arr_0'], json.loads(output.with_suffix('.json').read_text())
-
-
-def test_images_do_not_depend_on_the_batch(here, trained, tmp_path):
-    five, _ = drawn(here, trained / 'ar-ckpt-last.pth', tmp_path / 'a')
-    assert five.shape == (5, 32, 32, 3) and len(np.unique(five.reshape(5, -1), axis=0)) == 5
-    two, manifest = drawn(here, trained / 'ar-ckpt-last.pth', tmp_path / 'b', '--eval_bsz=2')
-    assert manifest['batch_size'] == 2 and same_images(two, five)
-
-
-@pytest.mark.slow
-def test_images_do_not_depend_on_ranks(here, trained, tmp_path):
-    flags = ['--model=flowar', f'--ckpt={trained / "ar-ckpt-last.pth"}', '--num_images=5', '--eval_bsz=2',
-             '--num_step=6']
-    here(sample, *flags, f'--output={tmp_path / "one"}')
-    launch('sample.py', [*flags, f'--output={tmp_path / "two"}'], nproc=2)
-    assert (tmp_path / 'one.npz').read_bytes() == (tmp_path / 'two.npz').read_bytes()
 
 
 def test_annealed_steps(here, trained, tmp_path):
@@ -243,24 +129,9 @@ def var(tmp_path_factory):
     return folder / 'ar-ckpt-last.pth', folder / 'vqvae.pth'
 
 
-@pytest.mark.parametrize(('more', 'message'), [
-    (['--img_size=64'], r'ar-ckpt-last.pth is a FlowAR with scale=\(1, 2, 4\) \(here \(1, 2, 4, 8\)\): ch'),
-    (['--size=large'], r'cross=False \(here True\): change the flags'),
-    (['--ema_rate=0.9', '--seed=1'], 'begun with seed 0, got --seed=1'),
-])
-def test_other_flags_on_resume(made, here, trained, tmp_path, more, message):
-    shutil.copy(trained / 'ar-ckpt-last.pth', tmp_path)
-    with pytest.raises(SystemExit, match=message):
-        here(train, *training(made, tmp_path, *more))
-    assert (tmp_path / 'ar-ckpt-last.pth').read_bytes() == (trained / 'ar-ckpt-last.pth').read_bytes()
-
-
-def test_files_of_other_models(made, here, trained, var, tmp_path):
+def test_files_of_other_models(here, trained, var, tmp_path):
     """One line that names the file and what it should hold."""
     ours, output = trained / 'ar-ckpt-last.pth', tmp_path / 'a'
-    shutil.copy(var[0], tmp_path / 'ar-ckpt-last.pth')
-    with pytest.raises(SystemExit, match='was trained with --model=var, got --model=flowar: correct it'):
-        here(train, *training(made, tmp_path))
     torch.save(AutoencoderKL(8, net='tiny').state_dict(), tmp_path / 'kl8.pth')
     torch.save(read(trained)['trainer']['var_ema'], tmp_path / 'flat.pth')
     for flags, message in (
@@ -273,9 +144,3 @@ def test_files_of_other_models(made, here, trained, var, tmp_path):
     assert not output.with_suffix('.npz').exists()
 
 
-@pytest.mark.parametrize('index', [0, 1])
-def test_tokenizer_of_var_is_refused(made, here, var, tmp_path, index):
-    """Bare or inside a checkpoint of VAR; its convolutions have the keys of a KL-16."""
-    with pytest.raises(SystemExit, match=r'\.pth (holds no|does not fit) AutoencoderKL') as stop:
-        here(train, *training(made, tmp_path, f'--vae_path={var[index]}'))
-    assert len(str(stop.value).splitlines()) == 1

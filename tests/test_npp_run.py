@@ -1,4 +1,4 @@
-"""NPP through train.py and sample.py: exact resume, schedules, micro-steps, validation, layouts of files."""
+"""NPP through train.py and sample.py: schedules, validation, given weights, layouts of files."""
 import argparse
 import json
 import math
@@ -9,94 +9,54 @@ import numpy as np
 import pytest
 import torch
 
-import extract
 import sample
 import train
 from configs import RECIPES, parse_recipe, parse_sample_recipe
-from configs.options import make_parser
 from models import NPP, VAR, VQVAE, VQModel
-from models.noise import GlobalBatch
-from tests import test_token_cache
-from tests.runs import BATCH, STEPS_PER_EPOCH, TINY_VQVAE, launch, make_folder, prepared, read
-from tests.test_run import Interrupt, assert_equal, epoch_lines, largest_difference, same_weights
-from tests.test_sample import same_images
+from models.helpers import global_rows
+from tests.runs import (
+    BATCH,
+    SIDE,
+    STRIDE,
+    TINY_VQVAE,
+    assert_equal,
+    epochs_of,
+    prepared,
+    read,
+    same_images,
+    steps_of,
+    training,
+)
 from tests.vectors import load_json
 from utils.lr_control import lr_ratio
 from utils.misc import mix_seed, seed_everything
 
-TWO_PHASES = ('--epochs=4', '--lr=1e-2', '--scheduler', '--ema=0.9')  # two epochs of patches, two of codes
 NO_DROPOUT = ('--dropout_p=0', '--token_dropout_p=0')  # a mask follows its place in the micro-batch
 FROZEN = ('--lr=1e-30',)                               # every step is lost in rounding
-GRID = test_token_cache.SIDE // test_token_cache.STRIDE
+GRID = SIDE // STRIDE
 
 
-@pytest.fixture(scope='module')
-def made(tmp_path_factory):
+@pytest.fixture(scope='session')
+def made(families):
     """(image folder, tokenizer file, tokenizer)."""
-    torch.manual_seed(0)  # fixtures of a module are made before the seed of a test
-    root = tmp_path_factory.mktemp('made')
-    vq = VQModel(codebook_size=300, codebook_embed_dim=4, net='tiny', test_mode=True)
-    return make_folder(root / 'images'), *test_token_cache.saved(vq, root / 'vq.pth')
+    return families['npp']
 
 
-@pytest.fixture(scope='module')
-def codes(made, tmp_path_factory):
-    """The two published crop ranges, joined by a comma."""
-    parser = make_parser(extract.ExtractSettings, 'extract.py', '')
-    folders = [tmp_path_factory.mktemp('codes') for _ in range(2)]
-    for folder, crop_range in zip(folders, (1.1, 1.05), strict=True):
-        extract.extract(extract.ExtractSettings(**parser.parse(test_token_cache.flags(
-            made, folder, '--ten-crop', f'--crop-range={crop_range}', model='npp'))))
-    return ','.join(map(str, folders))
-
-
-def training(made, folder, *more):
-    return test_token_cache.training(made, folder, *more, model='npp')
-
-
-@pytest.fixture(scope='module')
-def trained(made, codes, tmp_path_factory):
+@pytest.fixture
+def trained(trained_folder):
     """Folder of a training of both phases on codes, with dropout, dropped labels and averaged weights."""
-    folder = tmp_path_factory.mktemp('trained')
-    train.train(prepared(training(made, folder, *TWO_PHASES, f'--code_path={codes}')))
-    return folder
+    return trained_folder('npp')
 
 
-def steps_of(folder):
-    return [json.loads(line) for line in (folder / 'steps.jsonl').read_text().splitlines()]
+def command(made, folder, *more):
+    return training(made, folder, *more, model='npp')
+
+
+def test_default_precision():
+    assert parse_recipe(['--model=npp']).precision == 2
 
 
 # ---------------------------------------------------------------------------------------------- training
-def interrupt(here, monkeypatch, at, arguments):
-    """Train up to a step that never comes to an end."""
-    step = train.Run.train_step
-
-    def interrupted(self, images, labels, number):
-        if number == at:
-            raise Interrupt
-        return step(self, images, labels, number)
-    with monkeypatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr(train.Run, 'train_step', interrupted)
-        here(train, *arguments)
-
-
-def test_resume_is_exact(made, codes, here, trained, tmp_path, monkeypatch):
-    """Within each phase and between them: choice of codes, masks, learning rate and patches go on."""
-    arguments = training(made, tmp_path, *TWO_PHASES, f'--code_path={codes}', '--save_every=3')
-    for at, saved in ((7, (1, 1)), (11, (2, 0)), (14, (2, 2))):
-        interrupt(here, monkeypatch, at, arguments)
-        assert (read(tmp_path)['epoch'], read(tmp_path)['iter']) == saved
-    here(train, *arguments)
-    final, expected = read(tmp_path), read(trained)
-    assert_equal(final['trainer'], expected['trainer'])
-    assert final['run'] == expected['run']
-    assert not same_weights(final, dict(trainer=dict(var_wo_ddp=final['trainer']['var_ema'])))
-    straight = {line['step']: line for line in steps_of(trained)}
-    resumed = steps_of(tmp_path)
-    assert {line['step'] for line in resumed} == set(range(4 * STEPS_PER_EPOCH)) == straight.keys()
-    assert all(line == straight[line['step']] for line in resumed), 'learning rates, patches, losses'
-
-
 @pytest.mark.parametrize('row', load_json('npp/schedules')['lr_schedule'],
                          ids=lambda row: f'{row["epoch_range"]}-{row["decay_ratio"]}')
 def test_published_learning_rates(row):
@@ -143,47 +103,15 @@ def test_patches_change_at_the_very_step(level, rate, per_epoch):
     (['--epochs=4', '--patch_level=3'], [4] * 5 + [2] * 5 + [1] * 10),
     (['--steps=13'], [2] * 5 + [1] * 8)])
 def test_patches_of_every_step(made, here, tmp_path, more, expected):
-    here(train, *training(made, tmp_path, *more))
+    here(train, *command(made, tmp_path, *more))
     assert [line['prog_patch'] for line in steps_of(tmp_path)] == expected
-
-
-def test_micro_steps(made, codes, here, tmp_path):
-    """Equal up to the order of sums, of which AdamW makes a share of its step where gradients are tiny."""
-    def both_phases(name, *more):
-        here(train, *training(made, tmp_path / name, *NO_DROPOUT, '--lr=1e-3', f'--code_path={codes}', *more))
-        return read(tmp_path / name), [line['grad_norm'] for line in steps_of(tmp_path / name)]
-    whole, norms = both_phases('whole')
-    micro, norms_of_micro = both_phases('micro', '--ac=2')
-    assert norms_of_micro == pytest.approx(norms, rel=1e-4) and largest_difference(micro, whole) < 1e-4
-    other, _ = both_phases('other', '--same_seed_for_all_ranks=1')
-    assert largest_difference(other, whole) > 1e-3, 'the comparison would notice another order'
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(made, codes, here, tmp_path):
-    more = (*NO_DROPOUT, *TWO_PHASES, '--lr=1e-3', f'--code_path={codes}')
-    here(train, *training(made, tmp_path / 'one', *more))
-    launch('train.py', training(made, tmp_path / 'two', *more), 2)
-    one, two = read(tmp_path / 'one'), read(tmp_path / 'two')
-    assert largest_difference(one, two) < 1e-4, 'see the micro-steps'
-    assert two['run']['validation'] == pytest.approx(one['run']['validation'], rel=1e-4)
-
-
-def test_default_precision_learns_the_same(made, codes, here, trained, tmp_path):
-    """bfloat16 keeps 8 bits, so sums of many products agree to some percent."""
-    assert parse_recipe(['--model=npp']).precision == 2
-    here(train, *training(made, tmp_path, *TWO_PHASES, f'--code_path={codes}', '--mixed_precision=bf16'))
-    half, single = read(tmp_path), read(trained)
-    assert 'scaler' not in half['trainer']['var_opt'] and not same_weights(half, single)
-    for line, expected in zip(steps_of(tmp_path), steps_of(trained), strict=True):
-        assert line['L_mean'] == pytest.approx(expected['L_mean'], rel=0.03)
 
 
 def test_validation_is_of_codes_in_every_phase(made, here, trained, tmp_path):
     """Of given weights it is that of the training they come from, which ended with codes."""
-    here(train, *training(made, tmp_path, *FROZEN, '--eval_every=1',
+    here(train, *command(made, tmp_path, *FROZEN, '--eval_every=1',
                           f'--gpt_ckpt={trained / "ar-ckpt-last.pth"}'))
-    patches, single = epoch_lines(tmp_path)
+    patches, single = epochs_of(tmp_path)
     expected = read(trained)['run']['validation']
     assert expected['prog_patch'] == 1
     for line in (patches, single):
@@ -197,25 +125,24 @@ def test_training_begins_with_given_weights(made, codes, here, trained, tmp_path
     ours, bare = trained / 'ar-ckpt-last.pth', tmp_path / 'bare.pth'
     torch.save(read(trained)['trainer']['var_ema'], bare)
     flags = (*NO_DROPOUT, '--lr=1e-3', f'--code_path={codes}')
-    run = prepared(training(made, tmp_path / 'probe', *flags))
+    run = prepared(command(made, tmp_path / 'probe', *flags))
     images, labels, _ = next(run.batches)
     run.model.load_state_dict(read(trained)['trainer']['var_ema'])
     seed_everything(mix_seed(0, 0))
     with GlobalBatch(0, BATCH):
         loss, _ = run.model.train().training_loss(images, labels, 0.)
-    here(train, *training(made, tmp_path / 'a', *flags, f'--gpt-ckpt={ours}'))
-    here(train, *training(made, tmp_path / 'b', *flags, f'--init_from={bare}'))
+    here(train, *command(made, tmp_path / 'a', *flags, f'--gpt-ckpt={ours}'))
+    here(train, *command(made, tmp_path / 'b', *flags, f'--init_from={bare}'))
     steps = steps_of(tmp_path / 'a')
     assert steps[0]['L_mean'] == pytest.approx(loss.item(), rel=1e-6) and steps == steps_of(tmp_path / 'b')
     assert abs(steps[0]['L_mean'] - math.log(300)) > 0.1, 'that of fresh weights'
 
 
-def test_output_folder_comes_before_given_weights(made, codes, trained, tmp_path):
+def test_output_folder_comes_before_given_weights(whole_training, trained, tmp_path):
     weights = read(trained)['trainer']['var_wo_ddp']
     torch.save({name: t + 1 for name, t in weights.items()}, tmp_path / 'x.pth')
     shutil.copy(trained / 'ar-ckpt-last.pth', tmp_path)
-    run = prepared(training(made, tmp_path, *TWO_PHASES, f'--code_path={codes}',
-                            f'--gpt_ckpt={tmp_path / "x.pth"}'))
+    run = prepared(whole_training('npp', tmp_path, f'--gpt_ckpt={tmp_path / "x.pth"}'))
     assert run.start == (4, 0)
     assert_equal(dict(run.model.state_dict()), dict(weights))
 
@@ -233,11 +160,8 @@ def var(tmp_path_factory):
     ('--width=128', 'dim=64 (here 128)'), ('--depth=2', 'n_layer=1 (here 2)')])
 def test_weights_of_another_size_are_refused(made, stops, trained, tmp_path, more, here_is):
     ours = trained / 'ar-ckpt-last.pth'
-    line = stops(train, *training(made, tmp_path / 'a', f'--gpt_ckpt={ours}', more))
+    line = stops(train, *command(made, tmp_path / 'a', f'--gpt_ckpt={ours}', more))
     assert 'ar-ckpt-last.pth' in line and here_is in line and 'change the flags' in line, line
-    shutil.copy(ours, tmp_path)
-    assert here_is in stops(train, *training(made, tmp_path, more))
-    assert (tmp_path / 'ar-ckpt-last.pth').read_bytes() == ours.read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -249,25 +173,14 @@ def drawn(here, ckpt, output, *more):
         return file['arr_0'], file['arr_1'], json.loads(output.with_suffix('.json').read_text())
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def ours(trained):
     return trained / 'ar-ckpt-last.pth'
 
 
-def test_images_do_not_depend_on_the_batch(here, ours, tmp_path):
-    five, labels, _ = drawn(here, ours, tmp_path / 'a')
-    assert five.shape == (5, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3, 0]
-    assert len(np.unique(five.reshape(5, -1), axis=0)) == 5
-    two, _, manifest = drawn(here, ours, tmp_path / 'b', '--per-proc-batch-size=2')
-    assert manifest['batch_size'] == 2 and same_images(two, five)
-
-
-@pytest.mark.slow
-def test_images_do_not_depend_on_ranks(here, ours, tmp_path):
-    flags = ['--model=npp', f'--ckpt={ours}', '--num_images=5', '--bs=2', '--labels=random']
-    here(sample, *flags, f'--output={tmp_path / "one"}')
-    launch('sample.py', [*flags, f'--output={tmp_path / "two"}'], nproc=2)
-    assert (tmp_path / 'one.npz').read_bytes() == (tmp_path / 'two.npz').read_bytes()
+def test_labels_go_round_the_classes(here, ours, tmp_path):
+    _, labels, _ = drawn(here, ours, tmp_path / 'a')
+    assert labels.tolist() == [0, 1, 2, 3, 0]
 
 
 def test_random_labels(here, ours, tmp_path):
@@ -314,7 +227,7 @@ def test_weights_of_every_layout(made, here, trained, ours, tmp_path):
     """Published files hold neither tokenizer nor size; averaged weights come first."""
     raw, averaged = (read(trained)['trainer'][key] for key in ('var_wo_ddp', 'var_ema'))
     old = raw | dict(freqs_cis=torch.zeros(1 + GRID ** 2, 32, 2))
-    vq, training_state = read(made[1].parent, 'vq.pth'), dict(optimizer={}, steps=20)
+    vq, training_state = read(made[1].parent, made[1].name), dict(optimizer={}, steps=20)
     torch.save(dict(model=vq, discriminator={}, **training_state), tmp_path / 'vq.pt')
     torch.save(dict(state_dict=vq), tmp_path / 'vq_state.pt')
     of_average, _, manifest = drawn(here, ours, tmp_path / 'ema', '--ckpt-key=ema')
@@ -340,7 +253,7 @@ def test_pickled_settings_are_refused_and_the_advice_helps(made, here, stops, tr
     torch.save(dict(model=read(trained)['trainer']['var_ema'], args=argparse.Namespace(lr=1e-4)), path)
     flags = ['--image-size=32', f'--vq_ckpt={made[1]}']
     for message in (stops(sample, '--model=npp', f'--ckpt={path}', f'--output={tmp_path / "a"}', *flags),
-                    stops(train, *training(made, tmp_path / 'b', f'--gpt_ckpt={path}'))):
+                    stops(train, *command(made, tmp_path / 'b', f'--gpt_ckpt={path}'))):
         assert f'{str(path)!r} holds a pickled argparse.Namespace' in message
         assert "save the dict without 'args'" in message and 'weights_only=False' in message
     content = torch.load(path, weights_only=False)
@@ -351,7 +264,7 @@ def test_pickled_settings_are_refused_and_the_advice_helps(made, here, stops, tr
 
 def test_files_that_do_not_fit(made, stops, ours, var, tmp_path):
     """One line that says what they hold."""
-    assert 'var.pth holds no NPP weights' in stops(train, *training(made, tmp_path, f'--gpt_ckpt={var}'))
+    assert 'var.pth holds no NPP weights' in stops(train, *command(made, tmp_path, f'--gpt_ckpt={var}'))
     bare, other = tmp_path / 'bare.pth', tmp_path / 'other.pth'
     torch.save(read(ours.parent)['trainer']['var_ema'], bare)
     torch.save(VQModel(200, 4, net='tiny').state_dict(), other)

@@ -15,7 +15,8 @@ import sample
 from configs import parse_sample_recipe
 from evaluation.score import ScoreSettings, score_images
 from models import VAR, VQVAE
-from tests.runs import TINY_VQVAE, kept_logging, kill_tree, launch, make_tokenizer, start
+from tests.runs import TINY_VQVAE, kept_logging, kill_tree, launch, make_tokenizer, same_images, start
+from utils.batches import shuffled
 from utils.hub import fetch, sha256_of
 from utils.image_sets import shuffled
 from utils.log import one_line_errors
@@ -55,12 +56,6 @@ def sample_here(monkeypatch, weights):
         return by_index(f'{folder}.npz')
     with kept_logging():
         yield run
-
-
-def same_images(a, b):
-    """Equal but for a rounding step here and there: kernels may sum in another order in another batch."""
-    difference = np.abs(a.astype(int) - b.astype(int))
-    return difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
 def test_images_do_not_depend_on_batches_or_processes(sample_here, tmp_path, weights):

@@ -18,55 +18,35 @@ from PIL import Image
 import extract
 import train
 from models import AutoencoderKL, VQModel
-from tests.runs import BATCH, CLASSES, NUM_IMAGES, REPO, kill_tree, launch, make_folder, read, start
+from tests.runs import (
+    CACHE_FLAG,
+    CLASSES,
+    NUM_IMAGES,
+    REPO,
+    SIDE,
+    STRIDE,
+    TOKENIZER_FLAG,
+    extraction,
+    kill_tree,
+    launch,
+    make_folder,
+    read,
+    start,
+    training,
+)
 from tests.vectors import load_json, load_tensors
 from utils import data, token_cache
 from utils.data import KeyedAugmentation, adm_center_crop, crop_views, describe_data, open_split
 from utils.log import one_line_errors
 from utils.token_cache import PackedWriter, TokenCache, weights_digest
 
-SIDE, STRIDE = 32, 8
-SPELLINGS = dict(flowar=('vae_path', 'cached_path', 'img_size'), npp=('vq_ckpt', 'code_path', 'image_size'))
 LAYOUTS = [('flowar', 'packed'), ('flowar', 'files'), ('npp', 'packed')]
 
 
-@pytest.fixture(scope='module')
-def made(tmp_path_factory):
+@pytest.fixture(scope='session')
+def made(families):
     """(image folder, tokenizer file, tokenizer) of FlowAR."""
-    torch.manual_seed(1)  # fixtures of a module are made before the seed of a test
-    root = tmp_path_factory.mktemp('made')
-    return make_folder(root / 'images'), *saved(AutoencoderKL(4, net='tiny', test_mode=True), root / 'kl.pth')
-
-
-@pytest.fixture(scope='module')
-def families(made, tmp_path_factory):
-    """The same by model, of NPP, too."""
-    torch.manual_seed(2)
-    vq = VQModel(codebook_size=300, codebook_embed_dim=4, net='tiny', test_mode=True)
-    return dict(flowar=made, npp=(made[0], *saved(vq, tmp_path_factory.mktemp('vq') / 'vq.pth')))
-
-
-def saved(tokenizer, path):
-    torch.save(tokenizer.state_dict(), path)
-    return path, tokenizer
-
-
-def flags(made, folder, *more, model='flowar'):
-    """Of extract.py, as users of each model spell them."""
-    weights, output, size = SPELLINGS[model]
-    return [f'--model={model}', f'--data_path={made[0]}', f'--{weights}={made[1]}', f'--{output}={folder}',
-            f'--{size}={SIDE}', '--workers=0', '--batch_size=32', *more]
-
-
-def training(made, folder, *more, model='flowar'):
-    """Of train.py, for the smallest generator over these tokens."""
-    weights, _, size = SPELLINGS[model]
-    own = dict(flowar=['--size=small', '--vae_stride=8', '--diffloss_d=1', '--diffloss_w=64',
-                       '--warmup_epochs=0.1', '--epochs=1'],
-               npp=['--downsample_size=8', '--mixed_precision=none', '--epochs=2'])[model]
-    return [f'--model={model}', f'--data_path={made[0]}', f'--{weights}={made[1]}', f'--{size}={SIDE}', *own,
-            '--depth=1', '--width=64', f'--bs={BATCH}', '--seed=0', '--workers=0', '--mid_reso=1',
-            f'--output_dir={folder}', *more]
+    return families['flowar']
 
 
 def tokens_of(tokenizer, image, crop_range=0.):
@@ -137,7 +117,7 @@ def test_order_of_the_views():
 def test_tokens_are_those_of_the_views(families, here, tmp_path, model, layout, crop_range):
     made, folder = families[model], tmp_path / 'cache'
     more = ['--ten-crop', f'--crop-range={crop_range}'] if crop_range else []
-    here(extract, *flags(made, folder, f'--layout={layout}', *more, model=model))
+    here(extract, *extraction(made, folder, f'--layout={layout}', *more, model=model))
     images = open_split(str(made[0]), 'train')
     cache, fair, fixed = (TokenCache(folder), TokenCache(folder, hflip=False), TokenCache(folder, fixed=True))
     assert len(cache) == len(images) and cache.classes == images.classes
@@ -160,8 +140,8 @@ def test_tokens_are_those_of_the_views(families, here, tmp_path, model, layout, 
 def test_two_folders_are_both_read(families, here, tmp_path):
     made = families['npp']
     for crop_range in (1.1, 1.05):
-        here(extract, *flags(made, tmp_path / f'{crop_range}', '--ten_crop', f'--crop_range={crop_range}',
-                             model='npp'))
+        here(extract, *extraction(made, tmp_path / f'{crop_range}', '--ten_crop',
+                                  f'--crop_range={crop_range}', model='npp'))
     image = open_split(str(made[0]), 'train')[7][0]
     expected = [tokens for crop_range in (1.1, 1.05) for tokens in tokens_of(made[2], image, crop_range)]
     both = f'{tmp_path / "1.1"},{tmp_path / "1.05"}'
@@ -174,7 +154,7 @@ def test_two_folders_are_both_read(families, here, tmp_path):
 
 def test_published_layout(made, here, tmp_path):
     """`<class>/<file name>.npz` with two float32 arrays; read without a manifest, too, with a warning."""
-    here(extract, *flags(made, tmp_path / 'cache', '--layout=files'))
+    here(extract, *extraction(made, tmp_path / 'cache', '--layout=files'))
     path = tmp_path / 'cache' / 'ant' / '00.png.npz'
     with np.load(path) as file:
         assert sorted(file) == ['moments', 'moments_flip']
@@ -190,10 +170,10 @@ def test_training_on_tokens_is_training_on_the_images(families, here, tmp_path, 
     """Step by step, whether validation reads images or tokens; what is in a cache need not be on disk."""
     made = (write_square(tmp_path / 'images'), *families[model][1:])
     for split in ('train', 'val'):
-        here(extract, *flags(made, tmp_path / split, f'--split={split}', model=model))
+        here(extract, *extraction(made, tmp_path / split, f'--split={split}', model=model))
     here(train, *training(made, tmp_path / 'live', '--hflip=0', model=model))
     shutil.rmtree(tmp_path / 'images' / 'train')
-    _, output, _ = SPELLINGS[model]
+    output = CACHE_FLAG[model]
     cached = f'--{output}={tmp_path / "train"}', '--hflip=0'
     here(train, *training(made, tmp_path / 'cached', *cached, model=model))
     here(train, *training(('/nowhere', *made[1:]), tmp_path / 'both', *cached,
@@ -249,8 +229,8 @@ def contents(folder):
 def test_interrupted_extraction_continues(families, here, stops, tmp_path, monkeypatch, model, layout):
     made, straight, broken = families[model], tmp_path / 'a', tmp_path / 'b'
     monkeypatch.setattr(token_cache, 'FLUSH_EVERY', 1)
-    here(extract, *flags(made, straight, f'--layout={layout}', model=model))
-    arguments = flags(made, broken, f'--layout={layout}', model=model)
+    here(extract, *extraction(made, straight, f'--layout={layout}', model=model))
+    arguments = extraction(made, broken, f'--layout={layout}', model=model)
     with monkeypatch.context() as patch:
         count_encoded(patch, type(made[2]), stop_at=3)
         assert stops(extract, *arguments) == 'extract: stop'
@@ -276,12 +256,13 @@ def run_rank(rank, port, argv):
 @pytest.mark.parametrize(('model', 'layout'), LAYOUTS)
 def test_two_processes_write_the_same_tokens(families, here, tmp_path, model, layout):
     made = families[model]
-    here(extract, *flags(made, tmp_path / 'one', f'--layout={layout}', model=model))
+    here(extract, *extraction(made, tmp_path / 'one', f'--layout={layout}', model=model))
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
-    processes = [multiprocessing.get_context('fork').Process(target=run_rank, args=(
-        rank, port, flags(made, tmp_path / 'two', f'--layout={layout}', model=model))) for rank in (0, 1)]
+    flags = extraction(made, tmp_path / 'two', f'--layout={layout}', model=model)
+    processes = [multiprocessing.get_context('fork').Process(target=run_rank, args=(rank, port, flags))
+                 for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
@@ -295,13 +276,13 @@ def test_two_processes_write_the_same_tokens(families, here, tmp_path, model, la
 @pytest.mark.parametrize(('model', 'layout'), LAYOUTS)
 def test_killed_ranks_leave_what_they_stored(families, here, tmp_path, monkeypatch, model, layout):
     made, folder = families[model], tmp_path / 'cache'
-    here(extract, *flags(made, tmp_path / 'straight', f'--layout={layout}', model=model))
+    here(extract, *extraction(made, tmp_path / 'straight', f'--layout={layout}', model=model))
     script = tmp_path / 'slowly.py'
     script.write_text(f'import sys, time\nsys.path.insert(0, {str(REPO)!r})\n'
                       'import extract\nfrom utils import token_cache\n'
                       'token_cache.FLUSH_EVERY = 1\nencoded = extract.tokens_of\n'
                       'extract.tokens_of = lambda *args: time.sleep(0.3) or encoded(*args)\nextract.main()\n')
-    arguments = flags(made, folder, f'--layout={layout}', '--batch_size=2', model=model)
+    arguments = extraction(made, folder, f'--layout={layout}', '--batch_size=2', model=model)
 
     def stored():
         if layout == 'files':
@@ -326,14 +307,14 @@ def test_killed_ranks_leave_what_they_stored(families, here, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun(families, here, tmp_path):
-    here(extract, *flags(families['npp'], tmp_path / 'one', model='npp'))
-    launch('extract.py', flags(families['npp'], tmp_path / 'two', model='npp'), nproc=2)
+    here(extract, *extraction(families['npp'], tmp_path / 'one', model='npp'))
+    launch('extract.py', extraction(families['npp'], tmp_path / 'two', model='npp'), nproc=2)
     assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
 
 
 def test_no_manifest_while_anything_is_missing(made, stops, tmp_path, monkeypatch):
     monkeypatch.setattr(PackedWriter, 'put', lambda *args: None)
-    message = stops(extract, *flags(made, tmp_path / 'cache'))
+    message = stops(extract, *extraction(made, tmp_path / 'cache'))
     assert 'all 40 images' in message and '40 are missing: run the same command again' in message
     assert not (tmp_path / 'cache' / 'manifest.json').exists()
 
@@ -344,25 +325,25 @@ def test_full_disk_is_one_line(made, here, stops, tmp_path, monkeypatch):
     one_line = f'{tmp_path / "cache"}.*No space left on device.*: free some space'
     with monkeypatch.context() as patch:
         patch.setattr(os, 'posix_fallocate', full)
-        assert re.search(one_line, stops(extract, *flags(made, tmp_path / 'cache')))
+        assert re.search(one_line, stops(extract, *extraction(made, tmp_path / 'cache')))
     assert sorted(path.name for path in (tmp_path / 'cache').iterdir()) == ['.lock', 'settings.json']
     with monkeypatch.context() as patch:
         patch.setattr(os, 'pwrite', full)
-        assert re.search(one_line, stops(extract, *flags(made, tmp_path / 'cache')))
-    here(extract, *flags(made, tmp_path / 'cache'))
+        assert re.search(one_line, stops(extract, *extraction(made, tmp_path / 'cache')))
+    here(extract, *extraction(made, tmp_path / 'cache'))
     assert len(TokenCache(tmp_path / 'cache')) == 40
 
 
 def test_unreadable_image_stops_with_a_line(made, stops, tmp_path):
     folder = make_folder(tmp_path / 'images')
     (folder / 'train' / 'ant' / '00.png').write_bytes(b'no image')
-    assert 'expected an image, cannot read' in stops(extract, *flags((folder, made[1]), tmp_path / 'c'))
+    assert 'expected an image, cannot read' in stops(extract, *extraction((folder, made[1]), tmp_path / 'c'))
 
 
 # ---------------------------------------------------------------------------------------------- names
 def assert_round_trip(made, here, data_path, folder, split='train'):
     """Every image is found in the files, under its own class; the paths of the files."""
-    here(extract, *flags((data_path, *made[1:]), folder, '--layout=files', f'--split={split}'))
+    here(extract, *extraction((data_path, *made[1:]), folder, '--layout=files', f'--split={split}'))
     images, cache = open_split(str(data_path), split), TokenCache(folder, fixed=True)
     assert cache.classes == list(images.classes) and len(cache) == len(images)
     live = made[2].precompute(torch.stack([crop_views(image, SIDE)[0] for image, _ in images])).numpy()
@@ -404,12 +385,12 @@ def test_lists_round_trip(made, here, tmp_path):
 @pytest.mark.parametrize('write', [write_square, write_list])
 def test_the_place_of_the_images_is_no_setting(made, here, tmp_path, monkeypatch, write):
     root = write(tmp_path / 'images')
-    here(extract, *flags((root, *made[1:]), tmp_path / 'cache'))
+    here(extract, *extraction((root, *made[1:]), tmp_path / 'cache'))
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         seen = count_encoded(patch, AutoencoderKL)
-        here(extract, *flags(('images', *made[1:]), tmp_path / 'cache'))
-        here(extract, *flags((root.rename(tmp_path / 'moved'), *made[1:]), tmp_path / 'cache'))
+        here(extract, *extraction(('images', *made[1:]), tmp_path / 'cache'))
+        here(extract, *extraction((root.rename(tmp_path / 'moved'), *made[1:]), tmp_path / 'cache'))
     assert seen == []
 
 
@@ -433,7 +414,7 @@ def caches(families, tmp_path_factory):
     root = tmp_path_factory.mktemp('caches')
     for model, layout in LAYOUTS:
         settings = extract.make_parser(extract.ExtractSettings, 'extract.py', '').parse(
-            flags(families[model], root / f'{model}_{layout}', f'--layout={layout}', model=model))
+            extraction(families[model], root / f'{model}_{layout}', f'--layout={layout}', model=model))
         extract.extract(extract.ExtractSettings(**settings))
     return root
 
@@ -449,7 +430,7 @@ def cut(path, size):
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda cache: shutil.rmtree(cache), 'expected tokens in .*, found no such folder: run extract'),
     (lambda cache: [path.unlink() for path in cache.iterdir()], 'found neither: run extract'),
-    (lambda cache: edit_json(cache / 'manifest.json', tokenizer='x'), 'of another tokenizer .*vq.pth'),
+    (lambda cache: edit_json(cache / 'manifest.json', tokenizer='x'), 'of another tokenizer .*npp.pth'),
     (lambda cache: edit_json(cache / 'manifest.json', image_size=64), 'of images of 64 pixels.* has 32'),
     (lambda cache: edit_json(cache / 'manifest.json', classes=['x']), 'of one data set'),
     (lambda cache: edit_json(cache / 'manifest.json', classes=['bee', 'ant', 'cow', 'doe']), 'their order'),
@@ -493,7 +474,7 @@ def test_folders_of_other_images_are_not_joined(families, caches, here, stops, t
     images = make_folder(tmp_path / 'images')
     file = images / 'train' / 'ant' / '00.png'
     file.unlink() if other == 'fewer' else file.rename(file.with_name('x.png'))
-    here(extract, *flags((images, *families['npp'][1:]), tmp_path / 'cache', model='npp'))
+    here(extract, *extraction((images, *families['npp'][1:]), tmp_path / 'cache', model='npp'))
     both = f'--code_path={caches / "npp_packed"},{tmp_path / "cache"}'
     line = stops(train, *training(families['npp'], tmp_path / 'out', both, model='npp'))
     assert 'pass caches of the same images' in line
@@ -508,7 +489,7 @@ def test_another_extraction_is_refused(families, caches, stops, tmp_path, monkey
     torch.save(VQModel(300, 4, net='tiny').state_dict(), 'other.pth')
     shutil.copytree(caches / 'npp_packed', tmp_path / 'cache')
     before = contents(tmp_path / 'cache')
-    line = stops(extract, *flags(families['npp'], tmp_path / 'cache', *more, model='npp'))
+    line = stops(extract, *extraction(families['npp'], tmp_path / 'cache', *more, model='npp'))
     assert f'{named}' in line and 'was begun with another' in line and 'pass another folder' in line
     assert contents(tmp_path / 'cache') == before and (tmp_path / 'cache' / 'manifest.json').exists()
 
@@ -524,8 +505,8 @@ def test_array_of_another_extraction_is_refused(caches):
     (['--vq_ckpt=/nowhere.pth'], 'nowhere.pth')])
 def test_what_cannot_begin_leaves_no_folder(families, stops, tmp_path, more, message):
     for model, layout in LAYOUTS:
-        own = [flag.replace('vq_ckpt', SPELLINGS[model][0]) for flag in (*more, f'--layout={layout}')]
-        assert message in stops(extract, *flags(families[model], tmp_path / 'cache', *own, model=model))
+        own = [flag.replace('vq_ckpt', TOKENIZER_FLAG[model]) for flag in (*more, f'--layout={layout}')]
+        assert message in stops(extract, *extraction(families[model], tmp_path / 'cache', *own, model=model))
         assert not (tmp_path / 'cache').exists()
 
 
@@ -546,11 +527,11 @@ def test_caches_that_do_not_tell_about_orientation(families, caches, here, stops
     assert line in (tmp_path / 'a' / 'stdout.txt').read_text()
     assert 'was extracted with' not in (tmp_path / 'b' / 'stdout.txt').read_text()
     for folder in (finished, begun):
-        line = stops(extract, *flags(made, folder, model='npp'))
+        line = stops(extract, *extraction(made, folder, model='npp'))
         assert f'{str(folder)!r} was begun with another exif' in line
-        here(extract, *flags(made, folder, '--exif=0', model='npp'))
+        here(extract, *extraction(made, folder, '--exif=0', model='npp'))
         assert json.loads((folder / 'manifest.json').read_text())['exif'] is False
-        assert 'another exif' in stops(extract, *flags(made, folder, model='npp'))
+        assert 'another exif' in stops(extract, *extraction(made, folder, model='npp'))
 
 
 def test_descriptions_of_caches(families, caches, here, tmp_path):
@@ -562,7 +543,7 @@ def test_descriptions_of_caches(families, caches, here, tmp_path):
     images = make_folder(tmp_path / 'images')
     file = images / 'train' / 'ant' / '00.png'
     file.rename(file.with_name('x.png'))
-    here(extract, *flags((images, *families['npp'][1:]), tmp_path / 'other', model='npp'))
+    here(extract, *extraction((images, *families['npp'][1:]), tmp_path / 'other', model='npp'))
     assert describe_data(TokenCache(tmp_path / 'other')) != first
 
 
@@ -571,8 +552,8 @@ def test_damaged_images_end_an_extraction_in_one_line(families, stops, tmp_path,
     images = make_folder(tmp_path / 'images')
     path = images / 'train' / 'ant' / '00.png'
     path.write_bytes(b'x')
-    line = stops(extract, *flags((images, *families['npp'][1:]), tmp_path / 'cache', f'--workers={workers}',
-                                 model='npp'))
+    line = stops(extract, *extraction((images, *families['npp'][1:]), tmp_path / 'cache',
+                                      f'--workers={workers}', model='npp'))
     assert line == (f'extract: expected an image, cannot read {str(path)!r} (its content is of no known '
                     'image format): repair or remove the file')
     assert not (tmp_path / 'cache' / 'manifest.json').exists()
@@ -670,7 +651,7 @@ def test_loader_processes_get_no_array(caches, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(('model', 'layout'), LAYOUTS[1:])
 def test_loader_processes_change_nothing(families, caches, here, tmp_path, model, layout):
-    cached, steps = f'--{SPELLINGS[model][1]}={caches / f"{model}_{layout}"}', []
+    cached, steps = f'--{CACHE_FLAG[model]}={caches / f"{model}_{layout}"}', []
     for workers in (0, 2):
         here(train, *training(families[model], tmp_path / f'{workers}', cached, f'--workers={workers}',
                               model=model))
@@ -679,8 +660,8 @@ def test_loader_processes_change_nothing(families, caches, here, tmp_path, model
 
 
 def test_digest_is_of_what_decides_the_tokens(families):
-    for _, _, tokenizer in families.values():
-        state = {name: t.clone() for name, t in tokenizer.state_dict().items()}
+    for model in ('flowar', 'npp'):
+        state = {name: t.clone() for name, t in families[model][2].state_dict().items()}
         digest = weights_digest(state)
         for name in ('decoder.x', 'post_quant_conv.weight', 'loss.logvar'):
             assert weights_digest(state | {name: torch.ones(3)}) == digest

@@ -1,0 +1,68 @@
+"""What a training leaves to read: log.txt, stdout.txt, TensorBoard, the checkpoint, and the first loss."""
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.runs import CLASSES, VQVAE_FLAGS, epochs_of, read
+
+
+@pytest.fixture(scope='module')
+def folder(train_for_module, tmp_path_factory):
+    """A VAR over a tokenizer that was trained by the same program; validation in every second epoch."""
+    root = tmp_path_factory.mktemp('logs')
+    train_for_module(root / 'vae', '--ep=2', base=VQVAE_FLAGS)
+    return train_for_module(root / 'var', f'--vae_ckpt={root / "vae" / "vae-ckpt-best.pth"}', '--ep=3',
+                            '--eval_every=2', '--fp16=2')
+
+
+def test_checkpoint_of_the_best_epoch_names_the_classes(folder):
+    assert read(folder, 'ar-ckpt-best.pth')['classes'] == sorted(CLASSES)
+
+
+def test_log_begins_with_the_settings(folder):
+    first = json.loads((folder / 'log.txt').read_text().splitlines()[0])
+    assert first['args']['depth'] == 1
+
+
+def test_log_has_a_line_per_epoch(folder):
+    lines = epochs_of(folder)
+    assert [line['ep'] for line in lines] == ['1/3', '2/3', '3/3']
+    assert {'it', 'lr', 'wd', 'grad_norm', 'L_mean', 'L_tail', 'acc_mean', 'acc_tail', 'remain_time',
+            'finish_time'} <= lines[0].keys()
+
+
+def test_validation_is_logged_where_it_was_due(folder):
+    first, second, last = epochs_of(folder)
+    assert first['vL_mean'] is None
+    assert second['vL_mean'] > 0
+    assert last['vL_tail'] > 0
+
+
+def test_progress_is_printed(folder):
+    text = (folder / 'stdout.txt').read_text()
+    assert '[Ep]: [   0/3] [4/5]' in text
+    assert 'images/s' in text
+    assert '[*] [ep1]  (val 8)' in text
+
+
+def test_tensorboard_has_the_published_tags(folder):
+    events = EventAccumulator(str(next(folder.glob('tb-VARd1__pn1_2_4*')))).Reload()
+    assert {'AR_iter_loss/z_voc_usage', 'AR_iter_loss/acc_4', 'AR_iter_loss/L_16', 'AR_iter_schedule/prog_si',
+            'AR_iter_schedule/prog_a_reso', 'AR_iter_schedule/prog_wp', 'AR_opt_lr/lr_min/sche_tlr',
+            'AR_opt_lr/lr_max/sche_tlr', 'AR_opt_wd/wd_max/sche_twd', 'AR_opt_wd/wd_min/sche_twd',
+            'AR_opt_grad/grad/grad_norm', 'AR_opt_grad/grad/grad_clip', 'AR_ep_loss/L_mean',
+            'AR_ep_loss/vacc_tail', 'AR_z_burnout/rest_hours'} <= set(events.Tags()['scalars'])
+    assert {event.step for event in events.Scalars('AR_iter_loss/z_voc_usage')} == {-10000, -1000, 0}
+
+
+def test_first_loss_is_that_of_a_uniform_guess(train_here, tmp_path):
+    train_here(tmp_path, '--ep=1', '--tblr=1e-9')
+    assert epochs_of(tmp_path)[0]['L_mean'] == pytest.approx(3.4657, rel=0.02)  # ln 32
+
+
+def test_progressive_training_runs_every_stage(train_here, tmp_path):
+    train_here(tmp_path, '--ep=4', '--pg=0.8', '--pg0=0', '--wp=0.2', '--pgwp=0.5')
+    lines = epochs_of(tmp_path)
+    assert lines[0]['L_tail'] < 0 < lines[-1]['L_tail']
+    assert read(tmp_path)['trainer']['config']['last_prog_si'] == 2
