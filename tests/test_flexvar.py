@@ -1,6 +1,7 @@
 """FlexVAR: the published outputs, and what any pyramid, size and mask must keep."""
 import itertools
 import random
+import types
 
 import numpy as np
 import pytest
@@ -204,52 +205,82 @@ def test_learning_rates(row):
     assert (group['lr'], group['weight_decay']) == pytest.approx((case['lr'], case['wd_value']), rel=1e-12)
 
 
-def test_training_trajectory():
+@pytest.fixture(scope='module')
+def trajectory():
+    """The stored training repeated: the model, its parameters without decay, and a record of every step."""
     needs_rng()
-    info, t = load_json('flexvar/train_tiny'), load_tensors('flexvar/train_tiny')
-    config, model = info['config'], tiny_flexvar('train_tiny').train()
-    names, _, groups = filter_params(model, model.no_weight_decay())
-    decayed = {name for group in groups if group['wd_sc'] for name in names if any(
-        p is dict(model.named_parameters())[name] for p in group['params'])}
-    assert set(names) - decayed == set(info['no_weight_decay'])
+    info = load_json('flexvar/train_tiny')
+    config = info['config']
+    tiny_flexvar.cache_clear()
+    model = tiny_flexvar('train_tiny').train()
+    tiny_flexvar.cache_clear()  # nobody else gets these weights, which are going to move
+    _, _, groups = filter_params(model, model.no_weight_decay())
+    names = {p: name for name, p in model.named_parameters()}
+    plain = {names[p] for group in groups if not group['wd_sc'] for p in group['params']}
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     schedules = iter(config['schedules'])
-    object.__setattr__(model, 'schedule', type('Given', (), dict(draw=lambda self: tuple(next(schedules))))())
+    object.__setattr__(model, 'schedule', types.SimpleNamespace(draw=lambda: tuple(next(schedules))))
+    records = []
     for it, step in enumerate(info['steps']):
-        x = uniform_images(config['xseed'] + it, config['xshape'])
+        images = uniform_images(config['xseed'] + it, config['xshape'])
         torch.manual_seed(config['seed'] + it)
         lr_wd_annealing(config['sche'], optimizer, config['peak_lr'], config['wd'], config['wd'], it,
                         config['wp_it'], config['max_it'], wp0=config['wp0'], wpe=config['wpe'])
-        loss, aux = model.training_loss(x, torch.tensor(step['labels']))
+        loss, aux = model.training_loss(images, torch.tensor(step['labels']))
         optimizer.zero_grad()
         loss.backward()
-        if it == 0:
-            assert_norms(named_grads(model), info['per_param_grad_norm'])
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config['clip'])
+        grad_norms = {name: grad.norm() for name, grad in named_grads(model).items()}
+        total_norm = nn.utils.clip_grad_norm_(model.parameters(), config['clip'])
         optimizer.step()
-        rel = dict(rel=2e-4, abs=2e-5)
-        assert loss.item() == pytest.approx(step['loss'], **rel)
-        assert norm.item() == pytest.approx(step['grad_norm'], rel=1e-3)
         metrics = {name: float(value) for name, value in model.metrics(aux).items()}
-        assert (metrics['L_mean'], metrics['acc_mean']) == pytest.approx((step['Lm'], step['Accm']), **rel)
-        tail = config['trainer_patch_nums'][-1] ** 2  # published: of the configured last scale in any step
-        ends = aux['logits_BLV'][:, -tail:], aux['target_BL'][:, -tail:]
-        published = model.scale_metrics(*ends, [(1, tail)])
-        assert published['L_tail'].item() == pytest.approx(step['Lt'], **rel)
+        records.append(dict(loss=loss.item(), grad_norms=grad_norms, total_norm=total_norm.item(), aux=aux,
+                            metrics=metrics))
+    return types.SimpleNamespace(info=info, model=model, plain=plain, groups=groups, records=records)
+
+
+def test_parameters_without_weight_decay(trajectory):
+    assert trajectory.plain == set(trajectory.info['no_weight_decay'])
+    num_grouped = sum(len(group['params']) for group in trajectory.groups)
+    assert num_grouped == len(list(trajectory.model.parameters()))
+
+
+def test_gradients_of_the_first_training_step(trajectory):
+    assert_norms(trajectory.records[0]['grad_norms'], trajectory.info['per_param_grad_norm'])
+
+
+def test_losses_of_a_training(trajectory):
+    for record, step in zip(trajectory.records, trajectory.info['steps'], strict=True):
+        assert record['loss'] == pytest.approx(step['loss'], rel=2e-4, abs=2e-5)
+        assert record['total_norm'] == pytest.approx(step['grad_norm'], rel=1e-3)
+
+
+def test_metrics_of_a_training(trajectory):
+    """Published are those of the last scale in the configuration, which our steps end with only at times."""
+    tail = trajectory.info['config']['trainer_patch_nums'][-1] ** 2
+    near = dict(rel=2e-4, abs=2e-5)
+    for record, step in zip(trajectory.records, trajectory.info['steps'], strict=True):
+        metrics, aux = record['metrics'], record['aux']
+        assert (metrics['L_mean'], metrics['acc_mean']) == pytest.approx((step['Lm'], step['Accm']), **near)
+        published = trajectory.model.scale_metrics(aux['logits_BLV'][:, -tail:], aux['target_BL'][:, -tail:],
+                                                   [(1, tail)])
+        assert published['L_tail'].item() == pytest.approx(step['Lt'], **near)
         if step['patch_nums'][-1] ** 2 == tail:
-            assert metrics['L_tail'] == pytest.approx(step['Lt'], **rel)
-            assert metrics['acc_tail'] == pytest.approx(step['Acct'], **rel)
-    assert len(names) == len(list(model.parameters()))
-    parameters = model.state_dict()
-    for name, expected in info['final_param_stats'].items():
-        actual = parameters[name].double()
+            assert metrics['L_tail'] == pytest.approx(step['Lt'], **near)
+            assert metrics['acc_tail'] == pytest.approx(step['Acct'], **near)
+
+
+def test_weights_after_a_training(trajectory):
+    state = trajectory.model.state_dict()
+    for name, expected in trajectory.info['final_param_stats'].items():
+        actual = state[name].double()
         assert actual.norm().item() == pytest.approx(expected['norm'], rel=1e-4), name
         assert actual.sum().item() == pytest.approx(expected['sum'], rel=1e-4, abs=1e-3), name
-    for name, expected in t.items():
-        actual = parameters['pos_1LC'][:, :, ::8, ::8] if name == 'final.pos_1LC_corner' else parameters[
-            name.removeprefix('final.')]
+    for name, expected in load_tensors('flexvar/train_tiny').items():
+        if name == 'final.pos_1LC_corner':
+            actual = state['pos_1LC'][:, :, ::8, ::8]
+        else:
+            actual = state[name.removeprefix('final.')]
         assert_within(actual.contiguous(), expected, 2e-5)
-    tiny_flexvar.cache_clear()  # these weights have moved
 
 
 # ------------------------------------------------------------ published: weights

@@ -1,5 +1,6 @@
 """FlowAR: the published outputs, and what trunk, flow head, solver and training must keep."""
 import itertools
+import types
 
 import pytest
 import torch
@@ -254,49 +255,73 @@ def test_scale_by_scale_equals_the_masked_trunk(name):
     assert_near(torch.cat(z, dim=1), t['z'], info['tolerance']['z'])
 
 
-def test_training_trajectory(monkeypatch):
-    name = 'train_steps'
-    info, t, model = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}'), tiny_flowar(name).train()
-    setting, tolerance = info['optimizer'], info['tolerance']
+@pytest.fixture(scope='module')
+def trajectory():
+    """The stored training repeated: model, averaged weights, optimizer groups, and a record of every step."""
+    info, t = load_json('flowar/train_steps'), load_tensors('flowar/train_steps')
+    model = tiny_flowar('train_steps').train()
+    config = info['optimizer']
     _, _, groups = filter_params(model, model.no_weight_decay())
-    names = {p: name for name, p in model.named_parameters()}
-    plain, = (group['params'] for group in groups if group['wd_sc'] == 0)
-    assert {names[p] for p in plain} == set(info['no_decay_keys'])
-    assert [len(plain), len(names) - len(plain)] == info['n_no_decay_decay_params']
-    optimizer = torch.optim.AdamW(groups, betas=setting['betas'], eps=setting['eps'])
-    ema = WeightEMA(model, setting['ema_rate'], warmup=False)
+    optimizer = torch.optim.AdamW(groups, betas=config['betas'], eps=config['eps'])
+    ema = WeightEMA(model, config['ema_rate'], warmup=False)
     posterior = Posterior(*t['moments'].chunk(2, dim=1))
-    peak, wd, per_epoch = setting['lr_used_as_peak'], setting['weight_decay'], setting['steps_per_epoch']
+    peak, wd, per_epoch = config['lr_used_as_peak'], config['weight_decay'], config['steps_per_epoch']
+    names = {p: name for name, p in model.named_parameters()}
 
     def norm(weights):
         return nn.utils.get_total_norm([weights[name] for name in names.values()]).item()
+    records = []
     for i, step in enumerate(info['steps']):
-        given = given_draws(*(t[f's{i}_{part}'] for part in ('label_drop_u', 't', 'flow_noise')))
-        monkeypatch.setattr(helpers, 'draw_rows', given)
-        monkeypatch.setattr(flowar, 'draw_rows', given)
-        it = setting['start_epoch'] * per_epoch + i
-        lr_wd_annealing(setting['lr_schedule'], optimizer, peak, wd, wd, it,
-                        setting['warmup_epochs'] * per_epoch, setting['epochs'] * per_epoch, wp0=0., wpe=0.)
-        assert optimizer.param_groups[0]['lr'] == pytest.approx(step['lr'], rel=1e-12)
+        lr_wd_annealing(config['lr_schedule'], optimizer, peak, wd, wd, config['start_epoch'] * per_epoch + i,
+                        config['warmup_epochs'] * per_epoch, config['epochs'] * per_epoch, wp0=0., wpe=0.)
         latent = 0.2325 * posterior.sample(t[f's{i}_posterior_noise'])
-        loss, _ = model.training_loss(latent, torch.tensor(step['labels']))
+        given = given_draws(*(t[f's{i}_{part}'] for part in ('label_drop_u', 't', 'flow_noise')))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(helpers, 'draw_rows', given)
+            patch.setattr(flowar, 'draw_rows', given)
+            loss, _ = model.training_loss(latent, torch.tensor(step['labels']))
         optimizer.zero_grad()
         loss.backward()
-        total = nn.utils.clip_grad_norm_(model.parameters(), setting['grad_clip']).item()
+        total = nn.utils.clip_grad_norm_(model.parameters(), config['grad_clip'])
         optimizer.step()
         ema.update()
-        assert loss.item() == pytest.approx(step['loss'], rel=tolerance['loss']['rtol'])
-        assert total == pytest.approx(step['grad_norm_before_clip'], rel=tolerance['grad_norm']['rtol'])
-        assert norm(model.state_dict()) == pytest.approx(step['param_norm'], rel=tolerance['norms']['rtol'])
-        assert norm(ema.weights) == pytest.approx(step['ema_norm'], rel=tolerance['norms']['rtol'])
-    for key, expected in info['final_param_norms'].items():
-        actual = model.state_dict()[key].norm().item()
-        assert actual == pytest.approx(expected, rel=tolerance['norms']['rtol']), key
-    stored = [key for key in t if key.startswith(('final.', 'ema.'))]
-    assert len(stored) == 8
-    for key in stored:
-        weights = ema.weights if key.startswith('ema.') else model.state_dict()
-        assert_near(weights[key.partition('.')[2]], t[key], tolerance['final'])
+        records.append(dict(lr=optimizer.param_groups[0]['lr'], loss=loss.item(), grad_norm=total.item(),
+                            param_norm=norm(model.state_dict()), ema_norm=norm(ema.weights)))
+    plain, = ({names[p] for p in group['params']} for group in groups if group['wd_sc'] == 0)
+    return types.SimpleNamespace(info=info, plain=plain, num_parameters=len(names), records=records,
+                                 ema=ema.weights, final=model.state_dict())
+
+
+def test_parameters_without_weight_decay(trajectory):
+    plain, info = trajectory.plain, trajectory.info
+    assert plain == set(info['no_decay_keys'])
+    assert [len(plain), trajectory.num_parameters - len(plain)] == info['n_no_decay_decay_params']
+
+
+def test_losses_of_a_training(trajectory):
+    rtol = {name: tolerance['rtol'] for name, tolerance in trajectory.info['tolerance'].items()
+            if 'rtol' in tolerance}
+    for record, step in zip(trajectory.records, trajectory.info['steps'], strict=True):
+        assert record['lr'] == pytest.approx(step['lr'], rel=1e-12)
+        assert record['loss'] == pytest.approx(step['loss'], rel=rtol['loss'])
+        assert record['grad_norm'] == pytest.approx(step['grad_norm_before_clip'], rel=rtol['grad_norm'])
+        assert record['param_norm'] == pytest.approx(step['param_norm'], rel=rtol['norms'])
+        assert record['ema_norm'] == pytest.approx(step['ema_norm'], rel=rtol['norms'])
+
+
+def test_norms_after_a_training(trajectory):
+    rtol = trajectory.info['tolerance']['norms']['rtol']
+    for key, expected in trajectory.info['final_param_norms'].items():
+        assert trajectory.final[key].norm().item() == pytest.approx(expected, rel=rtol), key
+
+
+@pytest.mark.parametrize('kind', ['final', 'ema'])
+def test_weights_after_a_training(trajectory, kind):
+    stored = {key.removeprefix(f'{kind}.'): t for key, t in load_tensors('flowar/train_steps').items()
+              if key.startswith(f'{kind}.')}
+    assert len(stored) == 4
+    for key, expected in stored.items():
+        assert_near(getattr(trajectory, kind)[key], expected, trajectory.info['tolerance']['final'])
 
 
 # ------------------------------------------------------------ published: sampling

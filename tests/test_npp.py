@@ -1,6 +1,7 @@
 """NPP: the published outputs, and what patches, training and sampling must keep."""
 import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -208,35 +209,56 @@ def test_seeded_dropout(case, monkeypatch):
     assert loss.item() == pytest.approx(case['loss'], abs=1e-5)
 
 
-@pytest.mark.parametrize('name', ['runA', 'runB'])
-def test_training_trajectory(name):
+@pytest.fixture(scope='module', params=['runA', 'runB'])
+def trajectory(request):
+    """A stored training repeated: its weights, raw and averaged, those without decay, and every step."""
+    name = request.param
     run, t = load_json('npp/trajectory')['runs'][name], load_tensors('npp/trajectory')
-    setting, steps = run['config'], run['steps']
-    phases = ((setting['epoch_rate'], 2), (1., 1)) if setting['patch_level'] == 2 else ((1., 1),)
+    config, steps = run['config'], run['steps']
+    phases = ((config['epoch_rate'], 2), (1., 1)) if config['patch_level'] == 2 else ((1., 1),)
     model = tiny_npp(phases=phases).train()
     names, params, groups = filter_params(model, model.no_weight_decay())
-    own = {p: name for name, p in zip(names, params, strict=True)}
-    plain, = ([own[p] for p in group['params']] for group in groups if group['wd_sc'] == 0)
-    assert plain == run['groups']['no_decay']
-    optimizer = torch.optim.AdamW(groups, betas=setting['betas'], eps=setting['adam_eps'])
-    amp = AmpOptimizer(0, optimizer, names, params, setting['max_grad_norm'])
-    ema = WeightEMA(model, setting['ema_decay'], warmup=False)
+    name_of = dict(zip(params, names, strict=True))
+    plain, = ([name_of[p] for p in group['params']] for group in groups if group['wd_sc'] == 0)
+    optimizer = torch.optim.AdamW(groups, betas=config['betas'], eps=config['adam_eps'])
+    amp = AmpOptimizer(0, optimizer, names, params, config['max_grad_norm'])
+    ema = WeightEMA(model, config['ema_decay'], warmup=False)
+    wd = config['weight_decay']
+    records = []
     for i, step in enumerate(steps):
-        wd = setting['weight_decay']
         lr_wd_annealing('constant', optimizer, step['lr'], wd, wd, i, 0, len(steps))
         loss, aux = model.training_loss(t[f'{name}.x'][i], t[f'{name}.y'][i], i / len(steps))
         norm, _ = amp.backward_clip_step(True, loss)
         ema.update()
-        assert aux['p'] ** 2 == step['patch_size']
-        assert loss.item() == pytest.approx(step['loss'], abs=1e-4)
-        assert norm.item() == pytest.approx(step['grad_norm'], rel=1e-3)
-    for key, expected in run['final_l2'].items():
-        assert model.state_dict()[key].norm().item() == pytest.approx(expected, rel=1e-5), key
-    for kind, weights in (('final', model.state_dict()), ('ema', ema.weights)):
-        stored = {key: rows for key, rows in t.items() if key.startswith(f'{name}.{kind}.')}
-        assert len(stored) == 4
-        for key, rows in stored.items():
-            assert_within(weights[key.removeprefix(f'{name}.{kind}.')][:len(rows)], rows, 2e-4)
+        records.append(dict(loss=loss.item(), grad_norm=norm.item(), patch_size=aux['p'] ** 2))
+    return types.SimpleNamespace(name=name, run=run, plain=plain, records=records, ema=ema.weights,
+                                 final=model.state_dict())
+
+
+def test_parameters_without_weight_decay(trajectory):
+    assert trajectory.plain == trajectory.run['groups']['no_decay']
+
+
+def test_losses_of_a_training(trajectory):
+    for record, step in zip(trajectory.records, trajectory.run['steps'], strict=True):
+        assert record['patch_size'] == step['patch_size']
+        assert record['loss'] == pytest.approx(step['loss'], abs=1e-4)
+        assert record['grad_norm'] == pytest.approx(step['grad_norm'], rel=1e-3)
+
+
+def test_norms_after_a_training(trajectory):
+    for key, expected in trajectory.run['final_l2'].items():
+        assert trajectory.final[key].norm().item() == pytest.approx(expected, rel=1e-5), key
+
+
+@pytest.mark.parametrize('kind', ['final', 'ema'])
+def test_weights_after_a_training(trajectory, kind):
+    prefix = f'{trajectory.name}.{kind}.'
+    stored = {key.removeprefix(prefix): rows for key, rows in load_tensors('npp/trajectory').items()
+              if key.startswith(prefix)}
+    assert len(stored) == 4
+    for key, rows in stored.items():
+        assert_within(getattr(trajectory, kind)[key][:len(rows)], rows, 2e-4)
 
 
 @pytest.mark.parametrize('row', load_json('npp/schedules')['patch_schedule'],
