@@ -156,7 +156,7 @@ def toy(tmp_path_factory):
 
 LONG = ('test_pinned.py', 'test_continue.py', 'test_killed.py', 'test_toy.py', 'test_training_fid.py',
         'test_resume.py', 'test_sample.py', 'test_bad_input.py', 'test_ranks.py', 'test_token_cache.py',
-        'test_tokenizer_training.py', 'test_notebook.py', 'test_scores.py')
+        'test_tokenizer_training.py', 'test_notebook.py', 'test_evaluate_images.py')
 
 
 def pytest_collection_modifyitems(items):
