@@ -33,7 +33,22 @@ from configs import PRESETS, FlowARRecipe
 from models import NPP, VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import filter_top_k_top_p
 from models.noise import ImageNoise
-from tests import flexvar_vectors, flowar_vectors, golden, npp_vectors
+from tests.vectors import (
+    VARIANTS,
+    GivenNoise,
+    Latents,
+    given_noise,
+    load_json,
+    load_tensors,
+    pixels,
+    stored_state,
+    tiny_flexvar,
+    tiny_flowar,
+    tiny_npp,
+    tiny_vqvae,
+    uniform_images,
+    var_state,
+)
 from trainer import GeneratorTrainer, TokenizerTrainer
 from training.build import model_arguments
 from utils.amp_sc import AmpOptimizer
@@ -58,7 +73,7 @@ class Vectors:
     def __init__(self, device: torch.device):
         self.device = device
         self.rows: dict[str, dict] = {}
-        self.vae = golden.build_vqvae().to(device)
+        self.vae = tiny_vqvae().to(device)
 
     def compare(self, group: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
         """Note the error of a tensor on any device."""
@@ -78,16 +93,16 @@ class Vectors:
 
     def var(self, variant: str, **overrides) -> VAR:
         """A VAR with stored weights on the device, in eval mode."""
-        config = golden.load_json(f'var_{variant}')['config'] | overrides
+        config = load_json(f'var/var_{variant}')['config'] | overrides
         with torch.device(self.device):
             var = VAR(self.vae, **config)
-        var.load_state_dict(golden.var_state(variant))
+        var.load_state_dict(var_state(variant))
         return var.eval()
 
     def tokenizer(self) -> None:
         """VQVAE from pixels to codes and back, and every variant of its quantizer."""
-        vectors = golden.load_tensors('vqvae')
-        x = golden.images(vectors['images_u8']).to(self.device)
+        vectors = load_tensors('var/vqvae')
+        x = pixels(vectors['images_u8']).to(self.device)
         self.compare('vqvae features', self.vae.features(x), vectors['feat'], 1e-4)
         idx_kBl = self.vae.encode(x)
         for k, idx_Bl in enumerate(idx_kBl):
@@ -96,11 +111,11 @@ class Vectors:
         teacher_BLZ = self.vae.quantize.idxBl_to_var_input(idx_kBl)
         self.compare('vqvae teacher input', teacher_BLZ, vectors['var_input'], 1e-4)
 
-        info = golden.load_json('quantizer_variants')
-        vectors = golden.load_tensors('quantizer_variants')
+        info = load_json('var/quantizer_variants')
+        vectors = load_tensors('var/quantizer_variants')
         for name, variant in info['variants'].items():
             quantizer = VectorQuantizer2(**info['config'] | variant['kwargs'])
-            quantizer.load_state_dict(golden.build_state(variant['state'], quantizer))
+            quantizer.load_state_dict(stored_state(variant['state'], quantizer))
             quantizer.to(self.device).eval()
             feat = vectors['feat'].to(self.device)
             codes = torch.cat(quantizer.f_to_idxBl_or_fhat(feat, to_fhat=False), dim=1)
@@ -110,9 +125,9 @@ class Vectors:
 
     def transformer(self) -> None:
         """VAR: teacher-forced logits, the loss and the gradient of every parameter."""
-        for variant in golden.VARIANTS:
-            info = golden.load_json(f'var_{variant}')
-            vectors = golden.load_tensors(f'var_{variant}')
+        for variant in VARIANTS:
+            info = load_json(f'var/var_{variant}')
+            vectors = load_tensors(f'var/var_{variant}')
             var = self.var(variant)
             labels, teacher, target = (vectors[key].to(self.device) for key in ('labels', 'var_input', 'gt'))
             logits_BLV = var(labels, teacher)
@@ -128,8 +143,8 @@ class Vectors:
 
     def sampling(self) -> None:
         """VAR: greedy sampling, filters of logits, and noise that must not depend on the device."""
-        vectors = golden.load_tensors('sampling')
-        for case in golden.load_json('sampling')['cases']:
+        vectors = load_tensors('var/sampling')
+        for case in load_json('var/sampling')['cases']:
             if not case['rng_independent']:
                 continue  # CPU and CUDA generators differ
             var = self.var(case['model'])
@@ -139,8 +154,8 @@ class Vectors:
             self.compare('sampled codes', torch.cat([step.idx_Bl for step in steps], dim=1),
                          vectors[f'{case["key"]}.tokens'], 0)
             self.compare('sampled f_hat', steps[-1].f_hat, vectors[f'{case["key"]}.fhat'], 5e-4)
-        vectors = golden.load_tensors('topk_topp')
-        for case in golden.load_json('topk_topp')['cases']:
+        vectors = load_tensors('var/topk_topp')
+        for case in load_json('var/topk_topp')['cases']:
             if not case['order_dependent_ties']:
                 logits = vectors[case['input']].to(self.device)
                 kept = filter_top_k_top_p(logits, case['top_k'], case['top_p']).isfinite()
@@ -158,11 +173,11 @@ class Vectors:
     def flexvar(self) -> None:
         """FlexVAR: codes, teacher-forced logits, and sampled codes, for which the CPU is the reference."""
         for name in ('teacher_forced_l2norm', 'teacher_forced_shared_aln'):
-            info = flexvar_vectors.load_json(name)
-            vectors = flexvar_vectors.load_tensors(name)
+            info = load_json(f'flexvar/{name}')
+            vectors = load_tensors(f'flexvar/{name}')
             model = self.flexvar_model(name)
             for i, case in enumerate(info['config']['cases']):
-                images = flexvar_vectors.images(case['xseed'], case['xshape']).to(self.device)
+                images = uniform_images(case['xseed'], case['xshape']).to(self.device)
                 idx_kBl = model.tokenizer.encode(images, case['patch_nums'])
                 self.compare('flexvar codes', torch.cat(idx_kBl, dim=1), vectors[f'{i}.gt_idx'], 0)
                 label_B = torch.tensor(info[f'case{i}']['labels_after_drop'], device=self.device)
@@ -171,7 +186,7 @@ class Vectors:
                 self.compare('flexvar logits', logits_BLV[:, ::case['lstep']], vectors[f'{i}.logits'], 5e-4)
 
         model = self.flexvar_model('sample_tiny')
-        on_cpu = flexvar_vectors.build('sample_tiny')
+        on_cpu = tiny_flexvar('sample_tiny')
         sizes = ((1, 1), (2, 3), (4, 7), (5, 9))
 
         def drawn(model: FlexVAR, **options) -> torch.Tensor:
@@ -185,7 +200,7 @@ class Vectors:
 
     def flexvar_model(self, name: str) -> FlexVAR:
         """A model with stored weights on the device: a copy, since the original is cached on the CPU."""
-        model = copy.deepcopy(flexvar_vectors.build(name)).to(self.device)
+        model = copy.deepcopy(tiny_flexvar(name)).to(self.device)
         object.__setattr__(model, 'tokenizer', copy.deepcopy(model.tokenizer).to(self.device))
         return model
 
@@ -193,9 +208,9 @@ class Vectors:
         """FlowAR: conditions, velocity errors, the loss, gradients, and sampled latents."""
         for name in ('attn_mlp', 'attn_crossattn_mlp'):
             file = f'{name}_train'
-            info = flowar_vectors.load_json(file)
-            vectors = flowar_vectors.load_tensors(file)
-            model = flowar_vectors.build(file).to(self.device)
+            info = load_json(f'flowar/{file}')
+            vectors = load_tensors(f'flowar/{file}')
+            model = tiny_flowar(file).to(self.device)
             latent, t_KB, noise_BLZ = (vectors[key].to(self.device) for key in ('latent', 't', 'noise'))
             target_BLZ, teacher_BLZ = model.pyramid(latent)
             z_BLC = model(torch.tensor(info['effective_labels'], device=self.device), teacher_BLZ)
@@ -212,20 +227,20 @@ class Vectors:
 
     def flowar_latents(self, model: FlowAR, name: str) -> None:
         """Published cases, and the first of them also with the published solver."""
-        info = flowar_vectors.load_json(name)
-        vectors = flowar_vectors.load_tensors(name)
+        info = load_json(f'flowar/{name}')
+        vectors = load_tensors(f'flowar/{name}')
         label_B = torch.tensor(info['labels'], device=self.device)
 
         def draw(case: dict) -> torch.Tensor:
             """Latents from the stored noise."""
-            noise = [t.to(self.device) for t in flowar_vectors.given_noise(name).tensors]
+            noise = [t.to(self.device) for t in given_noise(name).tensors]
             steps = model.sample_scales(
                 label_B,
                 cfg=case['cfg'],
                 guidance_until=case['guidance'],
                 num_steps=case['flow_upper_steps'],
                 lower_steps=case['flow_lower_steps'],
-                rng=flowar_vectors.GivenNoise(noise),
+                rng=GivenNoise(noise),
             )
             *_, last = steps
             return last.latent_BZnn
@@ -237,8 +252,8 @@ class Vectors:
 
     def npp(self) -> None:
         """NPP: logits at every patch size, and sampled codes, for which the CPU is the reference."""
-        vectors = npp_vectors.load_tensors('gpt_forward')
-        on_cpu = npp_vectors.build()
+        vectors = load_tensors('npp/gpt_forward')
+        on_cpu = tiny_npp()
         on_device = copy.deepcopy(on_cpu).to(self.device)
         label_B = vectors['cond'].to(self.device)
         idx_BN = vectors['idx'].to(self.device)
@@ -255,13 +270,13 @@ class Vectors:
 
     def training(self) -> None:
         """VAR: trajectories of the published trainer, step by step."""
-        vectors = golden.load_tensors('trainer')
+        vectors = load_tensors('var/trainer')
         batches = []
         for i in range(3):
-            images_B3HW = golden.images(vectors[f'batch.{i}.images_u8']).to(self.device)
+            images_B3HW = pixels(vectors[f'batch.{i}.images_u8']).to(self.device)
             label_B = vectors[f'batch.{i}.labels'].to(self.device)
             batches.append((images_B3HW, label_B))
-        for name, run in golden.load_json('trainer')['runs'].items():
+        for name, run in load_json('var/trainer')['runs'].items():
             if run['global_manual_seed'] is not None or run['prog']:
                 continue
             model = self.var(run['model'], label_smooth=run['label_smooth'])
@@ -434,7 +449,7 @@ def make_flowar(preset: str, device: torch.device) -> FlowAR:
         settings |= dict(depth=1, width=64, diffloss_d=1, diffloss_w=64)
     recipe = FlowARRecipe(**settings)
     with torch.device(device):
-        return FlowAR(flowar_vectors.Latents(), **model_arguments(recipe))
+        return FlowAR(Latents(), **model_arguments(recipe))
 
 
 def flowar_speed(device: torch.device, batch: int, repeats: int) -> dict[str, dict]:
@@ -523,7 +538,7 @@ def one_process_group(device: torch.device) -> dict[str, str]:
     assert total.tolist() == [1., 1., 1.]
     assert dist.allgather_object('x') == ['x']
 
-    vae = VQVAE(**golden.load_json('vqvae')['config'], test_mode=False, upkeep={}).to(device)
+    vae = VQVAE(**load_json('var/vqvae')['config'], test_mode=False, measures={}).to(device)
     images_B3HW = torch.zeros(2, 3, 64, 64, device=device)
     loss = make_tokenizer_trainer(vae).train_step(images_B3HW, None, progress=0.5).loss
     assert loss.isfinite()

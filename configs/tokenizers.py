@@ -362,6 +362,10 @@ class SquareRecipe(TokenizerRecipe):
 
     side: int = opt(256, 'pixels per side of the training images', 'image_size img_size', group='most used')
 
+    @property
+    def stride(self) -> int:
+        return self.net_stride
+
     def __post_init__(self):
         super().__post_init__()
         if self.side % self.net_stride or not self.side:

@@ -1,14 +1,11 @@
 """Weights of a file into a model: what they reveal of it, and errors that say what does not fit."""
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from models.base import Trainable
 
-
-def read_kwargs(cls: type['Trainable'], state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
+def read_kwargs(cls: type[nn.Module], state: dict[str, torch.Tensor], source: str) -> dict[str, Any]:
     """`cls.kwargs_from_state_dict(state)`.
 
     Raises:
@@ -21,7 +18,7 @@ def read_kwargs(cls: type['Trainable'], state: dict[str, torch.Tensor], source: 
                          'pass a checkpoint of that model') from None
 
 
-def load_weights(model: 'Trainable', state: dict[str, torch.Tensor], source: str) -> None:
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """Strict load whose error says in one line which constructor argument differs.
 
     Raises:

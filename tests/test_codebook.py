@@ -23,7 +23,7 @@ from models.tokenizers.codebook import (
     balanced_candidates,
     kmeans,
 )
-from models.tokenizers.quantize import QuantizerTraining
+from models.tokenizers.quantizer_training import QuantizerTraining
 from tests.runs import on_two_ranks
 from tests.vectors import assert_within
 from utils.amp_sc import AmpOptimizer

@@ -411,7 +411,7 @@ def test_exported_file_holds_the_tokenizer(tokenizer):
     assert torch.equal(rebuilt.decode(tokens), tokenizer.decode(tokens))
 
 
-MEASURES = dict(vqvae=dict(upkeep=dict(defer_steps=2, scale_drop=0.3)), vq16=dict(upkeep={}),
+MEASURES = dict(vqvae=dict(measures=dict(defer_steps=2, scale_drop=0.3)), vq16=dict(upkeep={}),
                 vq8=dict(upkeep={}), flexvae=dict(upkeep={}), kl16={}, patches={})
 
 

@@ -45,7 +45,7 @@ def test_flexvar_commands_parse_and_fit_together():
     assert scripts == ('train.py',) * 2 + ('sample.py',) * len(demo_flexvar_report.SETTINGS)
     trainings = flexvae, flexvar = [parse_recipe(f) for f in flags[:2]]
     assert (flexvae.model, flexvar.model) == ('flexvae', 'flexvar')
-    assert flexvae.stride == flexvar.patch_size
+    assert flexvae.stride == flexvar.stride
     assert Path(flexvar.vae_ckpt).parent == Path(flexvae.output_dir)
     for recipe in trainings:
         recipe.check_batch(world_size=2)
@@ -71,7 +71,7 @@ def test_flowar_commands_parse_and_fit_together():
     for recipe, job in zip(trainings, jobs, strict=True):
         assert dataclasses.replace(recipe, loss_weighting='uniform', output_dir=trainings[0].output_dir) \
             == trainings[0], 'they differ in nothing else'
-        assert (recipe.patch_size, recipe.image_size) == (kl.stride, kl.image_size)
+        assert (recipe.stride, recipe.image_size) == (kl.stride, kl.image_size)
         assert Path(recipe.vae_ckpt).parent == Path(kl.output_dir) == Path('out/kl')
         assert Path(job.ckpt).parent == Path(recipe.output_dir) == Path('out') / recipe.loss_weighting
         assert Path(job.output) == Path('out') / f'samples_{recipe.loss_weighting}'
@@ -96,7 +96,7 @@ def test_npp_commands_parse_and_fit_together():
     for recipe in (npp, plain):
         assert recipe.cached_path == train_codes.cached_path == 'out/codes'
         assert recipe.cached_val_path == val_codes.cached_path
-        assert recipe.patch_size == vq.stride and not recipe.hflip, 'mirrored digits are none'
+        assert recipe.stride == vq.stride and not recipe.hflip, 'mirrored digits are none'
     assert dataclasses.replace(npp, patch_level=1, epochs=plain.epochs, output_dir=plain.output_dir) == plain
     assert [p for _, p in npp.phases] == [2, 1] and plain.epochs < npp.epochs
     jobs = list(map(parse_sample_recipe, flags[5:]))

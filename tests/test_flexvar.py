@@ -14,7 +14,14 @@ from models.editing import box_mask, mostly_kept
 from models.flexvar import ScheduleSampler, sinusoid_grid
 from models.helpers import drop_labels, filter_top_k_top_p, sample_with_top_k_top_p_
 from models.noise import GlobalBatch, ImageNoise
-from models.scales import ScaleLayout, as_sizes, cached_causal_bias, check_sizes, rect_schedule
+from models.scales import (
+    ScaleLayout,
+    as_sizes,
+    cached_causal_bias,
+    check_sizes,
+    rect_schedule,
+    scale_metrics,
+)
 from tests.vectors import (
     assert_norms,
     assert_within,
@@ -91,7 +98,7 @@ def test_teacher_forcing(name, i):
     assert_within(seen[0][:1], t[f'{i}.block0_in'], 2e-5)
     assert_within(logits[:, ::case['lstep']].contiguous(), t[f'{i}.logits'], 5e-5)
     assert logits.double().abs().mean().item() == pytest.approx(expected['logits_abs_mean'], rel=1e-4)
-    metrics = model.scale_metrics(logits, target_BL, case['patch_nums'])
+    metrics = scale_metrics(logits, target_BL, ScaleLayout(tuple(case['patch_nums'])), model.tokenizer.stride)
     assert metrics['L_mean'].item() == pytest.approx(expected['loss'], abs=2e-5)
     per_scale = [metrics[f'L_{model.tokenizer.stride * side}'].item() for side in case['patch_nums']]
     assert per_scale == pytest.approx(expected['per_scale_loss'], abs=2e-5)
@@ -261,8 +268,8 @@ def test_metrics_of_a_training(trajectory):
     for record, step in zip(trajectory.records, trajectory.info['steps'], strict=True):
         metrics, aux = record['metrics'], record['aux']
         assert (metrics['L_mean'], metrics['acc_mean']) == pytest.approx((step['Lm'], step['Accm']), **near)
-        published = trajectory.model.scale_metrics(aux['logits_BLV'][:, -tail:], aux['target_BL'][:, -tail:],
-                                                   [(1, tail)])
+        published = scale_metrics(aux['logits_BLV'][:, -tail:], aux['target_BL'][:, -tail:],
+                                  ScaleLayout(((1, tail),)), trajectory.model.tokenizer.stride)
         assert published['L_tail'].item() == pytest.approx(step['Lt'], **near)
         if step['patch_nums'][-1] ** 2 == tail:
             assert metrics['L_tail'] == pytest.approx(step['Lt'], **near)

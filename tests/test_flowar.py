@@ -28,6 +28,7 @@ from tests.vectors import (
     named_grads,
     tiny_flowar,
 )
+from training.build import model_arguments
 from utils.checkpoint import load_file, model_weights
 from utils.ema import WeightEMA
 from utils.lr_control import filter_params, lr_wd_annealing
@@ -215,8 +216,7 @@ def test_training_loss(name, monkeypatch):
         if key != 'mask':
             assert model.state_dict()[key].double().sum().item() == pytest.approx(row['sum'], abs=1e-4), key
     given = given_draws(t['label_drop_u'], t['t'], t['noise'])
-    monkeypatch.setattr(helpers, 'draw_rows', given)
-    monkeypatch.setattr(flowar, 'draw_rows', given)
+    monkeypatch.setattr(GlobalBatch, 'per_image', given)
     model.register_forward_hook(lambda _, args, z: seen.append((args[0], z)))
     loss, aux = model.training_loss(t['latent'], t['labels'])
     (label_B, z), = seen
@@ -277,8 +277,7 @@ def trajectory():
         latent = 0.2325 * posterior.sample(t[f's{i}_posterior_noise'])
         given = given_draws(*(t[f's{i}_{part}'] for part in ('label_drop_u', 't', 'flow_noise')))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(helpers, 'draw_rows', given)
-            patch.setattr(flowar, 'draw_rows', given)
+            patch.setattr(GlobalBatch, 'per_image', given)
             loss, _ = model.training_loss(latent, torch.tensor(step['labels']))
         optimizer.zero_grad()
         loss.backward()
@@ -377,7 +376,7 @@ def test_published_small_model():
     ('small', 171_718_072, 204), ('large', 586_862_912, 484), ('huge', 1_913_316_880, 666)])
 def test_published_sizes(size, num_parameters, num_keys):
     info = load_json('flowar/state_dict_keys')[f'flowar_{size}']
-    kwargs = FlowARRecipe(**PRESETS['flowar'][f'flowar_{size[0]}']).model_kwargs(1, 1)
+    kwargs = model_arguments(FlowARRecipe(**PRESETS['flowar'][f'flowar_{size[0]}']))
     assert (kwargs['diffloss_d'], kwargs['diffloss_w']) == (info['diffloss_d'], info['diffloss_w'])
     with torch.device('meta'):
         model = FlowAR(Latents(), **kwargs)

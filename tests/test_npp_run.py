@@ -13,7 +13,7 @@ import sample
 import train
 from configs import RECIPES, parse_recipe, parse_sample_recipe
 from models import NPP, VAR, VQVAE, VQModel
-from models.helpers import global_rows
+from models.noise import GlobalBatch
 from tests.runs import (
     BATCH,
     SIDE,

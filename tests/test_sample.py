@@ -16,7 +16,6 @@ from configs import parse_sample_recipe
 from evaluation.score import ScoreSettings, score_images
 from models import VAR, VQVAE
 from tests.runs import TINY_VQVAE, kept_logging, kill_tree, launch, make_tokenizer, same_images, start
-from utils.batches import shuffled
 from utils.hub import fetch, sha256_of
 from utils.image_sets import shuffled
 from utils.log import one_line_errors

@@ -201,7 +201,7 @@ def test_evaluation_uses_the_average_and_counts_every_image():
 # ---------------------------------------------------------------------------------------------- parts
 def test_training_the_decoder_alone_keeps_every_code():
     seed_everything(0)
-    pairs = [VQVAE(**TINY, measures={}), VQModel(codebook_size=64, z_channels=16, net='tiny', measures={}),
+    pairs = [VQVAE(**TINY, measures={}), VQModel(codebook_size=64, z_channels=16, net='tiny', upkeep={}),
              AutoencoderKL(embed_dim=4, net='tiny')]
     for model in pairs:
         model.freeze_codes()

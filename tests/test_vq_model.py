@@ -16,7 +16,8 @@ from models.tokenizers.conv import (
     read_ch_mult,
     read_encoder_decoder,
 )
-from models.tokenizers.vq_model import FlexVAE, VectorQuantizer, VQ_models, VQModel, entropy_loss
+from models.tokenizers.flex_vae import FlexVAE
+from models.tokenizers.vq_model import VectorQuantizer, VQ_models, VQModel, entropy_loss
 from tests.vectors import (
     assert_within,
     build_filled,

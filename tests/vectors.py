@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from models import NPP, VAR, VQVAE, FlexVAE, FlexVAR, FlowAR
 from models.base import Tokenizer
-from models.helpers import ImageNoise
+from models.noise import ImageNoise
 from models.npp import ffn_width
 
 DATA = Path(__file__).parent / 'data'
@@ -243,18 +243,18 @@ def given_noise(name):
 
 
 def given_draws(label_u_B, t_KB, noise_BLZ):
-    """`draw_rows` that returns these numbers in the published order: labels; time and noise per scale."""
+    """`GlobalBatch.per_image` that gives these numbers in the published order: labels, times, noise."""
     spans = [(0, 1), (1, 5), (5, 21), (21, 85), (85, 341)]
     tensors = [label_u_B]
     for (begin, end), t_B in zip(spans, t_KB, strict=True):
         tensors += [t_B, noise_BLZ[:, begin:end]]
     tensors = iter(tensors)
 
-    def draw_rows(batch, device, fill, shape=()):
+    def per_image(self, batch, device, fill, shape=()):
         numbers = next(tensors)
         assert numbers.shape == (batch, *shape)
         return numbers
-    return draw_rows
+    return per_image
 
 
 # ---------------------------------------------------------------------------------------------- NPP

@@ -143,7 +143,7 @@ class VectorQuantizer2(nn.Module):
         self.unshared = unshared
         num_codebooks = num_scales if unshared else 1
         self.embedding = nn.Embedding(vocab_size * num_codebooks, Cvae)
-        self.measures: 'QuantizerTraining | None' = None
+        self.measures: QuantizerTraining | None = None
 
     def eini(self, eini: float) -> None:
         """Initialise the codebook: e > 0 truncated normal of std e, e < 0 uniform in +-|e| / V."""
