@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import dist
-from configs import SampleRecipe, parse_sample_recipe
+from configs import SampleConfig, parse_sampling
 from configs.options import marked_fields, parse_flags
 from evaluation.features import load_network
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
@@ -50,7 +50,7 @@ RULES = dict(
 
 
 # ---------------------------------------------------------------------------------------------- the job
-def sample(recipe: SampleRecipe) -> Path:
+def sample(config: SampleConfig) -> Path:
     """Run one job, as far as it has not been done before: sample the images, pack them, write the manifest.
 
     Every rank calls it.
@@ -62,32 +62,32 @@ def sample(recipe: SampleRecipe) -> Path:
     """
     begin = time.time()
     device = dist.get_device()
-    allow_tf32(recipe.tf32)
+    allow_tf32(config.tf32)
 
     # The model comes first, since the classes to sample are those that it knows.
-    model, origin = load_generator(recipe.model, recipe.ckpt, recipe.vae_ckpt, recipe.weights, device)
-    recipe.check_model(model)
-    labels_N = image_labels(recipe, model.num_classes)
-    description = describe(recipe, origin, labels_N)
-    extent = dict(num_images=recipe.num_images, shuffle=recipe.shuffle)
-    folder = Path(recipe.output)
+    model, origin = load_generator(config.model, config.ckpt, config.vae_ckpt, config.weights, device)
+    config.check_model(model)
+    labels_N = image_labels(config, model.num_classes)
+    description = describe(config, origin, labels_N)
+    extent = dict(num_images=config.num_images, shuffle=config.shuffle)
+    folder = Path(config.output)
     npz_path = folder.with_name(f'{folder.name}.npz')
     manifest_path = folder.with_name(f'{folder.name}.json')
 
     # The lock of the master keeps a second job out of the folder until this one has ended.
     with lock_folder(folder) if dist.is_master() else nullcontext():
-        store = STORES[recipe.format](folder, recipe.writers)
+        store = STORES[config.format](folder, config.writers)
         is_complete = False
         if dist.is_master():
             # The folder belongs to these settings alone, so that images of two jobs never mix.
-            stored_N = store.stored(recipe.num_images)
+            stored_N = store.stored(config.num_images)
             is_empty = not (stored_N.any() or npz_path.exists())
             begin_or_continue(folder / 'settings.json', description, is_empty)
             with atomic_path(folder / 'labels.npy') as temporary, temporary.open('wb') as file:
                 np.save(file, labels_N)
 
             # After a finished job the same command does nothing. PNG files are kept, so all must be there.
-            needs_images = recipe.format == 'png' and not stored_N.all()
+            needs_images = config.format == 'png' and not stored_N.all()
             if not needs_images:
                 is_complete = is_packed(npz_path, manifest_path, description | extent)
         if dist.allgather_object(is_complete)[0]:
@@ -97,15 +97,15 @@ def sample(recipe: SampleRecipe) -> Path:
             return npz_path
 
         # All ranks sample; then the master packs. The manifest is written last, as the mark of a whole npz.
-        sample_missing(model, recipe, store, labels_N)
-        if dist.is_master() and recipe.pack:
-            pack(recipe, store, labels_N, npz_path)
+        sample_missing(model, config, store, labels_N)
+        if dist.is_master() and config.pack:
+            pack(config, store, labels_N, npz_path)
             manifest = description | extent | dict(
                 **class_names_of(labels_N, origin['classes']),
-                source=recipe.source,
-                ckpt=recipe.ckpt,
-                vae_ckpt=recipe.vae_ckpt,
-                batch_size=recipe.batch_size,
+                source=config.source,
+                ckpt=config.ckpt,
+                vae_ckpt=config.vae_ckpt,
+                batch_size=config.batch_size,
                 npz=npz_path.name,
                 npz_sha256=sha256_of(npz_path),
                 git_commit=git_commit(),
@@ -116,9 +116,9 @@ def sample(recipe: SampleRecipe) -> Path:
             )
             write_json(manifest_path, manifest)
             store.discard()
-            logger.info('packed %d images into %s', recipe.num_images, npz_path)
+            logger.info('packed %d images into %s', config.num_images, npz_path)
         elif dist.is_master():
-            logger.info('%d images are in %s', recipe.num_images, folder)
+            logger.info('%d images are in %s', config.num_images, folder)
         dist.barrier()
     return npz_path
 
@@ -209,28 +209,28 @@ def class_names(checkpoint: dict[str, Any], num_classes: int) -> tuple[str, ...]
     return tuple(str(name) for name in names)
 
 
-def image_labels(recipe: SampleRecipe, num_classes: int) -> np.ndarray:
+def image_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
     """(N,) int64 class of every image: from a file, at random, or the classes in turn.
 
     Raises:
         ValueError: the file cannot be read, has another number of labels, or has one that is no class.
     """
-    if recipe.labels == 'random':
-        generator = np.random.RandomState(recipe.seed % 2 ** 32)  # numpy takes seeds of 32 bits
-        labels_N = generator.randint(num_classes, size=recipe.num_images)
-    elif recipe.labels:
-        labels_N = read_labels(recipe.labels, recipe.num_images)
+    if config.labels == 'random':
+        generator = np.random.RandomState(config.seed % 2 ** 32)  # numpy takes seeds of 32 bits
+        labels_N = generator.randint(num_classes, size=config.num_images)
+    elif config.labels:
+        labels_N = read_labels(config.labels, config.num_images)
     else:
         # In turn, so that every class has as many images as every other one, or one more.
-        class_ids = np.array(recipe.class_ids or range(num_classes), dtype=np.int64)
-        labels_N = class_ids[np.arange(recipe.num_images) % len(class_ids)]
+        class_ids = np.array(config.class_ids or range(num_classes), dtype=np.int64)
+        labels_N = class_ids[np.arange(config.num_images) % len(class_ids)]
     if labels_N.min() < 0 or labels_N.max() > num_classes:
         raise ValueError(f'labels must be classes 0..{num_classes - 1}, or {num_classes} for none, got '
                          f'{labels_N.min()}..{labels_N.max()}: correct --classes or --labels')
     return labels_N
 
 
-def describe(recipe: SampleRecipe, origin: dict[str, Any], labels_N: np.ndarray) -> dict[str, Any]:
+def describe(config: SampleConfig, origin: dict[str, Any], labels_N: np.ndarray) -> dict[str, Any]:
     """Everything that decides the images; two jobs with the same description sample the same images.
 
     The names of the classes are left out, since they decide nothing.
@@ -239,9 +239,9 @@ def describe(recipe: SampleRecipe, origin: dict[str, Any], labels_N: np.ndarray)
         origin: where the weights come from, see `load_generator`.
     """
     # Files of weights count by their digests, wherever they lie.
-    left_out = {*marked_fields(recipe, 'free'), 'ckpt', 'vae_ckpt', 'weights'}
-    settings = {name: value for name, value in vars(recipe).items() if name not in left_out}
-    if recipe.labels:
+    left_out = {*marked_fields(config, 'free'), 'ckpt', 'vae_ckpt', 'weights'}
+    settings = {name: value for name, value in vars(config).items() if name not in left_out}
+    if config.labels:
         settings['labels'] = labels_N.tolist()
     return dict(
         settings=settings,
@@ -277,30 +277,30 @@ def begin_or_continue(path: Path, description: dict[str, Any], is_empty: bool) -
 
 
 # ---------------------------------------------------------------------------------------------- the loop
-def sample_missing(model: ARModel, recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray) -> None:
+def sample_missing(model: ARModel, config: SampleConfig, store: ImageStore, labels_N: np.ndarray) -> None:
     """Sample the images that the store does not have yet; the ranks take the batches in turn.
 
     A batch is sampled as a whole even if some of its images are stored: in a smaller batch, kernels may round
     differently. Stored images are never written again.
     """
-    count = recipe.num_images
+    count = config.num_images
     world_size = dist.get_world_size()
 
     # No rank may write before every rank has looked, or the ranks would not agree on what is missing.
     stored_N = store.stored(count)
     dist.barrier()
     batches = []
-    for first in range(0, count, recipe.batch_size):
-        index_B = range(first, min(first + recipe.batch_size, count))
+    for first in range(0, count, config.batch_size):
+        index_B = range(first, min(first + config.batch_size, count))
         if not stored_N[first:index_B.stop].all():
             batches.append(index_B)
 
     # Threads of the store write one batch while the next one is sampled; leaving it waits for all of them.
-    with store, progress_bar(count, recipe.output) as bar:
+    with store, progress_bar(count, config.output) as bar:
         bar.update(int(stored_N.sum()))
         for index_B in batches[dist.get_rank()::world_size]:
             rows = slice(index_B.start, index_B.stop)
-            images = sample_batch(model, recipe, index_B, labels_N[rows])
+            images = sample_batch(model, config, index_B, labels_N[rows])
             is_new_B = ~stored_N[rows]
             store.put(np.array(index_B)[is_new_B], images[is_new_B])
 
@@ -313,7 +313,7 @@ def sample_missing(model: ARModel, recipe: SampleRecipe, store: ImageStore, labe
 
 
 @torch.inference_mode()
-def sample_batch(model: ARModel, recipe: SampleRecipe, index_B: range, label_B: np.ndarray) -> np.ndarray:
+def sample_batch(model: ARModel, config: SampleConfig, index_B: range, label_B: np.ndarray) -> np.ndarray:
     """The images of these indices, uint8 (B, H, W, 3).
 
     Args:
@@ -322,9 +322,9 @@ def sample_batch(model: ARModel, recipe: SampleRecipe, index_B: range, label_B: 
         ValueError: an image has pixels that are not finite.
     """
     # The noise of an image is a function of (seed, index), so it is the same in any batch on any rank.
-    noise = ImageNoise(recipe.seed, index_B)
-    with autocast(model.device.type, recipe.precision):
-        images_B3HW = model.sample(label_B.tolist(), rng=noise, **recipe.sample_kwargs())
+    noise = ImageNoise(config.seed, index_B)
+    with autocast(model.device.type, config.precision):
+        images_B3HW = model.sample(label_B.tolist(), rng=noise, **config.sample_kwargs())
 
     # Rounding to 8 bits would turn nan into some colour.
     is_finite_B = images_B3HW.isfinite().flatten(1).all(1)
@@ -340,19 +340,19 @@ def sample_batch(model: ARModel, recipe: SampleRecipe, index_B: range, label_B: 
 
 
 # ---------------------------------------------------------------------------------------------- the npz
-def pack(recipe: SampleRecipe, store: ImageStore, labels_N: np.ndarray, npz_path: Path) -> None:
+def pack(config: SampleConfig, store: ImageStore, labels_N: np.ndarray, npz_path: Path) -> None:
     """Write all images as one npz, one image at a time in memory.
 
     Raises:
         ValueError: this node does not see all images.
     """
-    count = recipe.num_images
+    count = config.num_images
     if not store.stored(count).all():
         raise ValueError(f'{store.folder} lacks images that other ranks have drawn: pass an --output that '
                          'all nodes share, and run the same command again')
 
     # In random order, since the Inception Score is a mean over chunks of the file and each needs all classes.
-    order = np.arange(count) if recipe.shuffle < 0 else shuffled(count, recipe.shuffle)
+    order = np.arange(count) if config.shuffle < 0 else shuffled(count, config.shuffle)
     height, width, _ = store.get(0).shape
     write_npz(npz_path, store.read(order), count, height, width, labels_N[order])
 
@@ -384,7 +384,7 @@ def is_packed(npz_path: Path, manifest_path: Path, expected: dict[str, Any]) -> 
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
-def sweep(recipe: SampleRecipe) -> None:
+def sweep(config: SampleConfig) -> None:
     """Sample and score every combination of settings; `<output>.csv` grows by a row for each.
 
     `<output>.png`, a plot of the table, is drawn at the end. Every rank calls it.
@@ -394,27 +394,27 @@ def sweep(recipe: SampleRecipe) -> None:
         ValueError: the reference cannot be read, or a setting cannot be sampled. Both are found before the
             first job.
     """
-    combinations = recipe.combinations()
+    combinations = config.combinations()
     swept = list(combinations[0])
-    folder = Path(recipe.output)
+    folder = Path(config.output)
 
     # Whatever can fail is read now, and not after hours of sampling.
-    settings = score_settings(recipe, recipe.output)
-    reference = open_set(recipe.ref, needs_images=False)
+    settings = score_settings(config, config.output)
+    reference = open_set(config.ref, needs_images=False)
     network = load_network(settings)
-    _, origin = load_for(recipe.at(combinations[0]))
+    _, origin = load_for(config.at(combinations[0]))
     hashes = {flag: digest for flag, digest in origin['weights_sha256'].items() if flag not in swept}
     hash_of_labels = {}
-    if recipe.labels and 'labels' not in swept:
-        hash_of_labels = dict(labels=sha256_of(recipe.labels))
+    if config.labels and 'labels' not in swept:
+        hash_of_labels = dict(labels=sha256_of(config.labels))
 
     with lock_folder(folder) if dist.is_master() else nullcontext():
         table = ScoreTable(folder, swept)
         if dist.is_master():
             # Rows of one table must be comparable: same weights, same reference, same other settings.
-            is_free = {*marked_fields(recipe, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}
+            is_free = {*marked_fields(config, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}
             left_out = is_free | set(swept)
-            fixed = {name: value for name, value in vars(recipe).items() if name not in left_out}
+            fixed = {name: value for name, value in vars(config).items() if name not in left_out}
             description = dict(
                 swept=swept,
                 settings=fixed,
@@ -426,7 +426,7 @@ def sweep(recipe: SampleRecipe) -> None:
 
         # One image of every combination shows what the model refuses, before hours of sampling.
         for combination in combinations:
-            job = recipe.at(combination)
+            job = config.at(combination)
             model, _ = load_for(job, hashes)
             labels_N = image_labels(job, model.num_classes)
             sample_batch(model, job, range(1), labels_N[:1])
@@ -434,7 +434,7 @@ def sweep(recipe: SampleRecipe) -> None:
         for combination in combinations:
             if dist.allgather_object(table.has(combination))[0]:
                 continue  # an earlier run has scored it
-            job = recipe.at(combination)
+            job = config.at(combination)
             load_for(job, hashes)  # `sample` takes these very weights from the cache
             npz_path = sample(job)
             report = score_images(dataclasses.replace(settings, sample=str(npz_path)), network)
@@ -443,7 +443,7 @@ def sweep(recipe: SampleRecipe) -> None:
                 table.add(combination | scores)
                 line = ', '.join(f'{name} {score:.5g}' for name, score in scores.items())
                 logger.info('%s: %s', npz_path, line)
-                if not recipe.keep:
+                if not config.keep:
                     npz_path.unlink()
             dist.barrier()
 
@@ -452,21 +452,21 @@ def sweep(recipe: SampleRecipe) -> None:
             logger.info('all scores are in %s', table.csv)
 
 
-def score_settings(recipe: SampleRecipe, npz: str) -> ScoreSettings:
+def score_settings(config: SampleConfig, npz: str) -> ScoreSettings:
     """The settings of evaluate.py that score the images of one job of a sweep.
 
     Raises:
         ValueError: `--score` has a wrong flag, or one that the sweep sets itself.
     """
-    flags = parse_flags(ScoreSettings, '--score', recipe.score)
+    flags = parse_flags(ScoreSettings, '--score', config.score)
     set_here = sorted(flags.keys() & {'ref', 'sample', 'json', 'device'})
     if set_here:
         raise ValueError(f'--score takes flags of evaluate.py, but for {", ".join(set_here)}: leave it out')
     values = dict(allow_any_count=True) | flags
-    return ScoreSettings(**values, ref=recipe.ref, sample=npz)
+    return ScoreSettings(**values, ref=config.ref, sample=npz)
 
 
-def load_for(job: SampleRecipe, hashes: dict[str, str] | None = None) -> tuple[ARModel, dict[str, Any]]:
+def load_for(job: SampleConfig, hashes: dict[str, str] | None = None) -> tuple[ARModel, dict[str, Any]]:
     """`load_generator` for one job of a sweep.
 
     Args:
@@ -484,13 +484,13 @@ def load_for(job: SampleRecipe, hashes: dict[str, str] | None = None) -> tuple[A
 
 def main() -> None:
     """Run the job, or the sweep, of the command line."""
-    recipe = parse_sample_recipe(sys.argv[1:])
+    config = parse_sampling(sys.argv[1:])
     dist.initialize()
     setup_logging(None, dist.is_master())
-    if recipe.sweep:
-        sweep(recipe)
+    if config.sweep:
+        sweep(config)
     else:
-        sample(recipe)
+        sample(config)
     dist.finalize()
 
 

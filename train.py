@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import dist
-from configs import Recipe, parse_recipe
+from configs import TrainConfig, parse_training
 from configs.options import config_text, flag_of, marked_fields
 from models.noise import GlobalBatch
 from trainer import StepInfo, weights_checksum
@@ -81,7 +81,7 @@ def train(run: 'Run') -> None:
             info = run.train_step(images_B3HW, label_B, step)
             # The learning rate goes into the meters; five times an epoch and at every `--log_every`th step
             # all metrics go there, into steps.jsonl and into TensorBoard.
-            run.journal.after_step(step, run.step_of_epoch(step), info, rates, run.recipe.clip)
+            run.journal.after_step(step, run.step_of_epoch(step), info, rates, run.config.clip)
             run.count_skipped(epoch, step, info)
             if run.shows_pictures_after(step):
                 run.show_pictures(step + 1)
@@ -110,80 +110,80 @@ class Run:
     """One training: what is trained on what, how far it is, and what a checkpoint holds of it.
 
     Args:
-        recipe: all settings.
+        config: all settings.
         data: of `build_data`.
     Raises:
         ValueError: ranks differ, or the newest checkpoint in the output folder is of another training.
     """
 
-    def __init__(self, recipe: Recipe, data: Data):
-        self.recipe = recipe
+    def __init__(self, config: TrainConfig, data: Data):
+        self.config = config
         self.data = data
-        self.folder = Path(recipe.output_dir)
+        self.folder = Path(config.output_dir)
         self.device = dist.get_device()
         self.stop_request = StopRequest()
         world_size = dist.get_world_size()
 
         # 1. All ranks do the same, with the same data.
-        of_a_node = marked_fields(recipe, 'per_node')
-        shared = {flag_of(recipe, name): value for name, value in vars(recipe).items()
+        of_a_node = marked_fields(config, 'per_node')
+        shared = {flag_of(config, name): value for name, value in vars(config).items()
                   if name not in of_a_node}
         dist.require_equal(shared, 'the command', 'pass the same flags everywhere')
         self.described = data.describe()
         dist.require_equal((data.classes, self.described), 'the data set',
                            'every node must see the same files under --data_path')
-        if recipe.num_classes not in (0, len(data.classes)):
-            raise ValueError(f'--num_classes={recipe.num_classes}, but {recipe.data_path} holds '
+        if config.num_classes not in (0, len(data.classes)):
+            raise ValueError(f'--num_classes={config.num_classes}, but {config.data_path} holds '
                              f'{len(data.classes)} classes: correct one of them')
 
         # 2. The newest checkpoint, the same one on every rank, if it is of this training.
-        chosen = choose_checkpoint(self.folder, f'{recipe.CHECKPOINT_PREFIX}*.pth')
+        chosen = choose_checkpoint(self.folder, f'{config.CHECKPOINT_PREFIX}*.pth')
         self.resumed_from = chosen.path
         checkpoint = chosen.content
-        self.state = RunState(choose_seed(recipe, checkpoint.get('run', {}).get('seed')),
-                              len(train_sampler(recipe, len(data.train))))
+        self.state = RunState(choose_seed(config, checkpoint.get('run', {}).get('seed')),
+                              len(train_sampler(config, len(data.train))))
         self.start = 0, 0  # (epoch, step within it)
         if self.resumed_from:
-            check_model(self.resumed_from, checkpoint, recipe.model)
-            check_classes(self.resumed_from, checkpoint, data.classes, recipe.data_path)
-            self.start = self.state.take_over(self.resumed_from, checkpoint, self.described, recipe.steps)
-        self.skipped = SkippedSteps(self.folder, self.state, recipe.max_skipped_steps, recipe.precision,
+            check_model(self.resumed_from, checkpoint, config.model)
+            check_classes(self.resumed_from, checkpoint, data.classes, config.data_path)
+            self.start = self.state.take_over(self.resumed_from, checkpoint, self.described, config.steps)
+        self.skipped = SkippedSteps(self.folder, self.state, config.max_skipped_steps, config.precision,
                                     self.resumed_from is not None)
-        self.bad_images = BadImages(self.state.bad_images, recipe.max_bad_images)
+        self.bad_images = BadImages(self.state.bad_images, config.max_bad_images)
 
         # 3. Random numbers and precision.
-        torch.backends.cudnn.deterministic = recipe.seed is not None
-        allow_tf32(recipe.tf32)
+        torch.backends.cudnn.deterministic = config.seed is not None
+        allow_tf32(config.tf32)
         seed_everything(mix_seed(self.state.seed))
 
         # 4. The length of the training, and its batches.
         steps_per_epoch = self.state.steps_per_epoch
-        if recipe.steps:
-            self.recipe = recipe = dataclasses.replace(recipe, epochs=-(-recipe.steps // steps_per_epoch))
-        self.total_steps = recipe.steps or recipe.epochs * steps_per_epoch
-        self.batches = train_batches(recipe, data.train, self.state.seed, self.start, steps_per_epoch)
-        self.val_loader = validation_loader(recipe, data.val)
+        if config.steps:
+            self.config = config = dataclasses.replace(config, epochs=-(-config.steps // steps_per_epoch))
+        self.total_steps = config.steps or config.epochs * steps_per_epoch
+        self.batches = train_batches(config, data.train, self.state.seed, self.start, steps_per_epoch)
+        self.val_loader = validation_loader(config, data.val)
 
         # 5. The model and what moves it, and what the checkpoint says of them.
-        self.model = build_model(recipe, len(data.classes), self.total_steps, steps_per_epoch, self.device,
+        self.model = build_model(config, len(data.classes), self.total_steps, steps_per_epoch, self.device,
                                  data.classes)
-        check_caches(data.caches, recipe, self.model)
-        self.trainer = build_trainer(recipe, self.model, self.total_steps)
+        check_caches(data.caches, config, self.model)
+        self.trainer = build_trainer(config, self.model, self.total_steps)
         if self.resumed_from:
             self.resume(checkpoint)
         self.compare_weights()
-        self.distance = build_training_fid(recipe, self.model, self.val_loader)
+        self.distance = build_training_fid(config, self.model, self.val_loader)
 
         # 6. The logs, rewound to where the checkpoint stands.
         self.made_with = dict(git_commit=git_commit(), versions=versions()) if dist.is_master() else {}
-        header = dict(name=recipe.exp_name, cmd=' '.join(sys.argv[1:]), seed=self.state.seed,
-                      args=vars(recipe), **self.made_with)
-        self.journal = Journal(self.folder, self.folder / recipe.run_name(world_size), self.trainer,
-                               recipe.log_every, header,
+        header = dict(name=config.exp_name, cmd=' '.join(sys.argv[1:]), seed=self.state.seed,
+                      args=vars(config), **self.made_with)
+        self.journal = Journal(self.folder, self.folder / config.run_name(world_size), self.trainer,
+                               config.log_every, header,
                                (self.steps_done, self.state.epochs_ended) if self.resumed_from else None)
         if dist.is_master():
             path = self.folder / 'config.yaml'
-            write_text(path, config_text(recipe, f'python train.py --config={path}', seed=self.state.seed))
+            write_text(path, config_text(config, f'python train.py --config={path}', seed=self.state.seed))
         self.announce()
         self.began = time.time()
         self.last_save = time.time()
@@ -191,15 +191,15 @@ class Run:
     def announce(self) -> None:
         """Say what is trained."""
         world_size = dist.get_world_size()
-        note = self.recipe.workers_note(world_size)
+        note = self.config.workers_note(world_size)
         if note and dist.is_master():
             logger.warning('%s', note)
-        if self.recipe.tlr is not None:
+        if self.config.tlr is not None:
             logger.warning('--tlr is ignored: the peak follows from --%s and is %g',
-                           flag_of(self.recipe, 'base_lr'), self.recipe.peak_lr(world_size))
+                           flag_of(self.config, 'base_lr'), self.config.peak_lr(world_size))
         logger.info('%s: %.2fM parameters, %s x %d, %d + %d images of %d classes, '
                     '%d steps per epoch, seed %d',
-                    self.recipe.model, count_parameters(self.model) / 1e6, self.device, world_size,
+                    self.config.model, count_parameters(self.model) / 1e6, self.device, world_size,
                     len(self.data.train), len(self.data.val), len(self.data.classes),
                     self.state.steps_per_epoch, self.state.seed)
 
@@ -212,7 +212,7 @@ class Run:
 
     def remaining_epochs(self) -> Iterator[int]:
         """Numbers of the epochs of which anything is left to do, be it the evaluation alone."""
-        for epoch in range(self.start[0], self.recipe.epochs):
+        for epoch in range(self.start[0], self.config.epochs):
             # A checkpoint of a longer training than this one has nothing left to evaluate, either.
             is_trained = self.first_step(epoch) >= self.last_step(epoch)
             has_ended = self.state.epochs_ended > epoch or self.steps_done > self.total_steps
@@ -239,17 +239,17 @@ class Run:
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether a validation follows this epoch."""
-        return (epoch + 1) % self.recipe.eval_every == 0 or epoch + 1 == self.recipe.epochs
+        return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
 
     def saves_after(self, epoch: int, step: int, is_late: bool) -> bool:
         """Whether a checkpoint follows this step, within an epoch; its end has one in any case."""
-        every, _ = self.recipe.save_steps_minutes
+        every, _ = self.config.save_steps_minutes
         is_due = is_late or (every and (step + 1) % every == 0)
         return bool(is_due) and self.step_of_epoch(step) + 1 < self.last_step(epoch)
 
     def shows_pictures_after(self, step: int) -> bool:
         """Whether pictures follow this step."""
-        every = self.recipe.picture_every
+        every = self.config.picture_every
         return bool(every) and (step + 1) % every == 0
 
     # ------------------------------------------------------------------------------ a step
@@ -263,9 +263,9 @@ class Run:
         meters = self.journal.begin_epoch(begin, rates)
         batches = meters.log_every(
             first, last, self.batches, num_lines=lines_per_epoch(self.state.steps_per_epoch),
-            header=f'[Ep]: [{epoch:4d}/{self.recipe.epochs}]',
+            header=f'[Ep]: [{epoch:4d}/{self.config.epochs}]',
             tokenizer_seconds=self.trainer.tokenizer_seconds,
-            images_per_iter=self.recipe.micro_batch(dist.get_world_size()) * self.recipe.accumulate)
+            images_per_iter=self.config.micro_batch(dist.get_world_size()) * self.config.accumulate)
         for it, batch in batches:
             self.journal.tb.set_step(begin + it)
             yield begin + it, batch
@@ -276,13 +276,13 @@ class Run:
         Returns:
             Lowest and highest learning rate, lowest and highest weight decay of the model's own optimizer.
         """
-        recipe = self.recipe
-        warmup_steps = recipe.warmup_epochs * self.state.steps_per_epoch
-        end = recipe.final_lr_ratio(dist.get_world_size())
-        step, total_steps = recipe.lr_phase(step, self.total_steps, self.state.steps_per_epoch)
-        peaks = recipe.peaks(dist.get_world_size())
-        rates = [lr_wd_annealing(recipe.lr_schedule, optimizer, *peak, step, warmup_steps, total_steps,
-                                 wp0=recipe.warmup_start, wpe=end)
+        config = self.config
+        warmup_steps = config.warmup_epochs * self.state.steps_per_epoch
+        end = config.final_lr_ratio(dist.get_world_size())
+        step, total_steps = config.lr_phase(step, self.total_steps, self.state.steps_per_epoch)
+        peaks = config.peaks(dist.get_world_size())
+        rates = [lr_wd_annealing(config.lr_schedule, optimizer, *peak, step, warmup_steps, total_steps,
+                                 wp0=config.warmup_start, wpe=end)
                  for optimizer, peak in zip(self.trainer.optimizers, peaks, strict=False)]
         return rates[0]
 
@@ -292,7 +292,7 @@ class Run:
         Random numbers follow from (seed, step) and the position of an image in the global batch, so that they
         are the same after a restart and for any number of ranks and micro-steps.
         """
-        num_micro = self.recipe.accumulate
+        num_micro = self.config.accumulate
         micro_batch = len(label_B) // num_micro
         first_row = dist.get_rank() * len(label_B)
         num_rows = dist.get_world_size() * len(label_B)
@@ -309,7 +309,7 @@ class Run:
     def exchange(self, damage_B: list[str]) -> tuple[bool, bool, bool]:
         """Whether any rank was asked to stop, whether any met an image that could not be read, and whether a
         checkpoint is due by the clock of the first rank; the same on every rank."""
-        _, minutes = self.recipe.save_steps_minutes
+        _, minutes = self.config.save_steps_minutes
         is_late = bool(minutes) and time.time() - self.last_save >= 60 * minutes
         sums = dist.sum_over_ranks(bool(self.stop_request), any(damage_B), is_late and dist.is_master())
         stops, has_damage, is_late = map(bool, sums)
@@ -326,7 +326,7 @@ class Run:
         if info.is_finite:
             return
         self.journal.show_skipped(self.state.skipped_steps)
-        sampler = train_sampler(self.recipe, len(self.data.train))
+        sampler = train_sampler(self.config, len(self.data.train))
         images = sampler.epoch_batches(epoch)[self.step_of_epoch(step)]
         self.skipped.report(epoch, step, info, [name_of(self.data.train, image) for image in images])
 
@@ -338,7 +338,7 @@ class Run:
         Raises:
             NotFinite: this is the last epoch, and its last steps were left out.
         """
-        if epoch + 1 == self.recipe.epochs and self.skipped.in_a_row > 1:
+        if epoch + 1 == self.config.epochs and self.skipped.in_a_row > 1:
             self.skipped.give_up(self.total_steps - 1)
 
     def compare_weights(self) -> None:
@@ -385,7 +385,7 @@ class Run:
             Stopped: a signal came. The epoch is saved as trained, and the next start validates it.
         """
         begin = time.time()
-        self.trainer.before_evaluation(partial(calibration_images, self.recipe, self.data.train,
+        self.trainer.before_evaluation(partial(calibration_images, self.config, self.data.train,
                                                self.state.seed))
         seed_everything(mix_seed(self.state.seed, 0, dist.get_rank()))  # the same noise at every evaluation
         scores = self.trainer.eval_epoch(self.until_stopped(without_child_signal(self.val_loader)))
@@ -395,7 +395,7 @@ class Run:
         is_best = score < self.state.best
         self.state.validation = scores
         self.state.best = min(self.state.best, score)
-        if self.recipe.picture_every:
+        if self.config.picture_every:
             self.show_pictures(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
         headline = [f'{name}: {scores[key]:.4f}' for name, key in self.model.headline.items()
                     if key in scores]
@@ -440,7 +440,7 @@ class Run:
             self.stop()
         logger.info(' [*] [ep%d]  %s: %.4f  cost: %.1fs', epoch, self.distance.name, value,
                     time.time() - begin)
-        self.journal.distance(epoch, self.recipe.epochs, (epoch + 1) * self.state.steps_per_epoch,
+        self.journal.distance(epoch, self.config.epochs, (epoch + 1) * self.state.steps_per_epoch,
                               self.distance.name, value)
 
     # ------------------------------------------------------------------------------ checkpoints
@@ -452,16 +452,16 @@ class Run:
         if not dist.is_master():
             return
         settings = checkpoint.get('args') or {}
-        changed = changed_settings(self.recipe, settings, marked_fields(self.recipe, 'free'), flag_of)
+        changed = changed_settings(self.config, settings, marked_fields(self.config, 'free'), flag_of)
         if changed:
             logger.warning('settings differ from those of the checkpoint, so this is another training: %s',
                            ', '.join(changed))
         if self.steps_done >= self.total_steps:
             logger.warning('nothing left to train: the checkpoint holds %d steps of %d (%d epochs), trained '
                            'on %r; pass another --output_dir for another training', self.steps_done,
-                           self.total_steps, self.recipe.epochs,
-                           settings.get('data_path', self.recipe.data_path))
-        repair_best(path, self.recipe.CHECKPOINT_PREFIX, checkpoint)
+                           self.total_steps, self.config.epochs,
+                           settings.get('data_path', self.config.data_path))
+        repair_best(path, self.config.CHECKPOINT_PREFIX, checkpoint)
 
     def end_epoch(self, epoch: int, is_best: bool) -> None:
         """Note that an epoch is done, and log it."""
@@ -469,9 +469,9 @@ class Run:
         if is_best:
             self.state.best_epoch = epoch + 1
         epochs_here = epoch + 1 - self.start[0]
-        remaining = (time.time() - self.began) / epochs_here * (self.recipe.epochs - epoch - 1)
+        remaining = (time.time() - self.began) / epochs_here * (self.config.epochs - epoch - 1)
         self.journal.after_epoch(
-            epoch, self.recipe.epochs, (epoch + 1) * self.state.steps_per_epoch, self.state.validation or {},
+            epoch, self.config.epochs, (epoch + 1) * self.state.steps_per_epoch, self.state.validation or {},
             self.evaluates_after(epoch), self.trainer.optimizers[0].param_groups[-1]['weight_decay'],
             remaining)
 
@@ -488,9 +488,9 @@ class Run:
 
         def write() -> None:
             save_checkpoint(dict(epoch=epoch, iter=step, trainer=self.trainer.state_dict(progress),
-                                 args=vars(self.recipe), run=vars(self.state), classes=self.data.classes,
+                                 args=vars(self.config), run=vars(self.state), classes=self.data.classes,
                                  data=self.described, **self.made_with),
-                            self.folder, self.recipe.CHECKPOINT_PREFIX, is_best)
+                            self.folder, self.config.CHECKPOINT_PREFIX, is_best)
         dist.from_master(write)
 
     def finish(self) -> None:
@@ -498,7 +498,7 @@ class Run:
         self.journal.tb.close()
         if not dist.is_master():
             return
-        self.trainer.finish(self.folder, self.recipe.model, self.steps_done < self.total_steps)
+        self.trainer.finish(self.folder, self.config.model, self.steps_done < self.total_steps)
         if self.state.skipped_steps:
             logger.warning('%d of %d steps were not finite and left out (see not_finite.jsonl)',
                            self.state.skipped_steps, self.total_steps)
@@ -508,21 +508,21 @@ class Run:
         logger.info('done, checkpoints are in %s', self.folder)
 
 
-def choose_seed(recipe: Recipe, saved: int | None) -> int:
-    """The seed of the checkpoint, else of the recipe, else a fresh one, equal on all ranks.
+def choose_seed(config: TrainConfig, saved: int | None) -> int:
+    """The seed of the checkpoint, else of the config, else a fresh one, equal on all ranks.
 
     Raises:
-        ValueError: recipe and checkpoint disagree.
+        ValueError: config and checkpoint disagree.
     """
-    if saved is not None and recipe.seed not in (None, saved):
-        raise ValueError(f'the checkpoint was begun with seed {saved}, got --seed={recipe.seed}: '
+    if saved is not None and config.seed not in (None, saved):
+        raise ValueError(f'the checkpoint was begun with seed {saved}, got --seed={config.seed}: '
                          f'pass --seed={saved}, or start in another output folder')
     fresh = torch.tensor([int.from_bytes(os.urandom(4), 'little')], device=dist.get_device())
     dist.broadcast(fresh, src_rank=0)
-    return saved if saved is not None else recipe.seed if recipe.seed is not None else fresh.item()
+    return saved if saved is not None else config.seed if config.seed is not None else fresh.item()
 
 
-def train_from_newest(recipe: Recipe, data: Data) -> None:
+def train_from_newest(config: TrainConfig, data: Data) -> None:
     """A training from its newest checkpoint on.
 
     Where not one step after a restart is finite, that checkpoint is set aside and the one before it is
@@ -531,7 +531,7 @@ def train_from_newest(recipe: Recipe, data: Data) -> None:
     Raises:
         NotFinite: it fails again, or later.
     """
-    run = Run(recipe, data)
+    run = Run(config, data)
     try:
         with run.stop_request:
             train(run)
@@ -543,37 +543,37 @@ def train_from_newest(recipe: Recipe, data: Data) -> None:
     path = run.resumed_from
     run.journal.tb.close()
     del run  # its memory, before the next one is built
-    go_back_one_checkpoint(path, recipe.CHECKPOINT_PREFIX)
-    run = Run(recipe, data)
+    go_back_one_checkpoint(path, config.CHECKPOINT_PREFIX)
+    run = Run(config, data)
     with run.stop_request:
         train(run)
 
 
-def describe(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def describe(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """Every setting under its published name, every derived value, and the number of parameters."""
-    settings = {flag_of(recipe, name): value for name, value in vars(recipe).items()}
-    model = build_model(recipe, recipe.num_classes or 1000, total_steps=recipe.epochs, steps_per_epoch=1,
+    settings = {flag_of(config, name): value for name, value in vars(config).items()}
+    model = build_model(config, config.num_classes or 1000, total_steps=config.epochs, steps_per_epoch=1,
                         device='meta')
-    return settings | recipe.derived(world_size) | dict(num_parameters=count_parameters(model))
+    return settings | config.derived(world_size) | dict(num_parameters=count_parameters(model))
 
 
 def main() -> None:
-    recipe = parse_recipe(sys.argv[1:])
-    if recipe.dry_run:
+    config = parse_training(sys.argv[1:])
+    if config.dry_run:
         world_size = int(os.environ.get('WORLD_SIZE', 1))
         if int(os.environ.get('RANK', 0)) == 0:
-            recipe.check_batch(world_size)
-            print(json.dumps(describe(recipe, world_size), indent=2))  # noqa: T201
+            config.check_batch(world_size)
+            print(json.dumps(describe(config, world_size), indent=2))  # noqa: T201
         return
     dist.initialize()
     setup_logging(None, dist.is_master())
-    recipe.check_batch(dist.get_world_size())
-    data = build_data(recipe)  # nothing is written before the data are found
-    with lock_folder(recipe.output_dir) if dist.is_master() else nullcontext():
+    config.check_batch(dist.get_world_size())
+    data = build_data(config)  # nothing is written before the data are found
+    with lock_folder(config.output_dir) if dist.is_master() else nullcontext():
         if dist.is_master():
-            remove_leftovers(recipe.output_dir, recipe.CHECKPOINT_PREFIX)
-        setup_logging(recipe.output_dir, dist.is_master())
-        train_from_newest(recipe, data)
+            remove_leftovers(config.output_dir, config.CHECKPOINT_PREFIX)
+        setup_logging(config.output_dir, dist.is_master())
+        train_from_newest(config, data)
     dist.finalize()
 
 

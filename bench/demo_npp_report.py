@@ -29,7 +29,7 @@ from bench.common import (
     save_figure,
     seconds_since,
 )
-from configs import RECIPES
+from configs import CONFIGS
 from models import NPP
 from sample import load_generator
 from trainer import GeneratorTrainer
@@ -65,11 +65,11 @@ def step_seconds(model: NPP, settings: dict, cache: TokenCache) -> dict[int, flo
         settings: of the training that made the model.
         cache: codes to train on.
     """
-    recipe = RECIPES['npp'](**settings)
+    config = CONFIGS['npp'](**settings)
     pairs = [cache[i] for i in range(BATCH)]
     tokens = torch.stack([torch.as_tensor(pair[0]) for pair in pairs])
     labels = torch.stack([torch.as_tensor(pair[1]) for pair in pairs])
-    trainer = GeneratorTrainer(model, build_optimizer(recipe, model, set()))
+    trainer = GeneratorTrainer(model, build_optimizer(config, model, set()))
 
     # The first step of each size is a warm-up.
     times = {1: [], 2: []}
@@ -90,17 +90,17 @@ def history(folder: Path, seconds: dict[int, float]) -> list[tuple[float, float]
         seconds: of one step, by the side of the patch.
     """
     checkpoint = load_file(folder / 'ar-ckpt-last.pth')
-    recipe = RECIPES['npp'](**checkpoint['args'])
+    config = CONFIGS['npp'](**checkpoint['args'])
     steps_per_epoch = checkpoint['run']['steps_per_epoch']
 
     # Seconds up to the end of each epoch: the patch size of an epoch decides what its steps cost.
-    sides = [next(p for end, p in recipe.phases if epoch < end) for epoch in range(recipe.epochs)]
+    sides = [next(p for end, p in config.phases if epoch < end) for epoch in range(config.epochs)]
     elapsed = steps_per_epoch * np.cumsum([seconds[p] for p in sides])
 
     # Validation losses by epoch; lines of the log repeat the last known one.
     lines = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
     loss = {line['it'] // steps_per_epoch: line['vL_mean'] for line in lines if line.get('vL_mean')}
-    evaluated = sorted({*range(recipe.eval_every, recipe.epochs, recipe.eval_every), recipe.epochs})
+    evaluated = sorted({*range(config.eval_every, config.epochs, config.eval_every), config.epochs})
     return [(float(elapsed[epoch - 1]), loss[epoch]) for epoch in evaluated]
 
 

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 import dist
 from bench.common import synchronize
 from bench.published_solver import both_halves
-from configs import PRESETS, FlowARRecipe
+from configs import PRESETS, FlowARConfig
 from models import NPP, VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import filter_top_k_top_p
 from models.noise import ImageNoise
@@ -447,9 +447,9 @@ def make_flowar(preset: str, device: torch.device) -> FlowAR:
     settings = dict(PRESETS['flowar'][preset])
     if device.type == 'cpu':
         settings |= dict(depth=1, width=64, diffloss_d=1, diffloss_w=64)
-    recipe = FlowARRecipe(**settings)
+    config = FlowARConfig(**settings)
     with torch.device(device):
-        return FlowAR(Latents(), **model_arguments(recipe))
+        return FlowAR(Latents(), **model_arguments(config))
 
 
 def flowar_speed(device: torch.device, batch: int, repeats: int) -> dict[str, dict]:

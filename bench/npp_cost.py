@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.common import default_device, report_header, synchronize, write_report
-from configs import parse_recipe
+from configs import parse_training
 from models import NPP, VQModel
 from models.npp import patch_loss, patches
 from trainer import GeneratorTrainer
@@ -70,13 +70,13 @@ def step_seconds(device: torch.device, gpt_model: str, batch: int, steps: int) -
         batch: images of a step.
         steps: timed steps of each patch size.
     """
-    recipe = parse_recipe(['--model=npp', f'--gpt_model={gpt_model}', '--mixed_precision=none'])
+    config = parse_training(['--model=npp', f'--gpt_model={gpt_model}', '--mixed_precision=none'])
     torch.manual_seed(0)
     with torch.device(device):
         tokenizer = VQModel(net='tiny', encoder_ch_mult=(1, 1), decoder_ch_mult=(1, 1), test_mode=True)
-        kwargs = model_arguments(recipe, 2, 1) | dict(phases=[(1., 1)])
+        kwargs = model_arguments(config, 2, 1) | dict(phases=[(1., 1)])
         model = NPP(tokenizer, **kwargs)
-    trainer = GeneratorTrainer(model, build_optimizer(recipe, model, model.no_weight_decay()))
+    trainer = GeneratorTrainer(model, build_optimizer(config, model, model.no_weight_decay()))
     idx_BN = torch.randint(VOCABULARY, (batch, GRID ** 2), device=device)
     label_B = torch.arange(batch, device=device)
 
@@ -100,7 +100,7 @@ def time_over_plain(rate: float, level: int, seconds: dict[int, float]) -> float
         level: number of phases, the published `patch_level`.
         seconds: of a step, by the side of the patch.
     """
-    phases = parse_recipe(['--model=npp', f'--epoch_rate={rate}', f'--patch_level={level}']).phases
+    phases = parse_training(['--model=npp', f'--epoch_rate={rate}', f'--patch_level={level}']).phases
     total = 0.
     begin = 0
     for end, p in phases:

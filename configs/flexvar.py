@@ -6,8 +6,8 @@ import typing
 from typing import Any
 
 from configs.options import INF, REPO, ints, opt, other, settings
-from configs.sampling import SampleRecipe
-from configs.training import PATCH_NUMS, AdaLNRecipe
+from configs.sampling import SampleConfig
+from configs.training import PATCH_NUMS, AdaLNConfig
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
     hflip=True,
     output_dir=str(REPO / 'local_output/flexvar'),
 )
-class FlexVARRecipe(AdaLNRecipe):
+class FlexVARConfig(AdaLNConfig):
     """FlexVAR on the code maps of a frozen FlexVAE."""
 
     vae_ckpt: str = opt(
@@ -74,7 +74,7 @@ class FlexVARRecipe(AdaLNRecipe):
     ckpt=other('', text='generator weights: a checkpoint of train.py or a released file', flag='var_ckpt'),
     cfg=2.5,
 )
-class FlexVARSampleRecipe(SampleRecipe):
+class FlexVARSampleConfig(SampleConfig):
     """Sampling from FlexVAR."""
 
     CKPT_HINT: typing.ClassVar[str] = (
@@ -209,5 +209,5 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-TRAINING = FlexVARRecipe
-SAMPLING = FlexVARSampleRecipe
+TRAINING = FlexVARConfig
+SAMPLING = FlexVARSampleConfig

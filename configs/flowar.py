@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from configs.options import INF, REPO, opt, other, settings
-from configs.sampling import SampleRecipe
-from configs.training import CachedRecipe, Recipe
+from configs.sampling import SampleConfig
+from configs.training import CachedConfig, TrainConfig
 
 SIZES = ('small', 'large', 'huge')  # of `FlowAR.SIZES`
 
@@ -32,7 +32,7 @@ SIZES = ('small', 'large', 'huge')  # of `FlowAR.SIZES`
     hflip=True,
     output_dir=str(REPO / 'local_output/flowar'),
 )
-class FlowARRecipe(CachedRecipe):
+class FlowARConfig(CachedConfig):
     """FlowAR on the latents of a frozen KL-16. Flags are those of the published script."""
 
     IGNORED: ClassVar[dict[str, str]] = {
@@ -114,7 +114,7 @@ class FlowARRecipe(CachedRecipe):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.lr_end != Recipe.lr_end:
+        if self.lr_end != TrainConfig.lr_end:
             raise ValueError('--wpe is of other models: pass --min_lr')
         if self.resume and Path(self.resume).resolve() != Path(self.output_dir).resolve():
             raise ValueError(
@@ -191,7 +191,7 @@ class FlowARRecipe(CachedRecipe):
     batch_size=other(64, flag='eval_bsz bs'),
     cfg=other(1.0, text='classifier-free guidance at the last scale; 1 and less are off'),
 )
-class FlowARSampleRecipe(SampleRecipe):
+class FlowARSampleConfig(SampleConfig):
     """Sampling from FlowAR. Flags are those of the published script."""
 
     IGNORED: typing.ClassVar[dict[str, str]] = {
@@ -285,5 +285,5 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     'flowar_h': dict(num_images=50_000, num_step=50, cfg=2.4, guidance=0.7, source='README of FlowAR, H'),
 }
 
-TRAINING = FlowARRecipe
-SAMPLING = FlowARSampleRecipe
+TRAINING = FlowARConfig
+SAMPLING = FlowARSampleConfig

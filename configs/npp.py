@@ -5,8 +5,8 @@ import typing
 from typing import Any, ClassVar
 
 from configs.options import INF, REPO, opt, other, settings
-from configs.sampling import SampleRecipe
-from configs.training import CachedRecipe, Recipe
+from configs.sampling import SampleConfig
+from configs.training import CachedConfig, TrainConfig
 
 GPT_SIZES = (
     'GPT-B',
@@ -47,7 +47,7 @@ GPT_SIZES = (
     hflip=True,
     output_dir=other(str(REPO / 'local_output/npp'), flag='results_dir local_out_dir_path'),
 )
-class NPPRecipe(CachedRecipe):
+class NPPConfig(CachedConfig):
     """NPP on the codes of a frozen VQ-16. Flags are those of the published script."""
 
     IGNORED: ClassVar[dict[str, str]] = {
@@ -98,7 +98,7 @@ class NPPRecipe(CachedRecipe):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.schedule, self.lr_end) != (Recipe.schedule, Recipe.lr_end):
+        if (self.schedule, self.lr_end) != (TrainConfig.schedule, TrainConfig.lr_end):
             raise ValueError('--sche and --wpe are of other models: pass --scheduler and --end_lr')
         if self.width and self.width % 64:
             raise ValueError(f'--width must be a multiple of 64, got {self.width}')
@@ -202,7 +202,7 @@ class NPPRecipe(CachedRecipe):
     precision=other(0, text='none, fp16 or bf16', flag='precision fp16', words=dict(none=0, fp16=1, bf16=2)),
     cfg=other(1.5, text='classifier-free guidance scale; 1 is off', flag='cfg_scale cfg'),
 )
-class NPPSampleRecipe(SampleRecipe):
+class NPPSampleConfig(SampleConfig):
     """Sampling from NPP. Flags are those of the published script."""
 
     IGNORED: typing.ClassVar[dict[str, str]] = {
@@ -284,5 +284,5 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     for size, cfg in (('b', 2.0), ('l', 1.75), ('xl', 1.7), ('xxl', 1.65))
 }
 
-TRAINING = NPPRecipe
-SAMPLING = NPPSampleRecipe
+TRAINING = NPPConfig
+SAMPLING = NPPSampleConfig

@@ -219,9 +219,9 @@ def _with_pairs_joined(text: str) -> str:
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'surrogatepass')
 
 
-def flag_of(recipe: Any, name: str) -> str:
+def flag_of(config: Any, name: str) -> str:
     """The published flag of a field, or its own name."""
-    by_name = {f.name: f.metadata['flag'] or f.name for f in dataclasses.fields(recipe)}
+    by_name = {f.name: f.metadata['flag'] or f.name for f in dataclasses.fields(config)}
     return by_name[name].split()[0]
 
 

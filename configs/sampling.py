@@ -12,7 +12,7 @@ from configs.options import INF, REPO, check_values, expand_paths, marked_fields
 
 
 @dataclass(frozen=True)
-class SampleRecipe:
+class SampleConfig:
     """Settings of a sampling job. All fields but those marked `free` decide the images."""
 
     model: str = opt('var', 'family of the generator', group='most used')
@@ -174,7 +174,7 @@ class SampleRecipe:
             raise ValueError(f'--sweep expects name=value,value, got {self.sweep!r}: name a setting')
         return [dict(combination) for combination in itertools.product(*axes)]
 
-    def at(self, combination: dict[str, Any]) -> 'SampleRecipe':
+    def at(self, combination: dict[str, Any]) -> 'SampleConfig':
         """The job of one combination, in a folder of its own inside `output`."""
         name = '_'.join(f'{name}={value}' for name, value in combination.items())
         return dataclasses.replace(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.options import INF, REPO, ints, opt, other, settings
-from configs.training import PyramidRecipe, Recipe
+from configs.training import PyramidConfig, TrainConfig
 
 MID_RESO_HELP = 'images are resized to this multiple of the crop before cropping (adm: at most to it)'
 
@@ -36,7 +36,7 @@ def as_fraction(value: float, total_steps: int) -> float:
     lr_end=0.1,
     schedule='flat',
 )
-class TokenizerRecipe(Recipe):
+class TokenizerConfig(TrainConfig):
     """Losses, discriminator and codebook of any tokenizer; the defaults are those of VQ-16."""
 
     picture_every: int = opt(
@@ -246,7 +246,7 @@ class TokenizerRecipe(Recipe):
     diffaug=True,
     consistency=8.0,
 )
-class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
+class VQVAEConfig(TokenizerConfig, PyramidConfig):
     """The multi-scale residual tokenizer of VAR."""
 
     vocab_size: int = opt(4096, 'codes in the codebook', limits=(2, INF))
@@ -357,7 +357,7 @@ class VQVAERecipe(TokenizerRecipe, PyramidRecipe):
 
 
 @dataclass(frozen=True)
-class SquareRecipe(TokenizerRecipe):
+class SquareConfig(TokenizerConfig):
     """A tokenizer of square images of any side."""
 
     side: int = opt(256, 'pixels per side of the training images', 'image_size img_size', group='most used')
@@ -385,7 +385,7 @@ class SquareRecipe(TokenizerRecipe):
 @settings(
     model='vq16',
 )
-class VQRecipe(SquareRecipe):
+class VQConfig(SquareConfig):
     """VQ-16 of LlamaGen: one map of unit codes of few dimensions."""
 
     vocab_size: int = opt(16384, 'codes in the codebook', limits=(2, INF))
@@ -419,7 +419,7 @@ class VQRecipe(SquareRecipe):
     model='vq8',
     ch_mult='1_2_2_4',
 )
-class VQ8Recipe(VQRecipe):
+class VQ8Config(VQConfig):
     """VQ-8 of LlamaGen."""
 
 
@@ -432,7 +432,7 @@ class VQ8Recipe(VQRecipe):
     lpips_min=16,
     disc=other('patchgan', text='patchgan or none', choices=('patchgan', 'none')),
 )
-class FlexVAERecipe(VQRecipe):
+class FlexVAEConfig(VQConfig):
     """FlexVAE of FlexVAR: the VQ-16 network, trained to decode its latent at any size."""
 
     num_sides: int = opt(5, 'code maps per step: the native one and distinct smaller ones', limits=(1, INF))
@@ -465,7 +465,7 @@ class FlexVAERecipe(VQRecipe):
     disc_start=50_001,
     adaptive=True,
 )
-class KLRecipe(SquareRecipe):
+class KLConfig(SquareConfig):
     """KL-16 of MAR and FlowAR: a continuous latent."""
 
     z_channels: int = opt(16, 'channels of the latent', limits=(1, INF))
@@ -482,12 +482,12 @@ class KLRecipe(SquareRecipe):
         )
 
 
-RECIPES: dict[str, type[TokenizerRecipe]] = {
-    'vqvae': VQVAERecipe,
-    'vq16': VQRecipe,
-    'vq8': VQ8Recipe,
-    'flexvae': FlexVAERecipe,
-    'kl16': KLRecipe,
+CONFIGS: dict[str, type[TokenizerConfig]] = {
+    'vqvae': VQVAEConfig,
+    'vq16': VQConfig,
+    'vq8': VQ8Config,
+    'flexvae': FlexVAEConfig,
+    'kl16': KLConfig,
 }
 
 # 32x32 images on one CPU core, a minute or two; no files needed

@@ -33,7 +33,7 @@ TOKEN_BYTES = 128  # stored tokens take no more per code: 16 means and 16 log-va
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """Settings of any training, generator or tokenizer. Derived values are properties and never stored."""
 
     model: str = opt('var', 'what is trained', group='most used')
@@ -346,7 +346,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class GeneratorRecipe(Recipe):
+class GeneratorConfig(TrainConfig):
     """What all generators have in common."""
 
     init_from: str = opt(
@@ -403,7 +403,7 @@ class GeneratorRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class CachedRecipe(GeneratorRecipe):
+class CachedConfig(GeneratorConfig):
     """A generator that can train on the tokens that `extract.py` stored."""
 
     use_cached: bool = opt(False, 'train on stored tokens; follows from --cached_path', group='data')
@@ -457,7 +457,7 @@ def advice_on_size(size: int, stride: int) -> str:
 
 
 @dataclass(frozen=True)
-class PyramidRecipe(Recipe):
+class PyramidConfig(TrainConfig):
     """A run over a pyramid of code maps."""
 
     pn: str = opt(
@@ -516,7 +516,7 @@ class PyramidRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class AdaLNRecipe(PyramidRecipe, GeneratorRecipe):
+class AdaLNConfig(PyramidConfig, GeneratorConfig):
     """What VAR and FlexVAR have in common."""
 
     IGNORED: typing.ClassVar[dict[str, str]] = {

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.options import INF, opt
-from configs.sampling import SampleRecipe
-from configs.training import AdaLNRecipe
+from configs.sampling import SampleConfig
+from configs.training import AdaLNConfig
 
 
 @dataclass(frozen=True)
-class VARRecipe(AdaLNRecipe):
+class VARConfig(AdaLNConfig):
     """VAR on the codes of a frozen VQVAE."""
 
     vae_ckpt: str = opt(
@@ -65,7 +65,7 @@ class VARRecipe(AdaLNRecipe):
 
 
 @dataclass(frozen=True)
-class VARSampleRecipe(SampleRecipe):
+class VARSampleConfig(SampleConfig):
     """Sampling from VAR."""
 
     IGNORED: typing.ClassVar[dict[str, str]] = dict.fromkeys(
@@ -159,5 +159,5 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     | dict(num_images=100_000, source='README of VAR; ratio 2 is ours, none is published'),
 }
 
-TRAINING = VARRecipe
-SAMPLING = VARSampleRecipe
+TRAINING = VARConfig
+SAMPLING = VARSampleConfig

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from configs import GeneratorRecipe, SampleRecipe
+from configs import GeneratorConfig, SampleConfig
 from configs.options import opt, settings
-from configs.tokenizers import SquareRecipe
+from configs.tokenizers import SquareConfig
 from models import ARModel, Reconstruction, Tokenizer
 from models.helpers import drop_labels, guide, sample_with_top_k_top_p_
 
@@ -67,7 +67,7 @@ class Histogram(ARModel):
 
 
 @settings(model='histogram')
-class HistogramRecipe(GeneratorRecipe):
+class HistogramConfig(GeneratorConfig):
     vae_ckpt: str = opt('', 'tokenizer weights', path=True)
     image_size: int = opt(32, 'pixels per side of the training images')
     stride: int = opt(8, 'pixels per side of a code')
@@ -77,12 +77,12 @@ class HistogramRecipe(GeneratorRecipe):
 
 
 @settings(model='histogram')
-class HistogramSampleRecipe(SampleRecipe):
+class HistogramSampleConfig(SampleConfig):
     def sample_kwargs(self) -> dict[str, Any]:
         return dict(guidance=self.cfg)
 
 
-TRAINING, SAMPLING = HistogramRecipe, HistogramSampleRecipe
+TRAINING, SAMPLING = HistogramConfig, HistogramSampleConfig
 PRESETS = {'fast': dict(images_per_step=256, base_lr=1.)}
 SAMPLE_PRESETS = {}
 
@@ -132,7 +132,7 @@ class Patches(Tokenizer):
 
 
 @settings(model='patches', side=32, net='tiny')
-class PatchesRecipe(SquareRecipe):
+class PatchesConfig(SquareConfig):
     z_channels: int = opt(4, 'width of a code')
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:

@@ -165,8 +165,8 @@ def settings_of_presets():
                                                 if name not in default or default[name] != value}
     for model, presets in SAMPLE_PRESETS.items():
         for preset in ('', *presets):
-            recipe = sample.parse_sample_recipe([f'--model={model}', f'--preset={preset}', '--ckpt=FILE'])
-            values = {**vars(recipe), 'kwargs': recipe.sample_kwargs()}
+            config = sample.parse_sampling([f'--model={model}', f'--preset={preset}', '--ckpt=FILE'])
+            values = {**vars(config), 'kwargs': config.sample_kwargs()}
             default = found.get(f'sample {model} ', {})
             found[f'sample {model} {preset}'] = {name: value for name, value in values.items()
                                                  if name not in default or default[name] != value}

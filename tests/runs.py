@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import train
-from configs import parse_recipe
+from configs import parse_training
 from models import VQVAE
 from training.data import build_data
 
@@ -180,8 +180,8 @@ def on_two_ranks(function, *args):
 
 def prepared(argv):
     """The run of a command line of train.py, in this process; `train.train` does the rest."""
-    recipe = parse_recipe(argv)
-    return train.Run(recipe, build_data(recipe))
+    config = parse_training(argv)
+    return train.Run(config, build_data(config))
 
 
 class Interrupt(Exception):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import common, demo_flexvar_report, demo_flowar_report, demo_npp_report, demo_var_report
-from configs import parse_recipe, parse_sample_recipe
+from configs import parse_sampling, parse_training
 from configs.options import make_parser
 from extract import ExtractSettings
 from tests.test_imports import REPO
@@ -29,13 +29,13 @@ def commands(script: str) -> list[list[str]]:
 def test_commands_parse_and_fit_together():
     scripts, flags = zip(*((script, rest) for script, *rest in commands('demo.sh')), strict=True)
     assert scripts == ('train.py', 'train.py', 'sample.py')
-    trainings = vqvae, var = [parse_recipe(f) for f in flags[:2]]
+    trainings = vqvae, var = [parse_training(f) for f in flags[:2]]
     assert (vqvae.model, var.model) == ('vqvae', 'var')
     assert vqvae.patch_nums == var.patch_nums and vqvae.image_size == var.image_size == 32
     assert Path(var.vae_ckpt).parent == Path(vqvae.output_dir)
-    for recipe in trainings:
-        recipe.check_batch(world_size=2)
-    sampling = parse_sample_recipe(flags[2])
+    for config in trainings:
+        config.check_batch(world_size=2)
+    sampling = parse_sampling(flags[2])
     assert sampling.num_images >= 1000 and sampling.cfg == 1.5
     assert Path(sampling.ckpt).parent == Path(var.output_dir)
 
@@ -43,13 +43,13 @@ def test_commands_parse_and_fit_together():
 def test_flexvar_commands_parse_and_fit_together():
     scripts, flags = zip(*((script, rest) for script, *rest in commands('demo_flexvar.sh')), strict=True)
     assert scripts == ('train.py',) * 2 + ('sample.py',) * len(demo_flexvar_report.SETTINGS)
-    trainings = flexvae, flexvar = [parse_recipe(f) for f in flags[:2]]
+    trainings = flexvae, flexvar = [parse_training(f) for f in flags[:2]]
     assert (flexvae.model, flexvar.model) == ('flexvae', 'flexvar')
     assert flexvae.stride == flexvar.stride
     assert Path(flexvar.vae_ckpt).parent == Path(flexvae.output_dir)
-    for recipe in trainings:
-        recipe.check_batch(world_size=2)
-    jobs = {Path(job.output).name: job for job in map(parse_sample_recipe, flags[2:])}
+    for config in trainings:
+        config.check_batch(world_size=2)
+    jobs = {Path(job.output).name: job for job in map(parse_sampling, flags[2:])}
     assert jobs.keys() == demo_flexvar_report.SETTINGS.keys()
     for job in jobs.values():
         assert Path(job.ckpt).parent == Path(flexvar.output_dir)
@@ -64,28 +64,28 @@ def test_flowar_commands_parse_and_fit_together():
     scripts, flags = zip(*((script, rest) for script, *rest in commands('demo_flowar.sh')), strict=True)
     weightings = demo_flowar_report.WEIGHTINGS
     assert scripts == ('train.py',) + ('train.py', 'sample.py') * len(weightings)
-    kl, *trainings = map(parse_recipe, [flags[0], *flags[1::2]])
-    jobs = list(map(parse_sample_recipe, flags[2::2]))
-    assert kl.model == 'kl16' and {recipe.model for recipe in (*trainings, *jobs)} == {'flowar'}
-    assert tuple(recipe.loss_weighting for recipe in trainings) == weightings
-    for recipe, job in zip(trainings, jobs, strict=True):
-        assert dataclasses.replace(recipe, loss_weighting='uniform', output_dir=trainings[0].output_dir) \
+    kl, *trainings = map(parse_training, [flags[0], *flags[1::2]])
+    jobs = list(map(parse_sampling, flags[2::2]))
+    assert kl.model == 'kl16' and {config.model for config in (*trainings, *jobs)} == {'flowar'}
+    assert tuple(config.loss_weighting for config in trainings) == weightings
+    for config, job in zip(trainings, jobs, strict=True):
+        assert dataclasses.replace(config, loss_weighting='uniform', output_dir=trainings[0].output_dir) \
             == trainings[0], 'they differ in nothing else'
-        assert (recipe.stride, recipe.image_size) == (kl.stride, kl.image_size)
-        assert Path(recipe.vae_ckpt).parent == Path(kl.output_dir) == Path('out/kl')
-        assert Path(job.ckpt).parent == Path(recipe.output_dir) == Path('out') / recipe.loss_weighting
-        assert Path(job.output) == Path('out') / f'samples_{recipe.loss_weighting}'
+        assert (config.stride, config.image_size) == (kl.stride, kl.image_size)
+        assert Path(config.vae_ckpt).parent == Path(kl.output_dir) == Path('out/kl')
+        assert Path(job.ckpt).parent == Path(config.output_dir) == Path('out') / config.loss_weighting
+        assert Path(job.output) == Path('out') / f'samples_{config.loss_weighting}'
         assert job.num_images >= 1000 and job.cfg == demo_flowar_report.GUIDANCE
-        assert job.weights == 'ema' and recipe.ema
+        assert job.weights == 'ema' and config.ema
     assert jobs[0].seed == jobs[1].seed
-    for recipe in (kl, *trainings):
-        recipe.check_batch(world_size=2)
+    for config in (kl, *trainings):
+        config.check_batch(world_size=2)
 
 
 def test_npp_commands_parse_and_fit_together():
     scripts, flags = zip(*((script, rest) for script, *rest in commands('demo_npp.sh')), strict=True)
     assert scripts == ('train.py',) + ('extract.py',) * 2 + ('train.py',) * 2 + ('sample.py',) * 2
-    vq, npp, plain = trainings = [parse_recipe(flags[i]) for i in (0, 3, 4)]
+    vq, npp, plain = trainings = [parse_training(flags[i]) for i in (0, 3, 4)]
     assert (vq.model, npp.model, plain.model) == ('vq16', 'npp', 'npp')
     parser = make_parser(ExtractSettings, 'extract.py', '')
     extractions = train_codes, val_codes = [ExtractSettings(**parser.parse(f)) for f in flags[1:3]]
@@ -93,27 +93,27 @@ def test_npp_commands_parse_and_fit_together():
         assert Path(settings.vae_ckpt).parent == Path(vq.output_dir)
         assert settings.image_size == vq.image_size and settings.model == 'npp'
     assert (train_codes.split, val_codes.split) == ('train', 'val')
-    for recipe in (npp, plain):
-        assert recipe.cached_path == train_codes.cached_path == 'out/codes'
-        assert recipe.cached_val_path == val_codes.cached_path
-        assert recipe.stride == vq.stride and not recipe.hflip, 'mirrored digits are none'
+    for config in (npp, plain):
+        assert config.cached_path == train_codes.cached_path == 'out/codes'
+        assert config.cached_val_path == val_codes.cached_path
+        assert config.stride == vq.stride and not config.hflip, 'mirrored digits are none'
     assert dataclasses.replace(npp, patch_level=1, epochs=plain.epochs, output_dir=plain.output_dir) == plain
     assert [p for _, p in npp.phases] == [2, 1] and plain.epochs < npp.epochs
-    jobs = list(map(parse_sample_recipe, flags[5:]))
-    for name, recipe, job in zip(demo_npp_report.NAMES, (npp, plain), jobs, strict=True):
-        assert Path(job.ckpt).parent == Path(recipe.output_dir) == Path('out') / name
+    jobs = list(map(parse_sampling, flags[5:]))
+    for name, config, job in zip(demo_npp_report.NAMES, (npp, plain), jobs, strict=True):
+        assert Path(job.ckpt).parent == Path(config.output_dir) == Path('out') / name
         assert Path(job.output) == Path('out') / f'samples_{name}' and job.num_images >= 1000
     assert (jobs[0].cfg, jobs[0].seed) == (jobs[1].cfg, jobs[1].seed)
-    for recipe in trainings:
-        recipe.check_batch(world_size=2)
+    for config in trainings:
+        config.check_batch(world_size=2)
 
 
 @pytest.mark.parametrize(('epochs', 'expected'), [
     (4, [(10., 5.), (30., 3.)]), (5, [(10., 5.), (30., 3.), (40., 2.)])])
 def test_npp_curves_are_by_the_cost_of_each_phase(tmp_path, epochs, expected):
     """Two epochs of patches, which cost less, then codes; the end of the training is always there."""
-    recipe = parse_recipe(['--model=npp', f'--epochs={epochs}', '--eval_every=2'])
-    torch.save(dict(args=vars(recipe), run=dict(steps_per_epoch=10)), tmp_path / 'ar-ckpt-last.pth')
+    config = parse_training(['--model=npp', f'--epochs={epochs}', '--eval_every=2'])
+    torch.save(dict(args=vars(config), run=dict(steps_per_epoch=10)), tmp_path / 'ar-ckpt-last.pth')
     losses = {4: [None, 5., 5., 3.], 5: [None, 5., 5., 3., 2.]}[epochs]  # or the last known
     lines = [dict(it=10 * epoch, vL_mean=loss) for epoch, loss in enumerate(losses, start=1)]
     (tmp_path / 'log.txt').write_text('\n'.join(map(json.dumps, [dict(name='run'), *lines])))

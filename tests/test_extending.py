@@ -20,11 +20,11 @@ def rows(monkeypatch):
     """The rows that somebody would add to the tables."""
     monkeypatch.setitem(FAMILIES, 'histogram', Family(extension.Histogram, VQModel))
     monkeypatch.setitem(FAMILIES, 'patches', Family(extension.Patches, None))
-    monkeypatch.setitem(configs.RECIPES, 'histogram', extension.TRAINING)
+    monkeypatch.setitem(configs.CONFIGS, 'histogram', extension.TRAINING)
     monkeypatch.setitem(configs.PRESETS, 'histogram', extension.PRESETS)
-    monkeypatch.setitem(configs.SAMPLE_RECIPES, 'histogram', extension.SAMPLING)
+    monkeypatch.setitem(configs.SAMPLE_CONFIGS, 'histogram', extension.SAMPLING)
     monkeypatch.setitem(configs.SAMPLE_PRESETS, 'histogram', extension.SAMPLE_PRESETS)
-    monkeypatch.setitem(configs.RECIPES, 'patches', extension.PatchesRecipe)
+    monkeypatch.setitem(configs.CONFIGS, 'patches', extension.PatchesConfig)
     monkeypatch.setitem(configs.PRESETS, 'patches', {})
 
 
@@ -80,8 +80,8 @@ def test_a_new_tokenizer_trains_resumes_and_is_exported(here, tmp_path, monkeypa
 
 
 def test_the_command_line_knows_them(capsys):
-    recipe = configs.parse_recipe(['--model=histogram', '--preset=fast', '--vae_ckpt=x'])
-    assert (recipe.images_per_step, recipe.stride) == (256, 8)
+    config = configs.parse_training(['--model=histogram', '--preset=fast', '--vae_ckpt=x'])
+    assert (config.images_per_step, config.stride) == (256, 8)
     with pytest.raises(SystemExit):
-        configs.parse_recipe(['--model=patches', '--z_chanels=3'])
+        configs.parse_training(['--model=patches', '--z_chanels=3'])
     assert "unknown argument '--z_chanels=3': the nearest flag is --z_channels" in capsys.readouterr().err

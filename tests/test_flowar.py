@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from configs import PRESETS, FlowARRecipe
-from configs.flowar import FlowARSampleRecipe
+from configs import PRESETS, FlowARConfig
+from configs.flowar import FlowARSampleConfig
 from models import AutoencoderKL, FlowAR, build_generator, flowar, load_weights
 from models.attention import kv_caching
 from models.flowar import FlowHead, TimeEmbedder, annealed_steps, grid_positions, time_grid
@@ -106,15 +106,15 @@ def test_time_grids(num_steps):
 def test_learning_rates(row):
     """The published large model, 100 steps per epoch."""
     table, per_epoch = TABLES['lr_schedule'], 100
-    recipe = FlowARRecipe(**PRESETS['flowar']['flowar_l'] | dict(
+    config = FlowARConfig(**PRESETS['flowar']['flowar_l'] | dict(
         schedule=row['schedule'], min_lr=row['min_lr']))
-    assert (recipe.warmup_epochs, recipe.epochs) == (table['warmup_epochs'], table['epochs'])
-    assert recipe.peak_lr(1) == pytest.approx(table['peak_lr'], rel=1e-12)
+    assert (config.warmup_epochs, config.epochs) == (table['warmup_epochs'], table['epochs'])
+    assert config.peak_lr(1) == pytest.approx(table['peak_lr'], rel=1e-12)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
-    lr_wd_annealing(recipe.lr_schedule, optimizer, recipe.peak_lr(1), recipe.weight_decay,
-                    recipe.weight_decay_end or recipe.weight_decay, round(row['epoch'] * per_epoch),
-                    recipe.warmup_epochs * per_epoch, recipe.epochs * per_epoch, wp0=recipe.warmup_start,
-                    wpe=recipe.final_lr_ratio(1))
+    lr_wd_annealing(config.lr_schedule, optimizer, config.peak_lr(1), config.weight_decay,
+                    config.weight_decay_end or config.weight_decay, round(row['epoch'] * per_epoch),
+                    config.warmup_epochs * per_epoch, config.epochs * per_epoch, wp0=config.warmup_start,
+                    wpe=config.final_lr_ratio(1))
     group, = optimizer.param_groups
     assert group['lr'] == pytest.approx(row['lr'], rel=1e-12)
     assert group['weight_decay'] == pytest.approx(0.02, rel=1e-12)
@@ -331,8 +331,8 @@ def test_sampling(name, i):
     info, t, model = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}'), tiny_flowar(name)
     case = info['cases'][i]
     taken = ['flow_upper_steps', 'flow_lower_steps'] if case['disa'] else ['num_step']
-    recipe = FlowARSampleRecipe(ckpt='a file', **{key: case[key] for key in ('cfg', 'guidance', *taken)})
-    options = recipe.sample_kwargs()
+    config = FlowARSampleConfig(ckpt='a file', **{key: case[key] for key in ('cfg', 'guidance', *taken)})
+    options = config.sample_kwargs()
     options['cfg'] = options.pop('guidance')
     steps = list(model.sample_scales(torch.tensor(info['labels']), rng=given_noise(name), **options))
     assert_near(steps[-1].latent_BZnn, t[case['key']], info['tolerance'])
@@ -354,8 +354,8 @@ def test_published_small_model():
     name = 'flowar_small_full'
     info, t = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}')
     tolerance, label = info['tolerance'], torch.tensor([info['label']])
-    recipe = FlowARRecipe(**PRESETS['flowar']['flowar_s'])
-    model = fill(FlowAR(Latents(), **recipe.model_kwargs(1, 1)), flowar_rule(info['weight_seed'])).eval()
+    config = FlowARConfig(**PRESETS['flowar']['flowar_s'])
+    model = fill(FlowAR(Latents(), **config.model_kwargs(1, 1)), flowar_rule(info['weight_seed'])).eval()
     with torch.no_grad():
         targets, teacher = model.pyramid(t['latent'])
         z = model(label, teacher)
@@ -376,7 +376,7 @@ def test_published_small_model():
     ('small', 171_718_072, 204), ('large', 586_862_912, 484), ('huge', 1_913_316_880, 666)])
 def test_published_sizes(size, num_parameters, num_keys):
     info = load_json('flowar/state_dict_keys')[f'flowar_{size}']
-    kwargs = model_arguments(FlowARRecipe(**PRESETS['flowar'][f'flowar_{size[0]}']))
+    kwargs = model_arguments(FlowARConfig(**PRESETS['flowar'][f'flowar_{size[0]}']))
     assert (kwargs['diffloss_d'], kwargs['diffloss_w']) == (info['diffloss_d'], info['diffloss_w'])
     with torch.device('meta'):
         model = FlowAR(Latents(), **kwargs)
@@ -677,15 +677,15 @@ def test_initial_weights():
     (lambda m: small(encoder_num_heads=16), 'a head width that is a multiple of 4, got 2'),
     (lambda m: m.sample([6], rng=ImageNoise(0, [0])), r'expected labels in 0\.\.5 .*got 6'),
     (lambda m: m.pyramid(latents(side=8)), 'expected latents of 4x4, got 8x8'),
-    (lambda m: FlowARSampleRecipe(ckpt='a file', num_step=1), 'must be at least 2, got 1 to 1'),
-    (lambda m: FlowARSampleRecipe(ckpt='a file', flow_upper_steps=25, flow_lower_steps=1),
+    (lambda m: FlowARSampleConfig(ckpt='a file', num_step=1), 'must be at least 2, got 1 to 1'),
+    (lambda m: FlowARSampleConfig(ckpt='a file', flow_upper_steps=25, flow_lower_steps=1),
      'must be at least 2, got 25 to 1'),
-    (lambda m: FlowARSampleRecipe(ckpt='a file', guidance=4.3), r'a time in \[0, 1\], got 4.3'),
-    (lambda m: FlowARSampleRecipe(ckpt='a file', temperature=0.9), 'must be 1 and --cfg_schedule linear'),
-    (lambda m: FlowARRecipe(latent_patch=2), '--patch_size must be 1, got 2'),
-    (lambda m: FlowARRecipe(buffer_size=64), '--buffer_size must be 0, got 64'),
-    (lambda m: FlowARRecipe(loss_weighting='snr'), "--loss_weighting must be uniform or debiased, got 'snr'"),
-    (lambda m: FlowARRecipe(img_size=240), 'times 2, 4, 8, ..., got 240'),
+    (lambda m: FlowARSampleConfig(ckpt='a file', guidance=4.3), r'a time in \[0, 1\], got 4.3'),
+    (lambda m: FlowARSampleConfig(ckpt='a file', temperature=0.9), 'must be 1 and --cfg_schedule linear'),
+    (lambda m: FlowARConfig(latent_patch=2), '--patch_size must be 1, got 2'),
+    (lambda m: FlowARConfig(buffer_size=64), '--buffer_size must be 0, got 64'),
+    (lambda m: FlowARConfig(loss_weighting='snr'), "--loss_weighting must be uniform or debiased, got 'snr'"),
+    (lambda m: FlowARConfig(img_size=240), 'times 2, 4, 8, ..., got 240'),
 ], ids=itertools.count())
 def test_errors(model, call, message):
     with pytest.raises(ValueError, match=message):

@@ -7,7 +7,7 @@ import torch
 
 import sample
 import train
-from configs import parse_recipe
+from configs import parse_training
 from models import VAR, VQVAE, AutoencoderKL
 from tests.runs import BATCH, TINY_VQVAE, assert_equal, epochs_of, read, same_images, steps_of, training
 
@@ -28,9 +28,9 @@ def trained(trained_folder):
 
 # ---------------------------------------------------------------------------------------------- training
 def test_published_batch_size_suits_any_number_of_ranks():
-    recipe = parse_recipe(['--model=flowar', '--batch_size=64'])
-    recipe.check_batch(3)
-    assert recipe.micro_batch(3) == 192
+    config = parse_training(['--model=flowar', '--batch_size=64'])
+    config.check_batch(3)
+    assert config.micro_batch(3) == 192
 
 
 def test_gradient_checkpointing_gives_the_same_weights(whole_training, here, trained, tmp_path):

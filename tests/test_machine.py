@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs import parse_recipe
+from configs import parse_training
 from utils import doctor, machine, provenance
 
 
@@ -23,7 +23,7 @@ def test_processors_that_the_process_is_bound_to(monkeypatch, no_groups):
     assert machine.available_cpus() == 8
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {3})
     assert machine.available_cpus() == 1
-    assert parse_recipe(['--bs=64']).num_workers(1) == 0  # its own CPU is left to the training
+    assert parse_training(['--bs=64']).num_workers(1) == 0  # its own CPU is left to the training
 
 
 @pytest.mark.parametrize(('table', 'files', 'expected'), [
@@ -44,17 +44,17 @@ def test_time_that_control_groups_grant(no_groups, table, files, expected):
 
 def test_ranks_of_a_machine_share_its_processors(monkeypatch, no_groups):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
-    assert parse_recipe(['--bs=64']).num_workers(2) == 3
+    assert parse_training(['--bs=64']).num_workers(2) == 3
 
 
 def test_shared_memory_that_holds_no_batches(monkeypatch, no_groups):
-    recipe = parse_recipe(['--bs=96'])
+    config = parse_training(['--bs=96'])
     batch = 96 * 3 * 256 ** 2 * 4
     monkeypatch.setattr(machine.shutil, 'disk_usage', lambda _: SimpleNamespace(free=2 ** 26))  # of docker
-    assert recipe.num_workers(1) == 0
+    assert config.num_workers(1) == 0
     monkeypatch.setattr(machine.shutil, 'disk_usage', lambda _: SimpleNamespace(free=6 * batch))
-    assert recipe.num_workers(1) == 3
-    assert parse_recipe(['--bs=96', '--workers=5']).num_workers(1) == 5  # as asked
+    assert config.num_workers(1) == 3
+    assert parse_training(['--bs=96', '--workers=5']).num_workers(1) == 5  # as asked
 
 
 # ---------------------------------------------------------------------------------------------- GPU

@@ -11,7 +11,7 @@ import torch
 
 import sample
 import train
-from configs import RECIPES, parse_recipe, parse_sample_recipe
+from configs import CONFIGS, parse_sampling, parse_training
 from models import NPP, VAR, VQVAE, VQModel
 from models.noise import GlobalBatch
 from tests.runs import (
@@ -53,7 +53,7 @@ def command(made, folder, *more):
 
 
 def test_default_precision():
-    assert parse_recipe(['--model=npp']).precision == 2
+    assert parse_training(['--model=npp']).precision == 2
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -67,22 +67,22 @@ def test_published_learning_rates(row):
     bounds = np.array([0, *row['epoch_range']])
     if row['warmup_epochs'] > (1 - row['decay_ratio']) * np.diff(bounds).min():
         with pytest.raises(ValueError, match=r'^--warmup_epochs=1 does not fit .*: pass at most 0\.[58]$'):
-            RECIPES['npp'](**settings)
+            CONFIGS['npp'](**settings)
         return
-    recipe, per_epoch = RECIPES['npp'](**settings), row['steps_per_epoch']
+    config, per_epoch = CONFIGS['npp'](**settings), row['steps_per_epoch']
     starts = bounds * per_epoch
-    assert [end for end, _ in recipe.phases] == row['epoch_range'] and recipe.peak_lr(8) == row['base_lr']
+    assert [end for end, _ in config.phases] == row['epoch_range'] and config.peak_lr(8) == row['base_lr']
     for step, expected in row['multiplier'].items():
-        within, length = recipe.lr_phase(int(step), row['epochs'] * per_epoch, per_epoch)
+        within, length = config.lr_phase(int(step), row['epochs'] * per_epoch, per_epoch)
         start = int(step) - within
         assert start in starts and start + length == starts[starts > int(step)].min()
-        assert lr_ratio(recipe.lr_schedule, within, round(recipe.warmup_epochs * per_epoch), length,
-                        recipe.warmup_start, recipe.final_lr_ratio(8)) == pytest.approx(expected, abs=1e-9)
+        assert lr_ratio(config.lr_schedule, within, round(config.warmup_epochs * per_epoch), length,
+                        config.warmup_start, config.final_lr_ratio(8)) == pytest.approx(expected, abs=1e-9)
 
 
-def sides_of(recipe):
+def sides_of(config):
     """Side of the patches by epoch."""
-    return [next(p for end, p in recipe.phases if epoch < end) for epoch in range(recipe.epochs)]
+    return [next(p for end, p in config.phases if epoch < end) for epoch in range(config.epochs)]
 
 
 @pytest.mark.parametrize(('level', 'rate'), [(2, 0.5), (3, 0.5), (4, 0.67), (2, 0.3)])
@@ -90,10 +90,10 @@ def sides_of(recipe):
 def test_patches_change_at_the_very_step(level, rate, per_epoch):
     """For any number of epochs, and where `--steps` cuts the last one."""
     for epochs in range(16, 60):
-        recipe = RECIPES['npp'](epochs=epochs, patch_level=level, epoch_rate=rate)
+        config = CONFIGS['npp'](epochs=epochs, patch_level=level, epoch_rate=rate)
         for total in {epochs * per_epoch, epochs * per_epoch - per_epoch // 2}:
-            phases = recipe.model_kwargs(total, per_epoch)['phases']
-            for epoch, side in enumerate(sides_of(recipe)):
+            phases = config.model_kwargs(total, per_epoch)['phases']
+            for epoch, side in enumerate(sides_of(config)):
                 for step in {epoch * per_epoch, min((epoch + 1) * per_epoch, total) - 1}:
                     here = NPP.patch_side(SimpleNamespace(phases=phases), step / total)
                     assert here == side, (epochs, step)
@@ -193,7 +193,7 @@ def test_random_labels(here, ours, tmp_path):
     assert np.array_equal(listed, five)
 
     def many(seed, count=8000):
-        return sample.image_labels(parse_sample_recipe([
+        return sample.image_labels(parse_sampling([
             '--model=npp', '--ckpt=x', '--labels=random', f'--seed={seed}', f'--num_images={count}']), 4)
     assert np.array_equal(many(0, 5), labels) and not np.array_equal(many(0), many(1))
     for counts in (np.bincount(many(0)), np.bincount(4 * many(0)[1:] + many(0)[:-1])):  # and of pairs

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sample
-from configs import parse_sample_recipe
+from configs import parse_sampling
 from evaluation.score import ScoreSettings, score_images
 from models import VAR, VQVAE
 from tests.runs import TINY_VQVAE, kept_logging, kill_tree, launch, make_tokenizer, same_images, start
@@ -110,10 +110,10 @@ def test_pieces_of_a_stopped_job_are_kept(sample_here, tmp_path, monkeypatch):
     """The job stops at its third batch and goes on with other batches: what was drawn is not drawn again."""
     draw, drawn = sample.sample_batch, []
 
-    def stop_at_twelve(model, recipe, index_B, label_B):
+    def stop_at_twelve(model, config, index_B, label_B):
         if index_B.start == 12:
             raise OSError('no space left')
-        return draw(model, recipe, index_B, label_B)
+        return draw(model, config, index_B, label_B)
     monkeypatch.setattr(sample, 'sample_batch', stop_at_twelve)
     with pytest.raises(SystemExit, match='no space left'):
         sample_here(tmp_path / 'a', '--bs=6', '--format=npz')
@@ -121,10 +121,10 @@ def test_pieces_of_a_stopped_job_are_kept(sample_here, tmp_path, monkeypatch):
     pieces = {path: path.stat().st_mtime_ns for path in (tmp_path / 'a').glob('pixels-*.npy')}
     assert {path.name for path in pieces} == {'pixels-000000-000006.npy', 'pixels-000006-000012.npy'}
 
-    def record(model, recipe, index_B, label_B):
+    def record(model, config, index_B, label_B):
         drawn.append(index_B)
         assert all(path.stat().st_mtime_ns == time for path, time in pieces.items())
-        return draw(model, recipe, index_B, label_B)
+        return draw(model, config, index_B, label_B)
     monkeypatch.setattr(sample, 'sample_batch', record)
     resumed = sample_here(tmp_path / 'a', '--bs=5', '--format=npz')
     assert drawn == [range(10, 15), range(15, 20)]
@@ -236,12 +236,12 @@ def test_averaged_weights_are_taken_where_there_are_any(sample_here, tmp_path, w
 
 
 def test_presets_hold_the_published_settings():
-    readme = parse_sample_recipe(['--preset=var_d30'])
+    readme = parse_sampling(['--preset=var_d30'])
     assert (readme.cfg, readme.top_k, readme.top_p, readme.num_images) == (1.5, 900, 0.96, 50_000)
     assert readme.ckpt == 'var_d30.pth' and 'README' in readme.source
-    paper = parse_sample_recipe(['--preset=var_d16_paper'])
+    paper = parse_sampling(['--preset=var_d16_paper'])
     assert (paper.cfg, paper.top_k, paper.top_p) == (2., 600, 0.) and '2404.02905' in paper.source
-    assert parse_sample_recipe(['--preset=no_cfg', '--ckpt=a.pth']).sample_kwargs()['guidance'] == 1
+    assert parse_sampling(['--preset=no_cfg', '--ckpt=a.pth']).sample_kwargs()['guidance'] == 1
 
 
 def test_flat_released_files_work_alike(sample_here, tmp_path, weights):
@@ -319,7 +319,7 @@ def test_fetch_checks_digests_and_explains_an_unreachable_hub(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"'var_d16\.pth' is not in the .*FoundationVision/var.*its path"):
         fetch('var_d16.pth')
     with pytest.raises(ValueError, match=r"'FlexVARd24-epo349\.pth' is not in the .*jiaosiyu1999/FlexVAR"):
-        fetch(parse_sample_recipe(['--model=flexvar', '--preset=flexvar_d24']).ckpt)
+        fetch(parse_sampling(['--model=flexvar', '--preset=flexvar_d24']).ckpt)
     with pytest.raises(ValueError, match=r"no file 'pretrained/FlexVAE\.pth'.* such as FlexVAE\.pth"):
         fetch('pretrained/FlexVAE.pth')
 

@@ -91,7 +91,7 @@ def test_float16_scaler_rules():
 
 @pytest.mark.parametrize(('precision', 'dtype'), [(0, torch.float32), (1, torch.float16),
                                                   (2, torch.bfloat16)])
-def test_autocast_follows_the_recipe(precision, dtype):
+def test_autocast_follows_the_config(precision, dtype):
     _, amp = tiny(precision)
     with amp.amp_ctx:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

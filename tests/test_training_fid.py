@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import extract
 import sample
 import train
-from configs import parse_recipe, parse_sample_recipe
+from configs import parse_sampling, parse_training
 from evaluation import digits_features as digits
 from evaluation.features import FeatureSet
 from evaluation.metrics import to_uint8
@@ -56,7 +56,7 @@ def test_distance_is_logged_after_every_epoch(folder):
 def test_distance_is_that_of_sampling_and_scoring_afterwards(folder, data, tmp_path):
     """From the checkpoint: averaged weights, the same noise, the same reference."""
     flags = [f'--ckpt={folder / "ar-ckpt-last.pth"}', '--num_images=20', f'--output={tmp_path / "drawn"}']
-    sample.sample(parse_sample_recipe([*flags, '--cfg=2', '--top_k=8', '--bs=7']))
+    sample.sample(parse_sampling([*flags, '--cfg=2', '--top_k=8', '--bs=7']))
     pictures = [image for image, _ in build_dataset(str(data[0]), 16)[2]]
     np.savez(tmp_path / 'val.npz', arr_0=to_uint8(torch.stack(pictures)).permute(0, 2, 3, 1).numpy())
     report = score_images(ScoreSettings(features='digits', ref=str(tmp_path / 'val.npz'), cache='',
@@ -115,10 +115,10 @@ def test_distance_is_to_images_of_the_sampled_size(monkeypatch):
     sizes, add = [], FeatureSet.add
     monkeypatch.setattr(FeatureSet, 'add',
                         lambda self, images, first: sizes.append(images.shape) or add(self, images, first))
-    recipe = parse_recipe(['--model=flexvar', '--fid_images=4', '--fid_features=digits',
+    config = parse_training(['--model=flexvar', '--fid_images=4', '--fid_features=digits',
                            '--fid_flags=--top_k=0'])
     loader = DataLoader([(torch.rand(3, 64, 64), 0)] * 4, batch_size=2)
-    assert build_training_fid(recipe, model, loader).name == 'fid_0.004k'
+    assert build_training_fid(config, model, loader).name == 'fid_0.004k'
     assert sizes == [(2, 3, 32, 32)] * 2
 
 

@@ -1,1 +1,1 @@
-"""What `train.py` needs beside its loop: data, models from recipes, logs, restarts, faults, distances."""
+"""What `train.py` needs beside its loop: data, models from configs, logs, restarts, faults, distances."""

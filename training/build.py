@@ -1,4 +1,4 @@
-"""Builds what a recipe describes: a model with its tokenizer, losses, optimizers, and the trainer."""
+"""Builds what a config describes: a model with its tokenizer, losses, optimizers, and the trainer."""
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dist
-from configs import Recipe, TokenizerRecipe
+from configs import TokenizerConfig, TrainConfig
 from configs.options import flag_of
 from models import FAMILIES, ARModel, Tokenizer, TokenizerLoss, Trainable, build_loss, build_tokenizer
 from trainer import GeneratorTrainer, TokenizerTrainer, Trainer, weights_checksum
@@ -22,15 +22,15 @@ COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
 
 
 # ---------------------------------------------------------------------------------------------- models
-def model_arguments(recipe: Recipe, total_steps: int = 1, steps_per_epoch: int = 1) -> dict[str, Any]:
+def model_arguments(config: TrainConfig, total_steps: int = 1, steps_per_epoch: int = 1) -> dict[str, Any]:
     """Constructor arguments of the model, beside the number of classes and the tokenizer."""
-    size = FAMILIES[recipe.model].model.kwargs_from_size(**recipe.model_size())
-    return size | recipe.model_kwargs(total_steps, steps_per_epoch)
+    size = FAMILIES[config.model].model.kwargs_from_size(**config.model_size())
+    return size | config.model_kwargs(total_steps, steps_per_epoch)
 
 
-def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_epoch: int,
+def build_model(config: TrainConfig, num_classes: int, total_steps: int, steps_per_epoch: int,
                 device: torch.device | str, classes: list[str] | None = None) -> Trainable:
-    """The model of a recipe with its frozen tokenizer, freshly initialised or from `--init_from`.
+    """The model of a config with its frozen tokenizer, freshly initialised or from `--init_from`.
 
     Args:
         num_classes: of the data set.
@@ -40,34 +40,34 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
         classes: names of the classes of the data set, by which the rows of the class embedding of
             `--init_from` are matched; None takes the rows as they are.
     Raises:
-        ValueError: a file cannot be used, or does not fit the recipe.
+        ValueError: a file cannot be used, or does not fit the config.
     """
-    model_class, tokenizer_class = FAMILIES[recipe.model]
-    kwargs = model_arguments(recipe, total_steps, steps_per_epoch)
+    model_class, tokenizer_class = FAMILIES[config.model]
+    kwargs = model_arguments(config, total_steps, steps_per_epoch)
     is_generator = tokenizer_class is not None
     on_meta = torch.device(device).type == 'meta'
 
     # A generator is built around its frozen tokenizer.
     args = []
     if is_generator:
-        args.append(load_tokenizer(recipe, tokenizer_class, device))
+        args.append(load_tokenizer(config, tokenizer_class, device))
         kwargs['num_classes'] = num_classes
 
     # Weights to begin with; for a tokenizer also its settings, which flags may override.
     state = None
-    if recipe.init_from and not on_meta:
-        path = str(fetch(recipe.init_from))
+    if config.init_from and not on_meta:
+        path = str(fetch(config.init_from))
         checkpoint = load_file(path)
         if is_generator:
             state = model_weights(checkpoint)
         else:
-            state, config = tokenizer_weights(checkpoint)
-            kwargs = config | kwargs
+            state, stored = tokenizer_weights(checkpoint)
+            kwargs = stored | kwargs
 
     with torch.device(device):
         model = model_class(*args, **kwargs)
     if not on_meta:
-        model.init_weights(**recipe.init_kwargs())
+        model.init_weights(**config.init_kwargs())
     if state is None:
         return model
 
@@ -77,39 +77,39 @@ def build_model(recipe: Recipe, num_classes: int, total_steps: int, steps_per_ep
         fresh = model.state_dict()[model.class_table]
         state = rows_by_class(state, model.class_table, list(saved_classes), classes, fresh, path)
     model.warm_start(state, path)
-    if recipe.train_only:
+    if config.train_only:
         model.freeze_codes()
     return model
 
 
-def load_tokenizer(recipe: Recipe, cls: type[Tokenizer], device: torch.device | str) -> Tokenizer:
+def load_tokenizer(config: TrainConfig, cls: type[Tokenizer], device: torch.device | str) -> Tokenizer:
     """The frozen tokenizer of `--vae_ckpt`; on 'meta' one of the published sizes if the file is missing.
 
     Raises:
         ValueError: the file is missing or holds no such tokenizer, the tokenizer has another stride, or ranks
             have different files.
     """
-    if torch.device(device).type == 'meta' and not Path(recipe.vae_ckpt).is_file():
+    if torch.device(device).type == 'meta' and not Path(config.vae_ckpt).is_file():
         with torch.device('meta'):
-            return cls(**recipe.tokenizer_kwargs())
+            return cls(**config.tokenizer_kwargs())
 
     # One process of a node downloads, the other ones then find the file.
     def load(is_first: bool) -> Tokenizer:
-        path = fetch(recipe.vae_ckpt)
-        state, config = tokenizer_weights(load_file(path))
-        return build_tokenizer(cls, state, str(path), device, **config | recipe.tokenizer_kwargs())
+        path = fetch(config.vae_ckpt)
+        state, stored = tokenizer_weights(load_file(path))
+        return build_tokenizer(cls, state, str(path), device, **stored | config.tokenizer_kwargs())
 
     if torch.device(device).type == 'meta':
         tokenizer = load(True)
     else:
         # A rank with another tokenizer would train on other codes, and nobody would see it in the loss.
         tokenizer = dist.first_of_node_first(load)
-        dist.require_equal(weights_checksum(tokenizer), f'the tokenizer {recipe.vae_ckpt!r}',
+        dist.require_equal(weights_checksum(tokenizer), f'the tokenizer {config.vae_ckpt!r}',
                            'copy the same file to every node')
-    if tokenizer.stride != recipe.stride:
-        raise ValueError(f'the tokenizer of {recipe.vae_ckpt} has stride {tokenizer.stride}, the recipe '
-                         f'expects {recipe.stride}: pass '
-                         f'--{flag_of(recipe, "stride")}={tokenizer.stride}')
+    if tokenizer.stride != config.stride:
+        raise ValueError(f'the tokenizer of {config.vae_ckpt} has stride {tokenizer.stride}, the flags '
+                         f'say {config.stride}: pass '
+                         f'--{flag_of(config, "stride")}={tokenizer.stride}')
     return tokenizer
 
 
@@ -119,8 +119,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 # ---------------------------------------------------------------------------------------------- trainers
-def build_optimizer(recipe: Recipe, model: nn.Module, no_decay: set[str]) -> AmpOptimizer:
-    """AdamW with the precision, clipping and accumulation of the recipe.
+def build_optimizer(config: TrainConfig, model: nn.Module, no_decay: set[str]) -> AmpOptimizer:
+    """AdamW with the precision, clipping and accumulation of the config.
 
     Args:
         no_decay: parameters whose name contains one of these strings get no weight decay.
@@ -130,65 +130,65 @@ def build_optimizer(recipe: Recipe, model: nn.Module, no_decay: set[str]) -> Amp
     # Rate and decay of the groups are set before every step, so these here are never used.
     optimizer = torch.optim.AdamW(
         groups,
-        lr=recipe.base_lr,
-        betas=(recipe.beta1, recipe.beta2),
+        lr=config.base_lr,
+        betas=(config.beta1, config.beta2),
         weight_decay=0.,
-        fused=recipe.fused,
+        fused=config.fused,
     )
-    return AmpOptimizer(recipe.precision, optimizer, names, params, recipe.clip, recipe.accumulate)
+    return AmpOptimizer(config.precision, optimizer, names, params, config.clip, config.accumulate)
 
 
-def build_criterion(recipe: TokenizerRecipe, total_steps: int, device: torch.device) -> TokenizerLoss:
+def build_criterion(config: TokenizerConfig, total_steps: int, device: torch.device) -> TokenizerLoss:
     """The losses of a tokenizer with the weights of their networks.
 
     Raises:
         ValueError: a file is missing, or is another file than it should be.
     """
     # One process of a node downloads, the other ones then find the files.
-    files = (recipe.lpips_vgg, recipe.lpips_lin, recipe.lpips_path, recipe.allow_download)
-    uses_lpips = recipe.lpips == 'vgg'
-    if uses_lpips and recipe.allow_download and dist.is_local_master():
+    files = (config.lpips_vgg, config.lpips_lin, config.lpips_path, config.allow_download)
+    uses_lpips = config.lpips == 'vgg'
+    if uses_lpips and config.allow_download and dist.is_local_master():
         lpips_state(*files)
     dist.barrier()
     lpips = lpips_state(*files) if uses_lpips else None
-    dino = dino_state(recipe.dino_path) if recipe.disc == 'dino' else None
-    gan = recipe.gan_kwargs(total_steps)
-    if recipe.disc != 'none' and gan['start'] >= 1 and dist.is_master():
+    dino = dino_state(config.dino_path) if config.disc == 'dino' else None
+    gan = config.gan_kwargs(total_steps)
+    if config.disc != 'none' and gan['start'] >= 1 and dist.is_master():
         logger.warning('the discriminator never starts: --disc_start=%g, and the run has %d steps',
-                       recipe.disc_start, total_steps)
+                       config.disc_start, total_steps)
     with torch.device(device):
         return build_loss(
-            l1_weight=recipe.l1_weight,
-            l2_weight=recipe.l2_weight,
-            perceptual=recipe.lpips,
-            perceptual_weight=recipe.lpips_weight,
-            perceptual_min=recipe.lpips_min,
+            l1_weight=config.l1_weight,
+            l2_weight=config.l2_weight,
+            perceptual=config.lpips,
+            perceptual_weight=config.lpips_weight,
+            perceptual_min=config.lpips_min,
             lpips_files=lpips,
-            discriminator=recipe.disc,
+            discriminator=config.disc,
             dino_files=dino,
-            image_size=recipe.image_size,
-            width=recipe.disc_width,
+            image_size=config.image_size,
+            width=config.disc_width,
             gan=gan,
         )
 
 
-def build_trainer(recipe: Recipe, model: Trainable, total_steps: int) -> Trainer:
+def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Trainer:
     """The model with its optimizer, and a tokenizer also with its losses and discriminator.
 
     Raises:
         ValueError: see `build_criterion`.
     """
     # Compiled in place, so that the keys of weights stay as they are.
-    if recipe.compile_model:
+    if config.compile_model:
         for part in model.compiled_parts():
-            part.compile(mode=COMPILE_MODES[recipe.compile_model])
-    if recipe.compile_tokenizer and isinstance(model, ARModel):
-        model.tokenizer.encoder.compile(mode=COMPILE_MODES[recipe.compile_tokenizer])
-    optimizer = build_optimizer(recipe, model, model.no_weight_decay())
+            part.compile(mode=COMPILE_MODES[config.compile_model])
+    if config.compile_tokenizer and isinstance(model, ARModel):
+        model.tokenizer.encoder.compile(mode=COMPILE_MODES[config.compile_tokenizer])
+    optimizer = build_optimizer(config, model, model.no_weight_decay())
     if isinstance(model, ARModel):
-        return GeneratorTrainer(model, optimizer, recipe.ema, recipe.ema_warmup)
-    criterion = build_criterion(recipe, total_steps, next(model.parameters()).device)
+        return GeneratorTrainer(model, optimizer, config.ema, config.ema_warmup)
+    criterion = build_criterion(config, total_steps, next(model.parameters()).device)
     disc_optimizer = None
     if criterion.discriminator is not None:
-        disc_optimizer = build_optimizer(recipe, criterion.discriminator, set())
-    return TokenizerTrainer(model, optimizer, criterion, disc_optimizer, recipe.ema)
+        disc_optimizer = build_optimizer(config, criterion.discriminator, set())
+    return TokenizerTrainer(model, optimizer, criterion, disc_optimizer, config.ema)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
-from configs import Recipe
+from configs import TrainConfig
 from models import Trainable
 from utils.data import KeyedAugmentation, build_dataset, build_transforms, describe_data, open_split
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
@@ -40,40 +40,40 @@ class Data:
         return dict(train=describe_data(self.train), val=describe_data(self.val))
 
 
-def build_data(recipe: Recipe) -> Data:
-    """Training and validation set of a recipe.
+def build_data(config: TrainConfig) -> Data:
+    """Training and validation set of a config.
 
     Raises:
         ValueError: a folder is missing, or caches and images belong to different data sets.
     """
-    if not recipe.cached_path:
-        _, train_set, val_set = build_dataset(recipe.data_path, recipe.image_size, recipe.hflip,
-                                              recipe.mid_reso, recipe.crop, exif=recipe.exif)
+    if not config.cached_path:
+        _, train_set, val_set = build_dataset(config.data_path, config.image_size, config.hflip,
+                                              config.mid_reso, config.crop, exif=config.exif)
         return Data(train_set, val_set, list(train_set.classes))
 
     # With a token cache, the training images themselves need not be there.
-    train_set = TokenCache(recipe.cached_path, recipe.hflip)
-    if recipe.cached_val_path:
-        val_set = TokenCache(recipe.cached_val_path, fixed=True)
+    train_set = TokenCache(config.cached_path, config.hflip)
+    if config.cached_val_path:
+        val_set = TokenCache(config.cached_val_path, fixed=True)
     else:
-        _, val_transform = build_transforms(recipe.image_size, False, recipe.mid_reso, recipe.crop)
-        val_set = open_split(recipe.data_path, 'val', val_transform, exif=recipe.exif)
+        _, val_transform = build_transforms(config.image_size, False, config.mid_reso, config.crop)
+        val_set = open_split(config.data_path, 'val', val_transform, exif=config.exif)
 
     # Classes must agree in names and order; those of imported codes have numbers in place of names.
     numbers = [str(label) for label in range(len(val_set.classes))]
     if train_set.classes not in (list(val_set.classes), numbers):
         odd = sorted(set(train_set.classes) ^ set(val_set.classes)) or ['their order']
-        raise ValueError(f'{recipe.cached_path} holds {len(train_set.classes)} classes, those of validation '
+        raise ValueError(f'{config.cached_path} holds {len(train_set.classes)} classes, those of validation '
                          f'are {len(val_set.classes)} and differ in {odd[:5]}: pass caches and images of one '
                          'data set')
-    logger.info('training reads the tokens in %s', recipe.cached_path)
+    logger.info('training reads the tokens in %s', config.cached_path)
     caches = dict(train=train_set)
-    if recipe.cached_val_path:
+    if config.cached_val_path:
         caches['val'] = val_set
     return Data(train_set, val_set, list(val_set.classes), caches)
 
 
-def check_caches(caches: dict[str, TokenCache], recipe: Recipe, model: Trainable) -> None:
+def check_caches(caches: dict[str, TokenCache], config: TrainConfig, model: Trainable) -> None:
     """Make sure that the caches hold tokens of the model's tokenizer; see `TokenCache.check`.
 
     Raises:
@@ -82,12 +82,12 @@ def check_caches(caches: dict[str, TokenCache], recipe: Recipe, model: Trainable
     if not caches:
         return
     digest = weights_digest(model.tokenizer.state_dict())
-    shape = model.tokenizer.shape_of_stored(recipe.image_size)
+    shape = model.tokenizer.shape_of_stored(config.image_size)
     for split, cache in caches.items():
-        cache.check(digest, recipe.image_size, split, shape, recipe.exif)
+        cache.check(digest, config.image_size, split, shape, config.exif)
 
 
-def train_sampler(recipe: Recipe, num_images: int,
+def train_sampler(config: TrainConfig, num_images: int,
                   start: tuple[int, int] = (0, 0)) -> DistInfiniteBatchSampler:
     """The images that this rank sees at every step, from `start` = (epoch, step) on.
 
@@ -99,8 +99,8 @@ def train_sampler(recipe: Recipe, num_images: int,
         world_size,
         dist.get_rank(),
         num_images,
-        glb_batch_size=recipe.micro_batch(world_size) * recipe.accumulate,
-        same_seed_for_all_ranks=recipe.same_seed_for_all_ranks,
+        glb_batch_size=config.micro_batch(world_size) * config.accumulate,
+        same_seed_for_all_ranks=config.same_seed_for_all_ranks,
         fill_last=True,
         start_ep=epoch,
         start_it=step,
@@ -109,16 +109,16 @@ def train_sampler(recipe: Recipe, num_images: int,
     )
 
 
-def loader_options(recipe: Recipe) -> dict[str, Any]:
+def loader_options(config: TrainConfig) -> dict[str, Any]:
     """Arguments of every loader of a training."""
     return dict(
-        num_workers=recipe.num_workers(dist.get_world_size()),
+        num_workers=config.num_workers(dist.get_world_size()),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_parent,
     )
 
 
-def train_batches(recipe: Recipe, train_set: Dataset, seed: int, start: tuple[int, int],
+def train_batches(config: TrainConfig, train_set: Dataset, seed: int, start: tuple[int, int],
                   steps_per_epoch: int) -> Iterator:
     """Endless batches (images, labels, damage) from `start` on.
 
@@ -130,8 +130,8 @@ def train_batches(recipe: Recipe, train_set: Dataset, seed: int, start: tuple[in
     keyed = KeyedAugmentation(train_set, seed, replace_damaged=True)
 
     def make_loader(position: tuple[int, int]) -> DataLoader:
-        sampler = train_sampler(recipe, len(train_set), position)
-        return DataLoader(keyed, batch_sampler=sampler, **loader_options(recipe))
+        sampler = train_sampler(config, len(train_set), position)
+        return DataLoader(keyed, batch_sampler=sampler, **loader_options(config))
 
     # Of an epoch whose steps are done only the end is left, which needs no batches.
     epoch, step = start
@@ -140,18 +140,18 @@ def train_batches(recipe: Recipe, train_set: Dataset, seed: int, start: tuple[in
     return restarting_batches(make_loader, start, steps_per_epoch)
 
 
-def validation_batch(recipe: Recipe) -> int:
+def validation_batch(config: TrainConfig) -> int:
     """Images per batch of an evaluation, which needs less memory than a training step."""
-    return round(1.5 * recipe.local_batch(dist.get_world_size()))
+    return round(1.5 * config.local_batch(dist.get_world_size()))
 
 
-def validation_loader(recipe: Recipe, val_set: Dataset) -> DataLoader:
+def validation_loader(config: TrainConfig, val_set: Dataset) -> DataLoader:
     """Batches of the validation images of this rank."""
     sampler = EvalDistributedSampler(val_set, dist.get_world_size(), dist.get_rank())
-    return DataLoader(val_set, validation_batch(recipe), sampler=sampler, **loader_options(recipe))
+    return DataLoader(val_set, validation_batch(config), sampler=sampler, **loader_options(config))
 
 
-def calibration_images(recipe: Recipe, train_set: Dataset, seed: int) -> Iterator[torch.Tensor]:
+def calibration_images(config: TrainConfig, train_set: Dataset, seed: int) -> Iterator[torch.Tensor]:
     """Batches of training images of this rank, in [-1, 1] on its device; the same ones at every call.
 
     All ranks together have up to `CALIBRATION_IMAGES`, spread over the data set and augmented as in epoch 0.
@@ -160,6 +160,6 @@ def calibration_images(recipe: Recipe, train_set: Dataset, seed: int) -> Iterato
     chosen = [(0, i * len(train_set) // count) for i in range(count)]
     subset = Subset(KeyedAugmentation(train_set, seed, replace_damaged=True), chosen)
     sampler = EvalDistributedSampler(subset, dist.get_world_size(), dist.get_rank())
-    loader = DataLoader(subset, validation_batch(recipe), sampler=sampler, **loader_options(recipe))
+    loader = DataLoader(subset, validation_batch(config), sampler=sampler, **loader_options(config))
     for images_B3HW, _, _ in without_child_signal(loader):
         yield images_B3HW.to(dist.get_device())

@@ -12,7 +12,7 @@ from training.resume import RunState
 from utils.log import append_json_line
 
 logger = logging.getLogger(__name__)
-REMEDIES = {  # by the precision of the recipe
+REMEDIES = {  # by the precision of the config
     0: 'lower the learning rate, or look at the images that not_finite.jsonl names',
     1: 'float16 overflows: train in bfloat16 (--fp16=2) or float32 (--fp16=0), or lower the learning rate',
     2: 'lower the learning rate, train in float32 (--fp16=0), or look at the images that not_finite.jsonl '
@@ -39,7 +39,7 @@ class SkippedSteps:
         folder: where not_finite.jsonl is written.
         state: its `skipped_steps` counts these steps, those of earlier starts included.
         limit: the run ends after this many in a row; 0 means no limit.
-        precision: of the recipe, for the advice.
+        precision: of the config, for the advice.
         is_resumed: whether this start continues a checkpoint.
     """
 

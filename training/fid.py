@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import dist
-from configs import SAMPLE_RECIPES, Recipe, SampleRecipe
+from configs import SAMPLE_CONFIGS, SampleConfig, TrainConfig
 from configs.options import parse_flags
 from evaluation.features import FeatureSet, FeatureSettings, load_network
 from evaluation.inception import MissingWeights
@@ -35,7 +35,7 @@ class TrainingFID:
         reference: (mean, covariance) of pool features.
     """
 
-    def __init__(self, network: Any, settings: SampleRecipe, reference: tuple[torch.Tensor, torch.Tensor]):
+    def __init__(self, network: Any, settings: SampleConfig, reference: tuple[torch.Tensor, torch.Tensor]):
         self.network = network
         self.settings = settings
         self.reference = reference
@@ -78,33 +78,33 @@ class TrainingFID:
         return frechet_distance(*self.reference, *features.statistics()[''])
 
 
-def build_training_fid(recipe: Recipe, model: Trainable, val_loader: DataLoader) -> TrainingFID | None:
-    """The distance that the recipe asks for; every rank calls it.
+def build_training_fid(config: TrainConfig, model: Trainable, val_loader: DataLoader) -> TrainingFID | None:
+    """The distance that the config asks for; every rank calls it.
 
     Returns:
-        None if the recipe asks for none, or if the default weights of the feature network are missing.
+        None if the config asks for none, or if the default weights of the feature network are missing.
     Raises:
-        MissingWeights: the recipe names a file of weights that is missing.
+        MissingWeights: the config names a file of weights that is missing.
         ValueError: the flags of the samples or the reference are wrong.
     """
-    if not recipe.fid_images:
+    if not config.fid_images:
         return None
-    if getattr(recipe, 'cached_val_path', '') and not recipe.fid_ref:
+    if getattr(config, 'cached_val_path', '') and not config.fid_ref:
         raise ValueError('--fid_images compares with the validation images, --cached_val_path holds none: '
                          'pass --fid_ref=FILE.npz')
-    dist.require_equal(bool(recipe.fid_ref), 'whether --fid_ref is given',
+    dist.require_equal(bool(config.fid_ref), 'whether --fid_ref is given',
                        'pass it on every node, or on none')
 
     # Of the flags of sample.py, those that the training decides or that change no image have no use here.
-    cls = SAMPLE_RECIPES[recipe.model]
-    flags = parse_flags(cls, '--fid_flags', recipe.fid_flags)
-    common = {field.name for field in fields(SampleRecipe)}
+    cls = SAMPLE_CONFIGS[config.model]
+    flags = parse_flags(cls, '--fid_flags', config.fid_flags)
+    common = {field.name for field in fields(SampleConfig)}
     family_fields = {field.name for field in fields(cls)} - common
     useless = sorted(flags.keys() - family_fields - {'cfg', 'seed', 'batch_size'})
     if useless:
-        raise ValueError(f'--fid_flags takes cfg, seed, batch_size and what is special to {recipe.model}, '
+        raise ValueError(f'--fid_flags takes cfg, seed, batch_size and what is special to {config.model}, '
                          f'got {", ".join(useless)}: leave it out')
-    settings = cls(**flags, model=recipe.model, ckpt='in training', num_images=recipe.fid_images)
+    settings = cls(**flags, model=config.model, ckpt='in training', num_images=config.fid_images)
 
     # One image shows before the first epoch whether the model refuses these settings, and its size.
     with torch.no_grad():
@@ -113,22 +113,22 @@ def build_training_fid(recipe: Recipe, model: Trainable, val_loader: DataLoader)
 
     # A training on many nodes must not begin by a download, so missing weights only turn the distance off.
     feature_settings = FeatureSettings(
-        features=recipe.fid_features,
+        features=config.fid_features,
         offline=True,
-        inception_weights=recipe.inception_weights,
+        inception_weights=config.inception_weights,
     )
     try:
         network = load_network(feature_settings)
     except MissingWeights as error:
-        if recipe.inception_weights:
+        if config.inception_weights:
             raise
         if dist.is_master():
             logger.warning('--fid_images is off: %s', error)
         return None
 
     # The reference is a file, or else the validation images.
-    if recipe.fid_ref:
-        reference = read_statistics(recipe.fid_ref, network.num_features)
+    if config.fid_ref:
+        reference = read_statistics(config.fid_ref, network.num_features)
         return TrainingFID(network, settings, reference)
     features = FeatureSet(network, len(val_loader.dataset), model.device)
     seen = 0

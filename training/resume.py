@@ -274,21 +274,21 @@ def data_changes(saved: dict[str, Any] | None, here: dict[str, Any]) -> list[str
     return changes
 
 
-def changed_settings(recipe: Any, saved: dict[str, Any], free: tuple[str, ...],
+def changed_settings(config: Any, saved: dict[str, Any], free: tuple[str, ...],
                      flag_of: Callable[[Any, str], str]) -> list[str]:
     """Settings that differ from those of the checkpoint, as 'flag old -> new'.
 
     Args:
-        recipe: of this run.
+        config: of this run.
         saved: settings of the checkpoint, by name.
         free: names of settings that may change between two starts.
-        flag_of: (recipe, name) -> the flag of a setting.
+        flag_of: (config, name) -> the flag of a setting.
     """
     changed = []
-    for name, value in vars(recipe).items():
+    for name, value in vars(config).items():
         before = saved.get(name, saved.get(FORMER_NAMES.get(name), value))
         if name not in free and before != value:
-            changed.append(f'{flag_of(recipe, name)} {before} -> {value}')
+            changed.append(f'{flag_of(config, name)} {before} -> {value}')
     return changed
 
 

@@ -17,7 +17,7 @@ def autocast(device_type: str, precision: int) -> AbstractContextManager:
 
 
 class AmpOptimizer:
-    """An optimizer with the precision rules of the recipe.
+    """An optimizer with the precision rules of the config.
 
     Args:
         mixed_precision: 0 float32, 1 float16 with loss scaling, 2 bfloat16.

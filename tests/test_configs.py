@@ -13,13 +13,13 @@ import pytest
 import extract
 import train
 from configs import (
+    CONFIGS,
     PRESETS,
-    RECIPES,
+    SAMPLE_CONFIGS,
     SAMPLE_PRESETS,
-    SAMPLE_RECIPES,
-    VARRecipe,
-    parse_recipe,
-    parse_sample_recipe,
+    VARConfig,
+    parse_sampling,
+    parse_training,
 )
 from configs.options import config_text, flag_of, make_parser
 from evaluation.classify import ClassifySettings, RejectSettings
@@ -86,17 +86,17 @@ def parse_extraction(argv):
     return extract.ExtractSettings(**make_parser(extract.ExtractSettings, 'extract.py', '').parse(argv))
 
 
-PARSERS = {'train.py': (parse_recipe, ['--model=npp']),
-           'sample.py': (parse_sample_recipe, ['--model=npp', '--ckpt=x']),
+PARSERS = {'train.py': (parse_training, ['--model=npp']),
+           'sample.py': (parse_sampling, ['--model=npp', '--ckpt=x']),
            'extract.py': (parse_extraction, ['--model=npp', '--vq_ckpt=x', '--code_path=y'])}
 
 
-def settings(recipe):
-    return {flag_of(recipe, name): value for name, value in vars(recipe).items()}
+def settings(config):
+    return {flag_of(config, name): value for name, value in vars(config).items()}
 
 
 def test_every_published_flag_parses_with_its_default():
-    ours = settings(parse_recipe([]))
+    ours = settings(parse_training([]))
     for entry in load_json('var/args')['flags']:
         flag, default = entry['flag'], entry['default']
         if flag in RUNTIME or flag in ('workers', 'local_out_dir_path'):  # workers: automatic here
@@ -104,14 +104,14 @@ def test_every_published_flag_parses_with_its_default():
         value = {'float': '0.25', 'bool': '1'}.get(entry['type'], '1')
         value = dict(sche='cos', opt='adam', pn='256', mid_reso='1.25').get(flag, value)
         assert ours[flag] == default, flag
-        parse_recipe([f'--{flag}={value}'])
+        parse_training([f'--{flag}={value}'])
 
 
 @pytest.mark.parametrize('case', load_json('var/args')['derived'],
                          ids=lambda c: f'{" ".join(c["argv"])} x{c["world_size"]}')
 def test_derived_values(case):
-    recipe = parse_recipe(case['argv'])
-    ours = settings(recipe) | recipe.derived(case['world_size'])
+    config = parse_training(case['argv'])
+    ours = settings(config) | config.derived(case['world_size'])
     for name, expected in case.items():
         if name in ('argv', 'world_size', 'log_name', 'ckpt_name', 'pn'):
             continue
@@ -124,10 +124,10 @@ def test_derived_values(case):
 
 
 @pytest.mark.parametrize(('parse', 'argv', 'defaults'), [
-    (parse_recipe, ['--model=flowar'], FLOWAR_TRAINING),
-    (parse_sample_recipe, ['--model=flowar', '--ckpt=x'], FLOWAR_SAMPLING),
-    (parse_recipe, ['--model=npp'], NPP_TRAINING),
-    (parse_sample_recipe, ['--model=npp', '--ckpt=x'], NPP_SAMPLING)])
+    (parse_training, ['--model=flowar'], FLOWAR_TRAINING),
+    (parse_sampling, ['--model=flowar', '--ckpt=x'], FLOWAR_SAMPLING),
+    (parse_training, ['--model=npp'], NPP_TRAINING),
+    (parse_sampling, ['--model=npp', '--ckpt=x'], NPP_SAMPLING)])
 def test_published_defaults(parse, argv, defaults):
     for flag, value in defaults.items():
         spaced = parse([*argv, f'--{flag.replace("_", "-")}', str(value)])
@@ -136,17 +136,17 @@ def test_published_defaults(parse, argv, defaults):
 
 def test_published_flags_without_effect_are_named(capsys):
     plain = ['--model=flowar', '--size=large']
-    assert parse_recipe(['--model', 'flowar_large']) == parse_recipe(plain)
+    assert parse_training(['--model', 'flowar_large']) == parse_training(plain)
     for flag in FLOWAR_IGNORED:
         for argv in ([f'--{flag}'], [f'--{flag}=x'], [f'--{flag}', 'x']):
-            assert parse_recipe([*plain, *argv]) == parse_recipe(plain)
+            assert parse_training([*plain, *argv]) == parse_training(plain)
             assert f'--{flag} is ignored: ' in capsys.readouterr().err
-    ours = parse_recipe([*plain, '--eval_every=40', '--num_classes=7', '--workers=3'])
+    ours = parse_training([*plain, '--eval_every=40', '--num_classes=7', '--workers=3'])
     theirs = '--eval_freq=40', '--class_num=7', '--num_workers=3', '--local_rank', '-1'
-    assert parse_recipe([*plain, *theirs]) == ours
+    assert parse_training([*plain, *theirs]) == ours
     sampling = ['--model=flowar', '--ckpt=x', '--output=y']
-    assert parse_sample_recipe([*sampling, '--evaluate', '--class_num=1000', '--diffloss_d=12']) \
-        == parse_sample_recipe(['--model=flowar_large', '--resume=x', '--output_dir=y'])
+    assert parse_sampling([*sampling, '--evaluate', '--class_num=1000', '--diffloss_d=12']) \
+        == parse_sampling(['--model=flowar_large', '--resume=x', '--output_dir=y'])
     assert '--diffloss_d is ignored: it is read from the files of weights' in capsys.readouterr().err
 
 
@@ -163,11 +163,11 @@ def test_published_flags_of_npp_without_effect_are_named(script, capsys):
 
 def test_published_commands_of_npp(capsys):
     """Of its README: training, sampling, extraction with both crop ranges."""
-    recipe = parse_recipe(['--model=npp', *NPP_RUN.split()])
-    assert recipe == parse_recipe(['--model=npp', '--preset=npp_b', '--cached_path=C'])
-    assert recipe.phases == ((150, 2), (300, 1)) and recipe.use_cached
-    by_preset = parse_sample_recipe(['--model=npp', '--preset=npp_b', '--ckpt=c2i_B_256.pt', '--vae_ckpt=F'])
-    assert parse_sample_recipe(['--model=npp', *NPP_JOB.split()]) == dataclasses.replace(
+    config = parse_training(['--model=npp', *NPP_RUN.split()])
+    assert config == parse_training(['--model=npp', '--preset=npp_b', '--cached_path=C'])
+    assert config.phases == ((150, 2), (300, 1)) and config.use_cached
+    by_preset = parse_sampling(['--model=npp', '--preset=npp_b', '--ckpt=c2i_B_256.pt', '--vae_ckpt=F'])
+    assert parse_sampling(['--model=npp', *NPP_JOB.split()]) == dataclasses.replace(
         by_preset, image_size_eval=256, source='')
     command = '--vq-ckpt F --data-path T --code-path C --ten-crop --crop-range {} --image-size 384'
     for crop_range in (1.1, 1.05):
@@ -178,12 +178,12 @@ def test_published_commands_of_npp(capsys):
 
 def test_words_of_npp():
     for word, precision in (('none', 0), ('fp16', 1), ('bf16', 2)):
-        assert parse_recipe(['--model=npp', f'--mixed-precision={word}']).precision == precision
-        assert parse_sample_recipe(['--model=npp', '--ckpt=x', f'--precision={word}']).precision == precision
-    assert parse_recipe(['--model=npp', '--ema']).ema == 0.9999
-    assert parse_recipe(['--model=npp', '--ema', '0.99', '--ckpt-every', '250000']).ema == 0.99
+        assert parse_training(['--model=npp', f'--mixed-precision={word}']).precision == precision
+        assert parse_sampling(['--model=npp', '--ckpt=x', f'--precision={word}']).precision == precision
+    assert parse_training(['--model=npp', '--ema']).ema == 0.9999
+    assert parse_training(['--model=npp', '--ema', '0.99', '--ckpt-every', '250000']).ema == 0.99
     for key, weights in (('model', 'raw'), ('ema', 'ema')):
-        assert parse_sample_recipe(['--model=npp', '--ckpt=x', f'--ckpt-key={key}']).weights == weights
+        assert parse_sampling(['--model=npp', '--ckpt=x', f'--ckpt-key={key}']).weights == weights
 
 
 @pytest.mark.parametrize(('preset', 'flags', 'nodes'), [
@@ -196,12 +196,12 @@ def test_published_training_of_flowar(preset, flags, nodes):
     pairs = [flag.split() for flag in f' {FLOWAR_RUN} {flags}'.split(' --')[1:]]
     pairs = [(f'--{name}', *value) for name, *value in pairs]
     model = [f'--model=flowar_{size}']
-    recipe = parse_recipe([*model, *map('='.join, pairs)])
-    assert recipe == parse_recipe([*model, *(part for pair in pairs for part in pair)])
-    own = parse_recipe(['--model=flowar', f'--preset={preset}', '--vae_path=X/kl16.ckpt', '--cached_path=X',
+    config = parse_training([*model, *map('='.join, pairs)])
+    assert config == parse_training([*model, *(part for pair in pairs for part in pair)])
+    own = parse_training(['--model=flowar', f'--preset={preset}', '--vae_path=X/kl16.ckpt', '--cached_path=X',
                         '--use_cached', '--data_path=Y', '--seed=1', '--output_dir=O', '--resume=./O'])
-    assert {**vars(recipe), 'images_per_rank': 0, 'workers': -1, 'resume': './O'} == vars(own)
-    for each in (recipe, own):
+    assert {**vars(config), 'images_per_rank': 0, 'workers': -1, 'resume': './O'} == vars(own)
+    for each in (config, own):
         each.check_batch(8 * nodes)
         ours = each.derived(8 * nodes)
         assert (ours['bs'], ours['tlr']) == (2048, pytest.approx(4e-4))
@@ -212,31 +212,31 @@ def test_published_training_of_flowar(preset, flags, nodes):
 def test_learning_rates_of_flowar():
     """Follow from the images per step, given for all ranks, or per rank and micro-step as published."""
     def peak(*flags, world_size=1):
-        return parse_recipe(['--model=flowar', '--blr=5e-5', *flags]).peak_lr(world_size)
+        return parse_training(['--model=flowar', '--blr=5e-5', *flags]).peak_lr(world_size)
     assert peak('--batch_size=64', world_size=32) == pytest.approx(4e-4)
     assert peak('--batch_size=64', '--ac=32') == pytest.approx(4e-4)
     assert peak('--batch_size=64') == pytest.approx(4e-4 / 32)
     assert peak('--bs=1024', world_size=32) == pytest.approx(2e-4)
     assert peak('--batch_size=64', '--lr=3e-4', world_size=32) == 3e-4
-    recipe = parse_recipe(['--model=flowar', '--lr=1e-4', '--min_lr=2e-5'])
-    assert recipe.final_lr_ratio(1) == recipe.final_lr_ratio(32) == pytest.approx(0.2)
+    config = parse_training(['--model=flowar', '--lr=1e-4', '--min_lr=2e-5'])
+    assert config.final_lr_ratio(1) == config.final_lr_ratio(32) == pytest.approx(0.2)
 
 
 def test_both_spellings_and_boolean_forms():
-    assert parse_recipe(['--base_lr=2e-4']) == parse_recipe(['--tblr=2e-4'])
+    assert parse_training(['--base_lr=2e-4']) == parse_training(['--tblr=2e-4'])
     for text in ('1', 'true', 'T', 'True', 'tr'):
-        assert parse_recipe([f'--saln={text}']).shared_aln is True
+        assert parse_training([f'--saln={text}']).shared_aln is True
     for text in ('0', 'false', 'F', 'fal'):
-        assert parse_recipe([f'--anorm={text}']).attn_l2_norm is False
-    assert parse_recipe(['--local-rank=3', '--local_rank=1']) == parse_recipe([])
+        assert parse_training([f'--anorm={text}']).attn_l2_norm is False
+    assert parse_training(['--local-rank=3', '--local_rank=1']) == parse_training([])
 
 
 @pytest.mark.parametrize('name', sorted(
     name for model in ('var', 'flexvar', 'flowar', 'npp') for name in PRESETS[model]))
 def test_recipe_script_equals_preset(name):
     model, size, *_ = name.split('_')
-    preset = parse_recipe([f'--model={model}', f'--preset={name}'])
-    assert preset == parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
+    preset = parse_training([f'--model={model}', f'--preset={name}'])
+    assert preset == parse_training(shell_flags(REPO / 'recipes' / f'{name}.sh'))
     named = dict(flowar=lambda: preset.size[0], npp=lambda: preset.gpt_model.removeprefix('GPT-').lower())
     assert size == named.get(model, lambda: f'd{preset.depth}')()
 
@@ -248,9 +248,9 @@ def test_recipe_script_of_npp_finds_its_folders(tmp_path):
     env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', CODES='codes,/more')
     call = ['bash', str(REPO / 'recipes' / 'npp_b.sh'), 'my images', '--seed=1']
     printed = subprocess.run(call, env=env, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    recipe = parse_recipe(printed.split('train.py\n')[1].splitlines())
-    assert (recipe.data_path, recipe.cached_path) == (f'{tmp_path}/my images', f'{tmp_path}/codes,/more')
-    assert recipe.seed == 1
+    config = parse_training(printed.split('train.py\n')[1].splitlines())
+    assert (config.data_path, config.cached_path) == (f'{tmp_path}/my images', f'{tmp_path}/codes,/more')
+    assert config.seed == 1
     del env['CODES']
     stopped = subprocess.run(call, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert stopped.returncode and not stopped.stdout
@@ -262,26 +262,26 @@ def test_recipe_script_of_npp_finds_its_folders(tmp_path):
     ('var_d30', 2_010_020_356), ('var_d36_512', 2_353_893_904),
     ('flexvar_d16', 315_561_936), ('flexvar_d20', 607_513_952), ('flexvar_d24', 1_041_314_576)])
 def test_dry_run_of_the_published_commands(name, parameters):
-    recipe = parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh'))
-    printed = json.loads(json.dumps(describe(recipe, world_size=8)))
+    config = parse_training(shell_flags(REPO / 'recipes' / f'{name}.sh'))
+    printed = json.loads(json.dumps(describe(config, world_size=8)))
     assert printed['num_parameters'] == parameters
-    assert printed['batch_size'] == recipe.images_per_step // 8 and printed['bs'] == recipe.images_per_step
-    assert printed['tlr'] == pytest.approx(recipe.base_lr * recipe.images_per_step / 256)
-    assert printed['wp'] == recipe.epochs / 50
-    assert tuple(printed['patch_nums']) == recipe.patch_nums
+    assert printed['batch_size'] == config.images_per_step // 8 and printed['bs'] == config.images_per_step
+    assert printed['tlr'] == pytest.approx(config.base_lr * config.images_per_step / 256)
+    assert printed['wp'] == config.epochs / 50
+    assert tuple(printed['patch_nums']) == config.patch_nums
 
 
 @pytest.mark.parametrize(('name', 'parameters'), [
     ('flowar_s', 171_718_072), ('flowar_l', 586_862_912), ('flowar_h', 1_913_316_880)])
 def test_dry_run_of_the_published_commands_of_flowar(name, parameters):
-    printed = describe(parse_recipe(shell_flags(REPO / 'recipes' / f'{name}.sh')), world_size=8)
+    printed = describe(parse_training(shell_flags(REPO / 'recipes' / f'{name}.sh')), world_size=8)
     assert json.loads(json.dumps(printed))['num_parameters'] == parameters
     assert (printed['batch_size'], printed['bs'], printed['wp']) == (256, 2048, 100)
     assert printed['tlr'] == pytest.approx(4e-4) and printed['use_checkpoint'] == (name != 'flowar_s')
 
 
 def test_dry_run_of_the_published_command_of_npp():
-    printed = describe(parse_recipe(shell_flags(REPO / 'recipes' / 'npp_b.sh')), world_size=8)
+    printed = describe(parse_training(shell_flags(REPO / 'recipes' / 'npp_b.sh')), world_size=8)
     printed = json.loads(json.dumps(printed))
     assert printed['num_parameters'] == 110_888_448 and printed['tlr'] == 1e-4
     assert (printed['batch_size'], printed['bs'], printed['wp'], printed['sche']) == (32, 256, 1, 'tail0.2')
@@ -302,7 +302,7 @@ def test_dry_run_prints_json_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def fails(argv, capsys, parse=parse_recipe):
+def fails(argv, capsys, parse=parse_training):
     with pytest.raises(SystemExit) as stop:
         parse(argv)
     error = capsys.readouterr().err
@@ -393,16 +393,16 @@ def test_bad_flags_are_one_clear_line(argv, words, capsys):
 @pytest.mark.parametrize(('model', 'preset'), [(model, preset) for model, presets in SAMPLE_PRESETS.items()
                                                for preset in ('', *presets)])
 def test_sampling_needs_a_checkpoint_alone(model, preset):
-    assert parse_sample_recipe([f'--model={model}', f'--preset={preset}', '--ckpt=x']).ckpt == 'x'
+    assert parse_sampling([f'--model={model}', f'--preset={preset}', '--ckpt=x']).ckpt == 'x'
 
 
 def test_bad_sampling_flags(capsys):
-    assert '--ckpt' in fails([], capsys, parse_sample_recipe)
-    assert '--seed' in fails(['--ckpt=x', '--seed=-1'], capsys, parse_sample_recipe)
-    assert '--classes' in fails(['--ckpt=x', '--classes=x'], capsys, parse_sample_recipe)
-    assert '--cfg' in fails(['--ckpt=x', '--cfg=nan'], capsys, parse_sample_recipe)
-    assert '--top_p' in fails(['--ckpt=x', '--top_p=1.5'], capsys, parse_sample_recipe)
-    assert '--top_k' in fails(['--ckpt=x', '--topk=1'], capsys, parse_sample_recipe)
+    assert '--ckpt' in fails([], capsys, parse_sampling)
+    assert '--seed' in fails(['--ckpt=x', '--seed=-1'], capsys, parse_sampling)
+    assert '--classes' in fails(['--ckpt=x', '--classes=x'], capsys, parse_sampling)
+    assert '--cfg' in fails(['--ckpt=x', '--cfg=nan'], capsys, parse_sampling)
+    assert '--top_p' in fails(['--ckpt=x', '--top_p=1.5'], capsys, parse_sampling)
+    assert '--top_k' in fails(['--ckpt=x', '--topk=1'], capsys, parse_sampling)
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
@@ -416,7 +416,7 @@ def test_bad_sampling_flags(capsys):
     (['--temperature=0.9'], ['--temperature', '1', '0.9']),
     (['--top_k=900'], ['--top_k', 'nearest'])])
 def test_bad_sampling_flags_of_flowar(flags, words, capsys):
-    error = fails(['--model=flowar', '--ckpt=x', *flags], capsys, parse_sample_recipe)
+    error = fails(['--model=flowar', '--ckpt=x', *flags], capsys, parse_sampling)
     assert all(word in error for word in words), error
 
 
@@ -428,15 +428,15 @@ def test_bad_sampling_flags_of_flowar(flags, words, capsys):
     (['--ckpt_key=best'], ['best']),
     (['--labels=random', '--classes=1_2'], ['--classes or --labels'])])
 def test_bad_sampling_flags_of_npp(flags, words, capsys):
-    error = fails(['--model=npp', '--ckpt=x', *flags], capsys, parse_sample_recipe)
+    error = fails(['--model=npp', '--ckpt=x', *flags], capsys, parse_sampling)
     assert all(word in error for word in words), error
 
 
 def test_fid_preset_is_the_published_protocol():
-    recipe = parse_sample_recipe(['--ckpt=x', '--preset=fid'])
-    assert (recipe.num_images, recipe.cfg, recipe.top_k, recipe.top_p,
-            recipe.more_smooth) == (50_000, 1.5, 900, 0.96, False)
-    assert recipe.sample_kwargs()['guidance'] == 2.5
+    config = parse_sampling(['--ckpt=x', '--preset=fid'])
+    assert (config.num_images, config.cfg, config.top_k, config.top_p,
+            config.more_smooth) == (50_000, 1.5, 900, 0.96, False)
+    assert config.sample_kwargs()['guidance'] == 2.5
 
 
 @pytest.mark.parametrize(('preset', 'sides', 'cfg'), [
@@ -447,15 +447,15 @@ def test_flexvar_presets_are_the_published_commands(preset, sides, cfg):
     """The flags of the published evaluation, with the checkpoint that its README leaves out."""
     argv = ['--model=flexvar', '--var_ckpt=x', f'--infer_patch_nums={"_".join(map(str, sides))}',
             f'--cfg={cfg}', '--top_k=900', '--maxpn=16']
-    by_flags = parse_sample_recipe([*argv, '--batch_size=16', '--depth=20'])
-    by_preset = parse_sample_recipe(['--model=flexvar', '--ckpt=x', f'--preset={preset}']).sample_kwargs()
+    by_flags = parse_sampling([*argv, '--batch_size=16', '--depth=20'])
+    by_preset = parse_sampling(['--model=flexvar', '--ckpt=x', f'--preset={preset}']).sample_kwargs()
     if preset == 'fid':  # takes the sides of training, which for published files are these
         assert by_preset['infer_patch_nums'] is None
         by_preset['infer_patch_nums'] = FlexVAR.__init__.__defaults__[13]
     assert by_flags.sample_kwargs() == by_preset == dict(
         guidance=1 + cfg, top_k=900, top_p=0.95, max_pn=16, infer_patch_nums=sides, image_size=None,
         pos_mode='stretch', greedy_unseen=True, used_llamagen_cfg=False)
-    assert parse_sample_recipe([*argv, '--used_llamagen_cfg']).sample_kwargs()['guidance'] == cfg
+    assert parse_sampling([*argv, '--used_llamagen_cfg']).sample_kwargs()['guidance'] == cfg
 
 
 @pytest.mark.parametrize(('preset', 'num_step', 'cfg', 'guidance'), [
@@ -464,65 +464,65 @@ def test_flowar_presets_are_the_published_commands(preset, num_step, cfg, guidan
     """Its README gives steps, guidance and images; DiSA anneals the steps in place of `num_step`."""
     argv = ['--model=flowar', '--ckpt=x', '--vae_path', 'X/kl16.ckpt']
     command = f'--num_step {num_step} --cfg {cfg} --guidance {guidance} --eval_bsz 256 --num_images 50000'
-    by_flags = parse_sample_recipe([*argv, *command.split()])
-    by_preset = parse_sample_recipe([*argv, f'--preset={preset}', '--eval_bsz=256'])
+    by_flags = parse_sampling([*argv, *command.split()])
+    by_preset = parse_sampling([*argv, f'--preset={preset}', '--eval_bsz=256'])
     assert by_flags == dataclasses.replace(by_preset, source='')
     expected = dict(guidance=cfg, guidance_until=guidance, num_steps=num_step, lower_steps=num_step)
     assert by_preset.sample_kwargs() == expected
-    annealed = parse_sample_recipe([*argv, f'--preset={preset}', '--flow_upper_steps', '50',
+    annealed = parse_sampling([*argv, f'--preset={preset}', '--flow_upper_steps', '50',
                                     '--flow_lower_steps=15'])
     assert annealed.sample_kwargs() == expected | dict(num_steps=50, lower_steps=15)
 
 
 @pytest.mark.parametrize(('size', 'cfg'), [('b', 2.), ('l', 1.75), ('xl', 1.70), ('xxl', 1.65)])
 def test_npp_presets_are_the_published_scores(size, cfg):
-    recipe = parse_sample_recipe(['--model=npp', '--ckpt=x', f'--preset=npp_{size}'])
-    assert (recipe.gpt_model, recipe.num_images) == (f'GPT-{size.upper()}', 50_000)
-    assert recipe.sample_kwargs() == dict(guidance=cfg, cfg_interval=-1, temperature=1., top_k=0, top_p=1.,
+    config = parse_sampling(['--model=npp', '--ckpt=x', f'--preset=npp_{size}'])
+    assert (config.gpt_model, config.num_images) == (f'GPT-{size.upper()}', 50_000)
+    assert config.sample_kwargs() == dict(guidance=cfg, cfg_interval=-1, temperature=1., top_k=0, top_p=1.,
                                           image_size=256, image_size_eval=None)
 
 
 def test_flexvar_trains_at_256_pixels_on_random_crops():
-    recipe = parse_recipe(['--model=flexvar', '--preset=flexvar_d24'])
-    assert (recipe.image_size, recipe.crop, recipe.hflip) == (256, 'adm', True)
-    assert recipe.peak_lr(32) == pytest.approx(2.4e-4)
-    assert parse_recipe(['--model=flexvar', '--final_reso=512']).image_size == 512
+    config = parse_training(['--model=flexvar', '--preset=flexvar_d24'])
+    assert (config.image_size, config.crop, config.hflip) == (256, 'adm', True)
+    assert config.peak_lr(32) == pytest.approx(2.4e-4)
+    assert parse_training(['--model=flexvar', '--final_reso=512']).image_size == 512
 
 
 def test_indivisible_batch():
-    recipe = VARRecipe(images_per_step=770)
+    config = VARConfig(images_per_step=770)
     with pytest.raises(ValueError, match=r'--bs=770 .*8 ranks.*--bs=768'):
-        recipe.check_batch(8)
-    VARRecipe(images_per_step=770, allow_round=True).check_batch(8)
+        config.check_batch(8)
+    VARConfig(images_per_step=770, allow_round=True).check_batch(8)
     with pytest.raises(ValueError, match='--bs=1 '):
-        VARRecipe(images_per_step=1, allow_round=True).check_batch(8)
+        VARConfig(images_per_step=1, allow_round=True).check_batch(8)
 
 
 def test_save_every_is_steps_or_minutes():
-    assert parse_recipe([]).save_steps_minutes == (0, 20.)
-    assert parse_recipe(['--save_every=']).save_steps_minutes == (0, 0.)
-    assert parse_recipe(['--save_every=500']).save_steps_minutes == (500, 0.)
-    assert parse_recipe(['--save_every=20m']).save_steps_minutes == (0, 20.)
+    assert parse_training([]).save_steps_minutes == (0, 20.)
+    assert parse_training(['--save_every=']).save_steps_minutes == (0, 0.)
+    assert parse_training(['--save_every=500']).save_steps_minutes == (500, 0.)
+    assert parse_training(['--save_every=20m']).save_steps_minutes == (0, 20.)
 
 
 def test_workers_are_automatic(monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
-    recipe = VARRecipe()
-    assert recipe.num_workers(4, num_cpus=64) == 15
-    assert recipe.num_workers(4, num_cpus=4) == 0
-    assert VARRecipe(workers=0).num_workers(4, num_cpus=64) == 0
-    assert VARRecipe(workers=99, images_per_step=32).num_workers(4, num_cpus=64) == 8
+    config = VARConfig()
+    assert config.num_workers(4, num_cpus=64) == 15
+    assert config.num_workers(4, num_cpus=4) == 0
+    assert VARConfig(workers=0).num_workers(4, num_cpus=64) == 0
+    assert VARConfig(workers=99, images_per_step=32).num_workers(4, num_cpus=64) == 8
 
 
-def test_recipes_are_frozen_and_named_after_their_model():
-    for name, cls in RECIPES.items():
+def test_configs_are_frozen_and_named_after_their_model():
+    for name, cls in CONFIGS.items():
         assert cls().model == name
         with pytest.raises(AttributeError):
             cls().model = 'other'
 
 
 # ---------------------------------------------------------------------------------------------- paths, sizes
-SETTINGS = [*RECIPES.values(), *SAMPLE_RECIPES.values(), ScoreSettings, StatsSettings, PackSettings,
+SETTINGS = [*CONFIGS.values(), *SAMPLE_CONFIGS.values(), ScoreSettings, StatsSettings, PackSettings,
             ClassifySettings, RejectSettings, TokenizerSettings, ExtractSettings]
 
 
@@ -541,22 +541,22 @@ def test_every_path_is_marked_as_one(cls):
 
 def test_tilde_is_the_home_folder_in_every_command(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
-    recipe = parse_recipe(['--local_out_dir_path=~/out', '--data_path', '~/data', '--init_from=~/a.pth'])
-    assert (recipe.output_dir, recipe.data_path, recipe.init_from) == (
+    config = parse_training(['--local_out_dir_path=~/out', '--data_path', '~/data', '--init_from=~/a.pth'])
+    assert (config.output_dir, config.data_path, config.init_from) == (
         f'{tmp_path}/out', f'{tmp_path}/data', f'{tmp_path}/a.pth')
-    recipe = parse_recipe(['--model=flowar', '--cached_path=~/a,~/b'])
-    assert recipe.cached_path == f'{tmp_path}/a,{tmp_path}/b'
-    assert parse_sample_recipe(['--ckpt=~/a.pth', '--output=~/x']).output == f'{tmp_path}/x'
+    config = parse_training(['--model=flowar', '--cached_path=~/a,~/b'])
+    assert config.cached_path == f'{tmp_path}/a,{tmp_path}/b'
+    assert parse_sampling(['--ckpt=~/a.pth', '--output=~/x']).output == f'{tmp_path}/x'
     assert ScoreSettings(ref='~/a.npz', sample='~/b.npz', json='~/c.json').sample == f'{tmp_path}/b.npz'
     assert ExtractSettings(vae_ckpt='~/a', cached_path='~/b').cached_path == f'{tmp_path}/b'
     assert TokenizerSettings(ckpt='~/a', data_path='digits', pictures='~/p').pictures == f'{tmp_path}/p'
     assert PackSettings(folder='~/a', output='~/b.npz').output == f'{tmp_path}/b.npz'
 
 
-@pytest.mark.parametrize('model', list(RECIPES))
+@pytest.mark.parametrize('model', list(CONFIGS))
 @pytest.mark.parametrize('flag', ['--image_size', '--img-size'])
 def test_every_model_understands_one_flag_for_the_size(model, flag):
-    assert parse_recipe([f'--model={model}', f'{flag}=256']).image_size == 256
+    assert parse_training([f'--model={model}', f'{flag}=256']).image_size == 256
 
 
 @pytest.mark.parametrize(('size', 'advice'), [
@@ -566,7 +566,7 @@ def test_a_size_that_a_pyramid_does_not_give_names_one_that_does(capsys, size, a
     error = fails([f'--image_size={size}'], capsys)
     assert f'--img_size={size}' in error and '256' in error and advice in error
     if '--pn' in advice:
-        assert parse_recipe([f'--image_size={size}', *advice.split()]).image_size == size
+        assert parse_training([f'--image_size={size}', *advice.split()]).image_size == size
 
 
 @pytest.mark.parametrize('argv', [
@@ -575,15 +575,15 @@ def test_a_size_that_a_pyramid_does_not_give_names_one_that_does(capsys, size, a
     ['--model=flowar_small', '--use_checkpoint=1'], ['--model=npp', '--mixed_precision=fp16', '--ema'],
     ['--model=vqvae', '--preset=tiny', '--seed=7'], ['--model=kl16']])
 def test_a_config_file_holds_everything_and_flags_win(tmp_path, argv):
-    recipe = parse_recipe(argv)
+    config = parse_training(argv)
     path = tmp_path / 'config.yaml'
-    path.write_text(config_text(recipe, 'title \udce9'))
-    assert parse_recipe([f'--config={path}']) == recipe
-    if recipe.model == 'flowar':
-        assert parse_recipe([f'--config={path}', '--model=flowar_large']) == \
-            dataclasses.replace(recipe, size='large')
-    changed = dataclasses.replace(recipe, epochs=3, seed=9)
-    assert parse_recipe([f'--config={path}', '--ep=3', '--seed=9']) == changed
+    path.write_text(config_text(config, 'title \udce9'))
+    assert parse_training([f'--config={path}']) == config
+    if config.model == 'flowar':
+        assert parse_training([f'--config={path}', '--model=flowar_large']) == \
+            dataclasses.replace(config, size='large')
+    changed = dataclasses.replace(config, epochs=3, seed=9)
+    assert parse_training([f'--config={path}', '--ep=3', '--seed=9']) == changed
 
 
 @pytest.mark.parametrize(('text', 'words'), [
@@ -602,15 +602,15 @@ def test_bad_config_files_are_one_line(tmp_path, capsys, text, words):
     assert "is of the model 'npp', got --model=var" in fails([f'--config={path}', '--model=var'], capsys)
     assert 'leave out --preset' in fails([f'--config={path}', '--preset=npp_b'], capsys)
     path.write_text('pn: 1_2_3_4_6_8\nbs: 64  # images\nep: null\n')  # as a person writes it
-    assert parse_recipe([f'--config={path}']).patch_nums == (1, 2, 3, 4, 6, 8)
+    assert parse_training([f'--config={path}']).patch_nums == (1, 2, 3, 4, 6, 8)
 
 
 def test_help_names_presets_and_unknown_flags_stand_as_typed(capsys):
     with pytest.raises(SystemExit):
-        parse_recipe(['--help'])
+        parse_training(['--help'])
     text = capsys.readouterr().out
     assert '--preset NAME' in text and 'var_d16' in text[text.index('--preset NAME'):]
     assert "'--fid-flagz=3'" in fails(['--fid-flagz=3'], capsys)
-    assert parse_recipe(['--data-path=x', '--data_path=x']).data_path == 'x'  # one flag in both spellings
-    assert parse_recipe(['--data_name=imagenet', '--dbg_nan=1']) == parse_recipe([])
+    assert parse_training(['--data-path=x', '--data_path=x']).data_path == 'x'  # one flag in both spellings
+    assert parse_training(['--data_name=imagenet', '--dbg_nan=1']) == parse_training([])
     assert '--dbg_nan is ignored' in capsys.readouterr().err
