@@ -33,8 +33,6 @@ from utils.checkpoint import save_file
 from utils.ema import WeightEMA
 
 logger = logging.getLogger(__name__)
-STRUCTURE = ('v_patch_nums', 'using_znorm', 'codebook_l2_norm')  # of a tokenizer, which weights do not tell
-CODES = (*STRUCTURE, 'scaling_factor')                            # and what else decides its codes
 
 
 class StepInfo(NamedTuple):
@@ -72,17 +70,20 @@ def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
     """
     if not dist.initialized():
         return module
-    device = next(module.parameters()).device
-    # buffers are equal anyway; torch >= 2.14 has another name for the flag that exchanges them
+    # Buffers are equal on all ranks anyway. Torch >= 2.14 has another name for the flag that exchanges them.
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
     no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
-    return DistributedDataParallel(module, device_ids=[device.index] if device.type == 'cuda' else None,
-                                   find_unused_parameters=some_unused, **no_buffers)
+    device = next(module.parameters()).device
+    device_ids = [device.index] if device.type == 'cuda' else None
+    return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=some_unused,
+                                   **no_buffers)
 
 
 def accumulating(module: nn.Module, stepping: bool) -> AbstractContextManager:
     """Inside, ranks exchange gradients on the last micro-step only."""
-    return module.no_sync() if not stepping and isinstance(module, DistributedDataParallel) else nullcontext()
+    if isinstance(module, DistributedDataParallel) and not stepping:
+        return module.no_sync()
+    return nullcontext()
 
 
 class Trainer:
@@ -259,8 +260,11 @@ class GeneratorTrainer(Trainer):
         with self.averaged():
             self.model.eval()
             for images_B3HW, label_B in loader:
+                images_B3HW = images_B3HW.to(device)
+                label_B = label_B.to(device)
                 with self.optimizer.amp_ctx:
-                    _, aux = self.model.training_loss(images_B3HW.to(device), label_B.to(device))
+                    _, aux = self.model.training_loss(images_B3HW, label_B)
+                # Batches may differ in size, so that each counts by its images.
                 for name, value in self.model.metrics(aux).items():
                     sums[name] += float(value) * len(label_B)
                 sums['count'] += len(label_B)
@@ -275,10 +279,13 @@ class GeneratorTrainer(Trainer):
                                                    vae_config=tokenizer.config_state(progress))
 
     def check_state(self, state: dict[str, Any], source: str) -> None:
-        differing = differing_parameters(self.model.tokenizer, state.get('vae_local', {}))
+        # The codes of a frozen tokenizer follow from its weights, and from settings that these do not tell.
+        tokenizer = self.model.tokenizer
+        differing = differing_parameters(tokenizer, state.get('vae_local', {}))
         config = state.get('vae_config', {})
-        here = self.model.tokenizer.config_state(1.)
-        differing += [name for name in CODES if name in config and config[name] != here.get(name)]
+        here = tokenizer.config_state(1.)
+        settings = (*tokenizer.built_settings, *tokenizer.measured_settings)
+        differing += [name for name in settings if name in config and config[name] != here.get(name)]
         if differing:
             raise ValueError(f'{source} was trained on the codes of another tokenizer ({differing[0]} '
                              'differs): pass the same --vae_ckpt, or start in another output folder')
@@ -394,6 +401,7 @@ class TokenizerTrainer(Trainer):
             for images_B3HW, _ in loader:
                 with self.optimizer.amp_ctx:
                     rec = self.model.reconstruct(images_B3HW.to(device))
+                # The last view is the image at full size.
                 target, image = rec.views[-1]
                 values = self.criterion.per_image(target, image) | dict(psnr=psnr(target, image))
                 for name, value_B in values.items():
@@ -459,11 +467,12 @@ class TokenizerTrainer(Trainer):
     def check_state(self, state: dict[str, Any], source: str) -> None:
         theirs = state['config']
         ours = self.model.config_state(1.)
-        differing = [name for name in STRUCTURE if theirs.get(name) != ours.get(name)]
+        differing = [name for name in self.model.built_settings if theirs.get(name) != ours.get(name)]
         if differing:
             listing = ', '.join(f'{name}={theirs.get(name)} (here {ours.get(name)})' for name in differing)
             raise ValueError(f'{source} was trained with {listing}: change the flags to match it, '
                              'or start in another output folder')
+        # The optional parts of the training must be the same.
         own = self.state_dict()
         if own.keys() != state.keys() or own['criterion'].keys() != state['criterion'].keys():
             flags = {'--disc': 'disc_opt' in state, '--ema': self.ema_key in state,

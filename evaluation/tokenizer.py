@@ -260,9 +260,7 @@ def load_images(settings: TokenizerSettings, tokenizer: Tokenizer) -> tuple[Data
         ValueError: the tokenizer has no codes for this size.
     """
     # A pyramid of code maps fixes the size of the images; other tokenizers are convolutional and take any.
-    fixed = None
-    if isinstance(tokenizer, VQVAE):
-        fixed = tokenizer.quantize.v_patch_nums[-1] * tokenizer.stride
+    fixed = tokenizer.fixed_image_size
     default = EMBEDDED_SIZE if settings.data_path in EMBEDDED else 256
     size = settings.image_size or fixed or default
     if fixed and size != fixed:

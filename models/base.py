@@ -129,7 +129,11 @@ class Tokenizer(Trainable):
         clock: time spent in `encode`.
         needs_calibration: whether `calibrate` does anything.
         has_idle_parameters: whether early steps leave trained parameters without a gradient.
-        not_averaged: parameters that an average of the weights copies: restarts move codes by leaps.
+        not_averaged: parameters that are left out of the average of the weights, which copies them: restarts
+            make rows of a codebook jump, and an average over a jump means nothing.
+        built_settings: keys of `config_state` that decide the codes but leave no trace in the weights; fixed
+            when the tokenizer is built.
+        measured_settings: the same, but measured in training, by `calibrate`.
     """
 
     stride: int
@@ -139,6 +143,8 @@ class Tokenizer(Trainable):
     needs_calibration = False
     has_idle_parameters = False
     not_averaged = frozenset({'quantize.embedding.weight'})
+    built_settings: tuple[str, ...] = ()
+    measured_settings: tuple[str, ...] = ()
 
     def __init__(self):
         super().__init__()
@@ -208,6 +214,11 @@ class Tokenizer(Trainable):
 
     def compiled_parts(self) -> list[nn.Module]:
         return [self.encoder, self.decoder]
+
+    @property
+    def fixed_image_size(self) -> int | None:
+        """Pixels per side of the only square images that it is made for; None where it takes any."""
+        return None
 
     def check_size(self, images_B3HW: torch.Tensor) -> None:
         """Make sure that the images divide into codes.

@@ -228,7 +228,7 @@ def transformer_kwargs(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     # With unit queries and keys there is a scale per head; without, published heads are 64 channels wide.
     scale_key = 'blocks.0.attn.scale_mul_1H11'
     attn_l2_norm = scale_key in state
-    num_heads = state[scale_key].shape[1] if attn_l2_norm else len(state['blocks.0.attn.q_bias']) // 64
+    num_heads = state[scale_key].shape[1] if attn_l2_norm else max(width // 64, 1)
     return dict(
         num_classes=len(state['class_emb.weight']) - 1,
         depth=depth,

@@ -555,3 +555,10 @@ def test_built_pair_is_sane_without_reset_parameters(poisoned_constructors):
     assert not vae.training and not any(p.requires_grad for p in vae.parameters())
     assert var.training and all(p.requires_grad for p in var.parameters())
     assert var.autoregressive_infer_cfg(1, 0, g_seed=0).isfinite().all()
+
+
+@pytest.mark.parametrize('size', [(32, 36), (4, 32)])
+def test_sizes_that_do_not_divide_into_codes_are_refused_in_training(size):
+    vqvae = VQVAE(**TINY, test_mode=False)
+    with pytest.raises(ValueError, match='multiples of the stride'):
+        vqvae.reconstruct(torch.zeros(1, 3, *size))

@@ -14,6 +14,7 @@ from tests.vectors import (
     assert_norms,
     assert_stats,
     assert_within,
+    frozen_vqvae,
     load_json,
     load_tensors,
     named_grads,
@@ -558,3 +559,11 @@ def test_build_generator_refuses_other_weights():
         build_generator('var', var.state_dict(), other.state_dict(), 'ckpt', 'cpu')
     with pytest.raises(ValueError, match='ckpt holds no VAR weights'):
         build_generator('var', vae.state_dict(), vae.state_dict(), 'ckpt', 'cpu')
+
+
+def test_weights_of_a_narrow_model_without_unit_queries_tell_one_head():
+    """Heads are then taken for 64 channels wide, as published; the width may be smaller than that."""
+    vae = frozen_vqvae()
+    var = VAR(vae, num_classes=3, depth=1, embed_dim=32, num_heads=1, attn_l2_norm=False,
+              patch_nums=vae.quantize.v_patch_nums)
+    assert VAR.kwargs_from_state_dict(var.state_dict())['num_heads'] == 1

@@ -131,6 +131,7 @@ class AutoencoderKL(Tokenizer):
         ValueError: the file at `ckpt_path` cannot be read or holds another architecture.
     """
 
+    measured_settings = ('scaling_factor',)
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'kl': 'kl'}
     vocab_size = None
     needs_calibration = True

@@ -168,6 +168,7 @@ class VQModel(Tokenizer):
         test_mode: eval mode with every parameter frozen, as a generator uses it.
     """
 
+    built_settings = ('codebook_l2_norm',)
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'use': 'usage'}
     rank_local = frozenset({'quantize.codebook_used'})  # the latest codes of this rank, as published
 

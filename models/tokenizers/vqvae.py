@@ -44,6 +44,7 @@ class VQVAE(Tokenizer):
         measures: arguments of `QuantizerTraining`; None trains as published, by gradient alone.
     """
 
+    built_settings = ('v_patch_nums', 'using_znorm')
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'use': 'usage'}
 
     def __init__(
@@ -204,9 +205,15 @@ class VQVAE(Tokenizer):
         return self.pixels(f_hat), usages, vq_loss                                         # (B, 3, H, W)
 
     def reconstruct(self, images_B3HW: torch.Tensor, progress: float = 1.) -> Reconstruction:
+        self.check_size(images_B3HW)
         out = self.quantize.quantised(self.features(images_B3HW))
         rec_B3HW = self.pixels(out.f_hat_BZhw)
         return Reconstruction([(images_B3HW, rec_B3HW)], out.loss, out.parts, out.codes)
+
+    @property
+    def fixed_image_size(self) -> int:
+        """The pyramid of code maps ends at the size of the feature map."""
+        return self.quantize.v_patch_nums[-1] * self.stride
 
     @property
     def has_idle_parameters(self) -> bool:
