@@ -47,10 +47,10 @@ def fetch(name: str, sha256: str = '') -> Path:
             raise ValueError(f'expected a checkpoint, found no file {name!r}: pass a path{published}')
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging as hub_logging
-        hub_logging.set_verbosity_error()  # no line for every retry
+        hub_logging.set_verbosity_error()  # silences retries
         try:
             path = Path(hf_hub_download(repo, name))
-        except Exception as error:  # the hub's client raises many kinds, all of them mean "not to be had now"
+        except Exception as error:  # of many kinds, which all mean that the file is unreachable
             raise ValueError(f'{name!r} is not in the working directory and cannot be fetched from the hub '
                              f'repository {repo} ({type(error).__name__}): '
                              'download it elsewhere and pass its path') from None
@@ -66,9 +66,9 @@ class GivenFile(NamedTuple):
     """A file of weights that a loss needs and this project does not ship."""
     name: str
     url: str
-    size: str
-    algorithm: str = ''  # of the digest; '' = none is published
-    digest: str = ''     # its beginning, hexadecimal
+    size: str            # for messages
+    algorithm: str = ''  # of the digest; '' if no digest is published
+    digest: str = ''     # the beginning of the digest, hexadecimal
 
     def __str__(self) -> str:
         digest = f', {self.algorithm} {self.digest}' if self.digest else ''
@@ -91,7 +91,7 @@ DINO_FILE = GivenFile('dino_deitsmall16_pretrain.pth', 'https://dl.fbaipublicfil
 
 
 def read_given(path: str | Path, file: GivenFile) -> dict[str, Any]:
-    """Content of `path`; under the published name it must be the published file.
+    """The content of a file of weights; if it has the published name, it must be the published file.
 
     Raises:
         ValueError: the digest differs, or the file cannot be read.
@@ -112,17 +112,17 @@ def read_given(path: str | Path, file: GivenFile) -> dict[str, Any]:
 
 
 def download(file: GivenFile) -> Path:
-    """Path of a given file in torch hub's cache, downloaded if it is not there yet.
+    """Path of a file in torch hub's cache, where it is downloaded to if it is missing.
 
     Raises:
-        ValueError: it cannot be downloaded.
+        ValueError: the file cannot be downloaded.
     """
     path = Path(torch.hub.get_dir()) / 'checkpoints' / file.name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(file.url, str(path), progress=False)
-        except OSError as error:  # the kinds urllib raises
+        except OSError as error:  # the errors of urllib are of this kind
             raise ValueError(f'{file.url} cannot be downloaded ({error}): fetch it elsewhere and pass '
                              'its path, or train with --lpips=none') from None
     return path
@@ -133,10 +133,13 @@ def lpips_state(vgg: str = '', lin: str = '', combined: str = '', allow_download
     """Weights of LPIPS as published, and where they come from.
 
     Args:
-        vgg, lin: files of the trunk and of the linear heads.
-        combined: one file with both, in their place.
-        allow_download: fetch those of the two files that have no path of their own and are missing.
+        vgg: file of the trunk.
+        lin: file of the linear heads.
+        combined: one file with both, in place of the first two.
+        allow_download: whether a missing file is downloaded, if it was not given by its path.
         trunk: 'vgg' or 'alex'.
+    Returns:
+        The flat weights, and the files that they come from, for messages.
     Raises:
         ValueError: a file is missing, cannot be read, or is not what its name says.
     """

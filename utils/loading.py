@@ -1,4 +1,4 @@
-"""Batches of a training that survive the death of a loader process, and what such a death is called."""
+"""Batches of a training that survive the death of a loader process, and the errors of such a death."""
 import contextlib
 import logging
 import signal
@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
-MAX_RESTARTS = 3  # of the loader processes, while not one batch comes through
+MAX_RESTARTS = 3  # of the loader processes in a row, without a batch in between
 
 
 class LoaderDied(Exception):
@@ -18,7 +18,7 @@ class LoaderDied(Exception):
 
 @contextlib.contextmanager
 def named_loader_errors() -> Iterator[None]:
-    """Inside, what torch raises when loader processes fail becomes a line with a remedy.
+    """A context in which torch's errors about loader processes become errors with a remedy.
 
     Raises:
         ValueError: shared memory is too small for the batches.
@@ -26,11 +26,11 @@ def named_loader_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
+    except (ConnectionError, EOFError) as error:  # the process died while it handed over a batch
         raise LoaderDied(str(error) or type(error).__name__) from error
     except (RuntimeError, OSError) as error:
         text = str(error)
-        # a worker that finds shared memory full either gets an error or is killed by a bus error
+        # A worker that finds shared memory full either gets an error or is killed by a bus error.
         out_of_memory = ('shared memory' in text or 'Bus error' in text
                          or ('No space left on device' in text and '/torch_' in text))
         if out_of_memory:
@@ -42,7 +42,12 @@ def named_loader_errors() -> Iterator[None]:
 
 
 def without_child_signal(loader: Iterable) -> Iterator[Any]:
-    """Iterate over a loader; dead loader processes are noticed here and nowhere else."""
+    """Iterate over a loader; the death of a loader process raises an error here and nowhere else.
+
+    Raises:
+        ValueError: shared memory is too small for the batches.
+        LoaderDied: a loader process has died.
+    """
     iterator = begun(loader)
     with named_loader_errors():
         yield from iterator

@@ -1,7 +1,7 @@
 """What this machine grants to this process: CPUs, and memory that loader processes share with it.
 
-A container, a batch system or `taskset` often grants a few of many CPUs, and a container little of shared
-memory. Only the standard library is needed here.
+A container, a batch system or `taskset` often grants only a few of the CPUs, and a container little shared
+memory. This file needs the standard library alone.
 """
 import os
 import shutil
@@ -15,21 +15,23 @@ CGROUP_ROOT = Path('/sys/fs/cgroup')
 
 
 def local_ranks() -> int:
-    """Training processes on this machine, as torchrun tells them; 1 without torchrun."""
+    """Number of training processes on this machine, from torchrun; 1 without torchrun."""
     return max(1, int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
 
 
 # ---------------------------------------------------------------------------------------------- processors
 def available_cpus() -> int:
-    """CPUs that this process may use: those it is bound to, or fewer where a control group limits the time.
+    """Number of CPUs that this process may use, at least 1.
 
-    A group that grants one and a half CPUs counts as one; the result is at least 1.
+    These are the CPUs that it is bound to, or fewer if a control group limits their time; a group that grants
+    one and a half CPUs counts as one.
     """
     try:
         num_cpus = len(os.sched_getaffinity(0))
     except (AttributeError, OSError):  # there is no such call on macOS and Windows
         num_cpus = os.cpu_count() or 1
-    return max(1, int(min([num_cpus, *_cpu_quotas()])))
+    granted = min([num_cpus, *_cpu_quotas()])
+    return max(1, int(granted))
 
 
 def _cpu_quotas() -> Iterator[float]:
@@ -41,14 +43,16 @@ def _cpu_quotas() -> Iterator[float]:
     for line in lines:
         _, _, rest = line.partition(':')
         controllers, _, group = rest.partition(':')
-        if not controllers:  # version 2 has one tree without names of controllers
+        # Version 2 has one tree, without names of controllers.
+        if not controllers:
             for folder in _with_parents(CGROUP_ROOT, group):
                 yield from _quota(_words(folder / 'cpu.max'))
         elif 'cpu' in controllers.split(','):
             for tree in {controllers, 'cpu', 'cpu,cpuacct'}:
                 for folder in _with_parents(CGROUP_ROOT / tree, group):
-                    yield from _quota([*_words(folder / 'cpu.cfs_quota_us'),
-                                       *_words(folder / 'cpu.cfs_period_us')])
+                    quota = _words(folder / 'cpu.cfs_quota_us')
+                    period = _words(folder / 'cpu.cfs_period_us')
+                    yield from _quota([*quota, *period])
 
 
 def _with_parents(root: Path, group: str) -> Iterator[Path]:
@@ -62,6 +66,7 @@ def _with_parents(root: Path, group: str) -> Iterator[Path]:
 
 
 def _words(path: Path) -> list[str]:
+    """The words in a small file; [] if it cannot be read."""
     try:
         return path.read_text().split()
     except (OSError, UnicodeDecodeError):
@@ -69,47 +74,52 @@ def _words(path: Path) -> list[str]:
 
 
 def _quota(words: list[str]) -> Iterator[float]:
-    """CPUs of (microseconds granted, per so many microseconds); nothing where there is no limit."""
+    """The CPUs that a limit grants, if there is one; its words are (granted, period) in microseconds."""
     if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
         yield int(words[0]) / int(words[1])
 
 
 # ---------------------------------------------------------------------------------------------- loaders
 def shared_memory_allows(num_workers: int, batch_bytes: int, num_ranks: int = 1) -> int:
-    """How many of `num_workers` loader processes per rank the shared memory has room for.
+    """The number of loader processes per rank, out of `num_workers`, that shared memory has room for.
 
     Args:
-        batch_bytes: of one batch of one rank; every loader process holds two of them ready.
+        num_workers: loader processes per rank that are wanted.
+        batch_bytes: size of a batch of one rank; every loader process holds two batches ready.
         num_ranks: training processes on this machine.
     Returns:
-        at most `num_workers`; all of them where there is no limited shared memory.
+        At most `num_workers`; all of them where shared memory has no limit of its own.
     """
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
         return num_workers
-    return min(num_workers, free // max(1, PREFETCHED * batch_bytes * num_ranks))
+    bytes_per_worker = PREFETCHED * batch_bytes * num_ranks  # of the same worker on every rank
+    return min(num_workers, free // max(1, bytes_per_worker))
 
 
 def automatic_workers(most: int, batch_bytes: int, num_cpus: int | None = None) -> int:
-    """Loader processes per rank where nobody asked for a number: one CPU of each rank is left to itself.
+    """Number of loader processes per rank if the user gives none: one per CPU, but for one CPU per rank.
 
     Args:
-        most: never more than these.
+        most: an upper limit.
         batch_bytes: see `shared_memory_allows`.
-        num_cpus: of all ranks of this machine; None asks for them.
+        num_cpus: CPUs for all ranks of this machine; None takes `available_cpus`.
     """
-    return shared_memory_allows(_wanted_workers(most, num_cpus), batch_bytes, local_ranks())
+    wanted = _wanted_workers(most, num_cpus)
+    return shared_memory_allows(wanted, batch_bytes, local_ranks())
 
 
 def _wanted_workers(most: int, num_cpus: int | None) -> int:
-    """As many as the CPUs suggest."""
-    num_cpus = available_cpus() if num_cpus is None else num_cpus
-    return min(most, max(num_cpus // local_ranks() - 1, 0))
+    """Number of loader processes per rank that the CPUs suggest, whatever the shared memory allows."""
+    if num_cpus is None:
+        num_cpus = available_cpus()
+    cpus_per_rank = num_cpus // local_ranks()
+    return min(most, max(cpus_per_rank - 1, 0))
 
 
 def workers_note(most: int, batch_bytes: int, num_cpus: int | None = None) -> str:
-    """One line where the shared memory makes `automatic_workers` fewer than the CPUs would, else ''."""
+    """A line for the log if `automatic_workers` are fewer for want of shared memory, else ''."""
     wanted = _wanted_workers(most, num_cpus)
     allowed = shared_memory_allows(wanted, batch_bytes, local_ranks())
     if allowed == wanted:

@@ -20,7 +20,8 @@ __all__ = ['MetricLogger', 'SmoothedValue', 'TensorboardLogger', 'allow_tf32', '
 
 def mix_seed(*keys: int) -> int:
     """A 63-bit seed that depends on all keys (non-negative integers) and on their order."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    state, = np.random.SeedSequence(keys).generate_state(1, np.uint64)
+    return int(state >> np.uint64(1))
 
 
 def seed_everything(seed: int) -> None:
@@ -31,27 +32,31 @@ def seed_everything(seed: int) -> None:
 
 
 def auto_resume(args: Any, pattern: str = 'ar-ckpt*.pth') -> tuple[list[str], int, int, dict, dict]:
-    """The newest readable checkpoint in `args.local_out_dir_path`, upstream's call.
+    """The newest readable checkpoint in `args.local_out_dir_path`; the call of the published code.
 
     Returns:
-        (lines for the log, epoch, iteration, state of the trainer, settings); zeros and empty without one.
+        (lines for the log, epoch, iteration, state of the trainer, settings). Without a checkpoint, epoch and
+        iteration are 0 and both dicts are empty.
+    Raises:
+        ValueError: there are checkpoints, and none of them is usable.
     """
     path, checkpoint, *_ = newest_checkpoint(args.local_out_dir_path, pattern)
     if path is None:
         return [f'no {pattern} in {args.local_out_dir_path}, starting anew'], 0, 0, {}, {}
     epoch = checkpoint['epoch']
     iteration = checkpoint['iter']
-    return ([f'resuming from {path} at epoch {epoch}, iteration {iteration}'], epoch, iteration,
-            checkpoint['trainer'], checkpoint['args'])
+    lines = [f'resuming from {path} at epoch {epoch}, iteration {iteration}']
+    return lines, epoch, iteration, checkpoint['trainer'], checkpoint['args']
 
 
 # ---------------------------------------------------------------------------------------------- precision
 def _newer_settings() -> list[Any]:
-    """Objects with an `fp32_precision` of their own, since torch 2.9, the general before the special.
+    """The objects of torch.backends that have an `fp32_precision`, since torch 2.9; [] before.
 
-    The precision of one kind of product falls back on that of its library, and that on the precision of all.
-    Beside them the older settings remain, one of all products and a flag of cudnn, which raise when they are
-    read while the newer ones contradict them. All are therefore always set together.
+    The general ones come before the special ones: the setting of one kind of product falls back on that of
+    its library, and that on the setting of all products. The two older settings remain beside them, one for
+    all products and a flag of cudnn. Reading these raises an error while newer settings contradict them, so
+    all settings are always changed together.
     """
     backends = torch.backends
     if not hasattr(backends.cuda.matmul, 'fp32_precision'):
@@ -62,47 +67,52 @@ def _newer_settings() -> list[Any]:
 
 @functools.cache
 def _spend_deprecation_warnings() -> None:
-    """Some releases of torch warn once per process at the first use of each of the older settings.
+    """Use each of the older settings once, since some releases of torch warn at their first use.
 
-    Call it while the newer ones are cleared or about to be set, since it sets them.
+    This also sets them, so call it while the newer settings are cleared or about to be set.
     """
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        with suppress(RuntimeError):  # of settings that contradict each other
+        with suppress(RuntimeError):  # the settings contradict each other at this point
             torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
         with suppress(RuntimeError):
             torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let float32 products and convolutions on CUDA use TF32, or not; the CPU never does."""
+    """Choose whether float32 products and convolutions on CUDA may use TF32; the CPU never does."""
     cudnn = torch.backends.cudnn
     newer = _newer_settings()
     if newer:
         _spend_deprecation_warnings()
     torch.set_float32_matmul_precision('high' if allowed and torch.cuda.is_available() else 'highest')
     cudnn.allow_tf32 = allowed
-    if newer:  # an explicit value, which a more general setting does not change
+    # Explicit values, which a more general setting does not change.
+    if newer:
         cudnn.conv.fp32_precision = 'tf32' if allowed else 'ieee'
         cudnn.rnn.fp32_precision = 'tf32' if allowed else 'ieee'
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 and no float16 sums in products and convolutions; then all is as the caller set it."""
+    """A context without TF32 and without float16 sums in products and convolutions.
+
+    Afterwards all settings are as the caller has set them.
+    """
     matmul = torch.backends.cuda.matmul
     cudnn = torch.backends.cudnn
     newer = _newer_settings()
     before = []
     for setting in newer:
         before.append(setting.fp32_precision)
-        setting.fp32_precision = 'none'  # what falls back on it then shows what it holds itself
+        setting.fp32_precision = 'none'  # a setting that falls back on this one then shows its own value
     if newer:
         _spend_deprecation_warnings()
     older = torch.get_float32_matmul_precision()
     try:
         older_flag = cudnn.allow_tf32
-    except RuntimeError:  # nothing newer allows TF32 at this point, so the flag contradicts: it is set
+    except RuntimeError:
+        # No newer setting allows TF32 at this point, so a flag that contradicts them is True.
         older_flag = True
     half_sums = matmul.allow_fp16_reduced_precision_reduction
     torch.set_float32_matmul_precision('highest')
@@ -121,14 +131,15 @@ def full_precision() -> Iterator[None]:
 def create_npz_from_sample_folder(sample_folder: str, num_images: int = 50_000) -> str:
     """Pack the PNG files directly in a folder as uint8 (N, H, W, 3) under `arr_0`, in the order of names.
 
-    Upstream's call: nothing is shuffled or converted, and there are no labels; see `pack_folder` for these.
+    This is the call of the published code: nothing is shuffled or converted, and there are no labels. For
+    these see `pack_folder`.
 
     Args:
-        num_images: how many files there must be; 50,000 is what FID evaluators expect.
+        num_images: the number of files that there must be; FID evaluators expect 50,000.
     Returns:
         Path of the uncompressed file, `<sample_folder>.npz`.
     Raises:
-        ValueError: wrong number of files, or images that differ in size or are not RGB of 8 bits.
+        ValueError: the number of files is another one, or images differ in size or are not RGB of 8 bits.
     """
     folder = Path(sample_folder)
     images = FolderImages(folder, allow_jpeg=False)
