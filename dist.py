@@ -1,6 +1,6 @@
 """Process group, rank, device and collectives; every call also works without torchrun and on CPU (gloo).
 
-Without an initialised group: rank 0, world size 1, and collectives hand their input back.
+Without an initialised group the rank is 0, the world size 1, and collectives return their input.
 """
 import ctypes
 import datetime
@@ -21,16 +21,17 @@ _device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def initialized() -> bool:
+    """Whether this process has joined a group."""
     return tdist.is_available() and tdist.is_initialized()
 
 
 def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_distibuted: int = 0,
                timeout: int = 30) -> None:
-    """Join the group torchrun describes in the environment; without torchrun only choose the device.
+    """Join the group that torchrun describes in the environment; without torchrun only choose the device.
 
     Args:
         fork: start worker processes by 'fork' instead of the platform's way.
-        backend: 'nccl' or 'gloo'; None takes nccl when CUDA is there, else gloo. Asked for gloo, no
+        backend: 'nccl' or 'gloo'; None takes nccl if there is CUDA, else gloo. With an explicit 'gloo' no
             rank claims a GPU.
         gpu_id_if_not_distibuted: CUDA device of a run without torchrun (upstream's spelling).
         timeout: minutes a collective may wait.
@@ -52,8 +53,8 @@ def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_dis
     address = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
     world_size = int(os.environ['WORLD_SIZE'])
     if 'TORCHELASTIC_RUN_ID' not in os.environ and world_size > 1:
-        # torchrun starts all processes itself; whoever sets these variables by hand, or has them left over
-        # from a cluster's launcher, would otherwise wait here without a word
+        # torchrun starts all processes itself. If these variables were set by hand, or are left over from the
+        # launcher of a cluster, the other processes may never come, and this one would wait in silence.
         sys.stderr.write(f'waiting for {world_size} processes at {address}, as RANK and WORLD_SIZE say; '
                          'unset both to run a single process\n')
     try:
@@ -113,32 +114,39 @@ def _end_with_launcher() -> None:
 
 
 def get_rank() -> int:
+    """Number of this process among all of them, from 0 on."""
     return tdist.get_rank() if initialized() else 0
 
 
 def get_local_rank() -> int:
+    """Number of this process among those of its node, from 0 on."""
     return int(os.environ.get('LOCAL_RANK', 0))
 
 
 def get_world_size() -> int:
+    """Number of processes in all."""
     return tdist.get_world_size() if initialized() else 1
 
 
 def get_device() -> torch.device:
+    """The device of this process."""
     return _device
 
 
 def set_gpu_id(gpu_id: int) -> None:
+    """Make a CUDA device the device of this process."""
     global _device
     _device = torch.device('cuda', gpu_id)
     torch.cuda.set_device(_device)
 
 
 def is_master() -> bool:
+    """Whether this is the first process of all."""
     return get_rank() == 0
 
 
 def is_local_master() -> bool:
+    """Whether this is the first process of its node."""
     return get_local_rank() == 0
 
 
@@ -148,10 +156,12 @@ def host_name() -> str:
 
 
 def new_group(ranks: list[int]):
+    """A group of some of the ranks; None without an initialised group."""
     return tdist.new_group(ranks=ranks) if initialized() else None
 
 
 def barrier() -> None:
+    """Wait until every process has come to this point."""
     if initialized():
         tdist.barrier()
 
@@ -193,17 +203,21 @@ def allgather_object(value: Any) -> list[Any]:
 
 
 def raise_together(failure: ValueError | None) -> None:
-    """Raise on every rank what any of them has met, so that none goes on alone; every rank calls it.
+    """Raise the error of one rank on all of them, so that no rank goes on alone; every rank calls it.
 
+    Args:
+        failure: the error of this rank, or None.
     Raises:
-        ValueError: the failure of the first rank that has one.
+        ValueError: the error of the first rank that has one.
     """
-    for rank, (host, of_a_rank) in enumerate(allgather_object((host_name(), failure))):
-        if of_a_rank is None:
+    failures = allgather_object((host_name(), failure))
+    for rank, (host, error) in enumerate(failures):
+        if error is None:
             continue
-        if rank > 0 and rank != get_rank():  # whoever reads the first rank's message must know where to look
-            raise type(of_a_rank)(f'rank {rank} on {host}: {of_a_rank}') from None
-        raise of_a_rank
+        # People read the message of rank 0, which must say where the error was.
+        if rank > 0 and rank != get_rank():
+            raise type(error)(f'rank {rank} on {host}: {error}') from None
+        raise error
 
 
 def require_equal(value: Any, what: str, remedy: str) -> None:
@@ -211,8 +225,8 @@ def require_equal(value: Any, what: str, remedy: str) -> None:
 
     Args:
         value: anything picklable that can be compared and printed.
-        what: what it is, for the message.
-        remedy: what to do where they differ.
+        what: a name of the value, for the message.
+        remedy: what to do if ranks differ.
     Raises:
         ValueError: a rank has another value than rank 0, on every rank.
     """
@@ -226,24 +240,30 @@ def require_equal(value: Any, what: str, remedy: str) -> None:
 
 
 def what_differs(a: Any, b: Any) -> tuple[str, str]:
-    """The first part in which two values differ, short enough for a line of a log."""
+    """The first part in which two values differ, as texts that are short enough for a line of a log."""
     if isinstance(a, dict) and isinstance(b, dict):
-        a, b = ({key: value for key, value in one.items() if key not in other or other[key] != value}
-                for one, other in ((a, b), (b, a)))
+        differing = [key for key in a.keys() | b.keys() if key not in a or key not in b or a[key] != b[key]]
+        a = {key: value for key, value in a.items() if key in differing}
+        b = {key: value for key, value in b.items() if key in differing}
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
         shorter = min(len(a), len(b))
         first = next((i for i in range(shorter) if a[i] != b[i]), shorter)
         if first < shorter:
             return what_differs(a[first], b[first])
-        return tuple(f'{len(one)} entries, the last one {str(one[-1:])[:LONGEST_VALUE]}' for one in (a, b))
+
+        # One is the beginning of the other.
+        texts = [f'{len(one)} entries, the last one {str(one[-1:])[:LONGEST_VALUE]}' for one in (a, b)]
+        return texts[0], texts[1]
     return str(a)[:LONGEST_VALUE], str(b)[:LONGEST_VALUE]
 
 
 def from_master(make: Callable[[], Any]) -> Any:
-    """What `make` gives on global rank 0, on every rank; it must be picklable.
+    """The value of `make()` on global rank 0, for every rank; every rank calls it.
 
+    Args:
+        make: is called on rank 0 alone; its value must be picklable.
     Raises:
-        ValueError: what `make` raised, on every rank.
+        ValueError: the error of `make`, on every rank.
     """
     value = None
     failure = None
@@ -257,12 +277,12 @@ def from_master(make: Callable[[], Any]) -> Any:
 
 
 def first_of_node_first(make: Callable[[bool], Any]) -> Any:
-    """`make(True)` on the first process of every node, then `make(False)` on the others; every rank calls it.
+    """`make(True)` on the first process of every node, then `make(False)` on the other ones.
 
-    What the first one downloads, the others then find.
+    Files that the first process downloads are there when the other ones look for them. Every rank calls it.
 
     Raises:
-        ValueError: what `make` raised on any rank, so that no rank goes on alone.
+        ValueError: the error of `make` on any rank, so that no rank goes on alone.
     """
     value = None
     failure = None
@@ -278,14 +298,14 @@ def first_of_node_first(make: Callable[[bool], Any]) -> Any:
 
 
 def sum_over_ranks(*numbers: float) -> list[float]:
-    """Each number summed over all ranks, as Python numbers; every rank calls it. Waits for the device
-    once."""
+    """Each number summed over all ranks; every rank calls it, and waits for its device once."""
     total = torch.tensor(numbers, dtype=torch.float64, device=_device)
     allreduce(total)
     return total.tolist()
 
 
 def broadcast(t: torch.Tensor, src_rank: int) -> None:
+    """Overwrite `t` on every rank by that of one rank; every rank calls it."""
     if initialized():
         tdist.broadcast(t, src=src_rank)
 
@@ -325,5 +345,6 @@ def for_visualize(func):
 
 
 def finalize() -> None:
+    """Leave the group."""
     if initialized():
         tdist.destroy_process_group()

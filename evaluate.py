@@ -27,9 +27,9 @@ from utils.log import one_line_errors, setup_logging
 
 class Command(NamedTuple):
     """A command of this program."""
-    settings: type
-    run: Callable[[Any], str | None]  # settings -> what the master prints
-    description: str
+    settings: type                    # dataclass of its flags
+    run: Callable[[Any], str | None]  # settings -> the text that the master prints
+    description: str                  # for --help
 
 
 SCORE = Command(ScoreSettings, evaluate_images, 'Score images against a reference, as the evaluator of ADM.')
@@ -46,23 +46,30 @@ COMMANDS = {
 
 
 def main() -> None:
+    """Run the command of the command line; without a command's name, score images."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ('-h', '--help'):
-        make_parser(ScoreSettings, 'evaluate.py', __doc__.split('\n\n')[0]).print_help()
-        print('\n' + __doc__.split('\n\n', 1)[1])  # noqa: T201
+        summary, commands = __doc__.split('\n\n', 1)
+        make_parser(ScoreSettings, 'evaluate.py', summary).print_help()
+        print(f'\n{commands}')  # noqa: T201
         sys.exit(0 if argv else 2)
     name = argv[0] if argv[0] in COMMANDS else ''
     command = COMMANDS.get(name, SCORE)
     parser = make_parser(command.settings, f'evaluate.py {name}'.strip(), command.description)
+
+    # A misspelt command would be taken for the path of a reference.
     meant = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0.7)
     if not name and meant and not Path(argv[0]).exists():
         parser.error(f'expected REF or a command, got {argv[0]!r}: the nearest command is {meant[0]}')
     try:
-        settings = command.settings(**parser.parse(argv[1:] if name else argv))
+        values = parser.parse(argv[1:] if name else argv)
+        settings = command.settings(**values)
     except ValueError as error:
         parser.error(str(error))
-    # tensors on the CPU need a group that can exchange them
-    dist.initialize(backend='gloo' if getattr(settings, 'device', '') == 'cpu' else None)
+
+    # NCCL cannot exchange tensors on the CPU.
+    runs_on_cpu = getattr(settings, 'device', '') == 'cpu'
+    dist.initialize(backend='gloo' if runs_on_cpu else None)
     setup_logging(None, dist.is_master())
     text = command.run(settings)
     if text:
