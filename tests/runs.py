@@ -1,8 +1,9 @@
 """Launches train.py and sample.py as users do, on a tiny image folder."""
 import contextlib
+import functools
 import json
 import logging
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -128,6 +129,22 @@ def launch(script, flags, nproc=1, check=True):
     return subprocess.CompletedProcess([script, *flags], code, *texts)
 
 
+@functools.cache
+def fork_server():
+    """The context of processes that are forked from one that has imported everything.
+
+    It begins in the repository, since torch-fidelity installs another package that is named `tests`, which
+    its search for modules would find from any other folder.
+    """
+    folder = os.getcwd()
+    os.chdir(REPO)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.chdir(folder)
+    return FORKS
+
+
 def start_ranks(script, flags_of_ranks, folder, before=None):
     """Start a process per rank, each with flags of its own; rank i prints to <folder>/<i>.out and .err.
 
@@ -144,8 +161,8 @@ def start_ranks(script, flags_of_ranks, folder, before=None):
         variables = environment()
         if group:
             variables |= dict(**group, RANK=str(i), LOCAL_RANK=str(i))
-        process = FORKS.Process(target=run_as_main, args=(script, list(map(str, flags)), variables,
-                                                          f'{folder}/{i}', before))
+        arguments = (script, list(map(str, flags)), variables, f'{folder}/{i}', before)
+        process = fork_server().Process(target=run_as_main, args=arguments)
         process.start()
         ranks.append(process)
     return ranks

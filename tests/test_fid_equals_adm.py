@@ -17,7 +17,7 @@ from evaluation.digits_features import DigitsFeatures
 from evaluation.metrics import FeatureStatistics, InceptionScore, frechet_distance, read_statistics
 from evaluation.precision_recall import manifold_coverage, manifold_radii, precision_recall
 from models import VQVAE
-from tests.runs import FORKS, TINY_VQVAE
+from tests.runs import TINY_VQVAE, fork_server
 from utils.misc import full_precision
 
 REPO = Path(__file__).resolve().parent.parent
@@ -342,7 +342,7 @@ def test_settings_of_precision_are_the_callers_again():
 @pytest.mark.parametrize('place', ['matmul', 'conv', 'everything'])
 def test_precision_set_backend_by_backend_neither_breaks_anything_nor_is_lost(place):
     """Once a caller has used the newer settings, torch refuses to read the older ones."""
-    process = FORKS.Process(target=with_precision_of, args=(place,))
+    process = fork_server().Process(target=with_precision_of, args=(place,))
     process.start()
     process.join()
     assert process.exitcode == 0
