@@ -192,6 +192,7 @@ def run_as_main(script, flags, variables, output, before):
 
 def on_two_ranks(function, *args):
     """`function(rank, *args)` in two processes, forked like those of `launch`."""
+    fork_server()
     torch.multiprocessing.start_processes(function, args, nprocs=2, start_method='forkserver')
 
 
