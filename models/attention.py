@@ -106,17 +106,25 @@ class KVCache:
     """Keys and values of the tokens sampled so far, in storage allocated once and written by slice.
 
     Args:
-        capacity: tokens the storage holds; 0 starts small and grows by doubling.
+        capacity: tokens that are stored; what comes then is seen once, with those, and forgotten. None stores
+            all, in storage that grows by doubling.
     """
 
-    def __init__(self, capacity: int = 0):
-        self.capacity = capacity
+    def __init__(self, capacity: int | None = None):
+        self.grows = capacity is None
+        self.capacity = capacity or 0
         self.length = 0
         self.storage: torch.Tensor | None = None  # (2, B, capacity, H, d)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add (B, l, H, d) keys and values; returns views of everything held, (B, length, H, d) each."""
+        """Add (B, l, H, d) keys and values; returns all that their queries see, (B, length, H, d) each."""
         end = self.length + k.shape[1]
+        if end > self.capacity and not self.grows:
+            if self.storage is None:
+                return k, v
+            stored = self.storage[:, :, :self.length]
+            return torch.cat([stored[0], k], dim=1), torch.cat([stored[1], v], dim=1)
+
         # The first keys tell batch, heads and width. Where the capacity was not known, it doubles, so that
         # each key is copied twice at most on average.
         if self.storage is None or end > self.capacity:

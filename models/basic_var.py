@@ -129,13 +129,19 @@ class AdaLNSelfAttn(nn.Module):
         if not shared_aln:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * embed_dim))
 
+    def modulation(self, cond_BD: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 6, C) of the condition: gates, scales and shifts of attention and feed-forward network."""
+        if self.shared_aln:
+            return self.ada_gss + cond_BD
+        return self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+
     def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         """x (B, L, C); cond_BD (B, D), or (B, 1, 6, C) with `shared_aln`; attn_bias additive or None."""
-        # Six vectors of the condition: gate, scale and shift of the attention and of the feed-forward part.
-        if self.shared_aln:
-            mod_B16C = self.ada_gss + cond_BD
-        else:
-            mod_B16C = self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+        return self.modulated(x, self.modulation(cond_BD), attn_bias)
+
+    def modulated(self, x: torch.Tensor, mod_B16C: torch.Tensor, attn_bias: torch.Tensor | None = None,
+                  ) -> torch.Tensor:
+        """`forward`, given the `modulation` of the condition, which sampling makes once for all scales."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)                # (B, 1, C) each
 
         # Attention: normalised and modulated before, gated behind.
@@ -159,8 +165,16 @@ class AdaLNBeforeHead(nn.Module):
         self.ln_wo_grad = nn.LayerNorm(embed_dim, eps=norm_eps, elementwise_affine=False)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 2 * embed_dim))
 
+    def modulation(self, cond_BD: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 2, C) of the condition: scale and shift."""
+        return self.ada_lin(cond_BD).view(-1, 1, 2, self.C)
+
     def forward(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2)              # (B, 1, C) each
+        return self.modulated(x_BLC, self.modulation(cond_BD))
+
+    def modulated(self, x_BLC: torch.Tensor, mod_B12C: torch.Tensor) -> torch.Tensor:
+        """`forward`, given the `modulation` of the condition."""
+        scale, shift = mod_B12C.unbind(2)                                                  # (B, 1, C) each
         return self.ln_wo_grad(x_BLC).mul(scale.add(1)).add_(shift)
 
 

@@ -315,7 +315,10 @@ class FlexVAR(ARModel):
 
     def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
         """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
-        h_BLC = self.head_nm(h.float(), cond_BD)
+        return self._logits(h, self.head_nm.modulation(cond_BD))
+
+    def _logits(self, h_BLC: torch.Tensor, head_mod_B12C: torch.Tensor) -> torch.Tensor:
+        h_BLC = self.head_nm.modulated(h_BLC.float(), head_mod_B12C)
         return self.head(h_BLC.float()).float()
 
     def compile(self, **options: Any) -> None:
@@ -370,18 +373,22 @@ class FlexVAR(ARModel):
         # The first half of the batch has its classes, the second one the null class, for guidance.
         null_B = torch.full_like(label_B, self.num_classes)
         cond_BD = self.class_emb(torch.cat([label_B, null_B]))                             # (2B, D)
-        modulation = self.shared_ada_lin(cond_BD)
+        # What the class does to blocks and head is the same at every scale.
+        shared = self.shared_ada_lin(cond_BD)
+        modulations = [block.modulation(shared) for block in self.blocks]                  # (2B, 1, 6, C)
+        head_modulation = self.head_nm.modulation(cond_BD)                                 # (2B, 1, 2, C)
+
         x_BlC = (cond_BD + self.pos_start[0]).view(2 * B, 1, -1) + self.positions((1, 1), pos_mode)
-        with sampling_mode(self, self.blocks, capacity=layout.total):
+        with sampling_mode(self, self.blocks, capacity=layout.num_seen_later):
             for k, size in enumerate(layout.sizes):
                 # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
                 #    scales alone, and all of them may be seen.
-                for block in self.blocks:
-                    x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
+                for block, mod_B16C in zip(self.blocks, modulations, strict=True):
+                    x_BlC = block.modulated(x_BlC, mod_B16C)
 
                 # 2. Guidance, which reaches cfg at the tenth scale and grows on from there, as published;
                 #    maps beyond max_pn have cfg itself.
-                logits_BlV = self.get_logits(x_BlC, cond_BD)
+                logits_BlV = self._logits(x_BlC, head_modulation)
                 if invalid_ids is not None:
                     logits_BlV[:, :, list(invalid_ids)] = -100.
                 ratio = k / min(num_scales - 1, 9) if num_scales > 1 else 1.

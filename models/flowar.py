@@ -84,13 +84,18 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.rope = Rope2d(width // num_heads)
 
-    def forward(self, x_BlW: torch.Tensor, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> torch.Tensor:
+    def keys_values(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor,
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, l, H, d) of the conditions."""
+        B, l, _ = z_BlC.shape
+        k, v = self.kv(z_BlC).view(B, l, 2, self.num_heads, -1).unbind(2)
+        return rotate(k, self.rope(positions_l2)), v
+
+    def forward(self, x_BlW: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                positions_l2: torch.Tensor) -> torch.Tensor:
         B, l, W = x_BlW.shape
         q = self.q(x_BlW).view(B, l, self.num_heads, -1)
-        k, v = self.kv(z_BlC).view(B, l, 2, self.num_heads, -1).unbind(2)
-        table_2lp = self.rope(positions_l2)
-        q = rotate(q, table_2lp)
-        k = rotate(k, table_2lp)
+        q = rotate(q, self.rope(positions_l2))
         out = attend(q, k, v)
         return self.proj(out.reshape(B, l, W))                                             # (B, l, W)
 
@@ -141,6 +146,13 @@ class TrunkBlock(nn.Module):
         return modulated(self, x_BLC, modulation_B1C, positions_L2, attn_bias)             # (B, L, C)
 
 
+class HeadCondition(NamedTuple):
+    """What a block of the head needs of the trunk's conditions; the same at all times of a scale."""
+    c_BlW: torch.Tensor       # the conditions at the width of the head
+    k: torch.Tensor | None    # keys and values of the cross-attention, where there is one
+    v: torch.Tensor | None
+
+
 class AttnMLP(nn.Module):
     """The head's first kind of block: time and condition modulate every token."""
 
@@ -151,9 +163,13 @@ class AttnMLP(nn.Module):
         self.mlp = GatedMLP(width, 4.)
         self.ada_lin = nn.Linear(width, 6 * width)
 
-    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor, z_BlC: torch.Tensor,
+    def condition(self, c_BlW: torch.Tensor, z_BlC: torch.Tensor, positions_l2: torch.Tensor,
+                  ) -> HeadCondition:
+        return HeadCondition(c_BlW, None, None)
+
+    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, condition: HeadCondition,
                 positions_l2: torch.Tensor) -> torch.Tensor:
-        modulation_BlW = self.ada_lin(F.silu(t_B1W + c_BlW))                               # (B, l, 6 W)
+        modulation_BlW = self.ada_lin(F.silu(t_B1W + condition.c_BlW))                     # (B, l, 6 W)
         return modulated(self, x_BlW, modulation_BlW, positions_l2)                        # (B, l, W)
 
 
@@ -171,7 +187,12 @@ class AttnCrossAttnMLP(nn.Module):
         self.ada_lin_attn = nn.Linear(width, 3 * width)
         self.ada_lin_mlp = nn.Linear(width, 3 * width)
 
-    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor, z_BlC: torch.Tensor,
+    def condition(self, c_BlW: torch.Tensor, z_BlC: torch.Tensor, positions_l2: torch.Tensor,
+                  ) -> HeadCondition:
+        k, v = self.crossattn.keys_values(self.norm2_2(z_BlC), positions_l2)
+        return HeadCondition(c_BlW, k, v)
+
+    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, condition: HeadCondition,
                 positions_l2: torch.Tensor) -> torch.Tensor:
         # Self-attention knows the time alone,
         gamma1, scale1, shift1 = self.ada_lin_attn(F.silu(t_B1W)).chunk(3, dim=-1)         # (B, 1, W) each
@@ -179,10 +200,11 @@ class AttnCrossAttnMLP(nn.Module):
         x_BlW = x_BlW + gamma1 * self.attn(h_BlW, positions_l2)                            # (B, l, W)
 
         # cross-attention brings in what the trunk says of all tokens of the scale,
-        x_BlW = x_BlW + self.crossattn(self.norm2_1(x_BlW), self.norm2_2(z_BlC), positions_l2)
+        x_BlW = x_BlW + self.crossattn(self.norm2_1(x_BlW), condition.k, condition.v, positions_l2)
 
         # and the feed-forward network knows both, token by token.
-        gamma2, scale2, shift2 = self.ada_lin_mlp(F.silu(t_B1W + c_BlW)).chunk(3, dim=-1)  # (B, l, W) each
+        time_and_condition_BlW = F.silu(t_B1W + condition.c_BlW)
+        gamma2, scale2, shift2 = self.ada_lin_mlp(time_and_condition_BlW).chunk(3, dim=-1)  # (B, l, W) each
         h_BlW = self.norm(x_BlW) * (1 + scale2) + shift2
         return x_BlW + gamma2 * self.mlp(h_BlW)                                            # (B, l, W)
 
@@ -235,11 +257,21 @@ class FlowHead(nn.Module):
     def forward(self, x_BlZ: torch.Tensor, t_B: torch.Tensor, z_BlC: torch.Tensor,
                 positions_l2: torch.Tensor) -> torch.Tensor:
         """(B, l, Z)."""
-        t_B1W = self.time_embed(t_B)[:, None]                                              # (B, 1, W)
+        return self.velocity(x_BlZ, t_B, self.conditions(z_BlC, positions_l2), positions_l2)
+
+    def conditions(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> list[HeadCondition]:
+        """Per block, what it needs of the trunk's conditions: sampling makes it once for all Euler steps."""
         c_BlW = self.cond_embed(z_BlC)                                                     # (B, l, W)
+        return [block.condition(c_BlW, z_BlC, positions_l2) for block in self.res_blocks]
+
+    def velocity(self, x_BlZ: torch.Tensor, t_B: torch.Tensor, conditions: list[HeadCondition],
+                 positions_l2: torch.Tensor) -> torch.Tensor:
+        """`forward`, given the `conditions`."""
+        t_B1W = self.time_embed(t_B)[:, None]                                              # (B, 1, W)
         x_BlW = self.input_proj(x_BlZ)                                                     # (B, l, W)
-        for block in self.res_blocks:
-            x_BlW = block(x_BlW, t_B1W, c_BlW, z_BlC, positions_l2)
+        for block, condition in zip(self.res_blocks, conditions, strict=True):
+            x_BlW = block(x_BlW, t_B1W, condition, positions_l2)
+        c_BlW = conditions[0].c_BlW
         return self.final_layer(x_BlW, t_B1W + c_BlW)                                      # (B, l, Z)
 
 
@@ -525,7 +557,8 @@ class FlowAR(ARModel):
             label_B = torch.cat([label_B, null_B])
         cond_BC = self.class_emb(label_B)                                                  # (2B, C)
         x_BlC = cond_BC[:, None]
-        with sampling_mode(self, [*self.encoder_blocks, *self.decoder_blocks], capacity=self.layout.total):
+        blocks = [*self.encoder_blocks, *self.decoder_blocks]
+        with sampling_mode(self, blocks, capacity=self.layout.num_seen_later):
             for k, n in enumerate(self.layout.patch_nums):
                 # 1. One pass of the trunk over all tokens of the scale. There is no mask: the cache holds
                 #    the coarser scales alone, and all of them may be seen.
@@ -561,13 +594,18 @@ class FlowAR(ARModel):
         positions_l2 = self.positions(k)
         x = x_BlZ.double()
         num_null = 0
+        # What the head needs of the trunk is the same at all times: for both halves, and for the labels.
+        of_both = self.flownet.conditions(z_BlC, positions_l2)
+        of_labels = [HeadCondition(*(None if t is None else t[:B] for t in condition))
+                     for condition in of_both]
         for t, t_next in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
             # Guidance acts late, at small times, where the latent has taken shape.
             guided = scale > 1 and t <= guidance_until
-            z = z_BlC if guided else z_BlC[:B]
-            x_in = x.float().repeat(len(z) // B, 1, 1)
-            t_in = torch.full((len(z),), t, device=x.device)
-            v = self.flownet(x_in, t_in, z, positions_l2).double()
+            num_copies = 2 if guided else 1
+            x_in = x.float().repeat(num_copies, 1, 1)
+            t_in = torch.full((len(x_in),), t, device=x.device)
+            conditions = of_both if guided else of_labels
+            v = self.flownet.velocity(x_in, t_in, conditions, positions_l2).double()
             if guided:
                 cond, uncond = v.chunk(2)
                 v = guide(cond, uncond, scale)

@@ -332,7 +332,7 @@ class NPP(ARModel):
             null_B = torch.full_like(label_B, self.num_classes)
             label_B = torch.cat([label_B, null_B])
         x_B1C = self.cls_embedding(label_B)                                                # (2B, 1, C)
-        with sampling_mode(self, self.layers, capacity=num_codes):
+        with sampling_mode(self, self.layers, capacity=num_codes - 1):
             for i in range(num_codes):
                 # 1. One token goes in, the class or the code before; the cache holds all others.
                 logits_B1V = self.transform(x_B1C, table_2Lp[:, i:i + 1])

@@ -18,12 +18,12 @@ def sampling_mode(model: nn.Module, blocks: Iterable[nn.Module], capacity: int) 
     Mode and caches are put back after an error, too, and where a generator that stands inside is closed.
 
     Args:
-        capacity: tokens that are cached at most.
+        capacity: tokens whose keys and values are stored, see `KVCache`.
     """
     was_training = model.training
     model.eval()
     try:
-        with kv_caching(blocks, capacity=capacity):
+        with kv_caching(blocks, capacity):
             yield
     finally:
         model.train(was_training)

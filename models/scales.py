@@ -99,6 +99,11 @@ class ScaleLayout:
         """L, the tokens of all scales."""
         return sum(self.lengths)
 
+    @property
+    def num_seen_later(self) -> int:
+        """Tokens that a later scale sees: all but those of the last one, 424 of 680 as published."""
+        return self.total - self.lengths[-1]
+
     def ratio(self, k: int) -> float:
         """Position of scale k between the coarsest (0) and the finest (1); 0 for a single scale."""
         return k / max(len(self.patch_nums) - 1, 1)

@@ -216,7 +216,10 @@ class VAR(ARModel):
 
     def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
         """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
-        h_BLC = self.head_nm(h.float(), cond_BD)
+        return self._logits(h, self.head_nm.modulation(cond_BD))
+
+    def _logits(self, h_BLC: torch.Tensor, head_mod_B12C: torch.Tensor) -> torch.Tensor:
+        h_BLC = self.head_nm.modulated(h_BLC.float(), head_mod_B12C)
         return self.head(h_BLC.float()).float()
 
     # ------------------------------------------------------------------------------ sampling
@@ -242,21 +245,26 @@ class VAR(ARModel):
         # The first half of the batch has its classes, the second one the null class, for guidance.
         null_B = torch.full_like(label_B, self.num_classes)
         cond_BD = self.class_emb(torch.cat([label_B, null_B]))                             # (2B, D)
-        modulation = self.shared_ada_lin(cond_BD)
+        # What the class does to blocks and head is the same at every scale: a third of the weights of the
+        # blocks is read once instead of once per scale.
+        shared = self.shared_ada_lin(cond_BD)
+        modulations = [block.modulation(shared) for block in self.blocks]                  # (2B, 1, 6, C)
+        head_modulation = self.head_nm.modulation(cond_BD)                                 # (2B, 1, 2, C)
+
         position_1LC = self.lvl_embed(self.lvl_1L) + self.pos_1LC
         next_BlC = (cond_BD[:, None].expand(2 * B, self.first_l, -1) + self.pos_start
                     + position_1LC[:, :self.first_l])
         f_hat = cond_BD.new_zeros(B, self.Cvae, self.patch_nums[-1], self.patch_nums[-1])
-        with sampling_mode(self, self.blocks, capacity=self.L):
+        with sampling_mode(self, self.blocks, capacity=self.layout.num_seen_later):
             for k, pn in enumerate(self.patch_nums):
                 # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
                 #    scales alone, and all of them may be seen.
                 x_BlC = next_BlC                                                           # (2B, pn^2, C)
-                for block in self.blocks:
-                    x_BlC = block(x=x_BlC, cond_BD=modulation, attn_bias=None)
+                for block, mod_B16C in zip(self.blocks, modulations, strict=True):
+                    x_BlC = block.modulated(x_BlC, mod_B16C)
 
                 # 2. Guidance, which grows from 0 at the first scale to cfg at the last one.
-                cond_BlV, uncond_BlV = self.get_logits(x_BlC, cond_BD).chunk(2)
+                cond_BlV, uncond_BlV = self._logits(x_BlC, head_modulation).chunk(2)
                 ratio = self.layout.ratio(k)
                 logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)                  # (B, pn^2, V)
 

@@ -224,7 +224,10 @@ def test_flag_switches_packages_off():
 
 
 # ------------------------------------------------------------ cache
-@pytest.mark.parametrize('capacity', [0, 3, L, 2 * L])
+SEEN_LATER = LAYOUT.num_seen_later
+
+
+@pytest.mark.parametrize('capacity', [None, SEEN_LATER, L, 2 * L])
 def test_cache_equals_one_shot_attention(capacity):
     q, k, v = qkv()
     expected = reference(q, k, v, LAYOUT.causal_bias())
@@ -233,7 +236,20 @@ def test_cache_equals_one_shot_attention(capacity):
         keys, values = cache.append(k[:, begin:end], v[:, begin:end])
         assert torch.equal(keys, k[:, :end]) and torch.equal(values, v[:, :end])
         assert_within(attend(q[:, begin:end], keys, values), expected[:, begin:end], 1e-5)
-    assert cache.length == L
+
+
+def test_the_last_scale_is_not_stored():
+    """Nothing asks for its keys and values again; a pyramid of one scale needs no storage at all."""
+    _, k, v = qkv()
+    cache = KVCache(SEEN_LATER)
+    for begin, end in LAYOUT.spans:
+        cache.append(k[:, begin:end], v[:, begin:end])
+    assert cache.length == SEEN_LATER == LAYOUT.spans[-1][0]
+    assert cache.storage.shape[2] == SEEN_LATER
+
+    single = KVCache(0)
+    keys, values = single.append(k, v)
+    assert keys is k and values is v and single.storage is None
 
 
 def test_storage_is_allocated_once():

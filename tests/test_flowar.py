@@ -461,8 +461,9 @@ def test_straight_paths_are_solved_exactly(num_steps, monkeypatch):
     """With the velocity noise - x of a known x, any number of steps ends at x."""
     model, x = small(), flowar.to_tokens(latents(side=4))
     noise = torch.randn_like(x)
-    monkeypatch.setattr(model.flownet, 'forward', lambda x_t, t, z, positions: noise - x)
-    drawn, evaluations = model.integrate(noise, x, 2, 1., 0.9, time_grid(num_steps))
+    monkeypatch.setattr(model.flownet, 'velocity', lambda x_t, t, conditions, positions: noise - x)
+    z = torch.zeros(*x.shape[:2], model.C)
+    drawn, evaluations = model.integrate(noise, z, 2, 1., 0.9, time_grid(num_steps))
     assert_within(drawn, x, 1e-6)
     assert evaluations == (num_steps // 2 * 2, 0)
 
