@@ -1,7 +1,7 @@
 """Train any model of this project: `torchrun --nproc_per_node=8 train.py --depth=16 --data_path=FOLDER`.
 
-Runs without torchrun, too. To resume, run the same command again: the newest checkpoint in the output folder
-continues exactly where it was saved. `--dry_run` prints every derived value and exits.
+Runs without torchrun, too. To resume, run the same command again: training goes on exactly where the newest
+checkpoint in the output folder was saved. `--dry_run` prints every derived value and exits.
 
 Exit codes: 0 done, 1 an error that the last line names, 2 wrong flags, 75 stopped by SIGTERM, SIGUSR1 or
 Ctrl-C after a checkpoint (torchrun itself then ends with 1).
@@ -62,7 +62,7 @@ NUM_PICTURES = 8  # validation images drawn in TensorBoard
 
 
 def train(run: 'Run') -> None:
-    """All that is left of a training: steps, evaluations, logs and checkpoints.
+    """Run the remaining epochs: steps, evaluations, logs and checkpoints.
 
     Everything random follows from the seed, the step and the place of an image in the global batch, so that a
     run that was killed anywhere goes on as if nothing had happened.
@@ -72,12 +72,12 @@ def train(run: 'Run') -> None:
         NotFinite: too many steps in a row were not finite.
         ValueError: more images cannot be read than `--max_bad_images`, or ranks differ at a checkpoint.
     """
-    run.draw_missing_distance()
+    run.measure_missing_distance()
     for epoch in run.remaining_epochs():
         for step, (images_B3HW, label_B, damage_B) in run.steps(epoch):
             # Learning rate and weight decay depend on the step alone.
             rates = run.set_rates(step)
-            # Forward, backward and the optimizer, which a gradient that is not finite moves on no rank.
+            # Forward, backward and the optimizer's step, left out on all ranks if a gradient is not finite.
             info = run.train_step(images_B3HW, label_B, step)
             # The learning rate goes into the meters; five times an epoch and at every `--log_every`th step
             # all metrics go there, into steps.jsonl and into TensorBoard.
@@ -102,7 +102,7 @@ def train(run: 'Run') -> None:
         run.end_epoch(epoch, is_best)
         run.save(*run.position_after(epoch), is_best)
         if run.evaluates_after(epoch):
-            run.draw_distance(epoch)
+            run.measure_distance(epoch)
     run.finish()
 
 
@@ -259,6 +259,7 @@ class Run:
         begin = epoch * self.state.steps_per_epoch
         first = self.first_step(epoch)
         last = self.last_step(epoch)
+        # After a restart the meters of the epoch take in the rates of the steps before it once more.
         rates = [self.set_rates(begin + it)[1] for it in range(first)]
         meters = self.journal.begin_epoch(begin, rates)
         batches = meters.log_every(
@@ -420,12 +421,12 @@ class Run:
         images = torch.stack([val_set[i * len(val_set) // count][0] for i in range(count)])
         self.journal.pictures(images.to(self.device), step)
 
-    def draw_missing_distance(self) -> None:
+    def measure_missing_distance(self) -> None:
         """Draw the distance of the last epoch, where a start was killed before it was done."""
         if self.state.epochs_ended > 0 and self.evaluates_after(self.state.epochs_ended - 1):
-            self.draw_distance(self.state.epochs_ended - 1)
+            self.measure_distance(self.state.epochs_ended - 1)
 
-    def draw_distance(self, epoch: int) -> None:
+    def measure_distance(self, epoch: int) -> None:
         """The Frechet distance of samples after an evaluated epoch, where `--fid_images` asks for it.
 
         Raises:
@@ -454,8 +455,8 @@ class Run:
         settings = checkpoint.get('args') or {}
         changed = changed_settings(self.config, settings, marked_fields(self.config, 'free'), flag_of)
         if changed:
-            logger.warning('settings differ from those of the checkpoint, so this is another training: %s',
-                           ', '.join(changed))
+            logger.warning('settings differ from those of the checkpoint, so this goes on as another '
+                           'training: %s', ', '.join(changed))
         if self.steps_done >= self.total_steps:
             logger.warning('nothing left to train: the checkpoint holds %d steps of %d (%d epochs), trained '
                            'on %r; pass another --output_dir for another training', self.steps_done,

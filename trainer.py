@@ -41,7 +41,7 @@ class StepInfo(NamedTuple):
     grad_norm: torch.Tensor | None  # before clipping; None if the optimizer did not step
     scale_log2: float | None        # log2 of the float16 loss scale
     aux: dict[str, Any]             # for `model.metrics`
-    is_finite: bool                 # False where a gradient was nan or infinite; its optimizer did not move
+    is_finite: bool                 # False where an optimizer did not move, since its gradient was not finite
 
 
 class Wrapped(nn.Module):
@@ -70,7 +70,8 @@ def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
     """
     if not dist.initialized():
         return module
-    # Buffers are equal on all ranks anyway. Torch >= 2.14 has another name for the flag that exchanges them.
+    # Buffers are equal on all ranks anyway, or differ by design (`rank_local`). Torch >= 2.14 has another
+    # name for the flag that exchanges them.
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
     no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
     device = next(module.parameters()).device
@@ -152,7 +153,7 @@ class Trainer:
         return self.ema.applied() if self.ema else nullcontext()
 
     def before_evaluation(self, training_images: Callable[[], Iterable[torch.Tensor]]) -> None:
-        """Measure, before a validation, what must be known of training images; each rank gets its share."""
+        """Calibrate on training images before a validation; each rank gets its part of them."""
 
     def pictures(self, images_B3HW: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pictures for TensorBoard, uint8 (3, H, W) by tag, of some validation images in [-1, 1]."""
@@ -333,7 +334,7 @@ class TokenizerTrainer(Trainer):
         self._remember_buffers()
         amp = self.optimizer.amp_ctx
 
-        # The tokenizer moves, by what the discriminator of the last step thinks of its images.
+        # The tokenizer's step, against the discriminator as the step before has left it.
         with accumulating(self.module, stepping):
             with amp:
                 rec = self.module(images_B3HW, progress)
@@ -484,8 +485,10 @@ class TokenizerTrainer(Trainer):
 
 @torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """16 hexadecimal digits that differ where a bit of a weight or buffer does; made on the device, in one
-    go."""
+    """16 hexadecimal digits that almost surely differ where a bit of a weight or buffer does.
+
+    They are made on the device, with a single copy to the host.
+    """
     sums = []
     rank_local = getattr(model, 'rank_local', frozenset())
     for name, value in model.state_dict().items():

@@ -95,7 +95,7 @@ class FlowARConfig(CachedConfig):
     )
     loss_weighting: str = opt(
         'uniform',
-        'of times: uniform, or debiased, 6 t (1 - t) (arXiv 2310.08442)',
+        'weight of the loss at time t: uniform, or debiased, 6 t (1 - t) (arXiv 2310.08442)',
         choices=('uniform', 'debiased'),
     )
     latent_patch: int = opt(1, 'accepted; only 1 works', 'patch_size', choices=(1,))
@@ -115,7 +115,7 @@ class FlowARConfig(CachedConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.lr_end != TrainConfig.lr_end:
-            raise ValueError('--wpe is of other models: pass --min_lr')
+            raise ValueError('FlowAR does not use --wpe: pass --min_lr')
         if self.resume and Path(self.resume).resolve() != Path(self.output_dir).resolve():
             raise ValueError(
                 f'a run continues by itself from its output folder, {self.output_dir}, got '
@@ -226,12 +226,16 @@ class FlowARSampleConfig(SampleConfig):
         ),
     }
 
-    guidance: float = opt(0.9, 'times from 0 to this one are guided: a limit, no strength')
+    guidance: float = opt(0.9, 'guide at times from 0 to this one; how strongly is --cfg')
     num_step: int = opt(25, 'steps of the flow head per scale; an odd number makes one less')
     flow_upper_steps: int = opt(
-        0, 'in place of num_step: steps at the first scale, falling to (DiSA)', limits=(0, INF)
+        0,
+        'steps of the flow head at the first scale, in place of num_step (DiSA); needs --flow_lower_steps',
+        limits=(0, INF),
     )
-    flow_lower_steps: int = opt(0, 'those at the last one; pass both', limits=(0, INF))
+    flow_lower_steps: int = opt(
+        0, 'steps of the flow head at the last scale (DiSA); needs --flow_upper_steps', limits=(0, INF)
+    )
     temperature: float = opt(1.0, 'accepted; only 1 works')
     cfg_schedule: str = opt('linear', 'accepted; only linear works')
 

@@ -99,7 +99,7 @@ class NPPConfig(CachedConfig):
     def __post_init__(self):
         super().__post_init__()
         if (self.schedule, self.lr_end) != (TrainConfig.schedule, TrainConfig.lr_end):
-            raise ValueError('--sche and --wpe are of other models: pass --scheduler and --end_lr')
+            raise ValueError('NPP does not use --sche and --wpe: pass --scheduler and --end_lr')
         if self.width and self.width % 64:
             raise ValueError(f'--width must be a multiple of 64, got {self.width}')
         largest = self.phases[0][1]

@@ -49,13 +49,13 @@ def opt(
     per_node: bool = False,
     group: str = '',
 ) -> Any:
-    """A field with all that is known about it.
+    """A field of a dataclass that is also a flag of a command line.
 
     Args:
         text: for `--help`.
         flag: its published flags, joined by spaces, where they differ from the field's name.
         positional: the command line takes it by its place, without a flag.
-        words: values that have a name; '' is the flag alone.
+        words: values by name, such as {'none': 0}; the name '' stands for the flag without a value.
         path: the value is a file or folder, in which `expand_paths` replaces `~`.
         several: of a path: there may be several, joined by commas.
         limits: smallest and largest sensible value; `check_values` compares.
@@ -95,7 +95,7 @@ def other(default: Any, **changes: Any) -> Other:
 
 
 def settings(**defaults: Any) -> Callable[[type], type]:
-    """Decorator of a frozen dataclass of `opt` fields that gives inherited fields other defaults.
+    """Make a class a frozen dataclass of `opt` fields, with other defaults for those that it inherits.
 
     `@settings(epochs=400, clip=other(3.0, flag='grad_clip'))` changes the default of two fields, and the
     published flag of one; all else that is known about them stays as the base class says.
@@ -215,7 +215,7 @@ def read_config(path: str) -> dict[str, str]:
 
 
 def _with_pairs_joined(text: str) -> str:
-    """A text in which a character beyond 16 bits is one again: JSON writes it as two, which YAML keeps."""
+    """A text with its surrogate pairs joined: JSON writes some characters as two, and YAML keeps both."""
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'surrogatepass')
 
 
@@ -256,7 +256,7 @@ def make_parser(cls: type, prog: str, description: str) -> 'OneLineParser':
                 f.name, nargs='?', default=argparse.SUPPRESS, help=f.metadata['help'], metavar=f.name.upper()
             )
             continue
-        # One field's flag may be another one's name, which is then no spelling of the latter.
+        # Where the flag of one field is the name of another, only the former answers to it.
         name = '' if f.name in published else f.name
         spellings = [f'--{s}' for s in dict.fromkeys([*f.metadata['flag'].split(), name]) if s]
         kind = _kind_of(hints[f.name])

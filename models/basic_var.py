@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLC: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         B, L, C = x_BLC.shape
-        # Keys have no bias, which softmax would cancel; zeros in its place allow one product for all three.
+        # Keys have no bias, as published; zeros in its place allow one product for all three.
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x_BLC, self.mat_qkv.weight, bias).view(B, L, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)                                                            # (B, L, H, d)
@@ -130,7 +130,7 @@ class AdaLNSelfAttn(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 6 * embed_dim))
 
     def modulation(self, cond_BD: torch.Tensor) -> torch.Tensor:
-        """(B, 1, 6, C) of the condition: gates, scales and shifts of attention and feed-forward network."""
+        """(B, 1, 6, C) of the condition: two gates, two scales and two shifts."""
         if self.shared_aln:
             return self.ada_gss + cond_BD
         return self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
@@ -235,7 +235,7 @@ def published_sizes(depth: int) -> dict[str, Any]:
 
 
 def transformer_kwargs(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Constructor arguments that a state dict of VAR or FlexVAR reveals, all but the sides of the maps."""
+    """What a state dict of VAR or FlexVAR reveals of model and codes: all but the sides of the maps."""
     depth = 1 + max(int(key.split('.')[1]) for key in state if key.startswith('blocks.'))
     width = state['pos_start'].shape[-1]
 

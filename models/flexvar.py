@@ -290,8 +290,8 @@ class FlexVAR(ARModel):
             # The first scale has nothing to see but the class, which is its start token.
             x_BLC = (cond_BD + self.pos_start[0]).view(B, 1, -1)                           # (B, 1, C)
             if num_given:
-                given_BLC = self.word_embed(x_BLCv_wo_first_l.float())
-                x_BLC = torch.cat([x_BLC, given_BLC], dim=1)                               # (B, L, C)
+                teacher_BLC = self.word_embed(x_BLCv_wo_first_l.float())
+                x_BLC = torch.cat([x_BLC, teacher_BLC], dim=1)                               # (B, L, C)
             position_1LC = torch.cat([self.positions(size) for size in layout.sizes], dim=1)
             x_BLC = x_BLC + position_1LC
 
@@ -343,7 +343,7 @@ class FlexVAR(ARModel):
         rng: Rng = None,
         keep: Keep | None = None,
     ) -> Iterator[ScaleStep]:
-        """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
+        """Sample scale by scale, one step for each; in eval mode whatever the model's mode is.
 
         Until it is exhausted or closed, the model keeps a cache and serves nothing else.
 
@@ -401,7 +401,7 @@ class FlexVAR(ARModel):
                 #    drawn, or given by an edit.
                 greedy = max(size) > max_pn or (greedy_unseen and max(size) not in DRAWN_SIDES)
                 num_likely = 1 if greedy else top_k
-                filtered_BlV = logits_BlV.clone()  # in place, by the draw
+                filtered_BlV = logits_BlV.clone()  # the draw filters its logits in place
                 drawn_Bl = sample_with_top_k_top_p_(filtered_BlV, num_likely, top_p, rng)[:, :, 0]
                 idx_Bl, _ = keep_of_scale(keep, k, drawn_Bl)
                 yield ScaleStep(k, size, logits_BlV, idx_Bl)

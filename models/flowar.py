@@ -532,7 +532,7 @@ class FlowAR(ARModel):
     def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1., guidance_until: float = 0.9,
                       num_steps: int = 25, lower_steps: int | None = None,
                       rng: Rng = None) -> Iterator[ScaleStep]:
-        """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
+        """Sample scale by scale, one step for each; in eval mode whatever the model's mode is.
 
         Args:
             label_B: (B,) int64, see `as_labels`.

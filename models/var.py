@@ -1,7 +1,8 @@
 """VAR: a transformer that predicts the next scale of a token pyramid.
 
-Letters: B batch, K scales, L all tokens, l tokens of one scale, C width, D condition width, Z tokenizer
-channels, V vocabulary, 3HW image. Source: arXiv 2404.02905.
+Letters: B batch, K scales and k one of them, L all tokens, l tokens of one scale, p side of its code map, P
+side of the last one, C width, D condition width, Z tokenizer channels, V vocabulary, 3HW image.
+Source: arXiv 2404.02905.
 """
 import math
 from collections.abc import Iterator, Sequence
@@ -192,11 +193,12 @@ class VAR(ARModel):
             # The first scale has nothing to see but the class, which is its start token.
             x_BLC = cond_BD[:, None].expand(B, self.first_l, -1) + self.pos_start          # (B, 1, C)
             if x_BLCv_wo_first_l is not None:
-                given_BLC = self.word_embed(x_BLCv_wo_first_l.float())
-                x_BLC = torch.cat([x_BLC, given_BLC], dim=1)                               # (B, L, C)
+                teacher_BLC = self.word_embed(x_BLCv_wo_first_l.float())
+                x_BLC = torch.cat([x_BLC, teacher_BLC], dim=1)                               # (B, L, C)
             x_BLC = x_BLC + self.lvl_embed(self.lvl_1L[:, :L]) + self.pos_1LC[:, :L]
 
-        # A token sees its own scale and all coarser ones.
+        # A token sees its own scale and all coarser ones: 0 where the key's scale is not finer than the
+        # query's, else -inf.
         attn_bias = self.attn_bias_for_masking[:, :, :L, :L]                               # (1, 1, L, L)
         x_BLC = self.run_blocks(x_BLC, cond_BD, attn_bias)
         return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
@@ -227,7 +229,7 @@ class VAR(ARModel):
     def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
                       more_smooth: bool = False, rng: Rng = None,
                       keep: Keep | None = None) -> Iterator[ScaleStep]:
-        """Algorithm of sampling, one step per scale; in eval mode whatever the model's mode is.
+        """Sample scale by scale, one step for each; in eval mode whatever the model's mode is.
 
         Until it is exhausted or closed, the model keeps a cache and serves nothing else.
 
@@ -263,21 +265,21 @@ class VAR(ARModel):
                 for block, mod_B16C in zip(self.blocks, modulations, strict=True):
                     x_BlC = block.modulated(x_BlC, mod_B16C)
 
-                # 2. Guidance, which grows from 0 at the first scale to cfg at the last one.
+                # 2. Guidance: u + s (c - u) of the logits with class and without, s = 1 + cfg * k / (K - 1).
                 cond_BlV, uncond_BlV = self._logits(x_BlC, head_modulation).chunk(2)
                 ratio = self.layout.ratio(k)
                 logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)                  # (B, pn^2, V)
 
                 # 3. Codes: drawn, or given by an edit; then their embeddings.
-                filtered_BlV = logits_BlV.clone()  # in place, by the draw
+                filtered_BlV = logits_BlV.clone()  # the draw filters its logits in place
                 drawn_Bl = sample_with_top_k_top_p_(filtered_BlV, top_k, top_p, rng)[:, :, 0]
-                idx_Bl, given_Bl = keep_of_scale(keep, k, drawn_Bl)
+                idx_Bl, is_kept_Bl = keep_of_scale(keep, k, drawn_Bl)
                 h_BlZ = quantize.lookup(idx_Bl, k)
                 if more_smooth:
-                    tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+                    tau = max(0.27 * (1 - 0.95 * ratio), 0.005)  # as published, like the factor 1 + ratio
                     mix_BlV = gumbel_softmax_with_rng(filtered_BlV.mul(1 + ratio), tau=tau, rng=rng)
                     smooth_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
-                    h_BlZ = torch.where(given_Bl[..., None], h_BlZ, smooth_BlZ)
+                    h_BlZ = torch.where(is_kept_Bl[..., None], h_BlZ, smooth_BlZ)
 
                 # 4. The scale is added to the sum of all scales so far (Algorithm 2 of the paper).
                 h_BZpp = h_BlZ.transpose(1, 2).reshape(B, self.Cvae, pn, pn)

@@ -90,7 +90,7 @@ def test_distance_that_a_kill_prevented_is_drawn_by_the_next_start(folder, train
     def killed(self, epoch):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match='interrupted'):
-        patch.setattr(train.Run, 'draw_distance', killed)
+        patch.setattr(train.Run, 'measure_distance', killed)
         train_here(tmp_path, *WITH_FID)
     train_here(tmp_path, *WITH_FID)
     lines = epochs_of(tmp_path)

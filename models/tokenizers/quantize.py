@@ -80,7 +80,7 @@ class ScaleCode(NamedTuple):
     query_NZ: torch.Tensor   # what was quantised, N = B * ph * pw in (image, row, column) order
     idx_Bhw: torch.Tensor    # its codes, int64
     h_BZhw: torch.Tensor     # their contribution to f_hat, at full size
-    rest_BZhw: torch.Tensor  # what was left before
+    residual_BZhw: torch.Tensor  # what was left before
 
     @property
     def name(self) -> str:
@@ -138,7 +138,7 @@ class VectorQuantizer2(nn.Module):
         for i, phi in enumerate(self.quant_resi.phis):
             phi.requires_grad_(i in used)
         self.register_buffer('ema_vocab_hit_SV', torch.zeros(num_scales, vocab_size))
-        self.record_hit = 0  # training steps that the averages in ema_vocab_hit_SV have seen
+        self.record_hit = 0  # updates of the averages in ema_vocab_hit_SV so far
         self.num_positions = 0  # B * h * w of the last step on this rank
         self.unshared = unshared
         num_codebooks = num_scales if unshared else 1
@@ -180,9 +180,9 @@ class VectorQuantizer2(nn.Module):
             h_BZpp = F.interpolate(h_BZpp, size=tuple(size), mode='bicubic')
         return self.quant_resi(h_BZpp, k, num_scales)
 
-    def queries(self, rest_BZhw: torch.Tensor, size: tuple[int, int], is_last: bool) -> torch.Tensor:
+    def queries(self, residual_BZhw: torch.Tensor, size: tuple[int, int], is_last: bool) -> torch.Tensor:
         """(N, Z) what a scale of `size` quantises of the rest, in (image, row, column) order."""
-        u_BZpp = rest_BZhw if is_last else F.interpolate(rest_BZhw, size=size, mode='area')
+        u_BZpp = residual_BZhw if is_last else F.interpolate(residual_BZhw, size=size, mode='area')
         return u_BZpp.permute(0, 2, 3, 1).reshape(-1, self.Cvae)
 
     def residual_scales(self, f_BZhw: torch.Tensor,
@@ -192,15 +192,15 @@ class VectorQuantizer2(nn.Module):
         full = f_BZhw.shape[-2:]
         assert sizes[-1] == tuple(full), \
             f'the last scale must have the size of the feature map {tuple(full)}, got {sizes[-1]}'
-        rest_BZhw = f_BZhw.detach()
+        residual_BZhw = f_BZhw.detach()
         for k, size in enumerate(sizes):
-            # r_k: the rest, averaged to the side of the scale, and the code next to each of its vectors.
-            query_NZ = self.queries(rest_BZhw, size, is_last=k == len(sizes) - 1)
+            # r_k: the residual, averaged to the side of the scale, and the nearest code of each vector.
+            query_NZ = self.queries(residual_BZhw, size, is_last=k == len(sizes) - 1)
             idx_Bl = self.nearest_code(query_NZ, k).view(len(f_BZhw), -1)
             # phi_k(z_k): what these codes say of the full map, which is then taken off the rest.
             h_BZhw = self.contribution(self.embed(idx_Bl, size, k), k, len(sizes), full)
-            yield ScaleCode(k, query_NZ, idx_Bl.view(-1, *size), h_BZhw, rest_BZhw)
-            rest_BZhw = rest_BZhw - h_BZhw.detach()
+            yield ScaleCode(k, query_NZ, idx_Bl.view(-1, *size), h_BZhw, residual_BZhw)
+            residual_BZhw = residual_BZhw - h_BZhw.detach()
 
     # ------------------------------------------------------------------------------ training
     def forward(self, f_BChw: torch.Tensor, ret_usages: bool = False,
@@ -212,7 +212,8 @@ class VectorQuantizer2(nn.Module):
     def quantised(self, f_BZhw: torch.Tensor) -> Quantised:
         """Quantise with gradients, in float32 (or float64) whatever autocast says.
 
-        The loss is the mean over scales of mse(f_hat_k, f) for codes and phi plus beta times the same for f.
+        The loss is the mean over scales of mse(f_hat_k, sg(f)) + beta mse(sg(f_hat_k), f), where sg stops
+        the gradient: the first term moves codes and phi, the second one holds the encoder to them.
         """
         with torch.autocast(f_BZhw.device.type, enabled=False):
             f_BZhw = at_least_float32(f_BZhw)
@@ -250,7 +251,7 @@ class VectorQuantizer2(nn.Module):
         for scale in self.residual_scales(f_BZhw):
             scales.append(scale)
             codes[scale.name] = scale.idx_Bhw.flatten(1)
-            parts[f'residual_{scale.name}'] = scale.rest_BZhw.square().mean().sqrt()
+            parts[f'residual_{scale.name}'] = scale.residual_BZhw.square().mean().sqrt()
             weight_B = None
             h_BZhw = scale.h_BZhw
             if weight_BK is not None:
@@ -263,7 +264,7 @@ class VectorQuantizer2(nn.Module):
         code_loss = code_loss / num_scales
         commitment = self.beta * commitment / num_scales
 
-        end_BZhw = (scale.rest_BZhw - scale.h_BZhw).detach()  # what all scales together leave of f
+        end_BZhw = (scale.residual_BZhw - scale.h_BZhw).detach()  # what all scales together leave of f
         parts |= dict(residual_end=end_BZhw.square().mean().sqrt(),
                       code_loss=code_loss.detach(), commitment=commitment.detach())
         return Quantised(f_hat, code_loss + commitment, parts, codes), scales

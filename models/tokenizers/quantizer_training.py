@@ -16,13 +16,13 @@ from models.tokenizers.codebook import CodebookUpkeep, kmeans, nearest, squared_
 from models.tokenizers.quantize import Quantised, ScaleCode, VectorQuantizer2
 
 ENTROPY_TEMPERATURE = 0.1
-KMEANS_IMAGES = 4096     # images whose features place the codes, at least, where the deferral is long enough
+KMEANS_IMAGES = 4096     # k-means wants the features of so many images at least, if the wait allows it
 MIN_KEPT_SCALES = 0.3    # of the scales, under scale dropout
 
 
 def rotated(f_BZhw: torch.Tensor, q_BZhw: torch.Tensor) -> torch.Tensor:
     """q with the gradient of f rotated and rescaled onto it, per position (arXiv 2410.06424, Sec. 4.2)."""
-    # The rotation from f to q is made of two reflections, of which w is half-way between the two.
+    # Two reflections rotate f to q: one at the plane across u, one at that across w, which bisects u and v.
     u = F.normalize(f_BZhw.detach(), dim=1)
     v = F.normalize(q_BZhw, dim=1)
     w = F.normalize(u + v, dim=1)
@@ -38,7 +38,7 @@ class QuantizerTraining:
 
     Args:
         quantizer: which is trained; it hands its features to `quantised`.
-        ema, restart: see `CodebookUpkeep`.
+        ema, restart: see `CodebookUpkeep`; with `ema` the codes get no gradient.
         defer_steps: steps without quantisation at the start; k-means then places the codes.
         scale_drop: fraction of the images that keep a random number of leading scales only.
         entropy: weight of the mean entropy of soft assignments minus the entropy of their mean.
@@ -81,7 +81,7 @@ class QuantizerTraining:
         quantizer = self.quantizer
         is_training = quantizer.training
         # Encoder and decoder first learn without a quantizer between them, so that codes begin where
-        # features have settled.
+        # features have settled. A validation in that time does quantise, with codes that were never placed.
         if self.waiting and is_training:
             self._features.append(f_BZhw.detach())
             return Quantised(f_BZhw, f_BZhw.new_zeros(()), {}, {})
@@ -123,17 +123,19 @@ class QuantizerTraining:
             return out
         entropy = 0.
         for scale in scales:
-            rest_BZhw = f_BZhw - f_BZhw.detach() + scale.rest_BZhw  # what was left, with the gradient of f
-            entropy = entropy + self._entropy(rest_BZhw, scale)
+            # What was left before this scale, with the gradient of f.
+            residual_BZhw = f_BZhw - f_BZhw.detach() + scale.residual_BZhw
+            entropy = entropy + self._entropy(residual_BZhw, scale)
         parts = out.parts | dict(entropy_loss=entropy.detach() / len(scales))
         return out._replace(loss=out.loss + self.entropy * entropy / len(scales), parts=parts)
 
-    def _entropy(self, rest_BZhw: torch.Tensor, scale: ScaleCode) -> torch.Tensor:
+    def _entropy(self, residual_BZhw: torch.Tensor, scale: ScaleCode) -> torch.Tensor:
         """Mean entropy of the soft assignments of a scale minus the entropy of their mean.
 
-        It is low where each query is sure of its code and all codes are used alike.
+        It is low where each query is sure of its code and all codes are used alike. Distances are Euclidean,
+        also where codes are chosen by their direction.
         """
-        u_BZpp = F.interpolate(rest_BZhw, size=scale.idx_Bhw.shape[1:], mode='area')
+        u_BZpp = F.interpolate(residual_BZhw, size=scale.idx_Bhw.shape[1:], mode='area')
         query_NZ = u_BZpp.permute(0, 2, 3, 1).flatten(0, 2)
         table_VZ = self.quantizer.embedding.weight[self.quantizer.rows(scale.k)]
         distance_NV = squared_distances(query_NZ, table_VZ)
@@ -155,7 +157,10 @@ class QuantizerTraining:
 
     # ------------------------------------------------------------------------------ an optimizer step
     def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
-        """Move and restart codes, or come closer to the start of quantisation; see `Trainable.after_step`."""
+        """Move and restart codes, or count a step of the wait; see `Trainable.after_step`.
+
+        The optimizer forgets what it knew of the rows that are returned.
+        """
         weight = self.quantizer.embedding.weight
         # Quantisation is on: moving averages and restarts of the codebook.
         if not self.waiting:
@@ -215,7 +220,7 @@ class QuantizerTraining:
         quantizer = self.quantizer
         num_scales = len(quantizer.v_patch_nums)
         codes_per_scale = quantizer.vocab_size // num_scales
-        rest_BZhw = f_BZhw
+        residual_BZhw = f_BZhw
         for k, size in enumerate(as_sizes(quantizer.v_patch_nums)):
             is_last = k == num_scales - 1
             first = 0
@@ -223,14 +228,14 @@ class QuantizerTraining:
             if not quantizer.unshared:
                 first = k * codes_per_scale
                 last = quantizer.vocab_size if is_last else first + codes_per_scale
-            query_NZ = quantizer.queries(rest_BZhw, size, is_last)
+            query_NZ = quantizer.queries(residual_BZhw, size, is_last)
             codes_VZ = table_VZ[quantizer.rows(k)][first:last]
             codes_VZ.copy_(kmeans(query_NZ, len(codes_VZ)))
 
             # The next scale is placed on what these codes leave.
             chosen_NZ = codes_VZ[nearest(query_NZ, codes_VZ)]
             h_BZpp = chosen_NZ.view(len(f_BZhw), *size, quantizer.Cvae).permute(0, 3, 1, 2)
-            rest_BZhw = rest_BZhw - quantizer.contribution(h_BZpp, k, num_scales, f_BZhw.shape[-2:])
+            residual_BZhw = residual_BZhw - quantizer.contribution(h_BZpp, k, num_scales, f_BZhw.shape[-2:])
 
     # ------------------------------------------------------------------------------ state
     def state_dict(self) -> dict:
