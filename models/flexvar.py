@@ -29,7 +29,7 @@ from models.basic_var import (
     transformer_kwargs,
 )
 from models.editing import Keep, edit, keep_of_scale, mostly_kept, place
-from models.helpers import drop_labels, guide, sample_with_top_k_top_p_
+from models.helpers import draw_codes, drop_labels, guide
 from models.noise import Rng
 from models.sampling import mark_damaged, sampling_mode
 from models.scales import (
@@ -401,8 +401,7 @@ class FlexVAR(ARModel):
                 #    drawn, or given by an edit.
                 greedy = max(size) > max_pn or (greedy_unseen and max(size) not in DRAWN_SIDES)
                 num_likely = 1 if greedy else top_k
-                filtered_BlV = logits_BlV.clone()  # the draw filters its logits in place
-                drawn_Bl = sample_with_top_k_top_p_(filtered_BlV, num_likely, top_p, rng)[:, :, 0]
+                drawn_Bl = draw_codes(logits_BlV, num_likely, top_p, rng)
                 idx_Bl, _ = keep_of_scale(keep, k, drawn_Bl)
                 yield ScaleStep(k, size, logits_BlV, idx_Bl)
 

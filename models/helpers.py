@@ -2,11 +2,15 @@
 
 Letters: B batch, l tokens of one scale, V vocabulary.
 """
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from models.noise import GlobalBatch, ImageNoise, Rng, exponential_like
+
+SOFTMAX_BLOCK = 128  # terms that a softmax on the CPU adds at a time
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -23,6 +27,11 @@ def filter_top_k_top_p_(logits_BlV: torch.Tensor, top_k: int = 0, top_p: float =
     if not 0 <= top_k <= vocab_size:
         raise ValueError(f'top_k must lie in 0..{vocab_size}, the size of the vocabulary, got {top_k}: '
                          'pass a smaller top_k, or 0 to switch it off')
+    # With both limits the nucleus lies within the top k, so that sorting those is enough.
+    if top_k > 0 and top_p > 0:
+        candidates = top_candidates(logits_BlV, top_k, top_p)
+        if candidates is not None:
+            return logits_BlV.fill_(-torch.inf).scatter_(-1, candidates.index_Blk, candidates.logits_Blk)
     if top_k > 0:
         smallest_kept = logits_BlV.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         logits_BlV.masked_fill_(logits_BlV < smallest_kept, -torch.inf)
@@ -37,6 +46,54 @@ def filter_top_k_top_p_(logits_BlV: torch.Tensor, top_k: int = 0, top_p: float =
 def filter_top_k_top_p(logits_BlV: torch.Tensor, top_k: int = 0, top_p: float = 0.) -> torch.Tensor:
     """`filter_top_k_top_p_` on a copy."""
     return filter_top_k_top_p_(logits_BlV.clone(), top_k, top_p)
+
+
+class Candidates(NamedTuple):
+    """The codes that a draw may choose from."""
+    logits_Blk: torch.Tensor  # -inf outside the nucleus
+    index_Blk: torch.Tensor   # numbers of the codes, int64
+
+
+def top_candidates(logits_BlV: torch.Tensor, top_k: int, top_p: float = 0.) -> Candidates | None:
+    """The top k codes of each token, and among them the nucleus; see `filter_top_k_top_p_`.
+
+    Returns:
+        None where a code outside the top k is as likely as the last one inside, for which all of these count.
+    """
+    # Ascending, as the nucleus is cut from its lower end.
+    logits_Blk, index_Blk = (t.flip(-1) for t in logits_BlV.topk(top_k))
+    smallest_kept = logits_Blk[..., :1]
+    if ((logits_BlV >= smallest_kept).sum(-1) > top_k).any():
+        return None
+    if top_p > 0:
+        # A softmax over the whole vocabulary adds its terms block by block. Padding gives these terms the
+        # same places within the blocks, and so the sum that a sort of all codes would give, to the last bit.
+        num_before = (logits_BlV.shape[-1] - top_k) % SOFTMAX_BLOCK
+        padded_Blk = F.pad(logits_Blk, (num_before, 0), value=-torch.inf)
+        remove_Blk = padded_Blk.softmax(-1).cumsum_(-1)[..., num_before:] <= 1 - top_p
+        remove_Blk[..., -1] = False
+        logits_Blk = logits_Blk.masked_fill(remove_Blk, -torch.inf)
+    return Candidates(logits_Blk, index_Blk)
+
+
+def draw_codes(logits_BlV: torch.Tensor, top_k: int = 0, top_p: float = 0., rng: Rng = None) -> torch.Tensor:
+    """(B, l) int64, a code for each token, drawn from the filtered logits, which stay as they are.
+
+    They are the codes that `sample_with_top_k_top_p_` draws. With a top k and `ImageNoise`, only the noise of
+    those that may be chosen is made.
+    """
+    B, l, V = logits_BlV.shape
+    is_limited = 0 < top_k < V and isinstance(rng, ImageNoise)
+    candidates = top_candidates(logits_BlV, top_k, top_p) if is_limited else None
+    if candidates is None:
+        return sample_with_top_k_top_p_(logits_BlV.clone(), top_k, top_p, rng)[:, :, 0]
+
+    # The largest ratio of probability to exponential noise is a draw from the distribution.
+    probs_Blk = candidates.logits_Blk.softmax(-1)
+    place_Blk = candidates.index_Blk + torch.arange(l, device=logits_BlV.device)[:, None] * V
+    noise_Blk = rng.exponential_at(place_Blk.view(B, -1)).view_as(probs_Blk)
+    choice_Bl1 = probs_Blk.div_(noise_Blk).argmax(-1, keepdim=True)
+    return candidates.index_Blk.gather(-1, choice_Bl1)[:, :, 0]
 
 
 def sample_with_top_k_top_p_(logits_BlV: torch.Tensor, top_k: int = 0, top_p: float = 0., rng: Rng = None,

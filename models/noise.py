@@ -45,16 +45,28 @@ class ImageNoise:
 
     def uniform_like(self, t: torch.Tensor) -> torch.Tensor:
         """As `exponential_like`, uniform in (0, 1)."""
+        counter = torch.arange(t[0].numel(), device=t.device)
+        return self._uniform_at(counter[None]).view_as(t)
+
+    def exponential_at(self, index_Bn: torch.Tensor) -> torch.Tensor:
+        """Of the noise that `exponential_like` would draw, the elements with these numbers alone.
+
+        Args:
+            index_Bn: (B, n) int64, places in the flattened tensor of an image.
+        """
+        return self._uniform_at(index_Bn).log_().neg_()
+
+    def _uniform_at(self, counter_Bn: torch.Tensor) -> torch.Tensor:
+        """(B, n) float32 in (0, 1) of one draw; counters (1, n) are those of all images."""
         # A key of 64 bits for every image and draw.
         keys = [np.random.SeedSequence([self.seed, i, self.num_draws]).generate_state(1, np.uint64)[0]
                 for i in self.index_B]
         self.num_draws += 1
-        key_B1 = torch.from_numpy(np.array(keys).view(np.int64)).to(t.device)[:, None]
+        key_B1 = torch.from_numpy(np.array(keys).view(np.int64)).to(counter_Bn.device)[:, None]
 
         # SplitMix64 of all counters at once. Torch shifts signed numbers, so the bits that come in from the
         # left are masked away.
-        counter = torch.arange(t[0].numel(), device=t.device)
-        x = counter.mul_(GOLDEN)[None] + key_B1
+        x = counter_Bn * GOLDEN + key_B1
         for shift, factor in MIXING:
             x.bitwise_xor_((x >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
         x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
@@ -62,7 +74,7 @@ class ImageNoise:
         # Of the 23 high bits a float32 keeps all, half a step included: the noise is never 0, with which
         # codes that were filtered out would win the draw, and never 1.
         high = (x >> 41).bitwise_and_((1 << 23) - 1)
-        return high.float().add_(0.5).mul_(2. ** -23).view_as(t)
+        return high.float().add_(0.5).mul_(2. ** -23)
 
 
 Rng = torch.Generator | ImageNoise | None

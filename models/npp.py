@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.attention import KVCache, attend
 from models.base import ARModel, Tokenizer
-from models.helpers import DropPath, drop_labels, guide, sample_with_top_k_top_p_
+from models.helpers import DropPath, draw_codes, drop_labels, guide
 from models.layers import RMSNorm, Rope2d, rotate
 from models.noise import GlobalBatch, Rng
 from models.sampling import sampling_mode
@@ -364,7 +364,7 @@ class NPP(ARModel):
         # The published options mean "off" by other values than the filter does.
         top_k = min(top_k, self.vocab_size)
         top_p = top_p if top_p < 1 else 0.
-        return sample_with_top_k_top_p_(logits_B1V, top_k, top_p, rng)[:, :, 0]
+        return draw_codes(logits_B1V, top_k, top_p, rng)
 
     def sample(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 1., rng: Rng = None,
                image_size: int | None = None, image_size_eval: int | None = None,

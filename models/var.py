@@ -26,7 +26,14 @@ from models.basic_var import (
     transformer_kwargs,
 )
 from models.editing import Keep, edit, keep_of_scale, mostly_kept
-from models.helpers import drop_labels, guide, gumbel_softmax_with_rng, sample_with_top_k_top_p_
+from models.helpers import (
+    draw_codes,
+    drop_labels,
+    filter_top_k_top_p,
+    guide,
+    gumbel_softmax_with_rng,
+    sample_with_top_k_top_p_,
+)
 from models.noise import Rng
 from models.sampling import mark_damaged, sampling_mode
 from models.scales import ProgressiveSchedule, ScaleLayout, scale_metrics
@@ -271,12 +278,12 @@ class VAR(ARModel):
                 logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)                  # (B, pn^2, V)
 
                 # 3. Codes: drawn, or given by an edit; then their embeddings.
-                filtered_BlV = logits_BlV.clone()  # the draw filters its logits in place
-                drawn_Bl = sample_with_top_k_top_p_(filtered_BlV, top_k, top_p, rng)[:, :, 0]
+                drawn_Bl = draw_codes(logits_BlV, top_k, top_p, rng)
                 idx_Bl, is_kept_Bl = keep_of_scale(keep, k, drawn_Bl)
                 h_BlZ = quantize.lookup(idx_Bl, k)
                 if more_smooth:
                     tau = max(0.27 * (1 - 0.95 * ratio), 0.005)  # as published, like the factor 1 + ratio
+                    filtered_BlV = filter_top_k_top_p(logits_BlV, top_k, top_p)
                     mix_BlV = gumbel_softmax_with_rng(filtered_BlV.mul(1 + ratio), tau=tau, rng=rng)
                     smooth_BlZ = mix_BlV @ quantize.embedding.weight[quantize.rows(k)]
                     h_BlZ = torch.where(is_kept_Bl[..., None], h_BlZ, smooth_BlZ)

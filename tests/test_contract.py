@@ -272,11 +272,11 @@ class FailingNoise(ImageNoise):
         self.model = model
         self.caches = None
 
-    def uniform_like(self, t):
+    def _uniform_at(self, counter_Bn):
         if self.num_draws == 2:
             self.caches = caches_of(self.model)
             raise RuntimeError('out of memory')
-        return super().uniform_like(t)
+        return super()._uniform_at(counter_Bn)
 
 
 def assert_untouched(model, training, expected, name):

@@ -10,6 +10,7 @@ from evaluation.precision_recall import precision_recall
 from models import VQVAE
 from models.helpers import (
     DropPath,
+    draw_codes,
     drop_labels,
     exponential_like,
     filter_top_k_top_p,
@@ -18,7 +19,7 @@ from models.helpers import (
     gumbel_softmax_with_rng,
     sample_with_top_k_top_p_,
 )
-from models.noise import GlobalBatch
+from models.noise import GlobalBatch, ImageNoise
 from models.tokenizers.codebook import float32_matmul
 from tests.runs import TINY_VQVAE
 from tests.vectors import assert_within, load_json, load_tensors, needs_rng
@@ -389,3 +390,41 @@ def test_older_settings_of_the_caller_are_kept(precision, vqvae):
         before = precisions()
         encode_and_score(vqvae)
         assert precisions() == before and before[1:3] == (older, flag)
+
+
+# ------------------------------------------------------------ draws among the top k
+def filtered_by_a_full_sort(logits, top_k, top_p):
+    """As published: the top k by a threshold, then the nucleus in a sort of the whole vocabulary."""
+    smallest_kept = logits.topk(top_k).values.amin(-1, keepdim=True)
+    limited = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if top_p == 0:
+        return limited
+    ascending, order = limited.sort(dim=-1)
+    remove = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    remove[..., -1] = False
+    return limited.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
+
+
+@pytest.mark.parametrize(('vocab_size', 'top_k', 'top_p'), [
+    (4096, 900, 0.96), (4096, 600, 0.), (8912, 900, 0.95), (1000, 1, 0.5), (64, 64, 0.9), (50, 7, 0.3)])
+def test_draws_among_the_top_k_equal_those_from_a_full_sort(vocab_size, top_k, top_p):
+    logits = 3 * torch.randn(2, 60, vocab_size)
+    before = logits.clone()
+    filtered = filtered_by_a_full_sort(logits, top_k, top_p)
+    assert torch.equal(filter_top_k_top_p(logits, top_k, top_p), filtered)
+    expected = filtered.softmax(-1).div(ImageNoise(5, [3, 8]).exponential_like(logits)).argmax(-1)
+    assert torch.equal(draw_codes(logits, top_k, top_p, ImageNoise(5, [3, 8])), expected)
+    assert torch.equal(logits, before)
+
+
+def test_codes_tied_with_the_last_of_the_top_k_all_count():
+    logits = torch.tensor([3., 1., 1., 1., 0.]).log().expand(1, 2000, 5)
+    drawn = draw_codes(logits, top_k=2, rng=ImageNoise(0, [0]))
+    assert drawn.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_noise_of_single_elements_is_that_of_the_whole_draw():
+    logits = torch.empty(3, 5, 7)
+    whole = ImageNoise(2, [4, 0, 9]).exponential_like(logits)
+    index = torch.randint(35, (3, 11))
+    assert torch.equal(ImageNoise(2, [4, 0, 9]).exponential_at(index), whole.view(3, 35).gather(1, index))

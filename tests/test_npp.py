@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import NPP, VQModel, build_generator, load_weights, npp
+from models import NPP, VQModel, build_generator, helpers, load_weights, npp
 from models.helpers import guide
 from models.layers import RMSNorm, Rope2d, rotate
 from models.noise import GlobalBatch, ImageNoise
@@ -86,13 +86,13 @@ def spy(owner, name, monkeypatch):
 
 def spy_filters(monkeypatch):
     """Logits (B, 1, V) after the filters of every draw that has any."""
-    seen, filter_and_draw = [], npp.sample_with_top_k_top_p_
+    seen, filter_and_draw = [], helpers.sample_with_top_k_top_p_
 
     def call(logits, *args):
         drawn = filter_and_draw(logits, *args)  # which filters in place
         seen.append(logits)
         return drawn
-    monkeypatch.setattr(npp, 'sample_with_top_k_top_p_', call)
+    monkeypatch.setattr(helpers, 'sample_with_top_k_top_p_', call)
     return seen
 
 
