@@ -352,7 +352,7 @@ def test_all_paths_of_the_quantizer_agree(patch_nums):
     maps = [quantize.embed(idx, (pn, pn)) for idx, pn in zip(idx_kBl, patch_nums, strict=True)]
     assert torch.equal(quantize.embed_to_fhat(maps, last_one=True), f_hats[-1])
     assert_within(sum(step.h_BZhw for step in steps), f_hats[-1], 1e-6)
-    assert_within(steps[-1].rest_BZhw - steps[-1].h_BZhw, f - f_hats[-1], 1e-5)
+    assert_within(steps[-1].residual_BZhw - steps[-1].h_BZhw, f - f_hats[-1], 1e-5)
 
     # the figures of the log, and the loss, from the same maps
     rest = [f, *(f - f_hat for f_hat in f_hats)]
