@@ -21,6 +21,11 @@ from models.base import at_least_float32
 NUM_GROUPS = 32
 
 
+def silu(h: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(x) of a tensor that nothing else reads: in place where no gradient needs it."""
+    return F.silu(h, inplace=not torch.is_grad_enabled())
+
+
 class Layout(NamedTuple):
     """Names that a publication gives to the parts of the network: they decide the keys of its weights."""
     down: str                   # the list of encoder levels, finest first
@@ -99,9 +104,9 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = F.silu(self.norm1(x))
+        h = silu(self.norm1(x))
         h = self.conv1(h)                                                                  # (B, out, h, w)
-        h = F.silu(self.norm2(h))
+        h = silu(self.norm2(h))
         h = self.conv2(self.dropout(h))
         return self.nin_shortcut(x) + h                                                    # (B, out, h, w)
 
@@ -243,7 +248,7 @@ class Encoder(nn.Module):
         for level in getattr(self, self.layout.down):
             h = level(h)
         h = self.mid(h)                                                                    # (B, C, h, w)
-        h = F.silu(self.norm_out(h))
+        h = silu(self.norm_out(h))
         return self.conv_out(h)                                                            # (B, Z, h, w)
 
 
@@ -308,7 +313,7 @@ class Decoder(nn.Module):
             levels = reversed(levels)
         for level in levels:
             h = level(h)
-        h = F.silu(self.norm_out(h))                                                       # (B, ch, H, W)
+        h = silu(self.norm_out(h))                                                       # (B, ch, H, W)
         return self.conv_out(h)                                                            # (B, 3, H, W)
 
 
@@ -338,7 +343,7 @@ class TinyEncoder(nn.Module):
         # This memory format makes a step a fifth faster on a CPU.
         x = x.contiguous(memory_format=torch.channels_last)
         h = self.body(x)                                                                   # (B, 48, h, w)
-        h = F.silu(self.norm_out(h))
+        h = silu(self.norm_out(h))
         return self.conv_out(h)                                                            # (B, Z, h, w)
 
 
@@ -368,7 +373,7 @@ class TinyDecoder(nn.Module):
         z = z.contiguous(memory_format=torch.channels_last)  # see `TinyEncoder.forward`
         h = self.conv_in(z)                                                                # (B, 48, h, w)
         h = self.body(h)                                                                   # (B, 24, 4h, 4w)
-        h = F.silu(self.norm_out(h))
+        h = silu(self.norm_out(h))
 
         # There is no residual block at full resolution, where it would be most expensive.
         h = F.interpolate(h, scale_factor=2, mode='nearest')                               # (B, 24, 8h, 8w)
