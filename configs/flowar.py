@@ -105,7 +105,7 @@ class FlowARConfig(CachedConfig):
     images_per_rank: int = opt(
         0,
         'images per rank and micro-step, as published; 0 follows --bs',
-        'batch_size',
+        'batch_size batch_per_process',
         limits=(0, INF),
         free=True,
     )

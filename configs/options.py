@@ -105,9 +105,13 @@ def settings(**defaults: Any) -> Callable[[type], type]:
         for name, default in defaults.items():
             inherited = cls.__dataclass_fields__[name]
             value, changes = default if isinstance(default, Other) else (default, {})
-            renamed = {'help' if key == 'text' else key: change for key, change in changes.items()}
+            if 'text' in changes:
+                changes = {**changes, 'help': changes['text']}
+                del changes['text']
+            unknown = changes.keys() - inherited.metadata.keys()
+            assert not unknown, f'{sorted(unknown)} of {name} are no arguments of opt()'
             cls.__annotations__[name] = inherited.type
-            setattr(cls, name, field(default=value, metadata={**inherited.metadata, **renamed}))
+            setattr(cls, name, field(default=value, metadata={**inherited.metadata, **changes}))
         return dataclasses.dataclass(frozen=True)(cls)
 
     return decorate

@@ -105,7 +105,8 @@ def edit(model: ARModel, images_B3HW: torch.Tensor, keep: torch.Tensor,
     that keeps nothing is plain sampling.
 
     Args:
-        model: a VAR or FlexVAR; its `keep_masks` says which codes of a scale stay.
+        model: a VAR or FlexVAR, with `patch_nums`, the sides that it draws by default, and `keep_masks`,
+            which says what codes of a scale stay.
         images_B3HW: in [-1, 1], of the size that the finest scale decodes to.
         keep: True where pixels stay: (H, W) for all images, or (B, H, W); see `as_mask`.
         labels: as for `sample`; a negative int is the null class, which leaves guidance without effect.

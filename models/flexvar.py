@@ -497,8 +497,8 @@ class FlexVAR(ARModel):
         return [mostly_kept(mask_B1HW, size, keep_share) for size in sizes]
 
     def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
-             *, guidance: float, infer_patch_nums: Sequence[Side] | None = None,
-             **options: Any) -> torch.Tensor:
+             *, guidance: float, rng: Rng = None, paste: bool = False, keep_share: float = 0.5,
+             infer_patch_nums: Sequence[Side] | None = None, **options: Any) -> torch.Tensor:
         """Draw again what a mask does not keep in images of any size, see `models.editing.edit`.
 
         Args:
@@ -508,8 +508,8 @@ class FlexVAR(ARModel):
             size = self.tokenizer.map_size(*images_B3HW.shape[-2:])
             infer_patch_nums = rect_schedule(self.patch_nums, *size)
         check_sizes(as_sizes(infer_patch_nums))
-        return edit(self, images_B3HW, keep, labels, guidance=guidance, infer_patch_nums=infer_patch_nums,
-                    **options)
+        return edit(self, images_B3HW, keep, labels, guidance=guidance, rng=rng, paste=paste,
+                    keep_share=keep_share, infer_patch_nums=infer_patch_nums, **options)
 
     def expand(self, images_B3HW: torch.Tensor, size: tuple[int, int], corner: tuple[int, int],
                labels: int | Sequence[int] | torch.Tensor, **options: Any) -> torch.Tensor:

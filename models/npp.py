@@ -205,9 +205,9 @@ class NPP(ARModel):
                              f'width {dim}, {n_head} heads, {n_kv_head} groups: choose other numbers')
         ends = [end for end, _ in phases]
         sides = [p for _, p in phases]
-        are_rising = ends == sorted({*ends}) and min(ends, default=0) > 0
-        do_fit = all(p >= 1 and grid % p == 0 for p in sides)
-        if not are_rising or not do_fit or tuple(phases[-1]) != (1, 1):
+        ends_rise_from_zero = ends == sorted({*ends}) and min(ends, default=0) > 0
+        patches_fit = all(p >= 1 and grid % p == 0 for p in sides)
+        if not ends_rise_from_zero or not patches_fit or tuple(phases[-1]) != (1, 1):
             raise ValueError('expected phases (share at which it ends, side of a patch that divides '
                              f'{grid}) of which the last is (1, 1), got {tuple(phases)}: see --epoch_rate '
                              'and --patch_level')

@@ -330,9 +330,11 @@ class VAR(ARModel):
 
     # ------------------------------------------------------------------------------ editing
     def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,
-             *, guidance: float, **options: Any) -> torch.Tensor:
+             *, guidance: float, rng: Rng = None, paste: bool = False, keep_share: float = 0.5,
+             **options: Any) -> torch.Tensor:
         """Draw again what a mask does not keep, see `models.editing.edit`: (B, 3, H, W) in [0, 1]."""
-        return edit(self, images_B3HW, keep, labels, guidance=guidance, **options)
+        return edit(self, images_B3HW, keep, labels, guidance=guidance, rng=rng, paste=paste,
+                    keep_share=keep_share, **options)
 
     def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],
                    keep_share: float = 0.5) -> list[torch.Tensor]:
@@ -372,9 +374,9 @@ class VAR(ARModel):
             absent = torch.full_like(metrics['L_mean'], -1)
             metrics |= dict(L_tail=absent, acc_tail=absent.clone())
         if self.training:
-            progress = dict(prog_si=stage if self.progressive else -1, prog_wp=aux['newest_weight'],
-                            prog_a_reso=self.patch_nums[stage] * stride)
-            for name, value in progress.items():
+            stage_figures = dict(prog_si=stage if self.progressive else -1, prog_wp=aux['newest_weight'],
+                                 prog_a_reso=self.patch_nums[stage] * stride)
+            for name, value in stage_figures.items():
                 metrics[name] = torch.full_like(metrics['L_mean'], value)
         return metrics
 

@@ -355,7 +355,7 @@ def test_published_small_model():
     info, t = load_json(f'flowar/{name}'), load_tensors(f'flowar/{name}')
     tolerance, label = info['tolerance'], torch.tensor([info['label']])
     config = FlowARConfig(**PRESETS['flowar']['flowar_s'])
-    model = fill(FlowAR(Latents(), **config.model_kwargs(1, 1)), flowar_rule(info['weight_seed'])).eval()
+    model = fill(FlowAR(Latents(), **model_arguments(config)), flowar_rule(info['weight_seed'])).eval()
     with torch.no_grad():
         targets, teacher = model.pyramid(t['latent'])
         z = model(label, teacher)

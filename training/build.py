@@ -108,7 +108,7 @@ def load_tokenizer(config: TrainConfig, cls: type[Tokenizer], device: torch.devi
                            'copy the same file to every node')
     if tokenizer.stride != config.stride:
         raise ValueError(f'the tokenizer of {config.vae_ckpt} has stride {tokenizer.stride}, the flags '
-                         f'say {config.stride}: pass '
+                         f'expect {config.stride}: pass '
                          f'--{flag_of(config, "stride")}={tokenizer.stride}')
     return tokenizer
 

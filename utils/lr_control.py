@@ -26,8 +26,9 @@ def lr_ratio(schedule: str, step: int, warmup: int, total: int, start: float, en
     if step < warmup:
         return start + (1 - start) * step / warmup
 
-    # p runs from 0 after the warm-up to 1 at the last step.
-    p = (step - warmup) / max(total - (schedule != 'cosine') - warmup, 1)
+    # p runs from 0 after the warm-up to 1 at the last step, or one step after it.
+    end_step = total if schedule == 'cosine' else total - 1
+    p = (step - warmup) / max(end_step - warmup, 1)
     rest = 1 - p
     if schedule in ('cos', 'cosine'):
         return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * p))

@@ -1,1 +1,1 @@
-"""Image tokenizers: one file each, over shared convolution blocks (conv.py) and quantizers (quantize.py)."""
+"""Image tokenizers, a file each, over shared convolutions (conv.py) and quantizers."""

@@ -133,12 +133,12 @@ class FlexVAE(VQModel):
             ValueError: encoder and decoder are of another network.
         """
         own = self.state_dict()
-        towers = {key for key in own if key.startswith(('encoder.', 'decoder.'))}
+        wanted = {key for key in own if key.startswith(('encoder.', 'decoder.'))}
         fitting = {key: t for key, t in state.items() if key in own and own[key].shape == t.shape}
-        if not towers <= fitting.keys():
-            num_fitting = len(towers & fitting.keys())
-            raise ValueError(f'{source} fits only {num_fitting} of the {len(towers)} tensors of encoder and '
+        if not wanted <= fitting.keys():
+            num_fitting = len(wanted & fitting.keys())
+            raise ValueError(f'{source} fits only {num_fitting} of the {len(wanted)} tensors of encoder and '
                              'decoder: pass a VQ-16 or FlexVAE of the same widths')
         if len(fitting) < len(own):
-            fitting = {key: fitting[key] for key in towers}
+            fitting = {key: fitting[key] for key in wanted}
         self.load_state_dict(fitting, strict=False)

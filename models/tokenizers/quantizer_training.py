@@ -17,7 +17,7 @@ from models.tokenizers.quantize import Quantised, ScaleCode, VectorQuantizer2
 
 ENTROPY_TEMPERATURE = 0.1
 KMEANS_IMAGES = 4096     # k-means wants the features of so many images at least, if the wait allows it
-MIN_KEPT_SCALES = 0.3    # of the scales, under scale dropout
+MIN_KEPT_FRACTION = 0.3  # of the scales, under scale dropout
 
 
 def rotated(f_BZhw: torch.Tensor, q_BZhw: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ class QuantizerTraining:
         over the images of all ranks.
         """
         num_scales = len(self.quantizer.v_patch_nums)
-        fewest = max(1, round(MIN_KEPT_SCALES * num_scales))
+        fewest = max(1, round(MIN_KEPT_FRACTION * num_scales))
 
         def weights(u_B: torch.Tensor) -> torch.Tensor:
             num_kept_B = torch.randint(fewest, num_scales + 1, u_B.shape, device=u_B.device)
@@ -188,8 +188,8 @@ class QuantizerTraining:
 
     def _gathering_steps(self, images_per_step: int) -> int:
         """Steps at the end of the wait whose features are kept for k-means: at most half of them."""
-        codes_per_scale = len(self.quantizer.embedding.weight) // len(self.quantizer.v_patch_nums)
-        num_images = max(4 * codes_per_scale, KMEANS_IMAGES)
+        num_codes = len(self.quantizer.embedding.weight)
+        num_images = max(4 * num_codes // len(self.quantizer.v_patch_nums), KMEANS_IMAGES)
         return min(-(-num_images // images_per_step), -(-self.defer_steps // 2))
 
     def forget_step(self) -> None:

@@ -38,9 +38,9 @@ def entropy_loss(affinity_NV: torch.Tensor) -> torch.Tensor:
     p_NV = scaled_NV.softmax(1)
     log_p_NV = scaled_NV.log_softmax(1)
     p_V = p_NV.mean(0)
-    negative_entropy_of_mean = (p_V * (p_V + 1e-5).log()).sum()
-    negative_mean_entropy = (p_NV * log_p_NV).sum(1).mean()
-    return negative_entropy_of_mean - negative_mean_entropy
+    entropy_of_mean = -(p_V * (p_V + 1e-5).log()).sum()
+    mean_entropy = -(p_NV * log_p_NV).sum(1).mean()
+    return mean_entropy - entropy_of_mean
 
 
 def area_resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -160,7 +160,7 @@ class VQModel(Tokenizer):
         codebook_size: V. codebook_embed_dim: Z.
         codebook_l2_norm, commit_loss_beta, entropy_loss_ratio: see `VectorQuantizer`.
         encoder_ch_mult, decoder_ch_mult: width multiples per level; the stride is 2 ** (levels - 1).
-        z_channels: channels of the towers next to the quantizer.
+        z_channels: channels of encoder and decoder next to the quantizer.
         dropout_p: inside residual blocks.
         ch: width of the first level, a multiple of 32; num_res_blocks: per encoder level, the decoder has one
             more; net: 'published' or 'tiny', see `build_encoder_decoder`.
@@ -285,24 +285,32 @@ class VQModel(Tokenizer):
 
     def reconstruct(self, images_B3HW: torch.Tensor, progress: float = 1.) -> Reconstruction:
         self.check_size(images_B3HW)
+        # The same features are quantised and decoded at every size of the step, each a complete image.
         f_BZhw = self.features(images_B3HW)
         views = []
         maps = {}
         for h, w in self.training_sizes(self.native_size(images_B3HW)):
-            out = maps[scale_name((h, w))] = self.quantize(area_resize(f_BZhw, (h, w)))
-            target = area_resize(images_B3HW, (h * self.stride, w * self.stride))
-            views.append((target, self.pixels(out.quant_BZhw)))
+            out = self.quantize(area_resize(f_BZhw, (h, w)))
+            maps[scale_name((h, w))] = out
+            target_B3hw = area_resize(images_B3HW, (h * self.stride, w * self.stride))
+            views.append((target_B3hw, self.pixels(out.quant_BZhw)))
+
         codes = {name: out.idx_Bl for name, out in maps.items()}
         if self.training and self.upkeep is not None:
-            self.upkeep.observe(codes, {name: out.query_NZ for name, out in maps.items()})
-        parts = {name: torch.stack([getattr(out, name) for out in maps.values()]).mean()
-                 for name in ('vq_loss', 'commit_loss', 'entropy_loss')}
+            queries = {name: out.query_NZ for name, out in maps.items()}
+            self.upkeep.observe(codes, queries)
+
+        # Every size counts the same in the loss of the quantizer.
+        parts = {}
+        for name in ('vq_loss', 'commit_loss', 'entropy_loss'):
+            parts[name] = torch.stack([getattr(out, name) for out in maps.values()]).mean()
         latent_loss = sum(parts.values())
         if len(views) > 1:
-            parts |= {f'l2_{name}': F.mse_loss(rec, target)
-                      for name, (target, rec) in zip(maps, views, strict=True)}
+            for name, (target_B3hw, rec_B3hw) in zip(maps, views, strict=True):
+                parts[f'l2_{name}'] = F.mse_loss(rec_B3hw, target_B3hw)
         parts |= dict(latent_mean=f_BZhw.mean(), latent_std=f_BZhw.std())
-        return Reconstruction(views, latent_loss, {name: t.detach() for name, t in parts.items()}, codes)
+        parts = {name: value.detach() for name, value in parts.items()}
+        return Reconstruction(views, latent_loss, parts, codes)
 
     def after_step(self, progress: float) -> dict[nn.Parameter, torch.Tensor]:
         return {} if self.upkeep is None else self.upkeep.update(progress)
@@ -337,11 +345,16 @@ class VQModel(Tokenizer):
     @staticmethod
     def kwargs_from_state_dict(state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Everything but `config_state` and what matters in training only."""
-        towers = read_encoder_decoder(state)
+        kwargs = read_encoder_decoder(state)
+        encoder_ch_mult = kwargs.pop('ch_mult')
         vocab_size, channels = state['quantize.embedding.weight'].shape
-        return dict(codebook_size=vocab_size, codebook_embed_dim=channels,
-                    encoder_ch_mult=towers.pop('ch_mult'), decoder_ch_mult=read_ch_mult(state, 'decoder'),
-                    z_channels=state['quant_conv.weight'].shape[1], **towers)
+        return kwargs | dict(
+            codebook_size=vocab_size,
+            codebook_embed_dim=channels,
+            encoder_ch_mult=encoder_ch_mult,
+            decoder_ch_mult=read_ch_mult(state, 'decoder'),
+            z_channels=state['quant_conv.weight'].shape[1],
+        )
 
 
 def VQ_16(**kwargs: Any) -> VQModel:

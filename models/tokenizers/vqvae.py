@@ -280,9 +280,17 @@ class VQVAE(Tokenizer):
         return dict(record_hit=quantize.record_hit, **measures)
 
     def load_training_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `training_state`.
+
+        Raises:
+            ValueError: the state has measures against collapse that this training lacks.
+        """
         self.quantize.record_hit = state['record_hit']
         if self.quantize.measures is not None:
             self.quantize.measures.load_state_dict(state)
+        elif state['upkeeps'] or state['gathered']:
+            raise ValueError('expected the state of a training by gradient alone, got one with upkeep of the '
+                             'codes: pass the same measures')
 
     # ------------------------------------------------------------------------------ weights
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
