@@ -1,4 +1,5 @@
 """TokenizerTrainer: two optimizers, ranks, accumulation, averaged weights, decoder-only training."""
+import pytest
 import torch
 
 import dist
@@ -174,10 +175,24 @@ def test_average_equals_the_closed_form_and_copies_codes():
         ema.update()
     torch.testing.assert_close(ema.weights[name], expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(ema.weights[codes], model.state_dict()[codes])
-    trained = {key: value.clone() for key, value in model.state_dict().items()}
-    with ema.applied():
-        assert torch.equal(model.state_dict()[name], ema.weights[name])
-    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+
+
+def test_model_and_average_change_places_and_are_put_back():
+    """There is no third copy of the weights, also after an error inside."""
+    model = VQModel(codebook_size=8, z_channels=16, net='tiny')
+    ema = WeightEMA(model, 0.9)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    average = {name: value.clone() for name, value in ema.weights.items()}
+    places = {value.data_ptr() for value in (*model.state_dict().values(), *ema.weights.values())}
+    with pytest.raises(RuntimeError, match='stop'), ema.applied():
+        assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+        assert {value.data_ptr() for value in model.state_dict().values()} <= places
+        raise RuntimeError('stop')
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, average[name]) for name, value in ema.weights.items())
 
 
 def test_evaluation_uses_the_average_and_counts_every_image():

@@ -37,21 +37,38 @@ class WeightEMA:
             half = self.num_updates // 2
             decay = min(decay, (half + 1) / (half + 10))
         self.num_updates += 1
+        averages = []
+        values = []
         for name, value in self.model.state_dict().items():
             if name in self.averaged:
-                self.weights[name].lerp_(value, 1 - decay)
+                averages.append(self.weights[name])
+                values.append(value)
             else:
                 self.weights[name].copy_(value)
+        # One call for all parameters: on a GPU a few kernels in place of one for each of them.
+        if averages:
+            torch._foreach_lerp_(averages, values, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """A context in which the model has the averaged weights."""
-        trained = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(self.weights)
+        """A context in which the model has the averaged weights, and this average those of the model.
+
+        They change places, so that there is never a third copy of the weights.
+        """
+        self._exchange()
         try:
             yield
         finally:
-            self.model.load_state_dict(trained)
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Let the weights of the model and of the average change places."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, tensor in tensors.items():
+            if name in self.weights:
+                mine = self.weights[name]
+                self.weights[name] = tensor.data
+                tensor.data = mine
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged weights, under the model's own keys."""
