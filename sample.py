@@ -173,7 +173,7 @@ def load_generator(
     )
     check_same_codes(generator, trainer.get('vae_local', {}), ckpt, vae_ckpt)
 
-    has_ema = not {'var_ema', 'model_ema', 'ema'}.isdisjoint([*trainer, *checkpoint])
+    has_ema = any(key in trainer or key in checkpoint for key in ('var_ema', 'model_ema', 'ema'))
     origin = dict(
         weights='ema' if prefer_ema and has_ema else 'raw',
         weights_sha256=digests,
@@ -412,8 +412,8 @@ def sweep(config: SampleConfig) -> None:
         table = ScoreTable(folder, swept)
         if dist.is_master():
             # Rows of one table must be comparable: same weights, same reference, same other settings.
-            is_free = {*marked_fields(config, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}
-            left_out = is_free | set(swept)
+            may_differ = {*marked_fields(config, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}
+            left_out = may_differ | set(swept)
             fixed = {name: value for name, value in vars(config).items() if name not in left_out}
             description = dict(
                 swept=swept,

@@ -520,7 +520,11 @@ def choose_seed(config: TrainConfig, saved: int | None) -> int:
                          f'pass --seed={saved}, or start in another output folder')
     fresh = torch.tensor([int.from_bytes(os.urandom(4), 'little')], device=dist.get_device())
     dist.broadcast(fresh, src_rank=0)
-    return saved if saved is not None else config.seed if config.seed is not None else fresh.item()
+    if saved is not None:
+        return saved
+    if config.seed is not None:
+        return config.seed
+    return fresh.item()
 
 
 def train_from_newest(config: TrainConfig, data: Data) -> None:

@@ -520,8 +520,10 @@ def means_over_images(sums: dict[str, float]) -> dict[str, float]:
 
     Every rank must call it; one without images adds nothing.
     """
-    parts = dist.allgather_object(dict(sums))
-    total = {name: sum(part.get(name, 0.) for part in parts) for part in parts for name in part}
+    total: dict[str, float] = defaultdict(float)
+    for sums_of_rank in dist.allgather_object(dict(sums)):
+        for name, value in sums_of_rank.items():
+            total[name] += value
     count = total.pop('count')
     return {name: value / count for name, value in total.items()} | dict(count=count)
 

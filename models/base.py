@@ -71,7 +71,7 @@ class Trainable(nn.Module):
         return {}
 
     def forget_step(self) -> None:
-        """Called in place of `after_step` where a step was not finite: nothing that it noted may be used."""
+        """Called in place of `after_step` where a step was not finite: discard what the model noted in it."""
 
     def compiled_parts(self) -> list[nn.Module]:
         """Modules that `torch.compile` is applied to."""

@@ -106,7 +106,7 @@ class BadImages:
     """Lists training images that could not be read and were replaced by others.
 
     Args:
-        known: why each image could not be read that earlier starts have replaced; it grows.
+        known: a line for each image that was replaced so far, by earlier starts, too; new ones are added.
         limit: the run ends when there are more than these.
     """
 

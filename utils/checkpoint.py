@@ -114,8 +114,8 @@ def first_not_finite(tree: Any, name: str = '') -> str | None:
     for tensors in found.values():
         # The extremes of a tensor are finite only where all of it is, and need no memory.
         extremes = torch.stack([torch.stack(value.aminmax()).float() for _, value in tensors])
-        is_finite_list = extremes.isfinite().all(1).tolist()
-        for (place, _), is_finite in zip(tensors, is_finite_list, strict=True):
+        are_finite = extremes.isfinite().all(1).tolist()
+        for (place, _), is_finite in zip(tensors, are_finite, strict=True):
             if not is_finite:
                 return place
     return None

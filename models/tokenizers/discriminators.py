@@ -169,7 +169,7 @@ class DiffAug(nn.Module):
         source = self._positions(x, dim) - offset_B.view(-1, 1, 1, 1)
         inside = source.clamp(0, x.shape[dim] - 1)
         moved = x.gather(dim, inside.long().expand_as(x))
-        return moved * (source == inside)
+        return moved * (source == inside).to(x.dtype)
 
     def _window(self, x: torch.Tensor, u_B: torch.Tensor, dim: int) -> torch.Tensor:
         """True where the square lies along `dim`; its centre is anywhere, so a part may be outside."""
@@ -461,8 +461,10 @@ class DINODiscriminator(nn.Module):
         """
         # Training checkpoints keep the state dict in a dictionary, or in several.
         wrappers = ('teacher', 'state_dict', 'model')
-        while nested := [state[key] for key in wrappers if isinstance(state.get(key), dict)]:
+        nested = [state[key] for key in wrappers if isinstance(state.get(key), dict)]
+        while nested:
             state = nested[0]
+            nested = [state[key] for key in wrappers if isinstance(state.get(key), dict)]
         weights = {re.sub(r'^(module\.|backbone\.)+', '', key): value for key, value in state.items()}
         self.trunk.load(weights, 'expected a DINO ViT-S/16 for 224 pixels (dino_deitsmall16_pretrain.pth or '
                                  f'timm vit_small_patch16_224.dino), got other weights in {source}')
