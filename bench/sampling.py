@@ -1,0 +1,181 @@
+"""Sampling of the product against the published way of computing it, with the same weights, in one run.
+
+`python -m bench.sampling`: VAR at 680 tokens, NPP at 256 codes and FlowAR at 256 pixels, each at batches 1
+and 4. Call by call the two ways take turns, and the medians are compared. Before anything is timed, both must
+draw the same from the same noise.
+"""
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench import reference
+from bench.common import default_device, report_header, synchronize, write_report
+from bench.published_solver import both_halves
+from models import NPP, VAR, VQVAE, AutoencoderKL, FlowAR, VQModel
+from models.noise import ImageNoise
+from utils.amp_sc import autocast
+
+PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+TOP_K = 900
+TOP_P = 0.96
+
+
+def make_var(depth: int) -> VAR:
+    """A VAR of published width at 680 tokens on a narrow tokenizer, with weights that tell codes apart."""
+    vae = VQVAE(ch=32, v_patch_nums=PATCH_NUMS)
+    model = VAR(vae, attn_l2_norm=True, patch_nums=PATCH_NUMS, **VAR.published_sizes(depth))
+    model.init_weights(init_adaln_gamma=1e-1, init_head=1., init_std=-1)
+    return model.eval()
+
+
+def make_npp() -> NPP:
+    """A small NPP over 16x16 codes."""
+    vae = VQModel(ch=32, test_mode=True)
+    model = NPP(vae, dim=512, n_layer=8, n_head=8)
+    torch.nn.init.normal_(model.output.weight, std=0.1)
+    return model.eval()
+
+
+def make_flowar() -> FlowAR:
+    """A narrow FlowAR with cross-attention over 16x16 latents."""
+    vae = AutoencoderKL(ch=32, test_mode=True)
+    sizes = dict(encoder_embed_dim=384, encoder_depth=4, encoder_num_heads=6,
+                 decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6)
+    return FlowAR(vae, **sizes, diffloss_d=6, diffloss_w=384, cross=True).eval()
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def compare(name: str, product: Callable[[], object], published: Callable[[], object], repeats: int,
+            device: torch.device) -> dict[str, float | str]:
+    """Medians of both ways, call by call in turns, and how many times faster the product is."""
+    times = {'product': [], 'published': []}
+    for run in (product, published):
+        run()
+    for _ in range(repeats):
+        times['product'].append(seconds(product, device))
+        times['published'].append(seconds(published, device))
+    ratios = [b / a for a, b in zip(times['product'], times['published'], strict=True)]
+    row = dict(
+        name=name,
+        product_seconds=round(statistics.median(times['product']), 4),
+        published_seconds=round(statistics.median(times['published']), 4),
+        ratio=round(statistics.median(ratios), 3),
+        lowest_ratio=round(min(ratios), 3),
+        highest_ratio=round(max(ratios), 3),
+    )
+    print(row, flush=True)
+    return row
+
+
+def require_equal(name: str, product: torch.Tensor, published: torch.Tensor, tolerance: float) -> None:
+    """Make sure that both ways draw the same.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    difference = (product.double() - published.double()).abs().max().item()
+    if difference > tolerance:
+        raise SystemExit(f'{name}: the two ways differ by {difference:g}, which is more than {tolerance:g}')
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are worth a row: a CPU without AVX-512 takes a hundred times as long."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def with_precision(device: torch.device, precision: int, run: Callable[[], object]) -> object:
+    """A call in this precision, 0 or 2 as `--fp16` takes it."""
+    with torch.no_grad(), autocast(device.type, precision):
+        return run()
+
+
+def rows_of_var(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
+    """VAR in float32 and in bfloat16 against the published way in float32."""
+    model = make_var(args.depth).to(device)
+    label_B = torch.arange(batch, device=device)
+    numbers = list(range(batch))
+
+    def product(noise=None) -> torch.Tensor:
+        rng = noise or ImageNoise(1, numbers)
+        return model.sample(label_B, guidance=2.5, top_k=TOP_K, top_p=TOP_P, rng=rng)
+
+    def published(noise=None) -> torch.Tensor:
+        rng = noise or torch.Generator(device).manual_seed(1)
+        return reference.sample_var(model, label_B, 1.5, TOP_K, TOP_P, rng)
+
+    require_equal('VAR', product(ImageNoise(0, numbers)), published(ImageNoise(0, numbers)), 1e-3)
+    name = f'VAR depth {args.depth}, batch {batch}'
+    rows = [compare(f'{name}, float32', product, published, args.repeats, device)]
+    if has_fast_bfloat16(device):
+        in_bfloat16 = partial(with_precision, device, 2, product)
+        rows.append(compare(f'{name}, bfloat16', in_bfloat16, published, args.repeats, device))
+    return rows
+
+
+def rows_of_npp(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
+    """Codes of NPP against a masked cache of full length."""
+    model = make_npp().to(device)
+    label_B = torch.arange(batch, device=device)
+    numbers = list(range(batch))
+
+    def product() -> torch.Tensor:
+        return model.sample_tokens(label_B, guidance=2., top_k=TOP_K, rng=ImageNoise(0, numbers))
+
+    def published(noise=None) -> torch.Tensor:
+        rng = noise or torch.Generator(device).manual_seed(1)
+        return reference.sample_npp(model, label_B, 2., TOP_K, rng)
+
+    require_equal('NPP', product(), published(ImageNoise(0, numbers)), 0.)
+    return [compare(f'NPP 8 x 512, batch {batch}, float32', product, published, args.repeats, device)]
+
+
+def rows_of_flowar(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
+    """FlowAR against the published solver, which moves a state of the null class at every step."""
+    model = make_flowar().to(device)
+    label_B = torch.arange(batch, device=device)
+
+    def product() -> torch.Tensor:
+        return model.sample(label_B, guidance=2., num_steps=10, rng=ImageNoise(0, list(range(batch))))
+
+    def published() -> torch.Tensor:
+        with both_halves(model):
+            return product()
+
+    with torch.no_grad():
+        require_equal('FlowAR', product(), published(), 1e-3)
+    return [compare(f'FlowAR, batch {batch}, float32', product, published, args.repeats, device)]
+
+
+def main() -> None:
+    """Compare all families and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--depth', type=int, default=8, help='of VAR')
+    parser.add_argument('--batches', type=int, nargs='+', default=[1, 4])
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--out', type=Path)
+    args = parser.parse_args()
+    device = default_device()
+    torch.manual_seed(0)
+    rows = []
+    for batch in args.batches:
+        for rows_of in (rows_of_var, rows_of_npp, rows_of_flowar):
+            rows += rows_of(args, device, batch)
+    write_report(report_header('sampling', device) | dict(rows=rows), args.out)
+
+
+if __name__ == '__main__':
+    main()
