@@ -295,6 +295,7 @@ def test_precision_and_recall_refuse():
             precision_recall(points, broken)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_square_of_the_number():
     """All distances are 144 MB in float32, and several copies live at once; those of a slice are 8 MB."""
     code = '''

@@ -45,6 +45,7 @@ def assert_continues(data, straight, folder, nproc, *more):
     assert final['run']['best'] == expected['run']['best']
 
 
+@pytest.mark.slow
 def test_killed_training_with_workers_goes_on(data, tmp_path):
     folder = tmp_path / 'killed'
     process, = start_ranks('train.py', [long_training(data, folder, '--workers=2')], tmp_path)

@@ -105,6 +105,7 @@ def assert_close(actual, expected, skip=()):
                                        msg=lambda m, n=name: f'{n}: {m}')
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     on_two_ranks(rank_main, str(tmp_path))
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
@@ -116,6 +117,7 @@ def test_two_ranks_equal_one(tmp_path):
             assert torch.equal(value, second[case][name]), name
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch():
     """Losses aside, which are those of the last micro-batch."""
     assert_close(ten_steps(0, 1, accumulate=4), ten_steps(0, 1), skip=('loss',))

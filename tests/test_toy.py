@@ -46,6 +46,7 @@ def test_defaults_learn_and_use_the_codebook(toy, steps, psnr):
     assert next(line['usage'] for line in run.steps if line['step'] > first['step'] + 4) > 0.5
 
 
+@pytest.mark.slow
 def test_event_file_has_every_curve_and_picture(toy):
     run = toy(*SHORT)
     folder = next(run.folder.glob('tb-*'))

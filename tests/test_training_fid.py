@@ -70,6 +70,7 @@ def test_distance_changes_nothing_of_the_training(folder, train_here, tmp_path):
     assert same_weights(plain, read(folder), 'var_ema')
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_distance(folder, data, tmp_path):
     launch('train.py', training(data, tmp_path, *WITH_FID, model='var'), nproc=2)
     assert curve_of(tmp_path)[-1] == pytest.approx(curve_of(folder)[-1], rel=1e-3)
