@@ -6,6 +6,7 @@ Source: arXiv 2404.02905, Sec. 4 and App. A.
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -178,6 +179,44 @@ class AdaLNBeforeHead(nn.Module):
         return self.ln_wo_grad(x_BLC).mul(scale.add(1)).add_(shift)
 
 
+# ---------------------------------------------------------------------------------------------- the stack
+def build_blocks(depth: int, drop_path_rate: float, **kwargs: Any) -> nn.ModuleList:
+    """`depth` blocks, whose drop path grows linearly from 0 at the first one to `drop_path_rate` at the last.
+
+    Args:
+        kwargs: all other arguments of `AdaLNSelfAttn`.
+    """
+    rates = np.linspace(0, drop_path_rate, depth).tolist()
+    return nn.ModuleList(AdaLNSelfAttn(drop_path=rate, **kwargs) for rate in rates)
+
+
+def run_blocks(blocks: nn.ModuleList, x_BLC: torch.Tensor, modulation: torch.Tensor,
+               attn_bias: torch.Tensor) -> torch.Tensor:
+    """(B, L, C) after all blocks; under autocast the residual stream is in low precision, as published."""
+    device_type = x_BLC.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x_BLC = x_BLC.to(dtype)
+        modulation = modulation.to(dtype)
+        attn_bias = attn_bias.to(dtype)
+    for block in blocks:
+        x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
+    return x_BLC
+
+
+class PublishedNames:
+    """Attributes under which the published code knows parts of VAR and FlexVAR."""
+
+    L = property(lambda self: self.layout.total)
+    first_l = property(lambda self: self.layout.lengths[0])
+    begin_ends = property(lambda self: list(self.layout.spans))
+    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
+    prog_si = -1
+    vae_proxy = property(lambda self: (self.tokenizer,))
+    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))
+
+
+# ---------------------------------------------------------------------------------------------- weights
 @torch.no_grad()
 def init_transformer(model: nn.Module, init_adaln: float, init_adaln_gamma: float, init_head: float,
                      init_std: float) -> None:
@@ -217,7 +256,6 @@ def init_transformer(model: nn.Module, init_adaln: float, init_adaln_gamma: floa
         rest.mul_(init_adaln)
 
 
-# ---------------------------------------------------------------------------------------------- weights
 # parameters without weight decay, by parts of their names, as published
 NO_WEIGHT_DECAY = frozenset({
     'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start', 'start_pos',

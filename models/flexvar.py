@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -21,11 +20,13 @@ from models.base import ARModel, Tokenizer
 from models.basic_var import (
     NO_WEIGHT_DECAY,
     AdaLNBeforeHead,
-    AdaLNSelfAttn,
+    PublishedNames,
     SharedAdaLin,
+    build_blocks,
     init_transformer,
     kwargs_from_depth,
     published_sizes,
+    run_blocks,
     transformer_kwargs,
 )
 from models.editing import Keep, edit, keep_of_scale, mostly_kept, place
@@ -115,7 +116,7 @@ def sinusoid_grid(width: int) -> torch.Tensor:
     return pairs.reshape(1, width, GRID, GRID)
 
 
-class FlexVAR(ARModel):
+class FlexVAR(PublishedNames, ARModel):
     """Next-scale transformer over a pyramid of complete code maps.
 
     Args:
@@ -190,24 +191,23 @@ class FlexVAR(ARModel):
         # 3. one grid of positions, resized to every scale; nothing else tells the scales apart
         self.pos_1LC = nn.Parameter(sinusoid_grid(self.C))  # (1, C, GRID, GRID) under its published name
 
-        # 4. transformer; drop path grows from block to block
+        # 4. transformer
         self.shared_ada_lin = SharedAdaLin(self.D, self.C) if shared_aln else nn.Identity()
-        self.blocks = nn.ModuleList(
-            AdaLNSelfAttn(
-                embed_dim=self.C,
-                cond_dim=self.D,
-                shared_aln=shared_aln,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                drop=drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=rate,
-                attn_l2_norm=attn_l2_norm,
-                norm_eps=norm_eps,
-                flash_if_available=flash_if_available,
-                fused_if_available=fused_if_available,
-            )
-            for rate in np.linspace(0, drop_path_rate, depth).tolist())
+        self.blocks = build_blocks(
+            depth,
+            drop_path_rate,
+            embed_dim=self.C,
+            cond_dim=self.D,
+            shared_aln=shared_aln,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            attn_l2_norm=attn_l2_norm,
+            norm_eps=norm_eps,
+            flash_if_available=flash_if_available,
+            fused_if_available=fused_if_available,
+        )
 
         # 5. head
         self.head_nm = AdaLNBeforeHead(self.C, self.D, norm_eps)
@@ -291,7 +291,7 @@ class FlexVAR(ARModel):
             x_BLC = (cond_BD + self.pos_start[0]).view(B, 1, -1)                           # (B, 1, C)
             if num_given:
                 teacher_BLC = self.word_embed(x_BLCv_wo_first_l.float())
-                x_BLC = torch.cat([x_BLC, teacher_BLC], dim=1)                               # (B, L, C)
+                x_BLC = torch.cat([x_BLC, teacher_BLC], dim=1)                             # (B, L, C)
             position_1LC = torch.cat([self.positions(size) for size in layout.sizes], dim=1)
             x_BLC = x_BLC + position_1LC
 
@@ -301,17 +301,8 @@ class FlexVAR(ARModel):
         return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
 
     def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
-        """(B, L, C) after all blocks; under autocast the residual stream is in low precision."""
-        modulation = self.shared_ada_lin(cond_BD)
-        device_type = x_BLC.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            x_BLC = x_BLC.to(dtype)
-            modulation = modulation.to(dtype)
-            attn_bias = attn_bias.to(dtype)
-        for block in self.blocks:
-            x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
-        return x_BLC
+        """(B, L, C) after all blocks, in training."""
+        return run_blocks(self.blocks, x_BLC, self.shared_ada_lin(cond_BD), attn_bias)
 
     def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
         """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
@@ -608,12 +599,3 @@ class FlexVAR(ARModel):
 
     def extra_repr(self) -> str:
         return f'patch_nums={self.patch_nums}, drop_path_rate={self.drop_path_rate:g}'
-
-    # ------------------------------------------------------------------------------ published names
-    L = property(lambda self: self.layout.total)
-    first_l = property(lambda self: self.layout.lengths[0])
-    begin_ends = property(lambda self: list(self.layout.spans))
-    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
-    prog_si = -1
-    vae_proxy = property(lambda self: (self.tokenizer,))
-    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))

@@ -22,6 +22,7 @@ from models.noise import GlobalBatch, Rng, normal_like
 from models.sampling import sampling_mode
 from models.scales import ScaleLayout, scale_name
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # of a cross-attention, (B, l, H, d) each
 TIMES = 1000     # times are told apart in steps of 1 / TIMES
 SINUSOID = 256   # width of a time's sinusoid
 LOSS_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -84,8 +85,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.rope = Rope2d(width // num_heads)
 
-    def keys_values(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor,
-                    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> KeysValues:
         """Keys and values (B, l, H, d) of the conditions."""
         B, l, _ = z_BlC.shape
         k, v = self.kv(z_BlC).view(B, l, 2, self.num_heads, -1).unbind(2)
@@ -146,11 +146,17 @@ class TrunkBlock(nn.Module):
         return modulated(self, x_BLC, modulation_B1C, positions_L2, attn_bias)             # (B, L, C)
 
 
-class HeadCondition(NamedTuple):
-    """What a block of the head needs of the trunk's conditions; the same at all times of a scale."""
-    c_BlW: torch.Tensor       # the conditions at the width of the head
-    k: torch.Tensor | None    # keys and values of the cross-attention, where there is one
-    v: torch.Tensor | None
+class HeadConditions(NamedTuple):
+    """What the head needs of the trunk's conditions; the same at all times of a scale."""
+    c_BlW: torch.Tensor                         # the conditions at the width of the head
+    keys_values: tuple[KeysValues | None, ...]  # per block, None where it has no cross-attention
+
+    def of_first(self, batch: int) -> 'HeadConditions':
+        """Those of the first `batch` images."""
+        keys_values = []
+        for pair in self.keys_values:
+            keys_values.append(pair and (pair[0][:batch], pair[1][:batch]))
+        return HeadConditions(self.c_BlW[:batch], tuple(keys_values))
 
 
 class AttnMLP(nn.Module):
@@ -163,13 +169,12 @@ class AttnMLP(nn.Module):
         self.mlp = GatedMLP(width, 4.)
         self.ada_lin = nn.Linear(width, 6 * width)
 
-    def condition(self, c_BlW: torch.Tensor, z_BlC: torch.Tensor, positions_l2: torch.Tensor,
-                  ) -> HeadCondition:
-        return HeadCondition(c_BlW, None, None)
+    def keys_values(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> None:
+        """This kind of block has no cross-attention."""
 
-    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, condition: HeadCondition,
-                positions_l2: torch.Tensor) -> torch.Tensor:
-        modulation_BlW = self.ada_lin(F.silu(t_B1W + condition.c_BlW))                     # (B, l, 6 W)
+    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor,
+                keys_values: None, positions_l2: torch.Tensor) -> torch.Tensor:
+        modulation_BlW = self.ada_lin(F.silu(t_B1W + c_BlW))                               # (B, l, 6 W)
         return modulated(self, x_BlW, modulation_BlW, positions_l2)                        # (B, l, W)
 
 
@@ -187,23 +192,22 @@ class AttnCrossAttnMLP(nn.Module):
         self.ada_lin_attn = nn.Linear(width, 3 * width)
         self.ada_lin_mlp = nn.Linear(width, 3 * width)
 
-    def condition(self, c_BlW: torch.Tensor, z_BlC: torch.Tensor, positions_l2: torch.Tensor,
-                  ) -> HeadCondition:
-        k, v = self.crossattn.keys_values(self.norm2_2(z_BlC), positions_l2)
-        return HeadCondition(c_BlW, k, v)
+    def keys_values(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> KeysValues:
+        """Of the cross-attention to the trunk's conditions."""
+        return self.crossattn.keys_values(self.norm2_2(z_BlC), positions_l2)
 
-    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, condition: HeadCondition,
-                positions_l2: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor,
+                keys_values: KeysValues, positions_l2: torch.Tensor) -> torch.Tensor:
         # Self-attention knows the time alone,
         gamma1, scale1, shift1 = self.ada_lin_attn(F.silu(t_B1W)).chunk(3, dim=-1)         # (B, 1, W) each
         h_BlW = self.norm(x_BlW) * (1 + scale1) + shift1
         x_BlW = x_BlW + gamma1 * self.attn(h_BlW, positions_l2)                            # (B, l, W)
 
         # cross-attention brings in what the trunk says of all tokens of the scale,
-        x_BlW = x_BlW + self.crossattn(self.norm2_1(x_BlW), condition.k, condition.v, positions_l2)
+        x_BlW = x_BlW + self.crossattn(self.norm2_1(x_BlW), *keys_values, positions_l2)
 
         # and the feed-forward network knows both, token by token.
-        time_and_condition_BlW = F.silu(t_B1W + condition.c_BlW)
+        time_and_condition_BlW = F.silu(t_B1W + c_BlW)
         gamma2, scale2, shift2 = self.ada_lin_mlp(time_and_condition_BlW).chunk(3, dim=-1)  # (B, l, W) each
         h_BlW = self.norm(x_BlW) * (1 + scale2) + shift2
         return x_BlW + gamma2 * self.mlp(h_BlW)                                            # (B, l, W)
@@ -259,19 +263,19 @@ class FlowHead(nn.Module):
         """(B, l, Z)."""
         return self.velocity(x_BlZ, t_B, self.conditions(z_BlC, positions_l2), positions_l2)
 
-    def conditions(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> list[HeadCondition]:
-        """Per block, what it needs of the trunk's conditions: sampling makes it once for all Euler steps."""
-        c_BlW = self.cond_embed(z_BlC)                                                     # (B, l, W)
-        return [block.condition(c_BlW, z_BlC, positions_l2) for block in self.res_blocks]
+    def conditions(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> HeadConditions:
+        """What the head needs of the trunk's conditions: sampling makes it once for all Euler steps."""
+        keys_values = tuple(block.keys_values(z_BlC, positions_l2) for block in self.res_blocks)
+        return HeadConditions(self.cond_embed(z_BlC), keys_values)
 
-    def velocity(self, x_BlZ: torch.Tensor, t_B: torch.Tensor, conditions: list[HeadCondition],
+    def velocity(self, x_BlZ: torch.Tensor, t_B: torch.Tensor, conditions: HeadConditions,
                  positions_l2: torch.Tensor) -> torch.Tensor:
         """`forward`, given the `conditions`."""
         t_B1W = self.time_embed(t_B)[:, None]                                              # (B, 1, W)
         x_BlW = self.input_proj(x_BlZ)                                                     # (B, l, W)
-        for block, condition in zip(self.res_blocks, conditions, strict=True):
-            x_BlW = block(x_BlW, t_B1W, condition, positions_l2)
-        c_BlW = conditions[0].c_BlW
+        c_BlW = conditions.c_BlW                                                           # (B, l, W)
+        for block, keys_values in zip(self.res_blocks, conditions.keys_values, strict=True):
+            x_BlW = block(x_BlW, t_B1W, c_BlW, keys_values, positions_l2)
         return self.final_layer(x_BlW, t_B1W + c_BlW)                                      # (B, l, Z)
 
 
@@ -596,8 +600,7 @@ class FlowAR(ARModel):
         num_null = 0
         # What the head needs of the trunk is the same at all times: for both halves, and for the labels.
         of_both = self.flownet.conditions(z_BlC, positions_l2)
-        of_labels = [HeadCondition(*(None if t is None else t[:B] for t in condition))
-                     for condition in of_both]
+        of_labels = of_both.of_first(B)
         for t, t_next in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
             # Guidance acts late, at small times, where the latent has taken shape.
             guided = scale > 1 and t <= guidance_until

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
@@ -19,10 +18,13 @@ from models.basic_var import (
     NO_WEIGHT_DECAY,
     AdaLNBeforeHead,
     AdaLNSelfAttn,
+    PublishedNames,
     SharedAdaLin,
+    build_blocks,
     init_transformer,
     kwargs_from_depth,
     published_sizes,
+    run_blocks,
     transformer_kwargs,
 )
 from models.editing import Keep, edit, keep_of_scale, mostly_kept
@@ -51,7 +53,7 @@ class ScaleStep(NamedTuple):
     f_hat: torch.Tensor       # sum so far, (B, Z, P, P), P = patch_nums[-1]; the next adds to it in place
 
 
-class VAR(ARModel):
+class VAR(PublishedNames, ARModel):
     """Next-scale transformer with AdaLN conditioning.
 
     Args:
@@ -123,24 +125,23 @@ class VAR(ARModel):
         self.lvl_embed = nn.Embedding(len(self.patch_nums), self.C)
         nn.init.trunc_normal_(self.lvl_embed.weight, std=std)
 
-        # 4. transformer; drop path grows from block to block
+        # 4. transformer
         self.shared_ada_lin = SharedAdaLin(self.D, self.C) if shared_aln else nn.Identity()
-        self.blocks = nn.ModuleList(
-            AdaLNSelfAttn(
-                embed_dim=self.C,
-                cond_dim=self.D,
-                shared_aln=shared_aln,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                drop=drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=rate,
-                attn_l2_norm=attn_l2_norm,
-                norm_eps=norm_eps,
-                flash_if_available=flash_if_available,
-                fused_if_available=fused_if_available,
-            )
-            for rate in np.linspace(0, drop_path_rate, depth).tolist())
+        self.blocks = build_blocks(
+            depth,
+            drop_path_rate,
+            embed_dim=self.C,
+            cond_dim=self.D,
+            shared_aln=shared_aln,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            attn_l2_norm=attn_l2_norm,
+            norm_eps=norm_eps,
+            flash_if_available=flash_if_available,
+            fused_if_available=fused_if_available,
+        )
 
         # 5. level of each token, and the block-causal mask of training
         self.register_buffer('lvl_1L', self.layout.level_L()[None])
@@ -201,7 +202,7 @@ class VAR(ARModel):
             x_BLC = cond_BD[:, None].expand(B, self.first_l, -1) + self.pos_start          # (B, 1, C)
             if x_BLCv_wo_first_l is not None:
                 teacher_BLC = self.word_embed(x_BLCv_wo_first_l.float())
-                x_BLC = torch.cat([x_BLC, teacher_BLC], dim=1)                               # (B, L, C)
+                x_BLC = torch.cat([x_BLC, teacher_BLC], dim=1)                             # (B, L, C)
             x_BLC = x_BLC + self.lvl_embed(self.lvl_1L[:, :L]) + self.pos_1LC[:, :L]
 
         # A token sees its own scale and all coarser ones: 0 where the key's scale is not finer than the
@@ -211,17 +212,8 @@ class VAR(ARModel):
         return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
 
     def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
-        """(B, L, C) after all blocks; under autocast the residual stream is in low precision."""
-        modulation = self.shared_ada_lin(cond_BD)
-        device_type = x_BLC.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            x_BLC = x_BLC.to(dtype)
-            modulation = modulation.to(dtype)
-            attn_bias = attn_bias.to(dtype)
-        for block in self.blocks:
-            x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
-        return x_BLC
+        """(B, L, C) after all blocks, in training."""
+        return run_blocks(self.blocks, x_BLC, self.shared_ada_lin(cond_BD), attn_bias)
 
     def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
         """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
@@ -417,15 +409,6 @@ class VAR(ARModel):
 
     def extra_repr(self) -> str:
         return f'patch_nums={self.patch_nums}, drop_path_rate={self.drop_path_rate:g}'
-
-    # ------------------------------------------------------------------------------ published names
-    L = property(lambda self: self.layout.total)
-    first_l = property(lambda self: self.layout.lengths[0])
-    begin_ends = property(lambda self: list(self.layout.spans))
-    num_stages_minus_1 = property(lambda self: len(self.patch_nums) - 1)
-    prog_si = -1
-    vae_proxy = property(lambda self: (self.tokenizer,))
-    vae_quant_proxy = property(lambda self: (self.tokenizer.quantize,))
 
 
 class VARHF(VAR, PyTorchModelHubMixin):
