@@ -242,9 +242,9 @@ def require_equal(value: Any, what: str, remedy: str) -> None:
 def what_differs(a: Any, b: Any) -> tuple[str, str]:
     """The first part in which two values differ, as texts that are short enough for a line of a log."""
     if isinstance(a, dict) and isinstance(b, dict):
-        differing = [key for key in a.keys() | b.keys() if key not in a or key not in b or a[key] != b[key]]
-        a = {key: value for key, value in a.items() if key in differing}
-        b = {key: value for key, value in b.items() if key in differing}
+        equal = {key for key in a.keys() & b.keys() if a[key] == b[key]}
+        a = {key: value for key, value in a.items() if key not in equal}
+        b = {key: value for key, value in b.items() if key not in equal}
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
         shorter = min(len(a), len(b))
         first = next((i for i in range(shorter) if a[i] != b[i]), shorter)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,14 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done its work, so that a clock read afterwards includes it."""
     if device.type == 'cuda':
         torch.cuda.synchronize()
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device has done its work."""
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def report_header(module: str, device: torch.device) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import argparse
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.common import default_device, report_header, synchronize, write_report
+from bench.common import default_device, report_header, seconds_of, write_report
 from models import FlexVAE, FlexVAR
 from models.flexvar import ScheduleSampler
 from models.scales import ScaleLayout, cached_causal_bias
@@ -66,10 +67,7 @@ def main() -> None:
     def step_seconds(sides: tuple[int, ...]) -> float:
         """Seconds of a training step with this pyramid."""
         trainer.model.schedule.sides = sides
-        begin = time.perf_counter()
-        trainer.train_step(images, label_B, progress=0.)
-        synchronize(device)
-        return time.perf_counter() - begin
+        return seconds_of(partial(trainer.train_step, images, label_B, progress=0.), device)
 
     # Pyramids as training draws them, and the one among them that is nearest to their mean length.
     rng = random.Random(0)

@@ -27,7 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import dist
-from bench.common import synchronize
+from bench.common import seconds_of, synchronize
 from bench.published_solver import both_halves
 from configs import PRESETS, FlowARConfig
 from models import NPP, VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
@@ -380,12 +380,7 @@ class Meter:
         # Time and memory. The median, since a busy machine delays single calls.
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            call()
-            synchronize(self.device)
-            times.append(time.perf_counter() - begin)
+        times = [seconds_of(call, self.device) for _ in range(repeats)]
         median = sorted(times)[len(times) // 2]
         peak_gib = None
         if self.on_cuda:

@@ -10,14 +10,14 @@ Letters: B batch, N codes of an image, P patches, M codes of a patch, V vocabula
 import argparse
 import resource
 import statistics
-import time
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from bench.common import default_device, report_header, synchronize, write_report
+from bench.common import default_device, report_header, seconds_of, write_report
 from configs import parse_training
 from models import NPP, VQModel
 from models.npp import patch_loss, patches
@@ -85,10 +85,7 @@ def step_seconds(device: torch.device, gpt_model: str, batch: int, steps: int) -
     for _ in range(1 + steps):
         for p, seconds in times.items():
             model.phases = ((1., p),)
-            begin = time.perf_counter()
-            trainer.train_step(idx_BN, label_B, progress=0.)
-            synchronize(device)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(seconds_of(partial(trainer.train_step, idx_BN, label_B, progress=0.), device))
     return {p: statistics.median(seconds[1:]) for p, seconds in times.items()}
 
 

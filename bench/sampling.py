@@ -6,7 +6,6 @@ draw the same from the same noise.
 """
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import reference
-from bench.common import default_device, report_header, synchronize, write_report
+from bench.common import default_device, report_header, seconds_of, write_report
 from bench.published_solver import both_halves
 from models import NPP, VAR, VQVAE, AutoencoderKL, FlowAR, VQModel
 from models.noise import ImageNoise
@@ -49,14 +48,6 @@ def make_flowar() -> FlowAR:
     return FlowAR(vae, **sizes, diffloss_d=6, diffloss_w=384, cross=True).eval()
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    begin = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - begin
-
-
 def compare(name: str, product: Callable[[], object], published: Callable[[], object], repeats: int,
             device: torch.device) -> dict[str, float | str]:
     """Medians of both ways, call by call in turns, and how many times faster the product is."""
@@ -64,8 +55,8 @@ def compare(name: str, product: Callable[[], object], published: Callable[[], ob
     for run in (product, published):
         run()
     for _ in range(repeats):
-        times['product'].append(seconds(product, device))
-        times['published'].append(seconds(published, device))
+        times['product'].append(seconds_of(product, device))
+        times['published'].append(seconds_of(published, device))
     ratios = [b / a for a, b in zip(times['product'], times['published'], strict=True)]
     row = dict(
         name=name,

@@ -71,8 +71,11 @@ def print_table(scores: dict[str, dict[str, float]]) -> None:
     """Print PSNR and use of the codes, one line for each variant."""
     print(f'{"":12}{"PSNR":>8}  distinct codes and perplexity per scale, of 512')
     for name, values in scores.items():
-        cells = [f'{scale} {values[f"distinct_{scale}"]:3.0f}/{values[f"perplexity_{scale}"]:3.0f}'
-                 for scale in SCALES]
+        cells = []
+        for scale in SCALES:
+            distinct = values[f'distinct_{scale}']
+            perplexity = values[f'perplexity_{scale}']
+            cells.append(f'{scale} {distinct:3.0f}/{perplexity:3.0f}')
         print(f'{name:12}{values["psnr"]:8.2f}  {"  ".join(cells)}  any {values["distinct"]:3.0f}')
 
 

@@ -18,6 +18,8 @@ from configs import (
     SAMPLE_CONFIGS,
     SAMPLE_PRESETS,
     VARConfig,
+    flowar,
+    npp,
     parse_sampling,
     parse_training,
 )
@@ -27,7 +29,7 @@ from evaluation.pack import PackSettings, StatsSettings
 from evaluation.score import ScoreSettings
 from evaluation.tokenizer import TokenizerSettings
 from extract import ExtractSettings
-from models import FlexVAR
+from models import NPP, FlexVAR, FlowAR
 from tests.vectors import load_json
 from train import describe
 
@@ -614,3 +616,9 @@ def test_help_names_presets_and_unknown_flags_stand_as_typed(capsys):
     assert parse_training(['--data-path=x', '--data_path=x']).data_path == 'x'  # one flag in both spellings
     assert parse_training(['--data_name=imagenet', '--dbg_nan=1']) == parse_training([])
     assert '--dbg_nan is ignored' in capsys.readouterr().err
+
+
+def test_sizes_are_those_of_the_models():
+    """Settings name them without importing the models."""
+    assert tuple(NPP.SIZES) == npp.GPT_SIZES
+    assert tuple(FlowAR.SIZES) == flowar.SIZES

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from bench.reference import filter_by_sorting
 from evaluation.precision_recall import precision_recall
 from models import VQVAE
 from models.helpers import (
@@ -393,24 +394,12 @@ def test_older_settings_of_the_caller_are_kept(precision, vqvae):
 
 
 # ------------------------------------------------------------ draws among the top k
-def filtered_by_a_full_sort(logits, top_k, top_p):
-    """As published: the top k by a threshold, then the nucleus in a sort of the whole vocabulary."""
-    smallest_kept = logits.topk(top_k).values.amin(-1, keepdim=True)
-    limited = logits.masked_fill(logits < smallest_kept, -torch.inf)
-    if top_p == 0:
-        return limited
-    ascending, order = limited.sort(dim=-1)
-    remove = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    remove[..., -1] = False
-    return limited.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
-
-
 @pytest.mark.parametrize(('vocab_size', 'top_k', 'top_p'), [
     (4096, 900, 0.96), (4096, 600, 0.), (8912, 900, 0.95), (1000, 1, 0.5), (64, 64, 0.9), (50, 7, 0.3)])
 def test_draws_among_the_top_k_equal_those_from_a_full_sort(vocab_size, top_k, top_p):
     logits = 3 * torch.randn(2, 60, vocab_size)
     before = logits.clone()
-    filtered = filtered_by_a_full_sort(logits, top_k, top_p)
+    filtered = filter_by_sorting(logits.clone(), top_k, top_p)
     assert torch.equal(filter_top_k_top_p(logits, top_k, top_p), filtered)
     expected = filtered.softmax(-1).div(ImageNoise(5, [3, 8]).exponential_like(logits)).argmax(-1)
     assert torch.equal(draw_codes(logits, top_k, top_p, ImageNoise(5, [3, 8])), expected)

@@ -9,8 +9,8 @@ from torch import nn
 class WeightEMA:
     """Averages the trained parameters; all other entries of the state dict are copied.
 
-    With a warm-up, the decay of update t = 0, 1, ... is min(decay, (h + 1) / (h + 10)) with h = t // 2, so
-    that the average is of use from the first steps on.
+    With a warm-up the decay begins small, so that the average is of use from the first steps on: that of
+    update t = 0, 1, ... is min(decay, (h + 1) / (h + 10)), where h = t // 2.
 
     Args:
         model: its weights are the first value of the average.
