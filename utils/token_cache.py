@@ -222,9 +222,11 @@ class TokenCache(Dataset):
 
         # Image i must be the same image in every cache, since an access picks one of them.
         images = self.manifests[0].get('images')
-        shape = self.parts[0].read(0, 0).shape
-        for folder, manifest, part in zip(self.folders, self.manifests, self.parts, strict=True):
-            shape_here = part.read(0, 0).shape
+        shapes = [part.read(0, 0).shape for part in self.parts]
+        shape = shapes[0]
+        for i, (folder, part) in enumerate(zip(self.folders, self.parts, strict=True)):
+            manifest = self.manifests[i]
+            shape_here = shapes[i]
             has_same_images = manifest.get('images', images) == images
             has_same_labels = np.array_equal(part.targets, self.targets)
             if not (has_same_images and has_same_labels and shape_here == shape):
