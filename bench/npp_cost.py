@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from bench.common import default_device, report_header, seconds_of, write_report
 from configs import parse_training
 from models import NPP, VQModel
-from models.npp import patch_loss, patches
+from models.npp import patch_cross_entropy, patches
 from trainer import GeneratorTrainer
 from training.build import build_optimizer, model_arguments
 
@@ -32,9 +32,9 @@ GRID = 16  # codes per side of an image
 
 # ---------------------------------------------------------------------------------------------- memory
 def replicated_loss(logits_BPV: torch.Tensor, idx_BPM: torch.Tensor) -> torch.Tensor:
-    """`patch_loss` in its published form, a scalar: the logits are repeated for every code of a patch."""
+    """(B * P * M,): the published form, for which the logits are repeated for every code of a patch."""
     logits_BPMV = logits_BPV.unsqueeze(2).expand(-1, -1, idx_BPM.shape[2], -1)
-    return F.cross_entropy(logits_BPMV.reshape(-1, logits_BPV.shape[2]), idx_BPM.flatten())
+    return F.cross_entropy(logits_BPMV.reshape(-1, logits_BPV.shape[2]), idx_BPM.flatten(), reduction='none')
 
 
 def peak_of_loss(form: str, p: int, batch: int) -> float:
@@ -46,11 +46,11 @@ def peak_of_loss(form: str, p: int, batch: int) -> float:
         batch: images.
     """
     torch.set_num_threads(1)
-    loss = dict(gathered=patch_loss, replicated=replicated_loss)[form]
+    loss = dict(gathered=patch_cross_entropy, replicated=replicated_loss)[form]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     logits_BPV = torch.randn(batch, (GRID // p) ** 2, VOCABULARY, requires_grad=True)
     idx_BN = torch.randint(VOCABULARY, (batch, GRID ** 2))
-    loss(logits_BPV, patches(idx_BN, p)).backward()
+    loss(logits_BPV, patches(idx_BN, p)).mean().backward()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024. * (after - before)
 

@@ -6,12 +6,16 @@ import functools
 import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.scales import BlockCausal
+
 HALF = (torch.float16, torch.bfloat16)
+Mask = torch.Tensor | BlockCausal | None  # what `attend` takes as its bias
 
 
 @functools.cache
@@ -68,14 +72,15 @@ def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtyp
     return requested
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Tensor | None = None,
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: Mask = None,
            scale: float | None = None, causal: bool = False, dropout_p: float = 0.,
            backend: str = 'auto') -> torch.Tensor:
     """softmax(scale * q k^T + bias) v.
 
     Args:
-        q: (B, Lq, H, d). k, v: (B, Lk, H, d), of the dtype of q.
-        bias: additive, broadcastable to (B, H, Lq, Lk), 0 or -inf in the causal masks of this project.
+        q: (B, Lq, H, d). k, v: (B, Lk, H, d), of the dtype of q; or of fewer heads, each of which serves as
+            many queries.
+        bias: additive, broadcastable to (B, H, Lq, Lk); or which scales see which, where Lq == Lk.
         scale: None means d ** -0.5.
         causal: query i sees keys 0..i; needs Lq == Lk and no bias.
         dropout_p: probability of dropping an attention weight.
@@ -83,11 +88,15 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Ten
     Returns:
         (B, Lq, H, d).
     """
+    if isinstance(bias, BlockCausal):
+        return _attend_by_scale(q, k, v, bias, scale=scale, dropout_p=dropout_p, backend=backend)
     kernel = choose_backend(backend, q.device, q.dtype, bias is not None, k.shape[1])
     if kernel == 'flash':
         return optional_module('flash_attn').flash_attn_func(q, k, v, dropout_p, scale, causal)
     if kernel == 'xformers':
         ops = optional_module('xformers.ops')
+        if k.shape[2] < q.shape[2]:
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
         if causal:
             bias = ops.LowerTriangularMask()
         elif bias is not None:
@@ -98,8 +107,34 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Ten
     if bias is not None:
         bias = bias.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, is_causal=causal,
-                                         dropout_p=dropout_p)
+                                         dropout_p=dropout_p, enable_gqa=k.shape[1] < q.shape[1])
     return out.transpose(1, 2)
+
+
+def _attend_by_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockCausal,
+                     **options: Any) -> torch.Tensor:
+    """`attend` of each scale to all keys up to its own end, the leading scales together."""
+    outs = []
+    begin = 0
+    for end in mask.ends:
+        bias = mask.bias_11ll if begin == 0 else None
+        outs.append(attend(q[:, begin:end], k[:, :end], v[:, :end], bias=bias, **options))
+        begin = end
+    return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
+
+
+def compile_around_attention(blocks: Iterable[nn.Module], **options: Any) -> None:
+    """Compile `before_attention` and `after_attention` of each block; keys of weights stay as they are.
+
+    The attention itself is a kernel already, and what is around it changes: a cache grows, or there is a call
+    for every scale of a pyramid. So the graphs of the two parts serve all blocks and any pyramid.
+
+    Args:
+        options: see `torch.compile`.
+    """
+    for block in blocks:
+        block.before_attention = torch.compile(block.before_attention, fullgraph=True, **options)
+        block.after_attention = torch.compile(block.after_attention, fullgraph=True, **options)
 
 
 class KVCache:

@@ -328,6 +328,17 @@ class ARModel(Trainable):
                              f'class), got {wrong[0].item()}: pass class ids of this model')
         return labels
 
+    def compile_sampling(self, **options: Any) -> None:
+        """Compile what sampling runs again and again: the blocks, and the decoder of the tokenizer.
+
+        Every shape that occurs is compiled once; keys of weights stay as they are.
+
+        Args:
+            options: see `torch.compile`.
+        """
+        self.compile(**options)
+        self.tokenizer.decoder.compile(**options)
+
     def init_weights(self, *args, **kwargs) -> None:
         """Every initialisation rule of the paper, in one place."""
         raise NotImplementedError

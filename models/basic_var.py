@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.attention import KVCache, attend
-from models.helpers import DropPath
+from models.attention import KVCache, Mask, attend
+from models.helpers import DropPath, weighted
+from models.scales import BlockCausal
 
 MAX_LOG_SCALE = math.log(100)  # of the learnt attention scale
 
@@ -63,8 +64,13 @@ class SelfAttention(nn.Module):
         """Switch caching on or off, forgetting what is cached."""
         self.cache = KVCache() if enable else None
 
-    def forward(self, x_BLC: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
-        B, L, C = x_BLC.shape
+    def forward(self, x_BLC: torch.Tensor, attn_bias: Mask) -> torch.Tensor:
+        """(B, L, C); attn_bias: see `attend`."""
+        return self.project(self.attend(*self.queries_keys_values(x_BLC), attn_bias))
+
+    def queries_keys_values(self, x_BLC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v of all tokens, (B, L, H, d) each."""
+        B, L, _ = x_BLC.shape
         # Keys have no bias, as published; zeros in its place allow one product for all three.
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x_BLC, self.mat_qkv.weight, bias).view(B, L, 3, self.num_heads, self.head_dim)
@@ -74,12 +80,19 @@ class SelfAttention(nn.Module):
             scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().view(self.num_heads, 1)
             q = (F.normalize(q, dim=-1) * scale_H1).to(v.dtype)
             k = F.normalize(k, dim=-1).to(v.dtype)
+        return q, k, v
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: Mask) -> torch.Tensor:
+        """(B, L, H, d): what each head sees."""
         # While sampling, the queries of a scale also see the keys of all scales before it.
         if self.cache is not None:
             k, v = self.cache.append(k, v)
         dropout_p = self.attn_drop if self.training else 0.
-        out = attend(q, k, v, bias=attn_bias, scale=self.scale, dropout_p=dropout_p, backend=self.backend)
-        return self.proj_drop(self.proj(out.reshape(B, L, C)))                             # (B, L, C)
+        return attend(q, k, v, bias=attn_bias, scale=self.scale, dropout_p=dropout_p, backend=self.backend)
+
+    def project(self, out_BLHd: torch.Tensor) -> torch.Tensor:
+        """(B, L, C): what all heads see, mixed."""
+        return self.proj_drop(self.proj(out_BLHd.flatten(2)))
 
     def extra_repr(self) -> str:
         return f'num_heads={self.num_heads}, head_dim={self.head_dim}, attn_l2_norm={self.attn_l2_norm}'
@@ -136,24 +149,40 @@ class AdaLNSelfAttn(nn.Module):
             return self.ada_gss + cond_BD
         return self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
 
-    def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
-        """x (B, L, C); cond_BD (B, D), or (B, 1, 6, C) with `shared_aln`; attn_bias additive or None."""
+    def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: Mask) -> torch.Tensor:
+        """x (B, L, C); cond_BD (B, D), or (B, 1, 6, C) with `shared_aln`; attn_bias: see `attend`."""
         return self.modulated(x, self.modulation(cond_BD), attn_bias)
 
-    def modulated(self, x: torch.Tensor, mod_B16C: torch.Tensor, attn_bias: torch.Tensor | None = None,
-                  ) -> torch.Tensor:
+    def modulated(self, x: torch.Tensor, mod_B16C: torch.Tensor, attn_bias: Mask = None) -> torch.Tensor:
         """`forward`, given the `modulation` of the condition, which sampling makes once for all scales."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)                # (B, 1, C) each
+        # Which images skip a branch is drawn here: the two parts below are compiled, and one graph serves
+        # all blocks, whose rates differ.
+        kept_attn_B11 = self.drop_path.weights(x)
+        kept_ffn_B11 = self.drop_path.weights(x)
+        # Between the parts the cache grows, or a call follows for every scale.
+        q, k, v = self.before_attention(x, mod_B16C)
+        out_BLHd = self.attn.attend(q, k, v, attn_bias)
+        return self.after_attention(x, out_BLHd, mod_B16C, kept_attn_B11, kept_ffn_B11)    # (B, L, C)
 
-        # Attention: normalised and modulated before, gated behind.
+    def before_attention(self, x: torch.Tensor, mod_B16C: torch.Tensor,
+                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, (B, L, H, d) each, of the normalised and modulated tokens."""
+        _, _, scale1, _, shift1, _ = mod_B16C.unbind(2)                                    # (B, 1, C) each
         h_BLC = self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1)                         # (B, L, C)
-        attn_BLC = self.attn(h_BLC, attn_bias=attn_bias)
-        x = x + self.drop_path(attn_BLC * gamma1)
+        return self.attn.queries_keys_values(h_BLC)
 
-        # The same for the feed-forward network.
+    def after_attention(self, x: torch.Tensor, out_BLHd: torch.Tensor, mod_B16C: torch.Tensor,
+                        kept_attn_B11: torch.Tensor | None, kept_ffn_B11: torch.Tensor | None,
+                        ) -> torch.Tensor:
+        """The tokens with both branches added, each gated, and dropped for some images in training."""
+        gamma1, gamma2, _, scale2, _, shift2 = mod_B16C.unbind(2)                          # (B, 1, C) each
+        attn_BLC = self.attn.project(out_BLHd) * gamma1
+        x = x + weighted(attn_BLC, kept_attn_B11)
+
+        # The feed-forward network is normalised and modulated like the attention.
         h_BLC = self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2)                         # (B, L, C)
-        ffn_BLC = self.ffn(h_BLC)
-        return x + self.drop_path(ffn_BLC * gamma2)                                        # (B, L, C)
+        ffn_BLC = self.ffn(h_BLC) * gamma2
+        return x + weighted(ffn_BLC, kept_ffn_B11)                                         # (B, L, C)
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -191,7 +220,7 @@ def build_blocks(depth: int, drop_path_rate: float, **kwargs: Any) -> nn.ModuleL
 
 
 def run_blocks(blocks: nn.ModuleList, x_BLC: torch.Tensor, modulation: torch.Tensor,
-               attn_bias: torch.Tensor) -> torch.Tensor:
+               attn_bias: BlockCausal) -> torch.Tensor:
     """(B, L, C) after all blocks; under autocast the residual stream is in low precision, as published."""
     device_type = x_BLC.device.type
     if torch.is_autocast_enabled(device_type):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.attention import compile_around_attention
 from models.base import ARModel, Tokenizer
 from models.basic_var import (
     NO_WEIGHT_DECAY,
@@ -30,14 +31,15 @@ from models.basic_var import (
     transformer_kwargs,
 )
 from models.editing import Keep, edit, keep_of_scale, mostly_kept, place
-from models.helpers import draw_codes, drop_labels, guide
+from models.helpers import draw_codes, drop_labels, guide, token_losses
 from models.noise import Rng
 from models.sampling import mark_damaged, sampling_mode
 from models.scales import (
+    BlockCausal,
     ScaleLayout,
     Side,
     as_sizes,
-    cached_causal_bias,
+    block_causal,
     check_sizes,
     rect_schedule,
     scale_metrics,
@@ -240,10 +242,9 @@ class FlexVAR(PublishedNames, ARModel):
         idx_kBl = self.tokenizer.encode(images_B3HW, patch_nums)
         target_BL = torch.cat(idx_kBl, dim=1)
         teacher_BLZ = self.teacher_input(idx_kBl, patch_nums)
-        logits_BLV = self(label_B, teacher_BLZ, patch_nums)
-        loss = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=self.label_smooth)
-        aux = dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, patch_nums=patch_nums)
-        return loss, aux
+        h_BLC = self.before_head(label_B, teacher_BLZ, patch_nums)
+        losses = token_losses(self.head, h_BLC, target_BL, self.label_smooth)
+        return losses.loss_BL.mean(), dict(losses=losses, target_BL=target_BL, patch_nums=patch_nums)
 
     @torch.no_grad()
     def teacher_input(self, idx_kBl: list[torch.Tensor], patch_nums: Sequence[Side]) -> torch.Tensor | None:
@@ -274,6 +275,12 @@ class FlexVAR(PublishedNames, ARModel):
         Raises:
             ValueError: the input has another number of tokens than these scales.
         """
+        h_BLC = self.before_head(label_B, x_BLCv_wo_first_l, infer_patch_nums)
+        return self.head(h_BLC).float()                                                    # (B, L, V)
+
+    def before_head(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None,
+                    infer_patch_nums: Sequence[Side] | None = None) -> torch.Tensor:
+        """(B, L, C) float32, of which the head makes logits; see `forward`."""
         layout = ScaleLayout(as_sizes(self.patch_nums if infer_patch_nums is None else infer_patch_nums))
         check_sizes(layout.sizes)
         B = len(label_B)
@@ -295,12 +302,11 @@ class FlexVAR(PublishedNames, ARModel):
             position_1LC = torch.cat([self.positions(size) for size in layout.sizes], dim=1)
             x_BLC = x_BLC + position_1LC
 
-        # A token sees its own scale and all coarser ones; the mask follows from the sides of this call.
-        attn_bias = cached_causal_bias(layout, x_BLC.device)                               # (1, 1, L, L)
-        x_BLC = self.run_blocks(x_BLC, cond_BD, attn_bias)
-        return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
+        # A token sees its own scale and all coarser ones, which follow from the sides of this call.
+        x_BLC = self.run_blocks(x_BLC, cond_BD, block_causal(layout, x_BLC.device))
+        return self.head_nm(x_BLC.float(), cond_BD).float()                                # (B, L, C)
 
-    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
+    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: BlockCausal) -> torch.Tensor:
         """(B, L, C) after all blocks, in training."""
         return run_blocks(self.blocks, x_BLC, self.shared_ada_lin(cond_BD), attn_bias)
 
@@ -313,8 +319,8 @@ class FlexVAR(PublishedNames, ARModel):
         return self.head(h_BLC.float()).float()
 
     def compile(self, **options: Any) -> None:
-        """Compile the blocks alone, once for any number of tokens: the pyramid changes at every step."""
-        self.run_blocks = torch.compile(self.run_blocks, dynamic=True, **options)
+        """Compile the blocks, for any number of tokens at once: the pyramid changes at every step."""
+        compile_around_attention(self.blocks, dynamic=True, **options)
 
     # ------------------------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -550,7 +556,9 @@ class FlexVAR(PublishedNames, ARModel):
         """See `scale_metrics`; tails are of the last scale of the step, which training draws."""
         layout = ScaleLayout(tuple(aux['patch_nums']))
         stride = self.tokenizer.stride
-        return scale_metrics(aux['logits_BLV'], aux['target_BL'], layout, stride, self.training)
+        losses = aux['losses']
+        return scale_metrics(losses.plain_BL, losses.predicted_BL, aux['target_BL'], layout, stride,
+                             self.V if self.training else None)
 
     def training_state(self) -> dict[str, Any]:
         return dict(patch_nums=list(self.patch_nums))

@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import KVCache, attend
+from models.attention import KVCache, Mask, attend, compile_around_attention
 from models.base import ARModel, Tokenizer
 from models.helpers import drop_labels, guide
 from models.layers import RMSNorm, Rope2d, rotate, sinusoid
 from models.noise import GlobalBatch, Rng, normal_like
 from models.sampling import sampling_mode
-from models.scales import ScaleLayout, scale_name
+from models.scales import ScaleLayout, block_causal, scale_name
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # of a cross-attention, (B, l, H, d) each
 TIMES = 1000     # times are told apart in steps of 1 / TIMES
@@ -58,20 +58,31 @@ class Attention(nn.Module):
         self.rope = Rope2d(width // num_heads)
         self.cache: KVCache | None = None
 
-    def forward(self, x_BLC: torch.Tensor, positions_L2: torch.Tensor,
-                attn_bias: torch.Tensor | None = None) -> torch.Tensor:
-        B, L, C = x_BLC.shape
-        q, k, v = self.qkv(x_BLC).view(B, L, 3, self.num_heads, -1).unbind(2)  # (B, L, H, d)
+    def forward(self, x_BLC: torch.Tensor, positions_L2: torch.Tensor, attn_bias: Mask = None,
+                ) -> torch.Tensor:
+        """(B, L, C); attn_bias: see `attend`."""
+        return self.project(self.attend(*self.queries_keys_values(x_BLC, positions_L2), attn_bias))
+
+    def queries_keys_values(self, x_BLC: torch.Tensor, positions_L2: torch.Tensor,
+                            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v of all tokens, (B, L, H, d) each."""
+        B, L, _ = x_BLC.shape
+        q, k, v = self.qkv(x_BLC).view(B, L, 3, self.num_heads, -1).unbind(2)
         # Positions turn queries and keys, so that their product depends on the distance alone.
         table_2Lp = self.rope(positions_L2)
-        q = rotate(q, table_2Lp)
-        k = rotate(k, table_2Lp)
+        return rotate(q, table_2Lp), rotate(k, table_2Lp), v
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: Mask) -> torch.Tensor:
+        """(B, L, H, d): what each head sees."""
         # While sampling, the queries of a scale also see the keys of all scales before it.
         if self.cache is not None:
             k, v = self.cache.append(k, v)
         dropout_p = self.attn_drop if self.training else 0.
-        out = attend(q, k, v, bias=attn_bias, dropout_p=dropout_p)
-        return self.proj_drop(self.proj(out.reshape(B, L, C)))                             # (B, L, C)
+        return attend(q, k, v, bias=attn_bias, dropout_p=dropout_p)
+
+    def project(self, out_BLHd: torch.Tensor) -> torch.Tensor:
+        """(B, L, C): what all heads see, mixed."""
+        return self.proj_drop(self.proj(out_BLHd.flatten(2)))
 
 
 class CrossAttention(nn.Module):
@@ -116,21 +127,42 @@ class GatedMLP(nn.Module):
         return self.drop(self.fc2(self.drop(hidden)))
 
 
-def modulated(block: nn.Module, x_BLC: torch.Tensor, modulation: torch.Tensor, positions_L2: torch.Tensor,
-              attn_bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x after `block.attn` and `block.mlp`, each normalised, scaled and shifted before, gated behind.
+class ModulatedBlock(nn.Module):
+    """x after `attn` and `mlp`, each normalised, scaled and shifted before, gated behind."""
 
-    Args:
-        modulation: (B, 1 or L, 6 C): two gates, two scales, two shifts.
-    """
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
-    h_BLC = block.norm(x_BLC) * (1 + scale1) + shift1
-    x_BLC = x_BLC + gamma1 * block.attn(h_BLC, positions_L2, attn_bias)
-    h_BLC = block.norm(x_BLC) * (1 + scale2) + shift2
-    return x_BLC + gamma2 * block.mlp(h_BLC)
+    norm: nn.Module
+    attn: Attention
+    mlp: GatedMLP
+
+    def modulated(self, x_BLC: torch.Tensor, modulation: torch.Tensor, positions_L2: torch.Tensor,
+                  attn_bias: Mask = None) -> torch.Tensor:
+        """(B, L, C).
+
+        Args:
+            modulation: (B, 1 or L, 6 C): two gates, two scales, two shifts.
+            attn_bias: see `attend`.
+        """
+        q, k, v = self.before_attention(x_BLC, modulation, positions_L2)
+        out_BLHd = self.attn.attend(q, k, v, attn_bias)
+        return self.after_attention(x_BLC, out_BLHd, modulation)
+
+    def before_attention(self, x_BLC: torch.Tensor, modulation: torch.Tensor, positions_L2: torch.Tensor,
+                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Attention.queries_keys_values`, of the normalised and modulated tokens."""
+        _, _, scale1, _, shift1, _ = modulation.chunk(6, dim=-1)
+        h_BLC = self.norm(x_BLC) * (1 + scale1) + shift1
+        return self.attn.queries_keys_values(h_BLC, positions_L2)
+
+    def after_attention(self, x_BLC: torch.Tensor, out_BLHd: torch.Tensor,
+                        modulation: torch.Tensor) -> torch.Tensor:
+        """The tokens with both branches added, each gated."""
+        gamma1, gamma2, _, scale2, _, shift2 = modulation.chunk(6, dim=-1)
+        x_BLC = x_BLC + gamma1 * self.attn.project(out_BLHd)
+        h_BLC = self.norm(x_BLC) * (1 + scale2) + shift2
+        return x_BLC + gamma2 * self.mlp(h_BLC)
 
 
-class TrunkBlock(nn.Module):
+class TrunkBlock(ModulatedBlock):
     """A block of the trunk: the class embedding modulates all tokens alike."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float):
@@ -140,10 +172,13 @@ class TrunkBlock(nn.Module):
         self.mlp = GatedMLP(width, mlp_ratio, proj_drop)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
+    def modulation(self, cond_BC: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 6 C) of the class embedding."""
+        return self.ada_lin(cond_BC)[:, None]
+
     def forward(self, x_BLC: torch.Tensor, cond_BC: torch.Tensor, positions_L2: torch.Tensor,
-                attn_bias: torch.Tensor | None = None) -> torch.Tensor:
-        modulation_B1C = self.ada_lin(cond_BC)[:, None]                                    # (B, 1, 6 C)
-        return modulated(self, x_BLC, modulation_B1C, positions_L2, attn_bias)             # (B, L, C)
+                attn_bias: Mask = None) -> torch.Tensor:
+        return self.modulated(x_BLC, self.modulation(cond_BC), positions_L2, attn_bias)    # (B, L, C)
 
 
 class HeadConditions(NamedTuple):
@@ -159,7 +194,7 @@ class HeadConditions(NamedTuple):
         return HeadConditions(self.c_BlW[:batch], tuple(keys_values))
 
 
-class AttnMLP(nn.Module):
+class AttnMLP(ModulatedBlock):
     """The head's first kind of block: time and condition modulate every token."""
 
     def __init__(self, width: int, cond_width: int, num_heads: int):
@@ -175,7 +210,7 @@ class AttnMLP(nn.Module):
     def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor,
                 keys_values: None, positions_l2: torch.Tensor) -> torch.Tensor:
         modulation_BlW = self.ada_lin(F.silu(t_B1W + c_BlW))                               # (B, l, 6 W)
-        return modulated(self, x_BlW, modulation_BlW, positions_l2)                        # (B, l, W)
+        return self.modulated(x_BlW, modulation_BlW, positions_l2)                         # (B, l, W)
 
 
 class AttnCrossAttnMLP(nn.Module):
@@ -262,6 +297,10 @@ class FlowHead(nn.Module):
                 positions_l2: torch.Tensor) -> torch.Tensor:
         """(B, l, Z)."""
         return self.velocity(x_BlZ, t_B, self.conditions(z_BlC, positions_l2), positions_l2)
+
+    def compile(self, **options: Any) -> None:
+        """Compile what a step of the solver, or of the training, evaluates."""
+        self.velocity = torch.compile(self.velocity, **options)
 
     def conditions(self, z_BlC: torch.Tensor, positions_l2: torch.Tensor) -> HeadConditions:
         """What the head needs of the trunk's conditions: sampling makes it once for all Euler steps."""
@@ -406,7 +445,7 @@ class FlowAR(ARModel):
         self.decoder_embed = nn.Linear(self.C, self.C)
         self.decoder_blocks = stack(decoder_depth, decoder_num_heads)
         self.decoder_norm = RMSNorm(self.C)
-        self.register_buffer('mask', self.layout.causal_bias()[None, None])
+        self.register_buffer('mask', self.layout.causal_bias()[None, None])  # for its published key alone
 
         # 4. flow head
         self.flownet = FlowHead(self.Z, diffloss_w, self.C, diffloss_d, cross)
@@ -507,10 +546,11 @@ class FlowAR(ARModel):
         cond_BC = self.class_emb(label_B)                                                  # (B, C)
         # The first scale has nothing to see but the class, which is its start token.
         x_BLC = torch.cat([cond_BC[:, None], self.z_proj(teacher_BLZ)], dim=1)             # (B, L, C)
-        return self.trunk(x_BLC, cond_BC, self.positions(), slice(None), self.mask)
+        mask = block_causal(self.layout, x_BLC.device)
+        return self.trunk(x_BLC, cond_BC, self.positions(), slice(None), mask)
 
     def trunk(self, x_BlC: torch.Tensor, cond_BC: torch.Tensor, positions_l2: torch.Tensor, span: slice,
-              attn_bias: torch.Tensor | None = None) -> torch.Tensor:
+              attn_bias: Mask = None) -> torch.Tensor:
         """Both stacks over the tokens `span` of the sequence."""
         # The stacks are named after those of MAR; here both are causal over the scales.
         x_BlC = self.z_proj_ln(x_BlC + self.encoder_pos_embed_learned[:, span])            # (B, l, C)
@@ -652,8 +692,10 @@ class FlowAR(ARModel):
         nn.init.normal_(self.decoder_pos_embed_learned, std=0.02)
         nn.init.normal_(self.diffusion_pos_embed_learned, std=0.02)
 
-    def compiled_parts(self) -> list[nn.Module]:
-        return [self, self.flownet]
+    def compile(self, **options: Any) -> None:
+        """Compile the blocks of the trunk, and what the flow head evaluates."""
+        compile_around_attention([*self.encoder_blocks, *self.decoder_blocks], **options)
+        self.flownet.compile(**options)
 
     def no_weight_decay(self) -> set[str]:
         """As published: it exempts a head of another name, so the matrices of this one do decay."""

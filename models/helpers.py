@@ -1,16 +1,19 @@
 """What all families need to sample and to train: filters of logits, guidance, label dropout and drop path.
 
-Letters: B batch, l tokens of one scale, V vocabulary.
+Letters: B batch, L sequence, l tokens of one scale, N rows (B * L), C width, V vocabulary.
 """
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.noise import GlobalBatch, ImageNoise, Rng, exponential_like
 
-SOFTMAX_BLOCK = 128  # terms that a softmax on the CPU adds at a time
+SOFTMAX_BLOCK = 128       # terms that a softmax on the CPU adds at a time
+LOGITS_AT_ONCE = 2 ** 26  # of a training loss: 256 MiB in float32
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -139,6 +142,55 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tenso
 
 
 # ---------------------------------------------------------------------------------------------- training
+def in_chunks(losses: Callable[..., tuple[torch.Tensor, ...]], logits_per_row: int,
+              *inputs_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`losses` of all rows, so that their logits never exist all at once.
+
+    The logits of a large batch are the largest tensors of a training step. They are made chunk by chunk, and
+    once more in the backward pass, which costs a product with the head: about one percent of a step.
+
+    Args:
+        losses: from rows of the inputs to tensors with an entry (or more) per row.
+        logits_per_row: that it makes.
+        inputs_N: tensors of equal length N.
+    """
+    num_rows = max(1, LOGITS_AT_ONCE // logits_per_row)
+    if len(inputs_N[0]) <= num_rows:
+        return losses(*inputs_N)
+    results = []
+    for chunks in zip(*(t.split(num_rows) for t in inputs_N), strict=True):
+        results.append(checkpoint(losses, *chunks, use_reentrant=False, preserve_rng_state=False))
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+class TokenLosses(NamedTuple):
+    """What a training minimises and logs of every token."""
+    loss_BL: torch.Tensor       # cross-entropy, smoothed where that is asked for
+    plain_BL: torch.Tensor      # without smoothing and without gradient
+    predicted_BL: torch.Tensor  # the likeliest code, int64
+
+
+def token_losses(head: nn.Module, h_BLC: torch.Tensor, target_BL: torch.Tensor,
+                 label_smoothing: float = 0.) -> TokenLosses:
+    """Cross-entropy of the codes under the logits that `head` makes of the tokens before it.
+
+    Torch's own `linear_cross_entropy` does not make whole logits either, but it does not tell the likeliest
+    code, for which the product would be made twice.
+    """
+    def losses(h_NC: torch.Tensor, target_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits_NV = head(h_NC).float()
+        loss_N = F.cross_entropy(logits_NV, target_N, label_smoothing=label_smoothing, reduction='none')
+        with torch.no_grad():
+            predicted_N = logits_NV.argmax(-1)
+            plain_N = loss_N.detach()
+            if label_smoothing:
+                plain_N = F.cross_entropy(logits_NV, target_N, reduction='none')
+        return loss_N, plain_N, predicted_N
+
+    results = in_chunks(losses, head.out_features, h_BLC.flatten(0, 1), target_BL.flatten())
+    return TokenLosses(*(t_N.view_as(target_BL) for t_N in results))
+
+
 def drop_labels(labels_B: torch.Tensor, null_label: int, p: float) -> torch.Tensor:
     """Replace each label by `null_label` with probability p; even p = 0 draws from the global generator."""
     u_B = GlobalBatch.current.per_image(len(labels_B), labels_B.device, lambda t: t.uniform_())
@@ -152,14 +204,23 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def weights(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(B, 1, ...) of the dimensions of x: 0 for images whose branch is dropped; None where it is off."""
         if self.drop_prob == 0. or not self.training:
-            return x
+            return None
         # A branch that survives is scaled up, so that its mean over many steps is that of evaluation.
         keep_prob = 1 - self.drop_prob
         weight_B = GlobalBatch.current.per_image(
             len(x), x.device, lambda t: t.to(x.dtype).bernoulli_(keep_prob).div_(keep_prob))
-        return x * weight_B.view(-1, *[1] * (x.dim() - 1))
+        return weight_B.view(-1, *[1] * (x.dim() - 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return weighted(x, self.weights(x))
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:g}'
+
+
+def weighted(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """x times the weights, where there are any."""
+    return x if weights is None else x * weights

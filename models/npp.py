@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.attention import KVCache, attend
+from models.attention import KVCache, attend, compile_around_attention
 from models.base import ARModel, Tokenizer
-from models.helpers import DropPath, draw_codes, drop_labels, guide
+from models.helpers import DropPath, draw_codes, drop_labels, guide, in_chunks, weighted
 from models.layers import RMSNorm, Rope2d, rotate
 from models.noise import GlobalBatch, Rng
 from models.sampling import sampling_mode
@@ -36,14 +36,14 @@ def patches(t_BN: torch.Tensor, p: int) -> torch.Tensor:
     return blocks.flatten(1, 2).flatten(2, 3)
 
 
-def patch_loss(logits_BPV: torch.Tensor, idx_BPM: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each code of a patch under the one distribution predicted for the patch.
+def patch_cross_entropy(logits_NV: torch.Tensor, idx_NM: torch.Tensor) -> torch.Tensor:
+    """(..., N, M): cross-entropy of each code of a patch under the one distribution predicted for the patch.
 
     The normaliser is computed once per patch and the codes are gathered: logits are never repeated.
     """
-    logits_BPM = logits_BPV.gather(2, idx_BPM)
-    normaliser_BP1 = logits_BPV.logsumexp(2, keepdim=True)
-    return (normaliser_BP1 - logits_BPM).mean()
+    logits_NM = logits_NV.gather(-1, idx_NM)
+    normaliser_N1 = logits_NV.logsumexp(-1, keepdim=True)
+    return normaliser_N1 - logits_NM
 
 
 def ffn_width(dim: int, multiple_of: int = 256, multiplier: float = 1.) -> int:
@@ -78,23 +78,28 @@ class Attention(nn.Module):
         self.cache: KVCache | None = None
 
     def forward(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
-        B, L, C = x_BLC.shape
+        return self.project(self.attend(*self.queries_keys_values(x_BLC, table_2Lp)))      # (B, L, C)
+
+    def queries_keys_values(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor,
+                            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q (B, L, H, d), k and v (B, L, groups, d), turned by their positions."""
+        B, L, _ = x_BLC.shape
         heads = self.wqkv(x_BLC).view(B, L, self.n_head + 2 * self.n_kv_head, -1)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)        # (B, L, H, d)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         # Keys are cached as rotated, since a position is the same at every later step.
-        q = rotate(q, table_2Lp)
-        k = rotate(k, table_2Lp)
+        return rotate(q, table_2Lp), rotate(k, table_2Lp), v
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """(B, L, H, d): what each head sees."""
         if self.cache is not None:
             k, v = self.cache.append(k, v)
-        # Grouped heads: each key and value serves several queries.
-        if self.n_kv_head < self.n_head:
-            group = self.n_head // self.n_kv_head
-            k = k.repeat_interleave(group, dim=2)
-            v = v.repeat_interleave(group, dim=2)
         # A single token, while sampling, sees all that is cached; several see those before them.
         dropout_p = self.attn_drop if self.training else 0.
-        out = attend(q, k, v, causal=L > 1, dropout_p=dropout_p)
-        return self.resid_dropout(self.wo(out.reshape(B, L, C)))                           # (B, L, C)
+        return attend(q, k, v, causal=q.shape[1] > 1, dropout_p=dropout_p)
+
+    def project(self, out_BLHd: torch.Tensor) -> torch.Tensor:
+        """(B, L, C): what all heads see, mixed."""
+        return self.resid_dropout(self.wo(out_BLHd.flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -139,10 +144,26 @@ class TransformerBlock(nn.Module):
         return self.attention
 
     def forward(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
-        attn_BLC = self.attention(self.attention_norm(x_BLC), table_2Lp)
-        x_BLC = x_BLC + self.drop_path(attn_BLC)
+        # Which images skip a branch is drawn here: the two parts below are compiled, and one graph serves
+        # all blocks, whose rates differ.
+        kept_attn_B11 = self.drop_path.weights(x_BLC)
+        kept_ffn_B11 = self.drop_path.weights(x_BLC)
+        q, k, v = self.before_attention(x_BLC, table_2Lp)
+        out_BLHd = self.attention.attend(q, k, v)
+        return self.after_attention(x_BLC, out_BLHd, kept_attn_B11, kept_ffn_B11)          # (B, L, C)
+
+    def before_attention(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor,
+                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Attention.queries_keys_values`, of the normalised tokens."""
+        return self.attention.queries_keys_values(self.attention_norm(x_BLC), table_2Lp)
+
+    def after_attention(self, x_BLC: torch.Tensor, out_BLHd: torch.Tensor,
+                        kept_attn_B11: torch.Tensor | None, kept_ffn_B11: torch.Tensor | None,
+                        ) -> torch.Tensor:
+        """The tokens with both branches added, which are dropped for some images in training."""
+        x_BLC = x_BLC + weighted(self.attention.project(out_BLHd), kept_attn_B11)
         ffn_BLC = self.feed_forward(self.ffn_norm(x_BLC))
-        return x_BLC + self.drop_path(ffn_BLC)                                             # (B, L, C)
+        return x_BLC + weighted(ffn_BLC, kept_ffn_B11)                                     # (B, L, C)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -265,11 +286,16 @@ class NPP(ARModel):
             GlobalBatch.current.reseed_per_rank()
 
         # One prediction per patch, compared with each of its M = p^2 codes.
-        logits_BPV = self(label_B, idx_BN, p)
-        idx_BPM = patches(idx_BN, p)
-        loss = patch_loss(logits_BPV, idx_BPM)
-        hit_BPM = logits_BPV.argmax(2, keepdim=True) == idx_BPM
-        return loss, dict(loss=loss.detach(), hit=hit_BPM, p=p)
+        x_BPC = self.before_head(label_B, idx_BN, p)
+        idx_NM = patches(idx_BN, p).flatten(0, 1)                                          # N = B * P
+        loss_NM, predicted_N = in_chunks(self.losses, self.vocab_size, x_BPC.flatten(0, 1), idx_NM)
+        loss = loss_NM.mean()
+        return loss, dict(loss=loss.detach(), hit=predicted_N[:, None] == idx_NM, p=p)
+
+    def losses(self, x_NC: torch.Tensor, idx_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses (N, M) of the codes of some patches, and the likeliest code (N,) of each patch."""
+        logits_NV = self.output(x_NC).float()
+        return patch_cross_entropy(logits_NV, idx_NM), logits_NV.detach().argmax(-1)
 
     def forward(self, label_B: torch.Tensor, idx_BN: torch.Tensor, p: int = 1) -> torch.Tensor:
         """Logits (B, P, V) of every patch, float32, each from the class and the patches before it.
@@ -279,19 +305,27 @@ class NPP(ARModel):
             idx_BN: (B, N) codes, int64 in [0, V), row by row.
             p: side of a patch; it is read as the mean of its codes' embeddings.
         """
+        return self.output(self.before_head(label_B, idx_BN, p)).float()
+
+    def before_head(self, label_B: torch.Tensor, idx_BN: torch.Tensor, p: int = 1) -> torch.Tensor:
+        """(B, P, C), of which the head makes logits; see `forward`."""
         x_BPC = patches(self.tok_embeddings(idx_BN), p).mean(2)                            # (B, P, C)
         # Shifted by one: the class predicts the first patch, and nothing needs the last one.
         x_BPC = torch.cat([self.cls_embedding(label_B), x_BPC[:, :-1]], dim=1)
         x_BPC = self.tok_dropout(x_BPC)
         num_patches = x_BPC.shape[1]
         table_2Lp = self.rope_table(math.isqrt(num_patches))[:, :num_patches]
-        return self.transform(x_BPC, table_2Lp)                                            # (B, P, V)
+        return self.transform(x_BPC, table_2Lp)                                            # (B, P, C)
 
     def transform(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
-        """Logits (B, L, V) in float32 of what follows each token."""
+        """(B, L, C): all blocks, and the last norm."""
         for block in self.layers:
-            x_BLC = block(x_BLC, table_2Lp)                                                # (B, L, C)
-        return self.output(self.norm(x_BLC)).float()                                       # (B, L, V)
+            x_BLC = block(x_BLC, table_2Lp)
+        return self.norm(x_BLC)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the blocks; one graph serves all of them."""
+        compile_around_attention(self.layers, **options)
 
     def rope_table(self, side: int) -> torch.Tensor:
         """(2, 1 + side^2, d / 2) cosines and sines of the class token and of a map.
@@ -335,7 +369,7 @@ class NPP(ARModel):
         with sampling_mode(self, self.layers, capacity=num_codes - 1):
             for i in range(num_codes):
                 # 1. One token goes in, the class or the code before; the cache holds all others.
-                logits_B1V = self.transform(x_B1C, table_2Lp[:, i:i + 1])
+                logits_B1V = self.output(self.transform(x_B1C, table_2Lp[:, i:i + 1])).float()
 
                 # 2. Guidance, and the code that is drawn.
                 if len(logits_B1V) > B:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import index
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 import dist
 
 Side = int | tuple[int, int]  # of a code map: p for p x p, or (rows, columns)
+
+MASKED_TOKENS = 256  # scales that end up to here attend in one call
 
 
 def as_sizes(patch_nums: Sequence[Side]) -> tuple[tuple[int, int], ...]:
@@ -131,11 +133,31 @@ class ScaleLayout:
         return torch.where(level[:, None] >= level[None, :], 0., -torch.inf)
 
 
-@lru_cache(maxsize=4)  # micro-steps of one training step, and validation; long pyramids take 100 MB each
-def cached_causal_bias(layout: ScaleLayout, device: torch.device) -> torch.Tensor:
-    """`causal_bias` of the latest layouts, (1, 1, L, L); training may use what inference mode made."""
+class BlockCausal(NamedTuple):
+    """What a query sees in teacher forcing: its own scale and all coarser ones.
+
+    Every scale is a call of its own over the keys so far, which needs no mask and computes two thirds of the
+    products of one masked call over all pairs of tokens. Many small calls would be slower than one, so the
+    leading scales share the first call, which has a mask.
+    """
+    ends: tuple[int, ...]    # of the tokens of each call
+    bias_11ll: torch.Tensor  # of the first call: 0 where the query sees the key, else -inf
+
+    def to(self, dtype: torch.dtype) -> 'BlockCausal':
+        """The same, with a mask of this dtype."""
+        return BlockCausal(self.ends, self.bias_11ll.to(dtype))
+
+
+@lru_cache(maxsize=16)  # micro-steps of a training step, and validation
+def block_causal(layout: ScaleLayout, device: torch.device) -> BlockCausal:
+    """What the tokens of these scales see."""
+    ends = [end for _, end in layout.spans]
+    first_end = max((end for end in ends if end <= MASKED_TOKENS), default=ends[0])
+    leading = ScaleLayout(layout.patch_nums[:ends.index(first_end) + 1])
+    # Training may use what was made in inference mode.
     with torch.inference_mode(False):
-        return layout.causal_bias(device)[None, None]
+        bias_ll = leading.causal_bias(device)
+    return BlockCausal(tuple(end for end in ends if end >= first_end), bias_ll[None, None])
 
 
 @dataclass(frozen=True)
@@ -184,17 +206,18 @@ class ProgressiveSchedule:
         return stage, min(max(steps_in_stage / self.stage_warmup, 0.01), 1.)
 
 
-def scale_metrics(logits_BLV: torch.Tensor, target_BL: torch.Tensor, layout: ScaleLayout, stride: int,
-                  vocabulary_usage: bool = False) -> dict[str, torch.Tensor]:
-    """Cross-entropy without smoothing and top-1 accuracy in percent: mean, tail, and of every scale.
+def scale_metrics(loss_BL: torch.Tensor, predicted_BL: torch.Tensor, target_BL: torch.Tensor,
+                  layout: ScaleLayout, stride: int, vocab_size: int | None = None) -> dict[str, torch.Tensor]:
+    """Cross-entropy and top-1 accuracy in percent: mean, tail, and of every scale.
 
     Args:
+        loss_BL: of every code, without smoothing. predicted_BL: the likeliest codes.
         layout: of the scales in the sequence; the tail is the last one.
         stride: pixels per side of a code; scales are named by their side in pixels.
-        vocabulary_usage: add the percentage of codes that are predicted often enough, over all ranks.
+        vocab_size: if it is given, add the percentage of codes that are predicted often enough, over all
+            ranks.
     """
-    predicted_BL = logits_BLV.argmax(-1)
-    loss_L = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction='none').mean(0)
+    loss_L = loss_BL.mean(0)
     acc_L = (predicted_BL == target_BL).float().mean(0).mul(100)
     metrics = dict(L_mean=loss_L.mean(), acc_mean=acc_L.mean())
     for (begin, end), (height, _) in zip(layout.spans, layout.sizes, strict=True):
@@ -203,9 +226,8 @@ def scale_metrics(logits_BLV: torch.Tensor, target_BL: torch.Tensor, layout: Sca
         metrics[f'acc_{side}'] = acc_L[begin:end].mean()
     metrics['L_tail'] = metrics[f'L_{side}']
     metrics['acc_tail'] = metrics[f'acc_{side}']
-    if vocabulary_usage:
+    if vocab_size:
         # A code counts as used from a thousandth of an even share of the predictions on.
-        vocab_size = logits_BLV.shape[-1]
         hit_V = torch.bincount(predicted_BL.flatten(), minlength=vocab_size).float()
         dist.allreduce(hit_V)
         metrics['z_voc_usage'] = (hit_V / hit_V.sum() > 0.001 / vocab_size).float().mean() * 100

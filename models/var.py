@@ -13,6 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.nn import functional as F
 
+from models.attention import compile_around_attention
 from models.base import ARModel, Tokenizer
 from models.basic_var import (
     NO_WEIGHT_DECAY,
@@ -35,10 +36,11 @@ from models.helpers import (
     guide,
     gumbel_softmax_with_rng,
     sample_with_top_k_top_p_,
+    token_losses,
 )
 from models.noise import Rng
 from models.sampling import mark_damaged, sampling_mode
-from models.scales import ProgressiveSchedule, ScaleLayout, scale_metrics
+from models.scales import BlockCausal, ProgressiveSchedule, ScaleLayout, block_causal, scale_metrics
 from models.tokenizers.vqvae import VQVAE
 
 __all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 'SharedAdaLin',
@@ -143,7 +145,7 @@ class VAR(PublishedNames, ARModel):
             fused_if_available=fused_if_available,
         )
 
-        # 5. level of each token, and the block-causal mask of training
+        # 5. level of each token, and the block-causal mask, which is here for its published key alone
         self.register_buffer('lvl_1L', self.layout.level_L()[None])
         self.register_buffer('attn_bias_for_masking', self.layout.causal_bias()[None, None])
 
@@ -167,16 +169,14 @@ class VAR(PublishedNames, ARModel):
         target_BL = torch.cat(idx_kBl, dim=1)
         with torch.autocast(images_B3HW.device.type, enabled=False):
             teacher_BLZ = self.tokenizer.quantize.idxBl_to_var_input(idx_kBl)
-        logits_BLV = self(label_B, teacher_BLZ)
+        h_BLC = self.before_head(label_B, teacher_BLZ)
+        losses = token_losses(self.head, h_BLC, target_BL, self.label_smooth)
 
         # Weights stay 1 / L of the whole pyramid, also where some scales are left out, as published.
         weight_L = torch.full((target_BL.shape[1],), 1 / self.L, device=target_BL.device)
         weight_L[self.layout.spans[stage][0]:] *= newest_weight
-        loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=self.label_smooth,
-                                  reduction='none')
-        aux = dict(logits_BLV=logits_BLV.detach(), target_BL=target_BL, stage=stage,
-                   newest_weight=newest_weight)
-        return (loss_BL * weight_L).sum(1).mean(), aux
+        aux = dict(losses=losses, target_BL=target_BL, stage=stage, newest_weight=newest_weight)
+        return (losses.loss_BL * weight_L).sum(1).mean(), aux
 
     def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None) -> torch.Tensor:
         """Teacher-forced logits; labels are dropped in training mode only.
@@ -188,10 +188,14 @@ class VAR(PublishedNames, ARModel):
         Returns:
             (B, first_l + tokens, V) float32.
         """
+        return self.head(self.before_head(label_B, x_BLCv_wo_first_l)).float()             # (B, L, V)
+
+    def before_head(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None) -> torch.Tensor:
+        """(B, L, C) float32, of which the head makes logits; see `forward`."""
         B = len(label_B)
         num_given = 0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1]
         L = self.first_l + num_given
-        self.layout.num_scales_of(L)  # refuses a length that ends within a scale
+        num_scales = self.layout.num_scales_of(L)  # refuses a length that ends within a scale
 
         # Embeddings are in float32 under any autocast, as published.
         with torch.autocast(label_B.device.type, enabled=False):
@@ -205,13 +209,12 @@ class VAR(PublishedNames, ARModel):
                 x_BLC = torch.cat([x_BLC, teacher_BLC], dim=1)                             # (B, L, C)
             x_BLC = x_BLC + self.lvl_embed(self.lvl_1L[:, :L]) + self.pos_1LC[:, :L]
 
-        # A token sees its own scale and all coarser ones: 0 where the key's scale is not finer than the
-        # query's, else -inf.
-        attn_bias = self.attn_bias_for_masking[:, :, :L, :L]                               # (1, 1, L, L)
-        x_BLC = self.run_blocks(x_BLC, cond_BD, attn_bias)
-        return self.get_logits(x_BLC, cond_BD)                                             # (B, L, V)
+        # A token sees its own scale and all coarser ones.
+        layout = ScaleLayout(self.patch_nums[:num_scales])
+        x_BLC = self.run_blocks(x_BLC, cond_BD, block_causal(layout, x_BLC.device))
+        return self.head_nm(x_BLC.float(), cond_BD).float()                                # (B, L, C)
 
-    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor) -> torch.Tensor:
+    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: BlockCausal) -> torch.Tensor:
         """(B, L, C) after all blocks, in training."""
         return run_blocks(self.blocks, x_BLC, self.shared_ada_lin(cond_BD), attn_bias)
 
@@ -222,6 +225,10 @@ class VAR(PublishedNames, ARModel):
     def _logits(self, h_BLC: torch.Tensor, head_mod_B12C: torch.Tensor) -> torch.Tensor:
         h_BLC = self.head_nm.modulated(h_BLC.float(), head_mod_B12C)
         return self.head(h_BLC.float()).float()
+
+    def compile(self, **options: Any) -> None:
+        """Compile the blocks; one graph serves all of them."""
+        compile_around_attention(self.blocks, **options)
 
     # ------------------------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -361,7 +368,9 @@ class VAR(PublishedNames, ARModel):
         stage = aux['stage']
         stride = self.tokenizer.stride
         layout = ScaleLayout(self.patch_nums[:stage + 1])
-        metrics = scale_metrics(aux['logits_BLV'], aux['target_BL'], layout, stride, self.training)
+        losses = aux['losses']
+        metrics = scale_metrics(losses.plain_BL, losses.predicted_BL, aux['target_BL'], layout, stride,
+                                self.V if self.training else None)
         if stage < len(self.patch_nums) - 1:
             absent = torch.full_like(metrics['L_mean'], -1)
             metrics |= dict(L_tail=absent, acc_tail=absent.clone())

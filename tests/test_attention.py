@@ -8,7 +8,7 @@ import torch
 from models import attention
 from models.attention import KVCache, attend, choose_backend, kv_caching, optional_module
 from models.basic_var import SelfAttention
-from models.scales import ScaleLayout
+from models.scales import MASKED_TOKENS, ScaleLayout, block_causal
 from tests.vectors import assert_within, load_tensors, tiny_var
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -298,3 +298,29 @@ def test_context_always_takes_the_caches_away():
         assert [cache.capacity for cache in caches] == [7, 7, 7] and len({id(cache) for cache in caches}) == 3
         raise KeyError('stop')
     assert all(block.attn.cache is None for block in blocks)
+
+
+@pytest.mark.parametrize('sides', [(1, 2, 3), (1, 16), (1, 2, 9, 13, 14), ((1, 1), (2, 3), (14, 20))])
+def test_attention_by_scale_equals_a_mask_over_all_tokens(sides):
+    """Values and gradients, whether the scales share a call or have their own."""
+    layout = ScaleLayout(sides)
+    q, k, v = (t.requires_grad_() for t in qkv(Lq=layout.total, Lk=layout.total, H=2))
+    mask = block_causal(layout, q.device)
+    assert mask.ends[-1] == layout.total and len(mask.bias_11ll[0, 0]) <= max(MASKED_TOKENS, 1)
+    out = attend(q, k, v, bias=mask)
+    expected = reference(q, k, v, layout.causal_bias())
+    assert_within(out, expected, 1e-5)
+    weights = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    expected_grads = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for grad, by_formula in zip(grads, expected_grads, strict=True):
+        assert_within(grad, by_formula, 1e-4)
+
+
+def test_grouped_heads_serve_several_queries(forced):
+    """As if keys and values were repeated, in every kernel."""
+    q, _, _ = qkv()
+    _, k, v = qkv(H=2)
+    for backend in ('sdpa', 'xformers'):
+        expected = reference(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))
+        assert_within(attend(q, k, v, backend=backend), expected, 1e-5)

@@ -17,7 +17,7 @@ from models.noise import GlobalBatch, ImageNoise
 from models.scales import (
     ScaleLayout,
     as_sizes,
-    cached_causal_bias,
+    block_causal,
     check_sizes,
     rect_schedule,
     scale_metrics,
@@ -98,7 +98,9 @@ def test_teacher_forcing(name, i):
     assert_within(seen[0][:1], t[f'{i}.block0_in'], 2e-5)
     assert_within(logits[:, ::case['lstep']].contiguous(), t[f'{i}.logits'], 5e-5)
     assert logits.double().abs().mean().item() == pytest.approx(expected['logits_abs_mean'], rel=1e-4)
-    metrics = scale_metrics(logits, target_BL, ScaleLayout(tuple(case['patch_nums'])), model.tokenizer.stride)
+    loss_BL = F.cross_entropy(logits.transpose(1, 2), target_BL, reduction='none')
+    layout = ScaleLayout(tuple(case['patch_nums']))
+    metrics = scale_metrics(loss_BL, logits.argmax(-1), target_BL, layout, model.tokenizer.stride)
     assert metrics['L_mean'].item() == pytest.approx(expected['loss'], abs=2e-5)
     per_scale = [metrics[f'L_{model.tokenizer.stride * side}'].item() for side in case['patch_nums']]
     assert per_scale == pytest.approx(expected['per_scale_loss'], abs=2e-5)
@@ -268,8 +270,10 @@ def test_metrics_of_a_training(trajectory):
     for record, step in zip(trajectory.records, trajectory.info['steps'], strict=True):
         metrics, aux = record['metrics'], record['aux']
         assert (metrics['L_mean'], metrics['acc_mean']) == pytest.approx((step['Lm'], step['Accm']), **near)
-        published = scale_metrics(aux['logits_BLV'][:, -tail:], aux['target_BL'][:, -tail:],
-                                  ScaleLayout(((1, tail),)), trajectory.model.tokenizer.stride)
+        losses = aux['losses']
+        published = scale_metrics(losses.plain_BL[:, -tail:], losses.predicted_BL[:, -tail:],
+                                  aux['target_BL'][:, -tail:], ScaleLayout(((1, tail),)),
+                                  trajectory.model.tokenizer.stride)
         assert published['L_tail'].item() == pytest.approx(step['Lt'], **near)
         if step['patch_nums'][-1] ** 2 == tail:
             assert metrics['L_tail'] == pytest.approx(step['Lt'], **near)
@@ -471,9 +475,10 @@ def test_larger_images_give_the_same_sides():
 def test_mask_is_kept_per_pyramid():
     device = torch.device('cpu')
     with torch.inference_mode():
-        bias = cached_causal_bias(ScaleLayout(((1, 1), (2, 3))), device)
-    assert cached_causal_bias(ScaleLayout(((1, 1), (2, 3))), device) is bias and not bias.is_inference()
-    assert torch.equal(bias[0, 0], ScaleLayout(((1, 1), (2, 3))).causal_bias())
+        mask = block_causal(ScaleLayout(((1, 1), (2, 3))), device)
+    assert block_causal(ScaleLayout(((1, 1), (2, 3))), device) is mask
+    assert not mask.bias_11ll.is_inference()
+    assert torch.equal(mask.bias_11ll[0, 0], ScaleLayout(((1, 1), (2, 3))).causal_bias())
 
 
 @pytest.mark.slow

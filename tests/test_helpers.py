@@ -5,10 +5,13 @@ import warnings
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench.reference import filter_by_sorting
 from evaluation.precision_recall import precision_recall
-from models import VQVAE
+from models import VQVAE, helpers
 from models.helpers import (
     DropPath,
     draw_codes,
@@ -417,3 +420,51 @@ def test_noise_of_single_elements_is_that_of_the_whole_draw():
     whole = ImageNoise(2, [4, 0, 9]).exponential_like(logits)
     index = torch.randint(35, (3, 11))
     assert torch.equal(ImageNoise(2, [4, 0, 9]).exponential_at(index), whole.view(3, 35).gather(1, index))
+
+
+# ------------------------------------------------------------ losses of many tokens
+@pytest.mark.parametrize('smoothing', [0., 0.1])
+@pytest.mark.parametrize('at_once', [1, 5 * 31, 2 ** 26])
+def test_token_losses_are_cross_entropies_in_chunks_of_any_size(monkeypatch, smoothing, at_once):
+    """Values and gradients; what is logged knows no smoothing."""
+    monkeypatch.setattr(helpers, 'LOGITS_AT_ONCE', at_once)
+    head = torch.nn.Linear(8, 31)
+    h_BLC = torch.randn(2, 7, 8, requires_grad=True)
+    target_BL = torch.randint(31, (2, 7))
+    logits_BLV = head(h_BLC)
+    expected_BL = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, label_smoothing=smoothing,
+                                  reduction='none')
+    inputs = (h_BLC, head.weight, head.bias)
+    expected_grads = torch.autograd.grad(expected_BL.square().sum(), inputs)
+
+    losses = helpers.token_losses(head, h_BLC, target_BL, smoothing)
+    assert_within(losses.loss_BL, expected_BL, 1e-6)
+    plain_BL = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction='none')
+    assert_within(losses.plain_BL, plain_BL, 1e-6)
+    assert not losses.plain_BL.requires_grad
+    assert torch.equal(losses.predicted_BL, logits_BLV.argmax(-1))
+    for grad, expected in zip(torch.autograd.grad(losses.loss_BL.square().sum(), inputs), expected_grads,
+                              strict=True):
+        assert_within(grad, expected, 1e-5)
+
+
+def test_logits_of_a_large_batch_never_exist_whole(monkeypatch):
+    """Forward and backward; the logits of 512 tokens are never held at once."""
+    monkeypatch.setattr(helpers, 'LOGITS_AT_ONCE', 64 * 1000)
+    head = torch.nn.Linear(8, 1000)
+    h_BLC = torch.randn(2, 256, 8, requires_grad=True)
+    with LargestTensor() as largest:
+        helpers.token_losses(head, h_BLC, torch.randint(1000, (2, 256))).loss_BL.sum().backward()
+    assert largest.numel == 64 * 1000
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that is computed inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        return out

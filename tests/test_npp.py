@@ -14,7 +14,7 @@ from models import NPP, VQModel, build_generator, helpers, load_weights, npp
 from models.helpers import guide
 from models.layers import RMSNorm, Rope2d, rotate
 from models.noise import GlobalBatch, ImageNoise
-from models.npp import patch_loss, patches
+from models.npp import patch_cross_entropy, patches
 from tests.vectors import (
     DROPOUTS,
     NO_DROPOUT,
@@ -100,7 +100,7 @@ def train_pass(model, label_B, idx_BN, p):
     """(logits, loss) of one training pass, whose gradients the model then has."""
     model.zero_grad()
     logits_BPV = model(label_B, idx_BN, p)
-    loss = patch_loss(logits_BPV, patches(idx_BN, p))
+    loss = patch_cross_entropy(logits_BPV, patches(idx_BN, p)).mean()
     loss.backward()
     return logits_BPV, loss
 
@@ -189,7 +189,7 @@ def test_logits_of_a_whole_sequence():
     t, model = load_tensors('npp/gpt_forward'), tiny_npp()
     x_BLC = torch.cat([model.cls_embedding(t['cond']), model.tok_embeddings(t['idx'])], dim=1)
     with torch.no_grad():
-        logits = model.transform(x_BLC, model.rope_table(8))
+        logits = model.output(model.transform(x_BLC, model.rope_table(8))).float()
     assert_within(logits[:, -4:], t['eval_logits_last4'], 1e-4)
 
 
@@ -291,7 +291,8 @@ def test_published_size(gpt_b, p):
         logits = gpt_b(t['cond'], t['idx'], p)
     assert list(logits.shape) == info['logits_shape']
     assert_within(logits[:, ::info['row_stride'], ::info['vocab_stride']], t[f'logits_p{p}'], 5e-4)
-    assert patch_loss(logits, patches(t['idx'], p)).item() == pytest.approx(info['loss'], abs=2e-5)
+    loss = patch_cross_entropy(logits, patches(t['idx'], p)).mean()
+    assert loss.item() == pytest.approx(info['loss'], abs=2e-5)
 
 
 # ------------------------------------------------------------ published: sampling
@@ -330,7 +331,7 @@ def test_teacher_forced_logits(monkeypatch):
     model, label_B = tiny_npp(), t['labels'][:2]
     x_BLC = torch.cat([model.cls_embedding(label_B), model.tok_embeddings(t['tf_tokens'])], dim=1)
     with torch.no_grad():
-        logits = model.transform(x_BLC, model.rope_table(8))
+        logits = model.output(model.transform(x_BLC, model.rope_table(8))).float()
     assert list(logits.shape) == info['shape']
     assert_within(logits[:, ::info['stride']], t['tf_logits'], 2e-4)
     given, seen = iter(t['tf_tokens'].split(1, dim=1)), []
@@ -437,7 +438,8 @@ def test_codes_of_a_patch_have_no_order(model, p):
     with torch.no_grad():
         logits, other = model(label_B, idx_BN, p), model(label_B, shuffled, p)
         assert_within(other, logits, 1e-5)
-        assert_within(patch_loss(other, patches(shuffled, p)), patch_loss(logits, patches(idx_BN, p)), 1e-6)
+        loss = patch_cross_entropy(logits, patches(idx_BN, p)).mean()
+        assert_within(patch_cross_entropy(other, patches(shuffled, p)).mean(), loss, 1e-6)
         assert not torch.equal(model(label_B, idx_BN), model(label_B, shuffled))
 
 
@@ -451,9 +453,9 @@ def replicated_loss(logits_BPV, idx_BPM):
 def test_patch_loss_is_the_cross_entropy_of_every_code(p):
     idx_BPM, results = patches(codes(grid=8), p), []
     logits_BPV = 3 * torch.randn(3, 64 // p ** 2, 31)
-    for loss_of in (patch_loss, replicated_loss):
+    for loss_of in (patch_cross_entropy, replicated_loss):
         leaf = logits_BPV.clone().requires_grad_()
-        loss = loss_of(leaf, idx_BPM)
+        loss = loss_of(leaf, idx_BPM).mean()
         loss.backward()
         results.append((loss, leaf.grad))
     (loss, grad), (expected, expected_grad) = results
@@ -484,7 +486,7 @@ def test_patch_loss_never_repeats_the_logits():
     idx_BPM = patches(torch.randint(16384, (4, 256)), 4)
     logits_BPV = torch.randn(4, 16, 16384, requires_grad=True)
     with AllocatedBytes() as allocated:
-        patch_loss(logits_BPV, idx_BPM).backward()
+        patch_cross_entropy(logits_BPV, idx_BPM).mean().backward()
     assert allocated.total < 8 * logits_BPV.nbytes < idx_BPM.shape[2] * logits_BPV.nbytes
     with AllocatedBytes() as repeated:
         replicated_loss(logits_BPV, idx_BPM).backward()
@@ -526,7 +528,7 @@ def test_a_single_patch_trains_the_embeddings_with_zero(model):
 def test_labels_are_dropped_in_training_only():
     model = small(class_dropout_prob=0.3, grid=1, phases=((1., 1),))
     label_B, seen = torch.arange(1000) % 5, []
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.cls_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         for mode in (False, True):
             model.train(mode).training_loss(codes(1000, grid=1), label_B)
@@ -539,7 +541,7 @@ def test_labels_are_dropped_in_training_only():
 def test_draws_follow_the_place_in_the_global_batch():
     """Labels of an image are dropped alike in any split; dropout differs between the parts."""
     model, idx_BN, label_B, seen = small(class_dropout_prob=0.5), codes(8), torch.arange(8) % 5, []
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.cls_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
 
     def loss(model, start, rows):
         torch.manual_seed(3)

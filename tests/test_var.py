@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models import VAR, VARHF, VQVAE, build_generator, build_vae_var, load_weights
-from models.helpers import ImageNoise, drop_labels, guide
+from models.helpers import ImageNoise, TokenLosses, drop_labels, guide, token_losses
 from models.var import ProgressiveSchedule
 from tests.vectors import (
     VARIANTS,
@@ -324,12 +324,15 @@ def test_progressive_loss_weighs_the_newest_scale(vectors):
         begin, end = SPANS[stage]
         expected = (ce_BL[:, :begin].sum(1) + weight * ce_BL[:, begin:end].sum(1)).mean() / 30
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-        assert aux['logits_BLV'].shape[1] == end
+        assert aux['losses'].loss_BL.shape[1] == end
     assert seen == {(1, True), (2, False), (2, True), (3, True)}
 
 
 def test_metrics(var, vectors):
-    aux = dict(logits_BLV=vectors['logits_eval'], target_BL=vectors['gt'], stage=3, newest_weight=1.)
+    head = torch.nn.Linear(var.V, var.V, bias=False)
+    torch.nn.init.eye_(head.weight)
+    losses = token_losses(head, vectors['logits_eval'], vectors['gt'])
+    aux = dict(losses=losses, target_BL=vectors['gt'], stage=3, newest_weight=1.)
     metrics = var.metrics(aux)
     log_p = vectors['logits_eval'].double().log_softmax(-1)
     loss_BL = -log_p.gather(2, vectors['gt'][:, :, None])[:, :, 0]
@@ -344,7 +347,8 @@ def test_metrics(var, vectors):
     assert 'z_voc_usage' not in metrics
     assert var.selection in metrics and set(var.headline.values()) <= set(metrics)
 
-    aux.update(logits_BLV=aux['logits_BLV'][:, :5], target_BL=aux['target_BL'][:, :5], stage=1)
+    losses = TokenLosses(*(t_BL[:, :5] for t_BL in losses))
+    aux.update(losses=losses, target_BL=aux['target_BL'][:, :5], stage=1)
     metrics = var.train().metrics(aux)
     assert metrics['L_tail'] == metrics['acc_tail'] == -1 and metrics['prog_a_reso'] == 32
     used = vectors['logits_eval'][:, :5].argmax(-1).unique()
