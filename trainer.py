@@ -76,8 +76,9 @@ def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
     no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
     device = next(module.parameters()).device
     device_ids = [device.index] if device.type == 'cuda' else None
+    # Gradients live in the buckets that are exchanged: no copy, and no second gradient in memory.
     return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=some_unused,
-                                   **no_buffers)
+                                   gradient_as_bucket_view=True, **no_buffers)
 
 
 def accumulating(module: nn.Module, stepping: bool) -> AbstractContextManager:
