@@ -2,8 +2,9 @@
 
 Runs without torchrun, too. Writes one PNG per image (or raw pieces), then `<output>.npz` (arr_0 uint8 NHWC in
 random order, arr_1 labels; any FID evaluator reads it) and `<output>.json`, the manifest. Image i depends on
-the settings, the seed and i alone: not on ranks or restarts, nor on batches but for rounding. A killed job
-continues by the same command. `--sweep` does this for every combination of some settings and scores each.
+the settings, the seed and i alone: not on ranks or restarts, nor on batches but for rounding, which
+`--fixed_bs` makes the same, too. A killed job continues by the same command. `--sweep` does this for every
+combination of some settings and scores each.
 
 Read it from `sample`, which is one job from the weights to the npz; its steps follow in the same order.
 Letters: N images of the job, B images of a batch.
@@ -67,6 +68,9 @@ def sample(config: SampleConfig) -> Path:
     # The model comes first, since the classes to sample are those that it knows.
     model, origin = load_generator(config.model, config.ckpt, config.vae_ckpt, config.weights, device)
     config.check_model(model)
+    if config.fixed_batch not in (0, config.batch_size):
+        logger.info('--bs=%d is not used, since --fixed_bs=%d decides the batch: pass a smaller --fixed_bs '
+                    'if memory is short, or a larger one for speed', config.batch_size, config.fixed_batch)
     labels_N = image_labels(config, model.num_classes)
     description = describe(config, origin, labels_N)
     extent = dict(num_images=config.num_images, shuffle=config.shuffle)
@@ -105,7 +109,7 @@ def sample(config: SampleConfig) -> Path:
                 source=config.source,
                 ckpt=config.ckpt,
                 vae_ckpt=config.vae_ckpt,
-                batch_size=config.batch_size,
+                batch_size=config.images_per_batch,
                 npz=npz_path.name,
                 npz_sha256=sha256_of(npz_path),
                 git_commit=git_commit(),
@@ -240,15 +244,19 @@ def describe(config: SampleConfig, origin: dict[str, Any], labels_N: np.ndarray)
     """
     # Files of weights count by their digests, wherever they lie.
     left_out = {*marked_fields(config, 'free'), 'ckpt', 'vae_ckpt', 'weights'}
-    settings = {name: value for name, value in vars(config).items() if name not in left_out}
+    settings = config.without(left_out)
     if config.labels:
         settings['labels'] = labels_N.tolist()
-    return dict(
+    description = dict(
         settings=settings,
         weights=origin['weights'],
         weights_sha256=origin['weights_sha256'],
         rules=RULES,
     )
+    # On a CPU the last bit depends on how many threads share the work, too.
+    if config.fixed_batch and dist.get_device().type == 'cpu':
+        description['OMP_NUM_THREADS'] = torch.get_num_threads()
+    return description
 
 
 def begin_or_continue(path: Path, description: dict[str, Any], is_empty: bool) -> None:
@@ -271,17 +279,27 @@ def begin_or_continue(path: Path, description: dict[str, Any], is_empty: bool) -
             raise ValueError(f'{folder!r} holds images of unknown settings (cannot read {path.name}: '
                              f'{error}): pass another --output, or remove the folder') from None
         if begun_with != description:
-            raise ValueError(f'{folder!r} was begun with other settings or weights (see {path.name} '
+            names = ', '.join(differing_names(begun_with, description))
+            raise ValueError(f'{folder!r} was begun with other settings or weights ({names}; see {path.name} '
                              'there): pass another --output, or remove the folder')
     write_json(path, description)
+
+
+def differing_names(begun_with: dict[str, Any], description: dict[str, Any]) -> list[str]:
+    """What differs between two descriptions: names of settings, and of what stands beside the settings."""
+    flat = []
+    for content in (begun_with, description):
+        settings = content.get('settings')
+        flat.append({**content, 'settings': None, **(settings if isinstance(settings, dict) else {})})
+    return [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
 
 
 # ---------------------------------------------------------------------------------------------- the loop
 def sample_missing(model: ARModel, config: SampleConfig, store: ImageStore, labels_N: np.ndarray) -> None:
     """Sample the images that the store does not have yet; the ranks take the batches in turn.
 
-    A batch is sampled as a whole even if some of its images are stored: in a smaller batch, kernels may round
-    differently. Stored images are never written again.
+    A batch is sampled as a whole even if some of its images are stored: in a smaller batch, or at another
+    place in it, kernels may round an image differently. Stored images are never written again.
     """
     count = config.num_images
     world_size = dist.get_world_size()
@@ -290,8 +308,9 @@ def sample_missing(model: ARModel, config: SampleConfig, store: ImageStore, labe
     stored_N = store.stored(count)
     dist.barrier()
     batches = []
-    for first in range(0, count, config.batch_size):
-        index_B = range(first, min(first + config.batch_size, count))
+    size = config.images_per_batch
+    for first in range(0, count, size):
+        index_B = range(first, min(first + size, count))
         if not stored_N[first:index_B.stop].all():
             batches.append(index_B)
 
@@ -321,10 +340,15 @@ def sample_batch(model: ARModel, config: SampleConfig, index_B: range, label_B: 
     Raises:
         ValueError: an image has pixels that are not finite.
     """
+    # Kernels round an image alike only in batches of one shape, in which it has one place. So --fixed_bs
+    # fills up a last batch that is smaller, with images that nobody keeps.
+    num_more = max(config.fixed_batch - len(index_B), 0)
+    labels = [*label_B.tolist(), *[0] * num_more]
+
     # The noise of an image is a function of (seed, index), so it is the same in any batch on any rank.
-    noise = ImageNoise(config.seed, index_B)
+    noise = ImageNoise(config.seed, range(index_B.start, index_B.stop + num_more))
     with autocast(model.device.type, config.precision):
-        images_B3HW = model.sample(label_B.tolist(), rng=noise, **config.sample_kwargs())
+        images_B3HW = model.sample(labels, rng=noise, **config.sample_kwargs())[:len(index_B)]
 
     # Rounding to 8 bits would turn nan into some colour.
     is_finite_B = images_B3HW.isfinite().flatten(1).all(1)
@@ -413,11 +437,9 @@ def sweep(config: SampleConfig) -> None:
         if dist.is_master():
             # Rows of one table must be comparable: same weights, same reference, same other settings.
             may_differ = {*marked_fields(config, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}
-            left_out = may_differ | set(swept)
-            fixed = {name: value for name, value in vars(config).items() if name not in left_out}
             description = dict(
                 swept=swept,
-                settings=fixed,
+                settings=config.without(may_differ | set(swept)),
                 sha256=hashes | hash_of_labels,
                 network=network.digest,
                 reference_sha256=reference.describe()['sha256'],

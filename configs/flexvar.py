@@ -183,6 +183,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _FLEXVAR = dict(
     num_images=50_000,
+    fixed_batch=64,
     cfg=2.5,
     top_k=900,
     top_p=0.95,

@@ -283,10 +283,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     'flowar_l': _FLOWAR | dict(size='large', diffloss_d=12, diffloss_w=1024, use_checkpoint=True),
     'flowar_h': _FLOWAR | dict(size='huge', diffloss_d=12, diffloss_w=1536, use_checkpoint=True),
 }
+_SCORED = dict(num_images=50_000, fixed_batch=64)
 SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
-    'flowar_s': dict(num_images=50_000, num_step=25, cfg=4.3, guidance=0.9, source='README of FlowAR, S'),
-    'flowar_l': dict(num_images=50_000, num_step=25, cfg=2.4, guidance=0.9, source='README of FlowAR, L'),
-    'flowar_h': dict(num_images=50_000, num_step=50, cfg=2.4, guidance=0.7, source='README of FlowAR, H'),
+    'flowar_s': _SCORED | dict(num_step=25, cfg=4.3, guidance=0.9, source='README of FlowAR, S'),
+    'flowar_l': _SCORED | dict(num_step=25, cfg=2.4, guidance=0.9, source='README of FlowAR, L'),
+    'flowar_h': _SCORED | dict(num_step=50, cfg=2.4, guidance=0.7, source='README of FlowAR, H'),
 }
 
 TRAINING = FlowARConfig

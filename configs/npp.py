@@ -277,6 +277,7 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     f'npp_{size}': dict(
         gpt_model=f'GPT-{size.upper()}',
         num_images=50_000,
+        fixed_batch=32,
         cfg=cfg,
         img_size=256,
         source=f'README of NPP, {size.upper()}',

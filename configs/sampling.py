@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,14 @@ class SampleConfig:
         'bs',
         limits=(1, INF),
         free=True,
+        group='numerics',
+    )
+    fixed_batch: int = opt(
+        0,
+        'draw in batches of exactly this many images, whatever --bs and the number of ranks, so that the '
+        'npz is the same to the last byte; 0 takes --bs, with which a pixel may change by one level',
+        'fixed_bs',
+        limits=(0, INF),
         group='numerics',
     )
     format: str = opt(
@@ -130,6 +139,21 @@ class SampleConfig:
     @property
     def class_ids(self) -> tuple[int, ...]:
         return tuple(map(int, self.classes.split('_'))) if self.classes else ()
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images that are drawn at a time."""
+        return self.fixed_batch or self.batch_size
+
+    def without(self, names: Collection[str]) -> dict[str, Any]:
+        """All settings but these, by name, for the manifest and for files that tell jobs apart.
+
+        `fixed_batch` is absent where it is off, as it is from the files of earlier versions.
+        """
+        settings = {name: value for name, value in vars(self).items() if name not in names}
+        if not self.fixed_batch:
+            settings.pop('fixed_batch', None)
+        return settings
 
     def sample_kwargs(self) -> dict[str, Any]:
         """Arguments of the model's `sample`, beside labels and rng."""

@@ -128,10 +128,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Settings of published figures. README and paper of VAR differ; the paper's FIDs are of its later versions.
-_README = dict(num_images=50_000, cfg=1.5, top_k=900, top_p=0.96, more_smooth=False, source='README of VAR')
+_README = dict(
+    num_images=50_000,
+    fixed_batch=64,
+    cfg=1.5,
+    top_k=900,
+    top_p=0.96,
+    more_smooth=False,
+    source='README of VAR',
+)
 
 _PAPER = dict(
     num_images=50_000,
+    fixed_batch=64,
     cfg=2.0,
     top_k=600,
     top_p=0.0,

@@ -170,7 +170,7 @@ def test_published_commands_of_npp(capsys):
     assert config.phases == ((150, 2), (300, 1)) and config.use_cached
     by_preset = parse_sampling(['--model=npp', '--preset=npp_b', '--ckpt=c2i_B_256.pt', '--vae_ckpt=F'])
     assert parse_sampling(['--model=npp', *NPP_JOB.split()]) == dataclasses.replace(
-        by_preset, image_size_eval=256, source='')
+        by_preset, image_size_eval=256, source='', fixed_batch=0)
     command = '--vq-ckpt F --data-path T --code-path C --ten-crop --crop-range {} --image-size 384'
     for crop_range in (1.1, 1.05):
         assert parse_extraction(['--model=npp', *command.format(crop_range).split()]) == \
@@ -468,7 +468,7 @@ def test_flowar_presets_are_the_published_commands(preset, num_step, cfg, guidan
     command = f'--num_step {num_step} --cfg {cfg} --guidance {guidance} --eval_bsz 256 --num_images 50000'
     by_flags = parse_sampling([*argv, *command.split()])
     by_preset = parse_sampling([*argv, f'--preset={preset}', '--eval_bsz=256'])
-    assert by_flags == dataclasses.replace(by_preset, source='')
+    assert by_flags == dataclasses.replace(by_preset, source='', fixed_batch=0)
     expected = dict(guidance=cfg, guidance_until=guidance, num_steps=num_step, lower_steps=num_step)
     assert by_preset.sample_kwargs() == expected
     annealed = parse_sampling([*argv, f'--preset={preset}', '--flow_upper_steps', '50',

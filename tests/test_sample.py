@@ -16,6 +16,7 @@ from configs import parse_sampling
 from evaluation.score import ScoreSettings, score_images
 from models import VAR, VQVAE
 from tests.runs import TINY_VQVAE, kept_logging, kill_tree, launch, make_tokenizer, same_images, start
+from tests.test_contract import GENERATORS
 from utils.hub import fetch, sha256_of
 from utils.image_sets import shuffled
 from utils.log import one_line_errors
@@ -421,6 +422,94 @@ def test_slow_disks_do_not_fill_the_memory(tmp_path, form):
     writer.join()
     assert waiting <= 640 and len(accepted) == 10
     assert Slow(tmp_path).stored(1281).tolist() == [True] * 1280 + [False]
+
+
+# ---------------------------------------------------------------------------------------------- fixed batches
+FAMILIES = ('var', 'flexvar', 'npp', 'flowar')
+
+
+@pytest.fixture(scope='module')
+def generators(tmp_path_factory):
+    """Files of tiny generators with random weights, by family."""
+    files = {}
+    for name in FAMILIES:
+        torch.manual_seed(0)
+        model = GENERATORS[name].make()
+        trainer = dict(var_wo_ddp=model.state_dict(), config=model.config_state(1.),
+                       vae_local=model.tokenizer.state_dict(), vae_config=model.tokenizer.config_state(1.))
+        files[name] = tmp_path_factory.mktemp('generators') / f'{name}.pth'
+        torch.save(dict(epoch=1, iter=0, trainer=trainer, args={}), files[name])
+    return files
+
+
+@pytest.fixture
+def fixed_job(generators, tmp_path):
+    """Command line of a job that draws in batches of four."""
+    def flags(model, name, *more):
+        few_steps = ['--num_step=4'] if model == 'flowar' else []
+        return [f'--model={model}', f'--ckpt={generators[model]}', f'--output={tmp_path / name}', '--cfg=3',
+                '--fixed_bs=4', *few_steps, *more]
+    return flags
+
+
+def bytes_of(folder, name):
+    return (folder / f'{name}.npz').read_bytes()
+
+
+@pytest.mark.parametrize('model', FAMILIES)
+def test_fixed_batches_draw_the_same_bytes(here, fixed_job, tmp_path, model):
+    """For any --bs, for two processes, and after a kill that has left a batch and a half."""
+    here(sample, *fixed_job(model, 'a', '--num_images=10', '--bs=1'))
+    here(sample, *fixed_job(model, 'b', '--num_images=10', '--bs=3'))
+    assert bytes_of(tmp_path, 'b') == bytes_of(tmp_path, 'a')
+    for path in (*(tmp_path / 'b').glob('00000[6-9].png'), tmp_path / 'b.npz'):
+        path.unlink()
+    rest = fixed_job(model, 'b', '--num_images=10', '--bs=8')
+    if model == 'var':
+        launch('sample.py', rest, nproc=2)
+    else:
+        here(sample, *rest)
+    assert bytes_of(tmp_path, 'b') == bytes_of(tmp_path, 'a')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model', FAMILIES)
+def test_fixed_batches_draw_the_same_200_images(here, fixed_job, tmp_path, model):
+    here(sample, *fixed_job(model, 'expected', '--num_images=200', '--bs=1'))
+    for bs in ('7', '64'):
+        flags = ['--num_images=200', f'--bs={bs}']
+        here(sample, *fixed_job(model, bs, *flags))
+        launch('sample.py', fixed_job(model, f'{bs} by two', *flags), nproc=2)
+
+    killed = tmp_path / 'killed'
+    process = start('sample.py', fixed_job(model, 'killed', '--num_images=200', '--bs=7'))
+    while len(list(killed.glob('*.png'))) < 50:
+        assert process.poll() is None, 'the job ended before it was killed'
+        time.sleep(0.005)
+    kill_tree(process.pid)
+    process.wait()
+    assert len(list(killed.glob('*.png'))) < 200
+    here(sample, *fixed_job(model, 'killed', '--num_images=200', '--bs=64'))
+    for name in ('7', '64', '7 by two', '64 by two', 'killed'):
+        assert bytes_of(tmp_path, name) == bytes_of(tmp_path, 'expected'), name
+
+
+def test_fixed_batches_belong_to_the_settings(sample_here, tmp_path):
+    ten = sample_here(tmp_path / 'a', '--fixed_bs=4', '--num_images=10')
+    assert len(list((tmp_path / 'a').glob('*.png'))) == 10  # what fills up the last batch is not kept
+    manifest = json.loads((tmp_path / 'a.json').read_text())
+    assert manifest['settings']['fixed_batch'] == manifest['batch_size'] == 4
+    assert manifest['OMP_NUM_THREADS'] == 1
+    for flags in (['--fixed_bs=8'], []):
+        with pytest.raises(SystemExit, match=r'other settings .*fixed_batch; see settings\.json there'):
+            sample_here(tmp_path / 'a', '--num_images=10', *flags)
+    assert np.array_equal(sample_here(tmp_path / 'b', '--fixed_bs=4', '--num_images=6'), ten[:6])
+
+
+def test_a_batch_that_is_not_used_is_named(sample_here, tmp_path, capsys):
+    """Presets for scores have a fixed batch, so that another --bs saves no memory."""
+    sample_here(tmp_path / 'a', '--preset=fid', '--bs=8', '--top_k=9', '--num_images=2')
+    assert '--bs=8 is not used, since --fixed_bs=64' in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------- sweeps
