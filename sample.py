@@ -24,7 +24,7 @@ import torch
 
 import dist
 from configs import SampleConfig, parse_sampling
-from configs.options import marked_fields, parse_flags
+from configs.options import COMPILE_MODES, marked_fields, parse_flags
 from evaluation.features import load_network
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
@@ -66,7 +66,8 @@ def sample(config: SampleConfig) -> Path:
     allow_tf32(config.tf32)
 
     # The model comes first, since the classes to sample are those that it knows.
-    model, origin = load_generator(config.model, config.ckpt, config.vae_ckpt, config.weights, device)
+    model, origin = load_generator(config.model, config.ckpt, config.vae_ckpt, config.weights, device,
+                                   config.compiled)
     config.check_model(model)
     if config.fixed_batch not in (0, config.batch_size):
         logger.info('--bs=%d is not used, since --fixed_bs=%d decides the batch: pass a smaller --fixed_bs '
@@ -135,6 +136,7 @@ def load_generator(
     vae_ckpt: str,
     weights: str,
     device: torch.device,
+    compiled: int = 0,
 ) -> tuple[ARModel, dict[str, Any]]:
     """The generator and where it comes from; every rank calls it, and all of them get the same weights.
 
@@ -143,6 +145,7 @@ def load_generator(
         ckpt: its file, or a published name.
         vae_ckpt: the file of its tokenizer; may be empty if `ckpt` holds the tokenizer, too.
         weights: 'ema' for the averaged weights, where the file has them, or 'raw' for those of the last step.
+        compiled: a key of `COMPILE_MODES`; 0 compiles nothing.
     Returns:
         The generator in eval mode, and its origin: `weights`, the kind of weights that were loaded;
         `weights_sha256`, the digest of each file that was read, by flag; `classes`, the names of all classes,
@@ -176,6 +179,8 @@ def load_generator(
         trainer.get('config'),
     )
     check_same_codes(generator, trainer.get('vae_local', {}), ckpt, vae_ckpt)
+    if compiled:
+        generator.compile_sampling(mode=COMPILE_MODES[compiled])
 
     has_ema = any(key in trainer or key in checkpoint for key in ('var_ema', 'model_ema', 'ema'))
     origin = dict(
@@ -496,7 +501,8 @@ def load_for(job: SampleConfig, hashes: dict[str, str] | None = None) -> tuple[A
     Raises:
         ValueError: a file was replaced after the sweep had begun.
     """
-    model, origin = load_generator(job.model, job.ckpt, job.vae_ckpt, job.weights, dist.get_device())
+    model, origin = load_generator(job.model, job.ckpt, job.vae_ckpt, job.weights, dist.get_device(),
+                                   job.compiled)
     for flag, digest in (hashes or {}).items():
         if origin['weights_sha256'].get(flag) != digest:
             raise ValueError(f'{getattr(job, flag)!r} was replaced during the sweep: restore the '

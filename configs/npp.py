@@ -207,7 +207,7 @@ class NPPSampleConfig(SampleConfig):
 
     IGNORED: typing.ClassVar[dict[str, str]] = {
         **dict.fromkeys(('gpt_type', 'cls_token_num'), 'there is one class token'),
-        **dict.fromkeys(('compile', 'no_compile'), 'sampling is not compiled'),
+        'no_compile': 'only --compile compiles',
         **dict.fromkeys(
             (
                 'from_fsdp',

@@ -21,6 +21,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 
 INF = float('inf')
+COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}  # of `torch.compile`
 GROUPS = (  # headings of `--help`, in this order
     'most used',
     'data',

@@ -76,6 +76,15 @@ class SampleConfig:
         limits=(0, INF),
         group='numerics',
     )
+    compiled: int = opt(
+        0,
+        'torch.compile: 0 off, 1 reduce-overhead, 2 max-autotune, 3 default; it takes minutes before the '
+        'first image',
+        'compile',
+        words={'': 3},
+        limits=(0, 3),
+        group='numerics',
+    )
     format: str = opt(
         'png',
         'png: keep a PNG file of every image; npz: the packed file alone',
@@ -148,11 +157,12 @@ class SampleConfig:
     def without(self, names: Collection[str]) -> dict[str, Any]:
         """All settings but these, by name, for the manifest and for files that tell jobs apart.
 
-        `fixed_batch` is absent where it is off, as it is from the files of earlier versions.
+        Those that earlier versions did not have are absent where they are off, as in the files of these.
         """
         settings = {name: value for name, value in vars(self).items() if name not in names}
-        if not self.fixed_batch:
-            settings.pop('fixed_batch', None)
+        for name in ('fixed_batch', 'compiled'):
+            if not settings.get(name):
+                settings.pop(name, None)
         return settings
 
     def sample_kwargs(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ NPP_SAMPLING = dict(cfg_scale=1.5, cfg_interval=-1, per_proc_batch_size=32, num_
 NPP_IGNORED = {
     'train.py': '--cloud-save-path S --no-local-save --gpt-type c2i --vocab-size 16384 --cls-token-num 1 '
                 '--no-compile --dataset imagenet_code --gradient-accumulation-steps 1 --vq-model VQ-16',
-    'sample.py': '--gpt-type c2i --from-fsdp --cls-token-num 1 --compile --vq-model VQ-16 '
+    'sample.py': '--gpt-type c2i --from-fsdp --cls-token-num 1 --no-compile --vq-model VQ-16 '
                  '--codebook-size 16384 --codebook-embed-dim 8 --downsample-size 16 --num-classes 1000',
     'extract.py': '--vq-model VQ-16 --codebook-size 16384 --codebook-embed-dim 8 --dataset imagenet '
                   '--global-seed 0 --debug'}

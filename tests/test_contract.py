@@ -511,3 +511,23 @@ def test_only_the_towers_run_in_half_precision(name):
     assert dtypes['encoder'][1] == dtypes['decoder'][1] == torch.bfloat16
     assert dtypes['quant_conv'] == dtypes['post_quant_conv'] == (torch.float32, torch.float32)
     assert {t.dtype for t in (*out.views[0], out.latent_loss, *out.parts.values())} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------- compiling
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['var', 'flexvar', 'npp', 'flowar'])
+def test_compiled_sampling_equals_eager(name):
+    """It is compiled in the first call alone, and keys of weights stay as they are."""
+    model = GENERATORS[name].make().eval()
+    keys = list(model.state_dict())
+    expected = draw(name, model, [1, 4, 0], [0, 1, 2])
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model.compile_sampling()
+    assert_within(draw(name, model, [1, 4, 0], [0, 1, 2]), expected, 1e-4)
+    num_graphs = counters['stats']['unique_graphs']
+    assert 0 < num_graphs <= 8
+    draw(name, model, [2, 2, 3], [3, 4, 5])
+    assert counters['stats']['unique_graphs'] == num_graphs
+    assert list(model.state_dict()) == keys

@@ -8,7 +8,7 @@ from torch import nn
 
 import dist
 from configs import TokenizerConfig, TrainConfig
-from configs.options import flag_of
+from configs.options import COMPILE_MODES, flag_of
 from models import FAMILIES, ARModel, Tokenizer, TokenizerLoss, Trainable, build_loss, build_tokenizer
 from trainer import GeneratorTrainer, TokenizerTrainer, Trainer, weights_checksum
 from training.resume import rows_by_class
@@ -18,7 +18,6 @@ from utils.hub import dino_state, fetch, lpips_state
 from utils.lr_control import filter_params
 
 logger = logging.getLogger(__name__)
-COMPILE_MODES = {1: 'reduce-overhead', 2: 'max-autotune', 3: 'default'}
 
 
 # ---------------------------------------------------------------------------------------------- models
