@@ -92,7 +92,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: Mask = No
         return _attend_by_scale(q, k, v, bias, scale=scale, dropout_p=dropout_p, backend=backend)
     kernel = choose_backend(backend, q.device, q.dtype, bias is not None, k.shape[1])
     if kernel == 'flash':
-        return optional_module('flash_attn').flash_attn_func(q, k, v, dropout_p, scale, causal)
+        # A training with a seed asks for the backward pass whose sums have a fixed order, which is slower.
+        deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+        return optional_module('flash_attn').flash_attn_func(q, k, v, dropout_p, scale, causal,
+                                                             deterministic=deterministic)
     if kernel == 'xformers':
         ops = optional_module('xformers.ops')
         if k.shape[2] < q.shape[2]:

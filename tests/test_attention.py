@@ -39,14 +39,16 @@ class FakePackages:
 
     def __init__(self):
         self.calls = []
+        self.deterministic = []
         self.modules = {
             'flash_attn': types.SimpleNamespace(flash_attn_func=self.flash_attn_func),
             'xformers.ops': types.SimpleNamespace(memory_efficient_attention=self.memory_efficient_attention,
                                                   LowerTriangularMask=FakeTriangle),
         }
 
-    def flash_attn_func(self, q, k, v, dropout_p=0., softmax_scale=None, causal=False):
+    def flash_attn_func(self, q, k, v, dropout_p=0., softmax_scale=None, causal=False, deterministic=False):
         assert q.shape[2:] == k.shape[2:] == v.shape[2:] and q.shape[0] == k.shape[0], 'layout is BLHd'
+        self.deterministic.append(deterministic)
         self.calls.append(dict(kernel='flash', dropout=dropout_p, scale=softmax_scale, causal=causal))
         return reference(q, k, v, scale=softmax_scale, causal=causal)
 
@@ -107,6 +109,15 @@ def test_fewer_queries_than_keys(forced, backend):
 def test_dropout_reaches_the_kernel(forced, backend):
     attend(*qkv(), dropout_p=0.2, backend=backend)
     assert forced.calls[0]['dropout'] == 0.2
+
+
+def test_a_seed_asks_flash_attention_for_a_fixed_order(forced, monkeypatch):
+    """`--seed` switches `cudnn.deterministic` on."""
+    for by_cudnn, by_torch in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.backends.cudnn, 'deterministic', by_cudnn)
+        monkeypatch.setattr(torch, 'are_deterministic_algorithms_enabled', lambda by_torch=by_torch: by_torch)
+        attend(*qkv(), backend='flash')
+    assert forced.deterministic == [False, True, True]
 
 
 def test_bias_takes_the_type_of_the_queries(forced):
