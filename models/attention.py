@@ -4,7 +4,7 @@ Letters: B batch, L sequence, H heads, d head dim. q, k, v and every result are 
 """
 import functools
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,25 +51,53 @@ def choose_backend(requested: str, device: torch.device | str, dtype: torch.dtyp
     Raises:
         ValueError: an unknown name, or a kernel that does not suit these inputs.
     """
-    on_cuda = torch.device(device).type == 'cuda'
-    suits = {
-        'flash': lambda: (on_cuda and dtype in HALF and not has_bias
-                          and has_functions('flash_attn', 'flash_attn_func')),
-        'xformers': lambda: (on_cuda and dtype in (*HALF, torch.float32)
-                             and (not has_bias or num_keys % 8 == 0)
-                             and has_functions('xformers.ops', 'memory_efficient_attention',
-                                               'LowerTriangularMask')),
-        'sdpa': lambda: True,
-    }
+    table = _table(device, dtype, has_bias, num_keys)
     if requested == 'auto':
-        return next(name for name, suitable in suits.items() if suitable())
-    if requested not in suits:
-        raise ValueError(f'attention backend must be auto or one of {list(suits)}, got {requested!r}')
-    if not suits[requested]():
+        return next(kernel for kernel, columns in table.items() if all(holds() for holds in columns.values()))
+    if requested not in table:
+        raise ValueError(f'attention backend must be auto or one of {list(table)}, got {requested!r}')
+    if not all(holds() for holds in table[requested].values()):
         raise ValueError(f'attention backend {requested!r} cannot run here '
                          f'({device}, {dtype}, bias={has_bias}): '
                          "pass 'auto', or install the package and use CUDA in half precision")
     return requested
+
+
+def explain_backend(device: torch.device | str, dtype: torch.dtype, has_bias: bool, num_keys: int = 0) -> str:
+    """What `choose_backend` takes by itself, and which columns of its table rule out the rows above."""
+    chosen = choose_backend('auto', device, dtype, has_bias, num_keys)
+    reasons = []
+    for kernel, columns in _table(device, dtype, has_bias, num_keys).items():
+        if kernel == chosen:
+            break
+        failing = [name for name, holds in columns.items() if not holds()]
+        reasons.append(f'no {kernel}: {", ".join(failing)}')
+    return f'{chosen} ({"; ".join(reasons)})' if reasons else chosen
+
+
+def _table(device: torch.device | str, dtype: torch.dtype, has_bias: bool,
+           num_keys: int) -> dict[str, dict[str, Callable[[], bool]]]:
+    """Whether each column of the table in `choose_backend` holds, by kernel, in the order of its rows.
+
+    They are functions, and what is installed comes last, so that nothing is imported for another device.
+    """
+    on_cuda = torch.device(device).type == 'cuda'
+    return dict(
+        flash={
+            'device': lambda: on_cuda,
+            'dtype': lambda: dtype in HALF,
+            'bias': lambda: not has_bias,
+            'not installed': lambda: has_functions('flash_attn', 'flash_attn_func'),
+        },
+        xformers={
+            'device': lambda: on_cuda,
+            'dtype': lambda: dtype in (*HALF, torch.float32),
+            'bias': lambda: not has_bias or num_keys % 8 == 0,
+            'not installed': lambda: has_functions('xformers.ops', 'memory_efficient_attention',
+                                                   'LowerTriangularMask'),
+        },
+        sdpa={},
+    )
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: Mask = None,

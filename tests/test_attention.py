@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from models import attention
-from models.attention import KVCache, attend, choose_backend, kv_caching, optional_module
+from models.attention import (
+    KVCache,
+    attend,
+    choose_backend,
+    explain_backend,
+    kv_caching,
+    optional_module,
+)
 from models.basic_var import SelfAttention
 from models.scales import MASKED_TOKENS, ScaleLayout, block_causal
 from tests.vectors import assert_within, load_tensors, tiny_var
@@ -180,6 +187,17 @@ def test_choice_with_everything_installed(packages, device, dtype, has_bias, num
             assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(('device', 'dtype', 'has_bias', 'num_keys', 'expected'), [
+    ('cuda', F16, False, 5, 'flash'),
+    ('cuda', F16, True, 680, 'xformers (no flash: bias)'),
+    ('cuda', F32, True, 681, 'sdpa (no flash: dtype, bias; no xformers: bias)'),
+    ('cuda', F64, False, 680, 'sdpa (no flash: dtype; no xformers: dtype)'),
+    ('cpu', F32, True, 680, 'sdpa (no flash: device, dtype, bias; no xformers: device)'),
+])
+def test_choice_is_explained(packages, device, dtype, has_bias, num_keys, expected):
+    assert explain_backend(device, dtype, has_bias, num_keys) == expected
+
+
 @pytest.mark.parametrize(('installed', 'half', 'single'), [
     ((), 'sdpa', 'sdpa'), (('flash_attn',), 'flash', 'sdpa'), (('xformers.ops',), 'xformers', 'xformers'),
 ])
@@ -188,6 +206,7 @@ def test_choice_follows_what_is_installed(packages, monkeypatch, installed, half
     monkeypatch.setattr(attention, 'optional_module', found.get)
     assert choose_backend('auto', 'cuda', F16, False, 680) == half
     assert choose_backend('auto', 'cuda', F32, False, 680) == single
+    assert ('no flash: not installed' in explain_backend('cuda', F16, False, 680)) == (half != 'flash')
     for name, module in (('flash', 'flash_attn'), ('xformers', 'xformers.ops')):
         if module not in installed:
             with pytest.raises(ValueError, match='install the package'):
