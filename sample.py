@@ -24,13 +24,13 @@ import torch
 
 import dist
 from configs import SampleConfig, parse_sampling
-from configs.options import COMPILE_MODES, marked_fields, parse_flags
+from configs.options import COMPILE_MODES, flag_of, marked_fields, parse_flags
 from evaluation.features import load_network
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
 from models import ARModel, build_generator, differing_parameters
 from models.noise import ImageNoise
-from utils.amp_sc import autocast
+from utils.amp_sc import autocast, note_on_bfloat16
 from utils.checkpoint import atomic_path, load_on_all_ranks, lock_folder, model_weights, tokenizer_weights
 from utils.files import read_json
 from utils.hub import fetch, sha256_of
@@ -69,6 +69,9 @@ def sample(config: SampleConfig) -> Path:
     model, origin = load_generator(config.model, config.ckpt, config.vae_ckpt, config.weights, device,
                                    config.compiled)
     config.check_model(model)
+    note = note_on_bfloat16(device.type, config.precision, flag_of(config, 'precision'))
+    if note and dist.is_master():
+        logger.warning('%s', note)
     if config.fixed_batch not in (0, config.batch_size):
         logger.info('--bs=%d is not used, since --fixed_bs=%d decides the batch: pass a smaller --fixed_bs '
                     'if memory is short, or a larger one for speed', config.batch_size, config.fixed_batch)

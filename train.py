@@ -47,6 +47,7 @@ from training.resume import (
     go_back_one_checkpoint,
     repair_best,
 )
+from utils.amp_sc import note_on_bfloat16
 from utils.checkpoint import lock_folder, remove_leftovers, save_checkpoint
 from utils.data import name_of
 from utils.files import write_text
@@ -191,9 +192,12 @@ class Run:
     def announce(self) -> None:
         """Say what is trained."""
         world_size = dist.get_world_size()
-        note = self.config.workers_note(world_size)
-        if note and dist.is_master():
-            logger.warning('%s', note)
+        about_workers = self.config.workers_note(world_size)
+        about_bfloat16 = note_on_bfloat16(self.device.type, self.config.precision,
+                                          flag_of(self.config, 'precision'))
+        for note in (about_workers, about_bfloat16):
+            if note and dist.is_master():
+                logger.warning('%s', note)
         if self.config.tlr is not None:
             logger.warning('--tlr is ignored: the peak follows from --%s and is %g',
                            flag_of(self.config, 'base_lr'), self.config.peak_lr(world_size))

@@ -17,7 +17,7 @@ from bench.common import default_device, report_header, seconds_of, write_report
 from bench.published_solver import both_halves
 from models import NPP, VAR, VQVAE, AutoencoderKL, FlowAR, VQModel
 from models.noise import ImageNoise
-from utils.amp_sc import autocast
+from utils.amp_sc import autocast, bfloat16_on_cpu
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 TOP_K = 900
@@ -82,10 +82,11 @@ def require_equal(name: str, product: torch.Tensor, published: torch.Tensor, tol
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are worth a row: a CPU without AVX-512 takes a hundred times as long."""
+    """Whether products in bfloat16 are worth a row."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    is_fast, _ = bfloat16_on_cpu()
+    return is_fast
 
 
 def with_precision(device: torch.device, precision: int, run: Callable[[], object]) -> object:

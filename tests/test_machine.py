@@ -1,11 +1,12 @@
-"""How many loader processes are started unasked: CPUs that are granted, and shared memory that is there."""
+"""What the machine grants and can do: CPUs, shared memory for loader processes, bfloat16, a GPU."""
 import os
 from types import SimpleNamespace
 
 import pytest
 
+import sample
 from configs import parse_training
-from utils import doctor, machine, provenance
+from utils import amp_sc, doctor, machine, provenance
 
 
 @pytest.fixture
@@ -55,6 +56,49 @@ def test_shared_memory_that_holds_no_batches(monkeypatch, no_groups):
     monkeypatch.setattr(machine.shutil, 'disk_usage', lambda _: SimpleNamespace(free=6 * batch))
     assert config.num_workers(1) == 3
     assert parse_training(['--bs=96', '--workers=5']).num_workers(1) == 5  # as asked
+
+
+# ---------------------------------------------------------------------------------------------- bfloat16
+@pytest.fixture
+def processor(monkeypatch, tmp_path):
+    """A processor with these instruction sets, and a torch that has kernels in bfloat16 or not."""
+    def have(line, machine_name='x86_64', kernels=True):
+        (tmp_path / 'cpuinfo').write_text(f'processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n')
+        monkeypatch.setattr(machine, 'CPU_INFO', tmp_path / 'cpuinfo')
+        monkeypatch.setattr(amp_sc.platform, 'machine', lambda: machine_name)
+        monkeypatch.setattr(amp_sc.torch.backends.mkldnn, 'is_available', lambda: kernels)
+        monkeypatch.setattr(amp_sc.torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: kernels)
+    return have
+
+
+@pytest.mark.parametrize(('line', 'machine_name', 'kernels', 'expected'), [
+    ('flags\t\t: fpu avx2 avx512f', 'x86_64', True, (False, 'lacks amx_bf16 and avx512_bf16')),
+    ('flags\t\t: fpu avx512_bf16', 'x86_64', True, (True, 'has avx512_bf16')),
+    ('flags\t\t: amx_bf16 avx512_bf16', 'x86_64', True, (True, 'has amx_bf16 and avx512_bf16')),
+    ('flags\t\t: amx_bf16 avx512_bf16', 'x86_64', False, (False, 'torch has no kernels')),
+    ('Features\t: fp asimd bf16', 'aarch64', True, (True, 'has bf16')),
+    ('Features\t: fp asimd', 'aarch64', True, (False, 'lacks bf16')),
+    ('', 'x86_64', True, (True, 'torch has kernels')), ('', 'arm64', False, (False, 'torch has no kernels'))])
+def test_processors_that_multiply_bfloat16(processor, line, machine_name, kernels, expected):
+    processor(line, machine_name, kernels)
+    is_fast, reason = amp_sc.bfloat16_on_cpu()
+    assert is_fast == expected[0] and expected[1] in reason
+    shown, = (line for line in doctor.report() if line.startswith('bf16 on cpu'))
+    assert reason in shown and ('--fp16=2' in shown) == (not is_fast)
+    note = amp_sc.note_on_bfloat16('cpu', 2, 'precision')
+    assert bool(note) == (not is_fast) and '\n' not in note
+    assert is_fast or '--precision=0' in note
+    assert amp_sc.note_on_bfloat16('cpu', 0, 'fp16') == amp_sc.note_on_bfloat16('cuda', 2, 'fp16') == ''
+
+
+def test_slow_bfloat16_is_named_once(processor, here, train_here, data, tmp_path, capsys):
+    """It is a warning: training and sampling go on."""
+    processor('flags\t\t: fpu avx2')
+    train_here(tmp_path / 'run', '--ep=1', '--fp16=2')
+    assert capsys.readouterr().out.count('--fp16=2 takes many times as long') == 1
+    here(sample, f'--ckpt={tmp_path / "run" / "ar-ckpt-last.pth"}', '--num_images=2', '--fp16=2',
+         f'--output={tmp_path / "images"}')
+    assert capsys.readouterr().out.count('--fp16=2 takes many times as long') == 1
 
 
 # ---------------------------------------------------------------------------------------------- GPU

@@ -1,11 +1,17 @@
 """Mixed precision, loss scaling, clipping and accumulation around an optimizer."""
 import math
+import platform
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
+from utils.machine import cpu_features
+
 MAX_SCALE = 32768.  # as published: a larger float16 loss scale is cut back to this
+# instruction sets that multiply bfloat16, under the names of Linux
+BFLOAT16_X86 = ('amx_bf16', 'avx512_bf16')
+BFLOAT16_ARM = ('bf16',)
 
 
 def autocast(device_type: str, precision: int) -> AbstractContextManager:
@@ -14,6 +20,38 @@ def autocast(device_type: str, precision: int) -> AbstractContextManager:
         return nullcontext()
     dtype = torch.float16 if precision == 1 else torch.bfloat16
     return torch.autocast(device_type, dtype=dtype)
+
+
+def bfloat16_on_cpu() -> tuple[bool, str]:
+    """Whether products in bfloat16 are fast on this processor, and why or why not.
+
+    A processor that cannot multiply bfloat16 itself takes many times as long as in float32.
+    """
+    wanted = BFLOAT16_ARM if platform.machine() in ('aarch64', 'arm64') else BFLOAT16_X86
+    features = cpu_features()
+    found = [name for name in wanted if name in features]
+    if features and not found:
+        return False, f'the processor lacks {" and ".join(wanted)}'
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False, 'torch has no kernels in bfloat16 for this processor'
+    if found:
+        return True, f'the processor has {" and ".join(found)}'
+    return True, 'torch has kernels in bfloat16 for this processor'
+
+
+def note_on_bfloat16(device_type: str, precision: int, flag: str) -> str:
+    """One line if `precision` is bfloat16 and that is slow on this CPU, else ''.
+
+    Args:
+        flag: the flag that precision was set by, without its hyphens.
+    """
+    if precision != 2 or device_type != 'cpu':
+        return ''
+    is_fast, reason = bfloat16_on_cpu()
+    if is_fast:
+        return ''
+    return (f'--{flag}=2 takes many times as long as float32 on this CPU ({reason}): pass --{flag}=0, unless '
+            'the numbers of bfloat16 are what you want')
 
 
 class AmpOptimizer:

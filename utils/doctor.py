@@ -9,13 +9,14 @@ import shutil
 
 import torch
 
-from models.attention import choose_backend
+from models.attention import explain_backend
+from utils.amp_sc import bfloat16_on_cpu
 from utils.machine import SHARED_MEMORY, available_cpus
 from utils.provenance import unusable_gpu
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'pillow', 'scipy', 'tensorboard', 'huggingface_hub',
             'safetensors', 'scikit-learn', 'flash-attn', 'xformers')
-NUM_TOKENS = 680  # VAR at 256 px
+NUM_TOKENS = 255  # of VAR's leading scales, which attend under one mask in training
 
 
 def version(package: str) -> str:
@@ -26,11 +27,21 @@ def version(package: str) -> str:
         return 'not installed'
 
 
-def kernels(device: str, dtype: torch.dtype) -> str:
-    """Which kernel attention runs in training (block-causal bias) and in sampling (none)."""
-    train = choose_backend('auto', device, dtype, has_bias=True, num_keys=NUM_TOKENS)
-    sample = choose_backend('auto', device, dtype, has_bias=False, num_keys=NUM_TOKENS)
-    return f'train: {train}, sample: {sample}'
+def kernels(device: str, dtype: torch.dtype) -> list[str]:
+    """Two lines: the kernel of attention with a mask and without, and why.
+
+    In training the leading scales have a mask; all others have none, nor has sampling.
+    """
+    masked = explain_backend(device, dtype, has_bias=True, num_keys=NUM_TOKENS)
+    unmasked = explain_backend(device, dtype, has_bias=False, num_keys=NUM_TOKENS)
+    name = str(dtype).removeprefix('torch.')
+    return [f'attention {name:9} with a mask: {masked}', f'{"":19} without: {unmasked}']
+
+
+def bfloat16() -> str:
+    """Whether bfloat16 is fast on the CPU, and why."""
+    is_fast, reason = bfloat16_on_cpu()
+    return f'fast ({reason})' if is_fast else f'slow ({reason}): leave out --fp16=2'
 
 
 def shared_memory() -> str:
@@ -49,6 +60,7 @@ def report() -> list[str]:
              *(f'{name:15} {version(name)}' for name in PACKAGES),
              f'{"cpu":15} {os.cpu_count()} cores, {available_cpus()} for this process, '
              f'{torch.get_num_threads()} threads',
+             f'{"bf16 on cpu":15} {bfloat16()}',
              f'{"shared memory":15} {shared_memory()}']
     if has_cuda:
         for i in range(torch.cuda.device_count()):
@@ -60,8 +72,8 @@ def report() -> list[str]:
         lines.append(f'{"cuda":15} {unusable_gpu() or "not available"}')
     has_nccl = has_cuda and torch.distributed.is_nccl_available()
     lines.append(f'{"collectives":15} {"nccl" if has_nccl else "gloo"}')
-    lines += [f'attention {str(dtype).removeprefix("torch."):9} {kernels(device, dtype)}'
-              for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        lines += kernels(device, dtype)
     return lines
 
 

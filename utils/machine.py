@@ -12,6 +12,7 @@ SHARED_MEMORY = '/dev/shm'  # where loader processes put their batches
 PREFETCHED = 2              # batches that every loader process holds ready, the default of torch's loader
 CGROUP_TABLE = Path('/proc/self/cgroup')
 CGROUP_ROOT = Path('/sys/fs/cgroup')
+CPU_INFO = Path('/proc/cpuinfo')
 
 
 def local_ranks() -> int:
@@ -32,6 +33,19 @@ def available_cpus() -> int:
         num_cpus = os.cpu_count() or 1
     granted = min([num_cpus, *_cpu_quotas()])
     return max(1, int(granted))
+
+
+def cpu_features() -> set[str]:
+    """Instruction sets of the processor under the names of Linux, such as avx2; empty on other systems."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return set()
+    for line in lines:
+        name, _, words = line.partition(':')
+        if name.strip() in ('flags', 'Features'):  # of x86, of ARM; all processors of a machine are alike
+            return set(words.split())
+    return set()
 
 
 def _cpu_quotas() -> Iterator[float]:
