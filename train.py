@@ -34,6 +34,7 @@ from training.data import (
     train_batches,
     train_sampler,
     validation_loader,
+    waiting_note,
 )
 from training.faults import BadImages, NotFinite, SkippedSteps
 from training.fid import build_training_fid
@@ -186,6 +187,7 @@ class Run:
             path = self.folder / 'config.yaml'
             write_text(path, config_text(config, f'python train.py --config={path}', seed=self.state.seed))
         self.announce()
+        self.has_named_waiting = False
         self.began = time.time()
         self.last_save = time.time()
 
@@ -269,11 +271,17 @@ class Run:
         batches = meters.log_every(
             first, last, self.batches, num_lines=lines_per_epoch(self.state.steps_per_epoch),
             header=f'[Ep]: [{epoch:4d}/{self.config.epochs}]',
-            tokenizer_seconds=self.trainer.tokenizer_seconds,
+            tokenizer_seconds=self.trainer.tokenizer_seconds, on_waiting=self.name_waiting,
             images_per_iter=self.config.micro_batch(dist.get_world_size()) * self.config.accumulate)
         for it, batch in batches:
             self.journal.tb.set_step(begin + it)
             yield begin + it, batch
+
+    def name_waiting(self, share: float) -> None:
+        """Say, once in a start, that much of the time is spent on waiting for data, and what helps."""
+        if dist.is_master() and not self.has_named_waiting:
+            logger.warning('%s', waiting_note(self.config, share))
+        self.has_named_waiting = True
 
     def set_rates(self, step: int) -> tuple[float, ...]:
         """Set learning rate and weight decay of every optimizer.

@@ -4,7 +4,10 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs import parse_training
 from tests.runs import CLASSES, VQVAE_FLAGS, epochs_of, read
+from training.data import waiting_note
+from utils import log
 
 
 @pytest.fixture(scope='module')
@@ -66,3 +69,26 @@ def test_progressive_training_runs_every_stage(train_here, tmp_path):
     lines = epochs_of(tmp_path)
     assert lines[0]['L_tail'] < 0 < lines[-1]['L_tail']
     assert read(tmp_path)['trainer']['config']['last_prog_si'] == 2
+
+
+# ---------------------------------------------------------------------------------------------- waiting
+def test_waiting_for_data_is_named_once(train_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(log, 'MOST_WAITING', -1.)
+    train_here(tmp_path, '--ep=2')
+    text = (tmp_path / 'stdout.txt').read_text()
+    assert text.count('waiting for data') == 1
+    assert 'pass --workers=' in text or 'give the run more CPUs' in text
+
+
+@pytest.mark.parametrize(('flags', 'remedies'), [
+    (['--workers=2'], 'pass --workers=8 (now 2), or put smaller files on a local disk'),
+    (['--workers=8', '--data_path=digits'], 'give the run more CPUs'),
+    (['--workers=2', '--bs=4', '--data_path=digits'], 'pass --workers=4 (now 2)'),
+    (['--model=npp', '--workers=8'],
+     'give the run more CPUs, or store the tokens once by extract.py and pass --cached_path=FOLDER, '
+     'or put smaller files on a local disk'),
+    (['--model=flowar', '--workers=0', '--cached_path=C'],
+     'pass --workers=8 (now 0), or copy the tokens to a local disk')])
+def test_what_helps_against_waiting(flags, remedies):
+    config = parse_training(['--bs=64', *flags])
+    assert waiting_note(config, 0.347, num_cpus=8) == f'waiting for data takes 35% of the time: {remedies}'

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tests.vectors import load_json, tiny_var
+from utils import log
 from utils.amp_sc import AmpOptimizer
 from utils.log import MetricLogger, SmoothedValue
 from utils.lr_control import filter_params, lr_ratio, lr_wd_annealing
@@ -124,3 +125,19 @@ def test_progress_line_has_eta_speed_and_shares(caplog):
     line = caplog.messages[-1]
     assert line.startswith('[Ep]: [   0/9] [3/4]  eta: 0:00:00  Lm: 1.5000 (1.5000)')
     assert 'images/s: ' in line and 'data/tokenizer/model: ' in line and 'tnm' not in line
+
+
+@pytest.mark.parametrize(('waiting', 'shares'), [(3, [0.3, 0.3]), (2, []), (0, [])])
+def test_waiting_for_data_is_noticed(monkeypatch, waiting, shares):
+    """At the second and third progress line; at the first one the loaders have just begun."""
+    clock = [0.]
+    monkeypatch.setattr(log.time, 'time', lambda: clock[0])
+
+    def batches():
+        while True:
+            clock[0] += waiting
+            yield
+    noticed = []
+    for _ in MetricLogger().log_every(0, 5, batches(), num_lines=3, on_waiting=noticed.append):
+        clock[0] += 10 - waiting  # trains
+    assert noticed == pytest.approx(shares)

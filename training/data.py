@@ -9,10 +9,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
 from configs import TrainConfig
+from configs.options import flag_of
+from configs.training import CachedConfig
 from models import Trainable
-from utils.data import KeyedAugmentation, build_dataset, build_transforms, describe_data, open_split
+from utils.data import EMBEDDED, KeyedAugmentation, build_dataset, build_transforms, describe_data, open_split
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
 from utils.loading import restarting_batches, without_child_signal
+from utils.machine import available_cpus, local_ranks
 from utils.stop import leave_signals_to_parent
 from utils.token_cache import TokenCache, weights_digest
 
@@ -138,6 +141,33 @@ def train_batches(config: TrainConfig, train_set: Dataset, seed: int, start: tup
     if step >= steps_per_epoch:
         start = (epoch + 1, 0)
     return restarting_batches(make_loader, start, steps_per_epoch)
+
+
+def waiting_note(config: TrainConfig, share: float, num_cpus: int | None = None) -> str:
+    """One line for a training that waits for data: how long, and what makes the data come faster.
+
+    Args:
+        share: of the time.
+        num_cpus: CPUs for all ranks of this machine; None takes `available_cpus`.
+    """
+    # A loader process per CPU, also on the one that the automatic number leaves free.
+    world_size = dist.get_world_size()
+    workers = config.num_workers(world_size)
+    cpus_per_rank = (num_cpus or available_cpus()) // local_ranks()
+    most_workers = min(max(cpus_per_rank, 1), config.local_batch(world_size))
+    remedies = ['give the run more CPUs']
+    if workers < most_workers:
+        remedies = [f'pass --workers={most_workers} (now {workers})']
+
+    # Stored tokens need no decoding at all; otherwise fewer bytes and pixels are read faster.
+    if isinstance(config, CachedConfig) and not config.cached_path:
+        remedies.append('store the tokens once by extract.py and pass '
+                        f'--{flag_of(config, "cached_path")}=FOLDER')
+    if config.cached_path:
+        remedies.append('copy the tokens to a local disk')
+    elif config.data_path not in EMBEDDED:
+        remedies.append('put smaller files on a local disk')
+    return f'waiting for data takes {share:.0%} of the time: {", or ".join(remedies)}'
 
 
 def validation_batch(config: TrainConfig) -> int:

@@ -25,6 +25,7 @@ from utils.stop import Stopped
 
 logger = logging.getLogger(__name__)
 OTHER_RANKS_WAIT = 10  # seconds that all ranks but the first wait before they report an error, too
+MOST_WAITING = 0.2     # share of the time that a training may wait for data before something is said
 
 
 def setup_logging(output_dir: str | None, is_master: bool) -> None:
@@ -171,8 +172,8 @@ class MetricLogger:
                 self.meters.setdefault(name, SmoothedValue()).update(float(value))
 
     def log_every(self, start_it: int, max_iters: int, itrt: Iterable, num_lines: int, header: str = '',
-                  images_per_iter: int = 0,
-                  tokenizer_seconds: Callable[[], float] = lambda: 0.) -> Iterator[tuple[int, Any]]:
+                  images_per_iter: int = 0, tokenizer_seconds: Callable[[], float] = lambda: 0.,
+                  on_waiting: Callable[[float], None] = lambda share: None) -> Iterator[tuple[int, Any]]:
         """Yield (iteration, item), and write a progress line at evenly spaced iterations.
 
         The line ends with images/s and the fractions of time spent on waiting for data, tokenizer and model.
@@ -185,6 +186,8 @@ class MetricLogger:
             header: begins every line.
             images_per_iter: of all ranks together.
             tokenizer_seconds: gives the seconds spent in the tokenizer since its last call.
+            on_waiting: is called with the share of the time since the last line that was spent on waiting for
+                data, where it is above `MOST_WAITING`; not at the first line, when loaders have just begun.
         """
         # Evenly spaced over the epoch, so that they are the same if it is done by several starts.
         self.regular_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist())
@@ -223,6 +226,8 @@ class MetricLogger:
                 f'data/tokenizer/model: {data:.0%}/{tokenizer:.0%}/{model:.0%}',
             ]
             logger.info(self.delimiter.join(parts))
+            if it > start_it and data > MOST_WAITING:
+                on_waiting(data)
             seconds = 0.
             data_seconds = 0.
             num_iters = 0
