@@ -58,6 +58,15 @@ def test_shared_memory_that_holds_no_batches(monkeypatch, no_groups):
     assert parse_training(['--bs=96', '--workers=5']).num_workers(1) == 5  # as asked
 
 
+@pytest.mark.parametrize(('num_cpus', 'command'), [
+    (1, ': python train.py'), (8, ': OMP_NUM_THREADS=1 torchrun --nproc_per_node=8 train.py')])
+def test_doctor_advises_a_process_per_processor(monkeypatch, no_groups, num_cpus, command):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(num_cpus)))
+    monkeypatch.setattr(doctor.torch.cuda, 'is_available', lambda: False)
+    line, = (line for line in doctor.report() if line.startswith('advice for cpu'))
+    assert line.endswith(command)
+
+
 # ---------------------------------------------------------------------------------------------- bfloat16
 @pytest.fixture
 def processor(monkeypatch, tmp_path):

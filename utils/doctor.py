@@ -44,6 +44,14 @@ def bfloat16() -> str:
     return f'fast ({reason})' if is_fast else f'slow ({reason}): leave out --fp16=2'
 
 
+def processes(num_cpus: int) -> str:
+    """How to start a training or a sampling job on the CPU."""
+    if num_cpus == 1:
+        return 'one process with one thread: python train.py'
+    return ('a process per CPU, each with one thread: '
+            f'OMP_NUM_THREADS=1 torchrun --nproc_per_node={num_cpus} train.py')
+
+
 def shared_memory() -> str:
     """Room for the batches of loader processes."""
     try:
@@ -70,6 +78,7 @@ def report() -> list[str]:
         lines.append(f'{"bf16 on cuda":15} {torch.cuda.is_bf16_supported()}')
     else:
         lines.append(f'{"cuda":15} {unusable_gpu() or "not available"}')
+        lines.append(f'{"advice for cpu":15} {processes(available_cpus())}')
     has_nccl = has_cuda and torch.distributed.is_nccl_available()
     lines.append(f'{"collectives":15} {"nccl" if has_nccl else "gloo"}')
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
