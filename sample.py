@@ -456,7 +456,7 @@ def sweep(config: SampleConfig) -> None:
 
         # One image of every combination shows what the model refuses, before hours of sampling.
         for combination in combinations:
-            job = config.at(combination)
+            job = dataclasses.replace(config.at(combination), fixed_batch=0)
             model, _ = load_for(job, hashes)
             labels_N = image_labels(job, model.num_classes)
             sample_batch(model, job, range(1), labels_N[:1])
