@@ -46,6 +46,12 @@ class Stopwatch:
         return seconds
 
 
+def num_weights(*modules: nn.Module) -> int:
+    """Entries of the matrices of all linear layers inside: N of the 2 N FLOPs per token of a forward pass."""
+    linear = [part for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
+    return sum(part.weight.numel() for part in linear)
+
+
 def at_least_float32(t: torch.Tensor) -> torch.Tensor:
     """Half precision becomes float32, float32 and float64 stay."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
@@ -259,7 +265,8 @@ class ARModel(Trainable):
 
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The scalar to minimise, and whatever `metrics` needs.
+        """The scalar to minimise, and whatever `metrics` needs; `num_tokens` of it says how many tokens of an
+        image took part.
 
         Args:
             images_B3HW: pixels in [-1, 1].
@@ -267,6 +274,17 @@ class ARModel(Trainable):
             progress: fraction of the optimizer steps already done, in [0, 1]; curricula follow it.
         """
         raise NotImplementedError
+
+    def training_flops(self, num_tokens: int) -> int:
+        """FLOPs of the products of a training image, forward and backward; 0 where nobody has counted them.
+
+        A multiplication and an addition count as two, the backward pass as twice the forward one, attention
+        as if every token saw all others. A frozen tokenizer and what is computed again do not count.
+
+        Args:
+            num_tokens: `num_tokens` of what `training_loss` hands to `metrics`.
+        """
+        return 0
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Scalars to log, means over the batch; called on logging steps and for every validation batch."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.attention import KVCache, Mask, attend
+from models.base import num_weights
 from models.helpers import DropPath, weighted
 from models.scales import BlockCausal
 
@@ -231,6 +232,19 @@ def run_blocks(blocks: nn.ModuleList, x_BLC: torch.Tensor, modulation: torch.Ten
     for block in blocks:
         x_BLC = block(x=x_BLC, cond_BD=modulation, attn_bias=attn_bias)
     return x_BLC
+
+
+def transformer_flops(model: nn.Module, L: int) -> int:
+    """3 (2 N L + 4 L^2 C depth + 2 M): FLOPs of the products of a training image.
+
+    N weights multiply each of L tokens; M weights multiply the class of the image alone.
+    """
+    of_class = [model.shared_ada_lin, model.head_nm]
+    of_class += [block.ada_lin for block in model.blocks if not block.shared_aln]
+    M = num_weights(*of_class)
+    N = num_weights(model) - M
+    attention = 4 * L * L * model.C * len(model.blocks)
+    return 3 * (2 * N * L + attention + 2 * M)
 
 
 class PublishedNames:

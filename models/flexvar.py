@@ -28,6 +28,7 @@ from models.basic_var import (
     kwargs_from_depth,
     published_sizes,
     run_blocks,
+    transformer_flops,
     transformer_kwargs,
 )
 from models.editing import Keep, edit, keep_of_scale, mostly_kept, place
@@ -244,7 +245,8 @@ class FlexVAR(PublishedNames, ARModel):
         teacher_BLZ = self.teacher_input(idx_kBl, patch_nums)
         h_BLC = self.before_head(label_B, teacher_BLZ, patch_nums)
         losses = token_losses(self.head, h_BLC, target_BL, self.label_smooth)
-        return losses.loss_BL.mean(), dict(losses=losses, target_BL=target_BL, patch_nums=patch_nums)
+        aux = dict(losses=losses, target_BL=target_BL, patch_nums=patch_nums, num_tokens=target_BL.shape[1])
+        return losses.loss_BL.mean(), aux
 
     @torch.no_grad()
     def teacher_input(self, idx_kBl: list[torch.Tensor], patch_nums: Sequence[Side]) -> torch.Tensor | None:
@@ -585,6 +587,9 @@ class FlexVAR(PublishedNames, ARModel):
                      init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
         """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
         init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
+
+    def training_flops(self, num_tokens: int) -> int:
+        return transformer_flops(self, num_tokens)
 
     def no_weight_decay(self) -> set[str]:
         return set(NO_WEIGHT_DECAY)

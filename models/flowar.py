@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import KVCache, Mask, attend, compile_around_attention
-from models.base import ARModel, Tokenizer
+from models.base import ARModel, Tokenizer, num_weights
 from models.helpers import drop_labels, guide
 from models.layers import RMSNorm, Rope2d, rotate, sinusoid
 from models.noise import GlobalBatch, Rng, normal_like
@@ -286,6 +286,8 @@ class FlowHead(nn.Module):
     def __init__(self, channels: int, width: int, cond_width: int, depth: int, cross: bool):
         super().__init__()
         num_heads = max(width // 64, 1)
+        self.width = width
+        self.cross = cross
         self.time_embed = TimeEmbedder(width)
         self.cond_embed = nn.Linear(cond_width, width)
         self.input_proj = nn.Linear(channels, width)
@@ -306,6 +308,20 @@ class FlowHead(nn.Module):
         """What the head needs of the trunk's conditions: sampling makes it once for all Euler steps."""
         keys_values = tuple(block.keys_values(z_BlC, positions_l2) for block in self.res_blocks)
         return HeadConditions(self.cond_embed(z_BlC), keys_values)
+
+    def forward_flops(self, l: int) -> int:
+        """2 N l + 4 l^2 W (attentions) + 2 M: FLOPs of the products of `forward` for a scale of an image.
+
+        N weights multiply each of its tokens, M weights the time alone.
+        """
+        of_time = [self.time_embed]
+        num_attentions = len(self.res_blocks)
+        if self.cross:
+            of_time += [block.ada_lin_attn for block in self.res_blocks]
+            num_attentions *= 2
+        M = num_weights(*of_time)
+        N = num_weights(self) - M
+        return 2 * N * l + 4 * l * l * self.width * num_attentions + 2 * M
 
     def velocity(self, x_BlZ: torch.Tensor, t_B: torch.Tensor, conditions: HeadConditions,
                  positions_l2: torch.Tensor) -> torch.Tensor:
@@ -512,7 +528,8 @@ class FlowAR(ARModel):
         # The trunk says what each token is like, the flow head how noise moves towards it.
         z_BLC = self(label_B, teacher_BLZ)
         error_KB = self.velocity_error(target_BLZ, z_BLC, t_KB, noise_BLZ)
-        return self.total_loss(error_KB, t_KB), dict(error_KB=error_KB.detach(), t_KB=t_KB)
+        aux = dict(error_KB=error_KB.detach(), t_KB=t_KB, num_tokens=target_BLZ.shape[1])
+        return self.total_loss(error_KB, t_KB), aux
 
     def velocity_error(self, target_BLZ: torch.Tensor, z_BLC: torch.Tensor, t_KB: torch.Tensor,
                        noise_BLZ: torch.Tensor) -> torch.Tensor:
@@ -691,6 +708,16 @@ class FlowAR(ARModel):
         nn.init.normal_(self.encoder_pos_embed_learned, std=0.02)
         nn.init.normal_(self.decoder_pos_embed_learned, std=0.02)
         nn.init.normal_(self.diffusion_pos_embed_learned, std=0.02)
+
+    def training_flops(self, num_tokens: int) -> int:
+        """3 (2 N L + 4 L^2 C depth + 2 M) of the trunk, and three times the forward passes of the head."""
+        L = num_tokens
+        blocks = [*self.encoder_blocks, *self.decoder_blocks]
+        M = num_weights(*(block.ada_lin for block in blocks))  # they multiply the class alone
+        N = num_weights(self) - num_weights(self.flownet) - M
+        trunk = 2 * N * L + 4 * L * L * self.C * len(blocks) + 2 * M
+        head = sum(self.flownet.forward_flops(l) for l in self.layout.lengths)
+        return 3 * (trunk + head)
 
     def compile(self, **options: Any) -> None:
         """Compile the blocks of the trunk, and what the flow head evaluates."""

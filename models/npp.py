@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.attention import KVCache, attend, compile_around_attention
-from models.base import ARModel, Tokenizer
+from models.base import ARModel, Tokenizer, num_weights
 from models.helpers import DropPath, draw_codes, drop_labels, guide, in_chunks, weighted
 from models.layers import RMSNorm, Rope2d, rotate
 from models.noise import GlobalBatch, Rng
@@ -290,7 +290,8 @@ class NPP(ARModel):
         idx_NM = patches(idx_BN, p).flatten(0, 1)                                          # N = B * P
         loss_NM, predicted_N = in_chunks(self.losses, self.vocab_size, x_BPC.flatten(0, 1), idx_NM)
         loss = loss_NM.mean()
-        return loss, dict(loss=loss.detach(), hit=predicted_N[:, None] == idx_NM, p=p)
+        hit_NM = predicted_N[:, None] == idx_NM
+        return loss, dict(loss=loss.detach(), hit=hit_NM, p=p, num_tokens=x_BPC.shape[1])
 
     def losses(self, x_NC: torch.Tensor, idx_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (N, M) of the codes of some patches, and the likeliest code (N,) of each patch."""
@@ -445,6 +446,13 @@ class NPP(ARModel):
     def config_state(self, progress: float) -> dict[str, Any]:
         """What the weights do not tell."""
         return dict(n_head=self.n_head, n_kv_head=self.n_kv_head, grid=self.grid)
+
+    def training_flops(self, num_tokens: int) -> int:
+        """3 (2 N P + 4 P^2 C depth) for P patches, which are the tokens."""
+        P = num_tokens
+        N = num_weights(self)
+        attention = 4 * P * P * self.norm.weight.numel() * len(self.layers)
+        return 3 * (2 * N * P + attention)
 
     @classmethod
     def kwargs_from_size(cls, size: str, depth: int | None = None, width: int | None = None,

@@ -26,6 +26,7 @@ from models.basic_var import (
     kwargs_from_depth,
     published_sizes,
     run_blocks,
+    transformer_flops,
     transformer_kwargs,
 )
 from models.editing import Keep, edit, keep_of_scale, mostly_kept
@@ -175,7 +176,8 @@ class VAR(PublishedNames, ARModel):
         # Weights stay 1 / L of the whole pyramid, also where some scales are left out, as published.
         weight_L = torch.full((target_BL.shape[1],), 1 / self.L, device=target_BL.device)
         weight_L[self.layout.spans[stage][0]:] *= newest_weight
-        aux = dict(losses=losses, target_BL=target_BL, stage=stage, newest_weight=newest_weight)
+        aux = dict(losses=losses, target_BL=target_BL, stage=stage, newest_weight=newest_weight,
+                   num_tokens=target_BL.shape[1])
         return (losses.loss_BL * weight_L).sum(1).mean(), aux
 
     def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None) -> torch.Tensor:
@@ -402,6 +404,9 @@ class VAR(PublishedNames, ARModel):
                      init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
         """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
         init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
+
+    def training_flops(self, num_tokens: int) -> int:
+        return transformer_flops(self, num_tokens)
 
     def no_weight_decay(self) -> set[str]:
         return set(NO_WEIGHT_DECAY)
