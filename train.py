@@ -48,7 +48,7 @@ from training.resume import (
     go_back_one_checkpoint,
     repair_best,
 )
-from utils.amp_sc import note_on_bfloat16
+from utils.amp_sc import DTYPES, note_on_bfloat16
 from utils.checkpoint import lock_folder, remove_leftovers, save_checkpoint
 from utils.data import name_of
 from utils.files import write_text
@@ -56,6 +56,7 @@ from utils.loading import without_child_signal
 from utils.log import one_line_errors, setup_logging
 from utils.lr_control import lr_wd_annealing
 from utils.misc import allow_tf32, mix_seed, seed_everything
+from utils.peak import peak_flops
 from utils.provenance import git_commit, versions
 from utils.stop import Stopped, StopRequest
 
@@ -157,6 +158,7 @@ class Run:
         torch.backends.cudnn.deterministic = config.seed is not None
         allow_tf32(config.tf32)
         seed_everything(mix_seed(self.state.seed))
+        self.peak_flops = peak_flops(self.device, DTYPES[config.precision])  # for the progress line
 
         # 4. The length of the training, and its batches.
         steps_per_epoch = self.state.steps_per_epoch
@@ -271,7 +273,10 @@ class Run:
         batches = meters.log_every(
             first, last, self.batches, num_lines=lines_per_epoch(self.state.steps_per_epoch),
             header=f'[Ep]: [{epoch:4d}/{self.config.epochs}]',
-            tokenizer_seconds=self.trainer.tokenizer_seconds, on_waiting=self.name_waiting,
+            tokenizer_seconds=self.trainer.tokenizer_seconds,
+            on_waiting=self.name_waiting,
+            take_flops=self.trainer.take_flops,
+            peak_flops=self.peak_flops,
             images_per_iter=self.config.micro_batch(dist.get_world_size()) * self.config.accumulate)
         for it, batch in batches:
             self.journal.tb.set_step(begin + it)

@@ -4,6 +4,7 @@
 `TokenizerTrainer` any tokenizer, with a second optimizer for its discriminator; both know their model through
 the methods of `models.base`.
 """
+import functools
 import hashlib
 import inspect
 import logging
@@ -93,6 +94,7 @@ class Trainer:
 
     Attributes:
         ema: average of the weights, with which the model is evaluated; None evaluates the weights themselves.
+        flops: of the products of all training steps on this rank since they were last asked for.
         step_tag, epoch_tag: published heads of the TensorBoard tags of steps and of epochs.
         weights_key, optimizer_key, ema_key: published keys of a checkpoint under `trainer`.
         has_scores_in_every_line: whether a line of log.txt names the validation scores before there are any.
@@ -109,6 +111,7 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.ema: WeightEMA | None = None
+        self.flops = 0
 
     # ------------------------------------------------------------------------------ the step
     @property
@@ -143,6 +146,12 @@ class Trainer:
     def tokenizer_seconds(self) -> float:
         """Seconds that a frozen tokenizer took since the last call, for the progress line."""
         return 0.
+
+    def take_flops(self) -> int:
+        """FLOPs of the products of this rank's steps since the last call; 0 where nobody counts them."""
+        flops = self.flops
+        self.flops = 0
+        return flops
 
     # ------------------------------------------------------------------------------ evaluation
     def eval_epoch(self, loader: Iterable) -> dict[str, float]:
@@ -232,6 +241,7 @@ class GeneratorTrainer(Trainer):
                  ema_warmup: bool = True):
         super().__init__(model, optimizer)
         self.loss_module = distributed(Wrapped(model, 'training_loss'))
+        self.flops_of_image = functools.lru_cache(model.training_flops)  # by its number of tokens
         if ema_decay:  # after DDP has given all ranks the weights of the first one
             self.ema = WeightEMA(model, ema_decay, warmup=ema_warmup)
 
@@ -243,6 +253,7 @@ class GeneratorTrainer(Trainer):
             with self.optimizer.amp_ctx:
                 loss, aux = self.loss_module(images_B3HW, label_B, progress)
             grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
+        self.flops += len(label_B) * self.flops_of_image(aux.get('num_tokens', 0))
         is_finite = self.optimizer.moved if stepping else True
         if stepping:
             self._after_step(progress, is_finite)

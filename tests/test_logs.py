@@ -1,5 +1,6 @@
 """What a training leaves to read: log.txt, stdout.txt, TensorBoard, the checkpoint, and the first loss."""
 import json
+import re
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,6 +47,7 @@ def test_progress_is_printed(folder):
     text = (folder / 'stdout.txt').read_text()
     assert '[Ep]: [   0/3] [4/5]' in text
     assert 'images/s' in text
+    assert re.search(r'  mfu: \d+\.\d%  data/tokenizer/model: ', text)
     assert '[*] [ep1]  (val 8)' in text
 
 

@@ -2,7 +2,7 @@
 
 | sink | when | what |
 |---|---|---|
-| console, stdout.txt | 5 times an epoch, 30 times in long ones | meters, images/s, where the time goes |
+| console, stdout.txt | 5 times an epoch, 30 times in long ones | meters, images/s, MFU, where the time goes |
 | steps.jsonl | at the same steps, and at every `--log_every`th | rates, gradient norm, all metrics |
 | TensorBoard, `AR_iter_*`, `VAE_iter`, `AR_opt_*` | at every `--log_every`th step | the same |
 | log.txt; TensorBoard, `AR_ep_loss`, `VAE_ep` | after every epoch | means of logged steps, validation |

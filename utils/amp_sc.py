@@ -8,6 +8,7 @@ from torch import nn
 
 from utils.machine import cpu_features
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of products, by the number of the precision
 MAX_SCALE = 32768.  # as published: a larger float16 loss scale is cut back to this
 # instruction sets that multiply bfloat16, under the names of Linux
 BFLOAT16_X86 = ('amx_bf16', 'avx512_bf16')
@@ -18,8 +19,7 @@ def autocast(device_type: str, precision: int) -> AbstractContextManager:
     """A context in which products are in float32 (precision 0), float16 (1) or bfloat16 (2)."""
     if precision == 0:
         return nullcontext()
-    dtype = torch.float16 if precision == 1 else torch.bfloat16
-    return torch.autocast(device_type, dtype=dtype)
+    return torch.autocast(device_type, dtype=DTYPES[precision])
 
 
 def bfloat16_on_cpu() -> tuple[bool, str]:

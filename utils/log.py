@@ -173,10 +173,14 @@ class MetricLogger:
 
     def log_every(self, start_it: int, max_iters: int, itrt: Iterable, num_lines: int, header: str = '',
                   images_per_iter: int = 0, tokenizer_seconds: Callable[[], float] = lambda: 0.,
-                  on_waiting: Callable[[float], None] = lambda share: None) -> Iterator[tuple[int, Any]]:
+                  on_waiting: Callable[[float], None] = lambda share: None,
+                  take_flops: Callable[[], float] = lambda: 0., peak_flops: float = math.inf,
+                  ) -> Iterator[tuple[int, Any]]:
         """Yield (iteration, item), and write a progress line at evenly spaced iterations.
 
-        The line ends with images/s and the fractions of time spent on waiting for data, tokenizer and model.
+        The line ends with images/s, MFU, and the fractions of time spent on waiting for data, tokenizer and
+        model. MFU, the utilisation by the products of the model, is their FLOPs over what the device could
+        have done in all of that time.
 
         Args:
             start_it: the first iteration of this start.
@@ -188,6 +192,8 @@ class MetricLogger:
             tokenizer_seconds: gives the seconds spent in the tokenizer since its last call.
             on_waiting: is called with the share of the time since the last line that was spent on waiting for
                 data, where it is above `MOST_WAITING`; not at the first line, when loaders have just begun.
+            take_flops: gives the FLOPs of the model's products since its last call, on this rank.
+            peak_flops: FLOP/s of this rank's device.
         """
         # Evenly spaced over the epoch, so that they are the same if it is done by several starts.
         self.regular_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist())
@@ -196,6 +202,7 @@ class MetricLogger:
         epoch_begin = time.time()
         iterator = iter(itrt)
         tokenizer_seconds()  # forget the time of an evaluation before this epoch
+        take_flops()
 
         # Sums since the last line: seconds in all, seconds of waiting for data, iterations.
         seconds = 0.
@@ -223,8 +230,11 @@ class MetricLogger:
                 f'time: {seconds / num_iters:.3f}',
                 f'data: {data_seconds / num_iters:.3f}',
                 f'images/s: {images_per_iter * num_iters / seconds:.1f}',
-                f'data/tokenizer/model: {data:.0%}/{tokenizer:.0%}/{model:.0%}',
             ]
+            flops = take_flops()
+            if flops:
+                parts.append(f'mfu: {flops / seconds / peak_flops:.1%}')
+            parts.append(f'data/tokenizer/model: {data:.0%}/{tokenizer:.0%}/{model:.0%}')
             logger.info(self.delimiter.join(parts))
             if it > start_it and data > MOST_WAITING:
                 on_waiting(data)
