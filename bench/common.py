@@ -238,8 +238,12 @@ def report_header(module: str, device: torch.device) -> dict[str, Any]:
 
 def write_report(report: dict[str, Any], path: Path | None) -> None:
     """Print a report as JSON, and write it to a file unless `path` is None."""
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=2))
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text + '\n')
+        write_json(report, path)
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write a report into a file, whose folder may be missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(report, indent=2) + '\n')
