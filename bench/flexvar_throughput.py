@@ -18,7 +18,7 @@ import torch
 from bench.common import default_device, report_header, seconds_of, write_report
 from models import FlexVAE, FlexVAR
 from models.flexvar import ScheduleSampler
-from models.scales import ScaleLayout, cached_causal_bias
+from models.scales import ScaleLayout, block_causal
 from trainer import GeneratorTrainer
 from utils.amp_sc import AmpOptimizer
 from utils.lr_control import filter_params
@@ -79,7 +79,7 @@ def main() -> None:
     # After a warm-up, masks are forgotten again: building them belongs to the cost of mixed pyramids.
     for sides in mixed[:3]:
         step_seconds(sides)
-    cached_causal_bias.cache_clear()
+    block_causal.cache_clear()
     mixed_seconds = 0.
     fixed_seconds = 0.
     for sides in mixed:
