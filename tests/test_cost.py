@@ -19,13 +19,14 @@ from bench.cost import (
 )
 from bench.counter import CARDS, Cost, cost_of, extrapolated, fake_tensors, materialized, seconds_on
 from bench.flexvar_throughput import FixedSchedule
+from bench.plan import checkpoints, exchange, phases_of, plan, preset_named
 from configs import PRESETS, parse_sampling, parse_training
 from models import NPP, VAR, VQVAE, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel
 from models.attention import KVCache
 from models.noise import ImageNoise
 from models.scales import ScaleLayout
 from trainer import GeneratorTrainer
-from training.build import build_optimizer
+from training.build import build_optimizer, count_parameters
 
 PATCH_NUMS = (1, 2, 3)
 
@@ -275,6 +276,50 @@ def test_the_cache_has_no_room_for_the_last_scale(monkeypatch):
     num_bytes = sum(cache.storage.nbytes for cache in caches)
     # Keys and values of two images, with and without their class, of all scales but the last, in float32.
     assert num_bytes == model.depth * 2 * (2 * 2) * (1 + 4) * 32 * 4
+
+
+# ---------------------------------------------------------------------------------------------- plans
+def test_a_ring_sends_every_gradient_nearly_twice():
+    card = CARDS['H100-SXM']
+    sent, seconds = exchange(1000, 4, 8, card, node_link=50e9)
+    assert sent == pytest.approx(2 * 3 / 4 * 4000)
+    assert seconds == pytest.approx(sent / card.link)
+    _, between_nodes = exchange(1000, 16, 8, card, node_link=50e9)
+    assert between_nodes == pytest.approx(2 * 15 / 16 * 4000 / 50e9)
+    assert exchange(1000, 1, 8, card, node_link=50e9)[0] == 0
+
+
+def test_phases_of_a_training_add_up():
+    assert phases_of(published_config('var_d16')) == [(1., 1.)]
+    config = published_config('npp_b')
+    phases = phases_of(config)
+    assert sum(share for share, _ in phases) == pytest.approx(1)
+    model = build_on_meta(config, (1,))
+    assert [model.patch_side(progress) for _, progress in phases] == [2, 1]
+
+
+def test_a_checkpoint_holds_weights_moments_and_tokenizer():
+    config = published_config('var_d16')
+    model = build_on_meta(config, (1,))
+    found = checkpoints(config, model, hours=10., disk=1e9)
+    weights, frozen = count_parameters(model), count_parameters(model.tokenizer)
+    assert found['gigabytes_each'] == pytest.approx(4 * (3 * weights + frozen) / 1e9, abs=0.01)
+    assert found['number'] == config.epochs + 30  # one after every epoch, and one every 20 minutes
+
+
+def test_a_preset_that_nobody_published_is_refused_with_the_names_that_there_are():
+    assert preset_named('d30') == 'var_d30'
+    with pytest.raises(ValueError, match=r"expected a published run, one of var_d16.*got 'd99'"):
+        published_config(preset_named('d99'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', ['flexvar_d16', 'npp_b', 'flowar_l'])
+def test_published_trainings_can_be_planned(preset):
+    found = plan(preset, 8, 'H100-SXM', per_node=8, node_link=50e9, disk=1e9)
+    assert 0 < found['hours'][0] <= found['hours'][1] < 10_000
+    assert found['memory_gigabytes']['total'] <= 80
+    assert found['memory_gigabytes']['peak_of_step'] > found['memory_gigabytes']['of_the_peak']['logits']
 
 
 # ---------------------------------------------------------------------------------------------- the trainer
