@@ -18,6 +18,9 @@ from models.scales import BlockCausal
 
 MAX_LOG_SCALE = math.log(100)  # of the learnt attention scale
 
+# gamma (B, 1, C), and the weights of `DropPath`
+Gate = tuple[torch.Tensor, torch.Tensor | None]
+
 
 class FFN(nn.Module):
     """Linear, GELU (tanh form), Linear. `fused_if_available` is for compatibility only: there is one path."""
@@ -156,34 +159,40 @@ class AdaLNSelfAttn(nn.Module):
 
     def modulated(self, x: torch.Tensor, mod_B16C: torch.Tensor, attn_bias: Mask = None) -> torch.Tensor:
         """`forward`, given the `modulation` of the condition, which sampling makes once for all scales."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)                # (B, 1, C) each
         # Which images skip a branch is drawn here: the two parts below are compiled, and one graph serves
         # all blocks, whose rates differ.
         kept_attn_B11 = self.drop_path.weights(x)
         kept_ffn_B11 = self.drop_path.weights(x)
         # Between the parts the cache grows, or a call follows for every scale.
-        q, k, v = self.before_attention(x, mod_B16C)
+        q, k, v = self.before_attention(x, scale1, shift1)
         out_BLHd = self.attn.attend(q, k, v, attn_bias)
-        return self.after_attention(x, out_BLHd, mod_B16C, kept_attn_B11, kept_ffn_B11)    # (B, L, C)
+        return self.after_attention(x, out_BLHd, (gamma1, kept_attn_B11), (scale2, shift2),
+                                    (gamma2, kept_ffn_B11))                                # (B, L, C)
 
-    def before_attention(self, x: torch.Tensor, mod_B16C: torch.Tensor,
+    def before_attention(self, x: torch.Tensor, scale_B1C: torch.Tensor, shift_B1C: torch.Tensor,
                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, (B, L, H, d) each, of the normalised and modulated tokens."""
-        _, _, scale1, _, shift1, _ = mod_B16C.unbind(2)                                    # (B, 1, C) each
-        h_BLC = self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1)                         # (B, L, C)
+        h_BLC = self.ln_wo_grad(x).mul(scale_B1C.add(1)).add_(shift_B1C)                   # (B, L, C)
         return self.attn.queries_keys_values(h_BLC)
 
-    def after_attention(self, x: torch.Tensor, out_BLHd: torch.Tensor, mod_B16C: torch.Tensor,
-                        kept_attn_B11: torch.Tensor | None, kept_ffn_B11: torch.Tensor | None,
-                        ) -> torch.Tensor:
-        """The tokens with both branches added, each gated, and dropped for some images in training."""
-        gamma1, gamma2, _, scale2, _, shift2 = mod_B16C.unbind(2)                          # (B, 1, C) each
-        attn_BLC = self.attn.project(out_BLHd) * gamma1
-        x = x + weighted(attn_BLC, kept_attn_B11)
+    def after_attention(self, x: torch.Tensor, out_BLHd: torch.Tensor, attn_gate: Gate,
+                        ffn_modulation: tuple[torch.Tensor, torch.Tensor], ffn_gate: Gate) -> torch.Tensor:
+        """The tokens with both branches added, each gated, and dropped for some images in training.
 
-        # The feed-forward network is normalised and modulated like the attention.
-        h_BLC = self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2)                         # (B, L, C)
-        ffn_BLC = self.ffn(h_BLC) * gamma2
-        return x + weighted(ffn_BLC, kept_ffn_B11)                                         # (B, L, C)
+        Args:
+            ffn_modulation: scale and shift of the feed-forward network, (B, 1, C) each.
+        """
+        x = x + gated(self.attn.project(out_BLHd), attn_gate)
+        scale_B1C, shift_B1C = ffn_modulation
+        h_BLC = self.ln_wo_grad(x).mul(scale_B1C.add(1)).add_(shift_B1C)                   # (B, L, C)
+        return x + gated(self.ffn(h_BLC), ffn_gate)                                        # (B, L, C)
+
+
+def gated(branch_BLC: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """A branch as it is added to the tokens."""
+    gamma_B1C, kept_B11 = gate
+    return weighted(branch_BLC * gamma_B1C, kept_B11)
 
 
 class AdaLNBeforeHead(nn.Module):

@@ -142,24 +142,24 @@ class ModulatedBlock(nn.Module):
             modulation: (B, 1 or L, 6 C): two gates, two scales, two shifts.
             attn_bias: see `attend`.
         """
-        q, k, v = self.before_attention(x_BLC, modulation, positions_L2)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
+        q, k, v = self.before_attention(x_BLC, scale1, shift1, positions_L2)
         out_BLHd = self.attn.attend(q, k, v, attn_bias)
-        return self.after_attention(x_BLC, out_BLHd, modulation)
+        return self.after_attention(x_BLC, out_BLHd, gamma1, scale2, shift2, gamma2)
 
-    def before_attention(self, x_BLC: torch.Tensor, modulation: torch.Tensor, positions_L2: torch.Tensor,
-                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def before_attention(self, x_BLC: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
+                         positions_L2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Attention.queries_keys_values`, of the normalised and modulated tokens."""
-        _, _, scale1, _, shift1, _ = modulation.chunk(6, dim=-1)
-        h_BLC = self.norm(x_BLC) * (1 + scale1) + shift1
+        h_BLC = self.norm(x_BLC) * (1 + scale) + shift
         return self.attn.queries_keys_values(h_BLC, positions_L2)
 
-    def after_attention(self, x_BLC: torch.Tensor, out_BLHd: torch.Tensor,
-                        modulation: torch.Tensor) -> torch.Tensor:
+    def after_attention(self, x_BLC: torch.Tensor, out_BLHd: torch.Tensor, attn_gamma: torch.Tensor,
+                        mlp_scale: torch.Tensor, mlp_shift: torch.Tensor,
+                        mlp_gamma: torch.Tensor) -> torch.Tensor:
         """The tokens with both branches added, each gated."""
-        gamma1, gamma2, _, scale2, _, shift2 = modulation.chunk(6, dim=-1)
-        x_BLC = x_BLC + gamma1 * self.attn.project(out_BLHd)
-        h_BLC = self.norm(x_BLC) * (1 + scale2) + shift2
-        return x_BLC + gamma2 * self.mlp(h_BLC)
+        x_BLC = x_BLC + attn_gamma * self.attn.project(out_BLHd)
+        h_BLC = self.norm(x_BLC) * (1 + mlp_scale) + mlp_shift
+        return x_BLC + mlp_gamma * self.mlp(h_BLC)
 
 
 class TrunkBlock(ModulatedBlock):

@@ -21,7 +21,7 @@ from bench.counter import CARDS, Cost, cost_of, extrapolated, fake_tensors, mate
 from bench.flexvar_throughput import FixedSchedule
 from bench.plan import checkpoints, exchange, phases_of, plan, preset_named
 from configs import PRESETS, parse_sampling, parse_training
-from models import NPP, VAR, VQVAE, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel
+from models import NPP, VAR, VQVAE, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel, scales
 from models.attention import KVCache
 from models.noise import ImageNoise
 from models.scales import ScaleLayout
@@ -140,12 +140,18 @@ def test_formulas_give_what_is_known_of_published_models(preset, train, sample):
 
 
 @pytest.mark.parametrize('preset', PRESETS['var'])
-def test_published_transformers_multiply_what_the_formula_says(preset, no_autocast):
+def test_published_transformers_multiply_what_the_formula_says(preset, no_autocast, monkeypatch):
+    """Under a mask over all tokens, as the formula has it; attention by scale multiplies less."""
     model = build_on_meta(published_config(preset), (2,))  # all blocks are equal
     teacher_BLZ = torch.empty(1, model.L - 1, model.Cvae, device='meta')
     label_B = torch.zeros(1, dtype=torch.int64, device='meta')
+    by_scale = cost_of(lambda: model(label_B, teacher_BLZ).sum().backward())
+    monkeypatch.setattr(scales, 'MASKED_TOKENS', model.L)
+    scales.block_causal.cache_clear()
     cost = cost_of(lambda: model(label_B, teacher_BLZ).sum().backward())
+    scales.block_causal.cache_clear()
     assert model.training_flops(model.L) == pytest.approx(cost.flops, rel=0.01)
+    assert by_scale.flops < 0.99 * cost.flops
 
 
 SOLVER = dict(guidance=2., num_steps=6, lower_steps=4, guidance_until=0.9)
