@@ -1,8 +1,9 @@
 """Encode a data set once: `torchrun extract.py --model=flowar --data_path=ROOT --cached_path=OUT`.
 
-Runs without torchrun, too. Writes the tokens of every training image and of its mirror image: moments of the
-KL-16 posterior for FlowAR, codes of VQ-16 for NPP, there also of ten crops. `train.py --cached_path=OUT` then
-needs no encoder. A killed job continues by the same command; an import begins anew. Read it from `extract`.
+Runs without torchrun, too. Writes the tokens of the centre crop of every image, or of random (`--views`)
+or ten (`--ten_crop`) crops, and of their mirror images: codes for VAR, FlexVAR and NPP, moments of the KL-16
+posterior for FlowAR. `train.py --cached_path=OUT` then needs no encoder. A killed job continues by the same
+command; an import begins anew. Read it from `extract`.
 Letters: B images of a batch, A views of an image (itself, crops, mirror images).
 """
 import hashlib
@@ -20,10 +21,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
-from configs.options import INF, check_values, expand_paths, make_parser, opt
+from configs import CONFIGS
+from configs import FAMILIES as GENERATORS
+from configs.options import INF, check_values, expand_paths, ints, make_parser, opt
+from configs.training import CROP_KINDS, CROPS, PATCH_NUMS
 from models import FAMILIES, Tokenizer, build_tokenizer
 from utils.checkpoint import load_file, lock_folder, tokenizer_weights
-from utils.data import check_labels, crop_views, open_split
+from utils.data import MirroredCrops, build_transforms, check_labels, open_split, ten_crop_views
 from utils.hub import fetch
 from utils.log import one_line_errors, progress_bar, setup_logging
 from utils.machine import automatic_workers
@@ -51,16 +55,25 @@ class ExtractSettings:
     IGNORED: ClassVar[dict[str, str]] = {
         **dict.fromkeys(('vq_model', 'vae_embed_dim', 'codebook_size', 'codebook_embed_dim'),
                         'it is read from the file of the tokenizer'),
-        **dict.fromkeys(('seed', 'global_seed'), 'nothing here is random'),
+        'global_seed': 'nothing here is random but the crops of --views, which follow from --seed',
         **dict.fromkeys(('dataset', 'debug'), '--data_path is read, with torchrun or without')}
 
-    model: str = opt('flowar', 'generator that the tokens are for: flowar or npp', choices=('flowar', 'npp'))
+    model: str = opt('flowar', f'generator that the tokens are for: {", ".join(GENERATORS)}',
+                     choices=GENERATORS)
     vae_ckpt: str = opt('', 'tokenizer weights, any file', 'vae_path vq_ckpt', path=True)
     data_path: str = opt('/path/to/imagenet', 'data set, as for train.py', path=True)
     cached_path: str = opt('', 'folder of the tokens', 'cached_path code_path', path=True)
     split: str = opt('train', 'train or val', choices=('train', 'val'))
     exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
     image_size: int = opt(256, 'side of the crops in pixels', 'img_size image_size', limits=(1, INF))
+    pn: str = opt('', 'var: sides of the code maps as for train.py; empty takes those in the file of the '
+                      'tokenizer, or else the published ones')
+    views: int = opt(0, 'random crops of every image, as training takes them, in place of the centre crop of '
+                        'its validation', limits=(0, INF))
+    seed: int = opt(0, 'views: of the random crops', limits=(0, 2 ** 63 - 1))
+    crop: str = opt('', f'as for train.py, {CROPS}; empty is that of the training, but vae for centre crops '
+                        'of flowar', choices=('', *CROP_KINDS))
+    mid_reso: float | None = opt(None, 'as for train.py; None is that of the training', limits=(1, INF))
     ten_crop: bool = opt(False, 'corners and centre of a larger centre crop, instead of the centre alone')
     crop_range: float = opt(1.1, 'ten_crop: how much larger; published: 1.1, then 1.05 into another folder',
                             limits=(1, INF))
@@ -75,22 +88,50 @@ class ExtractSettings:
     def __post_init__(self):
         expand_paths(self)
         check_values(self)
+        training = CONFIGS[self.model]
+        if not self.crop:
+            # The published cache of FlowAR has the centre crops of ADM, though training resizes as VAR does.
+            is_published = self.model == 'flowar' and not self.views
+            object.__setattr__(self, 'crop', 'vae' if is_published else training.crop)
+        if self.mid_reso is None:
+            object.__setattr__(self, 'mid_reso', training.mid_reso)
         if self.workers < 0:
             batch_bytes = self.batch_size * 3 * self.image_size ** 2 * 4
             object.__setattr__(self, 'workers', automatic_workers(10, batch_bytes))
         if not self.cached_path:
             raise ValueError('expected a folder for the tokens: pass --cached_path=FOLDER')
-        if self.layout == 'files' and (self.model != 'flowar' or self.ten_crop):
+        if self.layout == 'files' and (self.model != 'flowar' or self.ten_crop or self.views):
             raise ValueError('--layout=files is of latents of the centre crop alone: leave it out')
         if self.import_codes and self.model != 'npp':
-            raise ValueError('--import_codes is of codes, not of latents: pass --model=npp')
+            raise ValueError('--import_codes is of published codes of NPP: pass --model=npp')
+        if self.pn and self.model != 'var':
+            raise ValueError(f'--pn is of VAR, a cache of {self.model} needs none: leave it out')
+        if list(self.patch_nums) != sorted(self.patch_nums):
+            raise ValueError(f'--pn must go from coarse to fine, got {self.pn}')
+        if self.views and self.ten_crop:
+            raise ValueError('--views and --ten_crop are two kinds of crops: pass one of them')
+        if self.views and self.split == 'val':
+            raise ValueError('validation sees the centre crop alone: leave out --views')
         if not (self.vae_ckpt or self.import_codes):
             raise ValueError('expected the weights of a tokenizer: pass --vae_path=FILE')
 
     @property
     def num_views(self) -> int:
-        """Number of views of every image: five crops or one, and their mirror images."""
-        return 10 if self.ten_crop else 2
+        """Number of views of every image: its crops and their mirror images."""
+        return 10 if self.ten_crop else 2 * max(self.views, 1)
+
+    @property
+    def patch_nums(self) -> tuple[int, ...]:
+        """Sides of the code maps; () takes those in the file of the tokenizer."""
+        return ints(PATCH_NUMS.get(self.pn, self.pn)) if self.pn else ()
+
+    def describe_crops(self) -> dict[str, Any]:
+        """What decides the views, for the manifest; None where a setting changes nothing."""
+        if self.views:
+            return dict(views=self.views, crop=self.crop, mid_reso=self.mid_reso, seed=self.seed)
+        if not self.ten_crop and self.crop == 'resize':
+            return dict(views=0, crop='resize', mid_reso=self.mid_reso, seed=None)
+        return dict(views=0, crop='adm', mid_reso=None, seed=None)
 
 
 def extract(settings: ExtractSettings) -> None:
@@ -106,13 +147,16 @@ def extract(settings: ExtractSettings) -> None:
     # The tokenizer, which must have codes for images of this size.
     path = fetch(settings.vae_ckpt)
     state, config = tokenizer_weights(load_file(path))
-    tokenizer = build_tokenizer(FAMILIES[settings.model].tokenizer, state, str(path), device, **config)
+    sides = dict(v_patch_nums=settings.patch_nums) if settings.pn else {}
+    tokenizer = build_tokenizer(FAMILIES[settings.model].tokenizer, state, str(path), device,
+                                **config | sides)
     tokenizer.map_size(settings.image_size, settings.image_size)
+    if tokenizer.fixed_image_size not in (None, settings.image_size):
+        raise ValueError(f'the code maps of {path} are of images of {tokenizer.fixed_image_size} pixels, got '
+                         f'--image_size={settings.image_size}: pass that size, or the --pn of the training')
 
     # The views of every image, made by the loader's processes.
-    crop_range = settings.crop_range if settings.ten_crop else 0.
-    views = partial(crop_views, size=settings.image_size, crop_range=crop_range)
-    images = open_split(settings.data_path, settings.split, views, exif=settings.exif)
+    images, views = open_views(settings)
     names = image_names(images, Path(settings.data_path) / settings.split)
 
     # Everything that decides the tokens and their order: a cache never mixes two of these descriptions.
@@ -120,12 +164,14 @@ def extract(settings: ExtractSettings) -> None:
         tokenizer=weights_digest(tokenizer.state_dict()),
         image_size=settings.image_size,
         count=len(images),
-        crop_range=crop_range,
+        crop_range=settings.crop_range if settings.ten_crop else 0.,
         layout=settings.layout,
         split=settings.split,
         exif=settings.exif,
         classes=list(images.classes),
         images=hashlib.sha256('\n'.join(names).encode()).hexdigest(),
+        **settings.describe_crops(),
+        **tokenizer.settings_of_codes(),
     )
     dist.require_equal(description, 'what is extracted', 'every node must see the same files')
     writer = open_writer(settings, folder, names, tokenizer, device)
@@ -142,7 +188,7 @@ def extract(settings: ExtractSettings) -> None:
         dist.barrier()
         begin = len(missing) * dist.get_rank() // dist.get_world_size()
         end = len(missing) * (dist.get_rank() + 1) // dist.get_world_size()
-        encode(settings, tokenizer, writer, images, missing[begin:end])
+        encode(settings, tokenizer, writer, views, missing[begin:end])
         dist.barrier()
 
         # The manifest says that the cache is complete, so it is written last, after a second look.
@@ -153,6 +199,20 @@ def extract(settings: ExtractSettings) -> None:
                                  'are missing: run the same command again')
             finish(folder, read_description(folder / BEGUN), images.targets)
         dist.barrier()
+
+
+def open_views(settings: ExtractSettings) -> tuple[Dataset, Dataset]:
+    """The images of the split, and a data set with (views (A, 3, H, W) in [-1, 1], class id) of each."""
+    size = settings.image_size
+    if settings.ten_crop:
+        ten_crops = partial(ten_crop_views, size=size, crop_range=settings.crop_range)
+        images = open_split(settings.data_path, settings.split, ten_crops, settings.exif)
+        return images, images
+    images = open_split(settings.data_path, settings.split, exif=settings.exif)
+    random_crop, centre_crop = build_transforms(size, False, settings.mid_reso, settings.crop)
+    if settings.views:
+        return images, MirroredCrops(images, random_crop, settings.views, settings.seed)
+    return images, MirroredCrops(images, centre_crop)
 
 
 def image_names(images: Dataset, root: Path) -> list[str]:
@@ -186,16 +246,17 @@ def open_writer(settings: ExtractSettings, folder: Path, names: list[str], token
 
 
 def encode(settings: ExtractSettings, tokenizer: Tokenizer, writer: PackedWriter | FilesWriter,
-           images: Dataset, own: list[int]) -> None:
+           views: Dataset, own: list[int]) -> None:
     """Compute and write the tokens of the images of this rank.
 
     Args:
-        own: indices of these images, ascending.
+        views: items are (views (A, 3, H, W), class id).
+        own: indices of the images of this rank, ascending.
     """
     device = next(tokenizer.parameters()).device
     images_per_batch = max(1, settings.batch_size // settings.num_views)
     loader = DataLoader(
-        Subset(images, own),
+        Subset(views, own),
         images_per_batch,
         num_workers=settings.workers,
         pin_memory=device.type == 'cuda',

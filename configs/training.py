@@ -29,7 +29,9 @@ CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as a
 
 MOST_WORKERS = 16  # loader processes per rank that are started unasked
 
-TOKEN_BYTES = 128  # stored tokens take no more per code: 16 means and 16 log-variances in float32
+# Stored tokens take no more per code of the finest map: 16 means and 16 log-variances in float32, or in int64
+# the codes of maps of every side up to 48x48.
+TOKEN_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -516,7 +518,7 @@ class PyramidConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class AdaLNConfig(PyramidConfig, GeneratorConfig):
+class AdaLNConfig(PyramidConfig, CachedConfig):
     """What VAR and FlexVAR have in common."""
 
     IGNORED: typing.ClassVar[dict[str, str]] = {

@@ -160,9 +160,13 @@ class Tokenizer(Trainable):
     def encode(self, images_B3HW: torch.Tensor, *args) -> Any:
         """Codes of images in [-1, 1], in float32 whatever autocast says, since training losses call it.
 
+        Stored codes, which `precompute` made of images, are taken in the place of images: they are int64.
+
         Raises:
             ValueError: a side is no multiple of the stride.
         """
+        if images_B3HW.dtype == torch.int64:
+            return self._unpack(images_B3HW, *args)
         self.check_size(images_B3HW)
         with self.clock, torch.autocast(images_B3HW.device.type, enabled=False):
             return self._encode(at_least_float32(images_B3HW), *args)
@@ -170,10 +174,19 @@ class Tokenizer(Trainable):
     def _encode(self, images_B3HW: torch.Tensor, *args) -> Any:
         raise NotImplementedError
 
+    def _unpack(self, idx_BL: torch.Tensor, *args) -> Any:
+        """What `encode` returns for the images that these codes were stored of."""
+        return idx_BL
+
     @torch.no_grad()
     def precompute(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """What `extract.py` stores of images; `encode` takes it in their place."""
         return self.encode(images_B3HW)
+
+    def settings_of_codes(self) -> dict[str, Any]:
+        """The settings that decide the codes but leave no trace in the weights, see `built_settings`."""
+        config = self.config_state(1.)
+        return {name: config[name] for name in self.built_settings}
 
     def shape_of_stored(self, image_size: int) -> tuple[int, ...]:
         """Of what `precompute` gives for a square image of that many pixels per side."""
@@ -269,7 +282,7 @@ class ARModel(Trainable):
         image took part.
 
         Args:
-            images_B3HW: pixels in [-1, 1].
+            images_B3HW: pixels in [-1, 1], or what the tokenizer's `precompute` made of them.
             label_B: class ids, int64.
             progress: fraction of the optimizer steps already done, in [0, 1]; curricula follow it.
         """

@@ -11,8 +11,9 @@ import extract
 import sample
 import train
 from configs.options import make_parser
-from models import AutoencoderKL, FlexVAE, VQModel
+from models import VQVAE, AutoencoderKL, FlexVAE, VQModel
 from tests.runs import (
+    TINY_VQVAE,
     VAR_FLAGS,
     WHOLE,
     ToyRun,
@@ -56,7 +57,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def families(data, tmp_path_factory):
-    """(image folder, tokenizer file, tokenizer) by the name of the generator; that of VAR is only a file."""
+    """(image folder, tokenizer file, tokenizer) by the name of the generator."""
     torch.manual_seed(0)  # fixtures of a session are made before the seed of a test
     root = tmp_path_factory.mktemp('tokenizers')
     tokenizers = dict(flexvar=FlexVAE(24, 8, z_channels=16, net='tiny'),
@@ -64,7 +65,9 @@ def families(data, tmp_path_factory):
                       npp=VQModel(codebook_size=300, codebook_embed_dim=4, net='tiny', test_mode=True))
     made = {model: (data[0], *saved(tokenizer, root / f'{model}.pth'))
             for model, tokenizer in tokenizers.items()}
-    return made | dict(var=data)
+    vqvae = VQVAE(**TINY_VQVAE)
+    vqvae.load_state_dict(torch.load(data[1]))
+    return made | dict(var=(*data, vqvae))
 
 
 @pytest.fixture(scope='session')

@@ -52,8 +52,10 @@ SMALLEST = dict(
             '--warmup_epochs=0.1', '--epochs=1', *ON_TOKENS],
     npp=[f'--image_size={SIDE}', '--downsample_size=8', '--mixed_precision=none', '--epochs=2', *ON_TOKENS])
 TOKENIZER_FLAG = dict(var='vae_ckpt', flexvar='vae_ckpt', flowar='vae_path', npp='vq_ckpt')
-CACHE_FLAG = dict(flowar='cached_path', npp='code_path')
-SIZE_FLAG = dict(flowar='img_size', npp='image_size')
+CACHE_FLAG = dict(var='cached_path', flexvar='cached_path', flowar='cached_path', npp='code_path')
+# what of the images and of the tokenizer's file extract.py must be told
+EXTRACTION = dict(var=('--image_size=16', '--pn=1_2_4'), flexvar=('--image_size=48',),
+                  flowar=(f'--img_size={SIDE}',), npp=(f'--image_size={SIDE}',))
 # two epochs (NPP: two of each phase) with dropout, dropped labels and averaged weights
 WHOLE = dict(var=('--ep=2', '--ema=0.9'), flexvar=('--ep=2', '--ema=0.9'),
              flowar=('--ep=2', '--lr=1e-3', '--ema_rate=0.9'),
@@ -96,8 +98,7 @@ def training(made, folder, *more, model='flowar'):
 def extraction(made, folder, *more, model='flowar'):
     """Command line of extract.py, as users of each family spell it."""
     return [f'--model={model}', f'--data_path={made[0]}', f'--{TOKENIZER_FLAG[model]}={made[1]}',
-            f'--{CACHE_FLAG[model]}={folder}', f'--{SIZE_FLAG[model]}={SIDE}', '--workers=0',
-            '--batch_size=32', *more]
+            f'--{CACHE_FLAG[model]}={folder}', *EXTRACTION[model], '--workers=0', '--batch_size=32', *more]
 
 
 def command(script, flags, nproc=1):

@@ -178,6 +178,28 @@ def test_published_commands_of_npp(capsys):
                                     crop_range=crop_range, image_size=384)
 
 
+@pytest.mark.parametrize(('argv', 'words'), [
+    (['--model=flexvar', '--pn=1_2_4'], ['--pn', 'flexvar', 'leave it out']),
+    (['--model=var', '--pn=1_x'], ['1_x']),
+    (['--model=npp', '--views=2', '--ten_crop'], ['--views', '--ten_crop', 'one of them']),
+    (['--model=var', '--views=2', '--split=val'], ['centre crop', '--views']),
+    (['--model=flowar', '--views=2', '--layout=files'], ['--layout=files', 'leave it out']),
+    (['--model=var', '--import_codes=x'], ['--import_codes', '--model=npp']),
+    (['--model=var', '--crop=adn'], ['--crop', 'adm', 'adn']),
+    (['--model=var', '--mid_reso=0.5'], ['--mid_reso', 'at least 1', '0.5'])])
+def test_bad_flags_of_extractions(argv, words):
+    with pytest.raises(ValueError, match=words[0]) as error:
+        parse_extraction([*argv, '--vae_ckpt=x', '--cached_path=y'])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_extractions_crop_as_the_training_of_their_family():
+    for model in ('var', 'flexvar', 'npp', 'flowar'):
+        ours = parse_extraction([f'--model={model}', '--vae_ckpt=x', '--cached_path=y', '--views=2'])
+        training = parse_training([f'--model={model}'])
+        assert (ours.crop, ours.mid_reso) == (training.crop, training.mid_reso)
+
+
 def test_words_of_npp():
     for word, precision in (('none', 0), ('fp16', 1), ('bf16', 2)):
         assert parse_training(['--model=npp', f'--mixed-precision={word}']).precision == precision

@@ -32,6 +32,7 @@ from tests.extension import Histogram, Patches
 from tests.runs import assert_equal
 from tests.vectors import assert_within, fill, flowar_rule, npp_rule
 from utils.checkpoint import tokenizer_weights
+from utils.misc import seed_everything
 
 SIDE = 32  # pixels; the tokenizers below have maps of 4x4 codes
 NUM_CLASSES = 5
@@ -191,6 +192,23 @@ def test_every_family_is_in_a_table():
 
 
 # ---------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize('name', GENERATORS)
+def test_stored_tokens_take_the_place_of_images(name):
+    """In training, whatever the pyramid of the step, and in validation: loss and metrics to the last bit."""
+    model = GENERATORS[name].make()
+    images = images_of()
+    stored = model.tokenizer.precompute(images)
+    assert stored.shape[1:] == model.tokenizer.shape_of_stored(SIDE)
+    for seed, training in ((0, False), (1, True), (2, True), (3, True)):
+        model.train(training)
+        found = []
+        for batch in (images, stored):
+            seed_everything(seed)
+            loss, aux = model.training_loss(batch, torch.tensor([0, 1, 4]), 0.3)
+            found.append(dict(loss=loss, **model.metrics(aux)))
+        assert_equal(*found)
+
+
 @pytest.mark.parametrize('progress', PROGRESS)
 @pytest.mark.parametrize('training', [False, True])
 def test_loss_is_finite(generator, progress, training):

@@ -19,6 +19,7 @@ from utils.data import (
     AdmRandomCrop,
     ClassFolders,
     KeyedAugmentation,
+    MirroredCrops,
     Shapes,
     adm_center_crop,
     build_dataset,
@@ -205,6 +206,22 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, num_workers
     before = torch.get_rng_state()
     KeyedAugmentation(dataset, seed=7)[keys[0]]
     assert torch.equal(before, torch.get_rng_state()) and state.shape == before.shape
+
+
+@pytest.mark.parametrize(('crop', 'mid_reso'), [('resize', 1.5), ('adm', 1.25)])
+def test_stored_crops_are_those_that_training_sees(tmp_path, crop, mid_reso):
+    """View v is that of epoch v; mirror images follow in the same order."""
+    folder = str(write_images(tmp_path))
+    random_crop, _ = build_transforms(16, False, mid_reso, crop)
+    stored = MirroredCrops(open_split(folder, 'train'), random_crop, count=3, seed=7)
+    live = KeyedAugmentation(open_split(folder, 'train', random_crop), seed=7)
+    for index in range(len(stored)):
+        views, label = stored[index]
+        crops = torch.stack([live[epoch, index][0] for epoch in range(3)])
+        assert torch.equal(views[:3], crops) and torch.equal(views[3:], crops.flip(-1))
+        assert label == live[0, index][1]
+        assert len(crops.unique(dim=0)) > 1
+    assert not torch.equal(views, MirroredCrops(stored.images, random_crop, count=3, seed=8)[index][0])
 
 
 # ---------------------------------------------------------------------------------------------- data sets

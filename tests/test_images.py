@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, Resize
 
-from utils.data import AdmRandomCrop, adm_center_crop, build_transforms, crop_views
+from utils.data import AdmRandomCrop, adm_center_crop, build_transforms, ten_crop_views
 from utils.images import ImageError, read_image, resized_part
 
 REPO = Path(__file__).resolve().parent.parent
@@ -422,9 +422,8 @@ def test_every_crop_of_a_thin_image(size):
         for transform in build_transforms(32, hflip=True, mid_reso=1.25, crop=crop):
             check(transform(image))
     assert adm_center_crop(image, 32).size == (32, 32) == AdmRandomCrop(32)(image).size
-    for views in (crop_views(image, 32), crop_views(image, 32, 1.1)):
-        for view in views:
-            check(view)
+    for view in ten_crop_views(image, 32, 1.1):
+        check(view)
 
 
 def test_memory_of_thin_images(tmp_path):
@@ -432,7 +431,7 @@ def test_memory_of_thin_images(tmp_path):
     Image.new('RGB', (30000, 1)).save(tmp_path / 'thin.png')
     code = f'''
 import re
-from utils.data import build_transforms, crop_views
+from utils.data import build_transforms, ten_crop_views
 from utils.images import read_image
 def peak():
     return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
@@ -441,7 +440,7 @@ image = read_image({str(tmp_path / 'thin.png')!r})
 for crop in ('resize', 'adm', 'vae'):
     for transform in build_transforms(256, crop=crop):
         transform(image)
-crop_views(image, 256, 1.1)
+ten_crop_views(image, 256, 1.1)
 print(peak() - before)
 '''
     run = subprocess.run([sys.executable, '-c', code], cwd=REPO, text=True, capture_output=True, check=True)

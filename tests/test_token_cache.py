@@ -13,11 +13,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_tensor
 
 import extract
 import train
-from models import AutoencoderKL, VQModel
+from configs import parse_training
+from models import VQVAE, AutoencoderKL, VQModel
 from tests.runs import (
     CACHE_FLAG,
     CLASSES,
@@ -26,17 +29,30 @@ from tests.runs import (
     SIDE,
     STRIDE,
     TOKENIZER_FLAG,
+    WHOLE,
+    assert_equal,
     extraction,
     kill_tree,
     launch,
     make_folder,
+    prepared,
     read,
     start,
+    steps_of,
     training,
 )
 from tests.vectors import load_json, load_tensors
+from training.data import Data, build_data
 from utils import data, token_cache
-from utils.data import KeyedAugmentation, adm_center_crop, crop_views, describe_data, open_split
+from utils.data import (
+    KeyedAugmentation,
+    MirroredCrops,
+    adm_center_crop,
+    build_transforms,
+    describe_data,
+    open_split,
+    ten_crop_views,
+)
 from utils.log import one_line_errors
 from utils.token_cache import PackedWriter, TokenCache, weights_digest
 
@@ -49,9 +65,16 @@ def made(families):
     return families['flowar']
 
 
+def centre_views(image):
+    """The centre crop and its mirror image (2, 3, SIDE, SIDE) in [-1, 1]."""
+    crop = adm_center_crop(image, SIDE)
+    return torch.stack([to_tensor(view) * 2 - 1 for view in (crop, ImageOps.mirror(crop))])
+
+
 def tokens_of(tokenizer, image, crop_range=0.):
     """(A, ...) of the views of a PIL image, by itself."""
-    return tokenizer.precompute(crop_views(image, SIDE, crop_range)).numpy()
+    views = ten_crop_views(image, SIDE, crop_range) if crop_range else centre_views(image)
+    return tokenizer.precompute(views).numpy()
 
 
 def drawn(cache, index, count):
@@ -83,7 +106,7 @@ def write_square(root, splits=('train', 'val')):
 @pytest.mark.parametrize('case', load_json('npp/data')['cases'], ids=lambda case: f'{case["image_size"]}')
 def test_ten_crops_are_the_published_ones(case):
     vectors, size = load_tensors('npp/data'), case['image_size']
-    views = crop_views(Image.fromarray(vectors['src'].numpy()), size, case['crop_range'])
+    views = ten_crop_views(Image.fromarray(vectors['src'].numpy()), size, case['crop_range'])
     expected = vectors[f'tencrop_{size}_{case["crop_range"]}'].permute(0, 3, 1, 2)
     assert views.shape == expected.shape
     assert (views.add(1).mul(127.5).round() - expected.float()).abs().max() <= 1, 'PIL may round elsewhere'
@@ -96,7 +119,7 @@ def test_ten_crops_are_of_the_published_larger_crop(name, expected, monkeypatch)
     monkeypatch.setattr(data, 'adm_center_crop', stop)
     size, crop_range = name.split('x')
     with pytest.raises(KeyError) as sizes:
-        crop_views(Image.new('RGB', (8, 8)), int(size), float(crop_range))
+        ten_crop_views(Image.new('RGB', (8, 8)), int(size), float(crop_range))
     assert sizes.value.args == (expected,)
 
 
@@ -106,10 +129,8 @@ def test_order_of_the_views():
     large = np.asarray(adm_center_crop(image, 35))
     expected = [whole[top:top + 32, left:left + 32] for whole in (large, large[:, ::-1])
                 for top, left in ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2))]
-    views = crop_views(image, 32, 1.1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    views = ten_crop_views(image, 32, 1.1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
     assert np.array_equal(views, expected)
-    centre, mirrored = crop_views(image, 32)
-    assert torch.equal(centre.flip(2), mirrored)
 
 
 @pytest.mark.parametrize(('model', 'layout', 'crop_range'), [
@@ -188,6 +209,49 @@ def test_training_on_tokens_is_training_on_the_images(families, here, tmp_path, 
         assert model == 'flowar' or (lines, validation) == live, 'codes are exact'
 
 
+class LiveViews(Dataset):
+    """The crops that a cache of random crops holds, as images: the same view at every access as in it."""
+
+    def __init__(self, config, count, seed):
+        crop, _ = build_transforms(config.image_size, False, config.mid_reso, config.crop)
+        self.views = MirroredCrops(open_split(config.data_path, 'train'), crop, count, seed)
+        self.classes, self.targets = self.views.images.classes, self.views.images.targets
+
+    def __len__(self):
+        return len(self.views)
+
+    def __getitem__(self, index):
+        torch.randint(1, ())  # which folder
+        view = int(torch.randint(2 * self.views.count, ()))
+        images, label = self.views[index]
+        return images[view], label
+
+
+@pytest.mark.parametrize('model', ['var', 'flexvar'])
+def test_training_on_stored_crops_is_training_on_these_crops(families, here, tmp_path, model):
+    """Every loss, metric, weight and score is equal to the last bit, whatever validation reads."""
+    made = families[model]
+    here(extract, *extraction(made, tmp_path / 'train', '--views=3', '--seed=5', model=model))
+    here(extract, *extraction(made, tmp_path / 'val', '--split=val', model=model))
+    assert np.load(tmp_path / 'train' / 'tokens.npy').shape == (40, 6, 21 if model == 'var' else 91)
+
+    flags = [*WHOLE[model], '--hflip=1']
+    live = parse_training(training(made, tmp_path / 'live', *flags, model=model))
+    images = build_data(live)
+    train.train(train.Run(live, Data(LiveViews(live, 3, 5), images.val, images.classes)))
+    cached = training(made, tmp_path / 'cached', *flags, f'--cached_path={tmp_path / "train"}', model=model)
+    here(train, *cached)
+    expected, found = read(tmp_path / 'live'), read(tmp_path / 'cached')
+    assert len(steps_of(tmp_path / 'live')) > 4
+    assert steps_of(tmp_path / 'cached') == steps_of(tmp_path / 'live')
+    assert_equal(found['trainer'], expected['trainer'])
+    assert found['run'] == expected['run']
+
+    on_tokens_alone = prepared([*cached, '--data_path=/nowhere', f'--cached_val_path={tmp_path / "val"}'])
+    validation = on_tokens_alone.trainer.eval_epoch(on_tokens_alone.val_loader)
+    assert validation == expected['run']['validation'] and validation['count'] == 8
+
+
 def test_stored_moments_are_as_good_as_the_image(made):
     """Equal noise gives equal latents."""
     tokenizer, images = made[2], torch.rand(2, 3, SIDE, SIDE) * 2 - 1
@@ -242,6 +306,24 @@ def test_interrupted_extraction_continues(families, here, stops, tmp_path, monke
             here(extract, *arguments)
         assert seen == expected
     assert contents(broken) == contents(straight)
+
+
+def test_interrupted_extraction_of_random_crops_continues(families, here, stops, tmp_path, monkeypatch):
+    """With the crops that it would have had; other crops are another extraction."""
+    def flags(folder, *more):
+        return extraction(families['var'], folder, '--views=2', '--seed=1', *more, model='var')
+    monkeypatch.setattr(token_cache, 'FLUSH_EVERY', 1)
+    here(extract, *flags(tmp_path / 'a'))
+    with monkeypatch.context() as patch:
+        count_encoded(patch, VQVAE, stop_at=7)
+        assert stops(extract, *flags(tmp_path / 'b')) == 'extract: stop'
+    others = stops(extract, *flags(tmp_path / 'b', '--seed=2', '--views=3', '--mid_reso=1.5', '--crop=adm'))
+    assert 'was begun with another crop, mid_reso, seed, views ' in others
+    with monkeypatch.context() as patch:
+        seen = count_encoded(patch, VQVAE)
+        here(extract, *flags(tmp_path / 'b'))
+    assert seen == [8] * 16, 'one batch of eight images, with four views of each, was stored'
+    assert contents(tmp_path / 'b') == contents(tmp_path / 'a')
 
 
 def run_rank(rank, port, argv):
@@ -346,7 +428,7 @@ def assert_round_trip(made, here, data_path, folder, split='train'):
     here(extract, *extraction((data_path, *made[1:]), folder, '--layout=files', f'--split={split}'))
     images, cache = open_split(str(data_path), split), TokenCache(folder, fixed=True)
     assert cache.classes == list(images.classes) and len(cache) == len(images)
-    live = made[2].precompute(torch.stack([crop_views(image, SIDE)[0] for image, _ in images])).numpy()
+    live = made[2].precompute(torch.stack([centre_views(image)[0] for image, _ in images])).numpy()
     found = [which(cache[i][0].numpy(), live) for i in range(len(cache))]
     assert sorted(found) == list(range(len(images)))
     assert [images.targets[i] for i in found] == cache.targets.tolist()
@@ -453,6 +535,57 @@ def test_packed_caches_that_do_not_fit(families, caches, stops, tmp_path, change
     assert re.search(message, line), line
 
 
+@pytest.fixture(scope='module')
+def pyramids(families, tmp_path_factory):
+    """Complete caches of VAR and FlexVAR by model."""
+    root = tmp_path_factory.mktemp('pyramids')
+    parser = extract.make_parser(extract.ExtractSettings, 'extract.py', '')
+    for model in ('var', 'flexvar'):
+        flags = extraction(families[model], root / model, model=model)
+        extract.extract(extract.ExtractSettings(**parser.parse(flags)))
+    return root
+
+
+@pytest.mark.parametrize(('model', 'more', 'message'), [
+    ('var', ['--pn=1_3_4'], r'v_patch_nums=\[1, 2, 4\], this training has v_patch_nums=\[1, 3, 4\]'),
+    ('var', ['--pn=1_2_8'], r'v_patch_nums=\[1, 2, 4\], this training has v_patch_nums=\[1, 2, 8\]'),
+    ('var', ['--vae_ckpt={phi}'], 'of another tokenizer'),
+    ('flexvar', ['--vae_ckpt={code}'], 'of another tokenizer'),
+    ('flexvar', ['--pn=1_2_4'], 'of images of 48 pixels, this training has 32'),
+    ('flexvar', ['--final_reso=64'], 'of images of 48 pixels, this training has 64'),
+    ('flexvar', ['--cached_val_path={cache}'], 'of the split train, expected val')])
+def test_pyramids_that_do_not_fit(families, pyramids, stops, tmp_path, model, more, message):
+    paths = dict(cache=pyramids / model)
+    state = families[model][2].state_dict()
+    for name, part in (('phi', 'quantize.quant_resi.'), ('code', 'quantize.embedding.')):
+        moved = {key: t + 0.01 if key.startswith(part) else t for key, t in state.items()}
+        paths[name] = tmp_path / f'{name}.pth'
+        torch.save(moved, paths[name])
+    flags = [flag.format(**paths) for flag in more]
+    line = stops(train, *training(families[model], tmp_path / 'out', f'--cached_path={pyramids / model}',
+                                  *flags, model=model))
+    assert re.search(message, line), line
+
+
+def test_other_crops_are_named(families, pyramids, tmp_path, caplog):
+    """Where they are those of the training."""
+    cached = f'--cached_path={pyramids / "var"}'
+    prepared(training(families['var'], tmp_path / 'a', cached, model='var'))
+    assert not caplog.records
+    prepared(training(families['var'], tmp_path / 'b', cached, '--mid_reso=1.25', model='var'))
+    assert 'extracted with --crop=resize --mid_reso=1.125, this training' in caplog.text
+    assert 'by --crop=resize --mid_reso=1.25: pass' in caplog.text
+
+
+@pytest.mark.parametrize(('model', 'more', 'message'), [
+    ('var', ['--image_size=32'], 'of images of 16 pixels, got --image_size=32: pass that size, or the --pn'),
+    ('var', ['--pn='], 'of images of 64 pixels, got --image_size=16: pass that size, or the --pn'),
+    ('flexvar', ['--image_size=36'], 'multiples of the stride 8, got 36x36')])
+def test_images_must_have_the_size_of_the_pyramid(families, stops, tmp_path, model, more, message):
+    line = stops(extract, *extraction(families[model], tmp_path / 'cache', *more, model=model))
+    assert message in line and not (tmp_path / 'cache').exists()
+
+
 @pytest.mark.parametrize('content', [b'', b'PK', b'PK\3\4 cut in the middle'])
 def test_damaged_file_is_named(made, caches, stops, tmp_path, content):
     shutil.copytree(caches / 'flowar_files', tmp_path / 'cache')
@@ -511,14 +644,15 @@ def test_what_cannot_begin_leaves_no_folder(families, stops, tmp_path, more, mes
 
 
 def test_caches_that_do_not_tell_about_orientation(families, caches, here, stops, tmp_path):
-    """Earlier versions read the pixels as they are stored, and did not say so."""
+    """Earlier versions read the pixels as they are stored, and did not say so, nor how they cropped."""
     made = families['npp']
     for name in ('finished', 'begun'):
         shutil.copytree(caches / 'npp_packed', tmp_path / name)
     finished, begun = tmp_path / 'finished', tmp_path / 'begun'
     for path in (finished / 'settings.json', finished / 'manifest.json', begun / 'settings.json'):
         note = json.loads(path.read_text())
-        del note['exif']
+        for name in ('exif', 'views', 'crop', 'mid_reso', 'seed', 'codebook_l2_norm'):
+            del note[name]
         path.write_text(json.dumps(note))
     (begun / 'manifest.json').unlink()
     for name, more in (('a', ()), ('b', ('--exif=0',))):

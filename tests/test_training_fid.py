@@ -136,6 +136,14 @@ def test_flags_of_the_distance_are_checked_first(train_here, tmp_path, capsys, f
     assert not (tmp_path / 'ar-ckpt-last.pth').exists()
 
 
+def test_distance_of_a_training_on_tokens(families, here, tmp_path, random_features):
+    here(extract, *extraction(families['var'], tmp_path / 'cache', model='var'))
+    here(train, *training(families['var'], tmp_path / 'out', f'--cached_path={tmp_path / "cache"}', *WITH_FID,
+                          model='var'))
+    curve = curve_of(tmp_path / 'out')
+    assert len(curve) == 2 and min(curve) > 0 and curve[0] != curve[1]
+
+
 def test_tokens_are_no_reference_of_distances(families, here, tmp_path, random_features):
     for split in ('train', 'val'):
         here(extract, *extraction(families['flowar'], tmp_path / split, f'--split={split}'))

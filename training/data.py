@@ -85,9 +85,11 @@ def check_caches(caches: dict[str, TokenCache], config: TrainConfig, model: Trai
     if not caches:
         return
     digest = weights_digest(model.tokenizer.state_dict())
+    settings = model.tokenizer.settings_of_codes()
     shape = model.tokenizer.shape_of_stored(config.image_size)
     for split, cache in caches.items():
-        cache.check(digest, config.image_size, split, shape, config.exif)
+        cache.check(digest, settings, config.image_size, split, shape)
+        cache.warn_of_other_crops(config.exif, config.crop, config.mid_reso)
 
 
 def train_sampler(config: TrainConfig, num_images: int,

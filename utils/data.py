@@ -9,13 +9,14 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, ToTensor
@@ -261,22 +262,16 @@ def build_transforms(final_reso: int, hflip: bool = False, mid_reso: float = 1.1
     return Compose([*flip, train, *to_pixels]), Compose([val, *to_pixels])
 
 
-def crop_views(image: Image.Image, size: int, crop_range: float = 0.) -> torch.Tensor:
-    """All views (A, 3, size, size) of an image in [-1, 1], those of its mirror image last.
+def ten_crop_views(image: Image.Image, size: int, crop_range: float) -> torch.Tensor:
+    """Ten views (10, 3, size, size) of an image in [-1, 1], those of its mirror image last.
 
     Args:
         size: side of a view in pixels.
-        crop_range: 0 gives the centre crop of ADM; any other number gives the corners and the centre of a
-            centre crop that is this many times larger, in the order top left, top right, bottom left, bottom
-            right, centre.
+        crop_range: the views are the corners and the centre of a centre crop that is this many times larger,
+            in the order top left, top right, bottom left, bottom right, centre.
     """
-    if crop_range:
-        larger = adm_center_crop(image, int(size * crop_range))
-        views = ten_crop(larger, [size])
-    else:
-        view = adm_center_crop(image, size)
-        views = (view, ImageOps.mirror(view))
-    return torch.stack([normalize_01_into_pm1(to_tensor(view)) for view in views])
+    larger = adm_center_crop(image, int(size * crop_range))
+    return torch.stack([normalize_01_into_pm1(to_tensor(view)) for view in ten_crop(larger, [size])])
 
 
 def open_split(data_path: str, split: str, transform: Callable | None = None, exif: bool = True) -> Dataset:
@@ -575,6 +570,15 @@ def name_of(dataset: Dataset, index: int) -> str:
     return f'{type(dataset).__name__}[{index}]'
 
 
+@contextmanager
+def keyed_random(*keys: int) -> Iterator[None]:
+    """Inside, random transforms depend on the keys alone; the caller's random numbers stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which also seeds every GPU: transforms run on the CPU.
+        torch.default_generator.manual_seed(mix_seed(*keys))
+        yield
+
+
 class KeyedAugmentation(Dataset):
     """Items by (epoch, index), whose random transforms depend on (seed, epoch, index) alone.
 
@@ -616,8 +620,36 @@ class KeyedAugmentation(Dataset):
 
     def _item(self, chosen: int, epoch: int, index: int) -> tuple:
         """Item `chosen`, transformed by the random numbers of item `index` of an epoch."""
-        # Forked, so that the caller's random numbers stay as they are.
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which also seeds every GPU: transforms run on the CPU.
-            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+        with keyed_random(self.seed, epoch, index):
             return self.dataset[chosen]
+
+
+class MirroredCrops(Dataset):
+    """(views (2 N, 3, H, W) in [-1, 1], class id) of every image: N crops of it, then their mirror images.
+
+    Crop v of an image is what a training with the same seed and without `--hflip` sees of it in epoch v.
+
+    Args:
+        images: their items are (PIL image, class id).
+        crop: PIL image -> pixels (3, H, W) of a crop, see `build_transforms`.
+        count: N.
+        seed: of the crops where they are random.
+    """
+
+    def __init__(self, images: Dataset, crop: Callable, count: int = 1, seed: int = 0):
+        self.images = images
+        self.crop = crop
+        self.count = count
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple:
+        image, label = self.images[index]
+        crops = []
+        for view in range(self.count):
+            with keyed_random(self.seed, view, index):
+                crops.append(self.crop(image))
+        crops_N3HW = torch.stack(crops)
+        return torch.cat([crops_N3HW, crops_N3HW.flip(-1)]), label

@@ -1,6 +1,6 @@
 """Tokens on disk: `extract.py` encodes a data set once, and training reads its tokens in place of the images.
 
-A cache has several views of every image: the image itself or crops of it, then those of its mirror image.
+A cache has several views of every image: crops of it, then those of its mirror image.
 Letters: N images, A views of each image, B images of a batch; "..." is the shape of the tokens of one view.
 """
 import hashlib
@@ -26,8 +26,10 @@ BEGUN = 'settings.json'      # describes what the cache is made of, written firs
 MANIFEST = 'manifest.json'   # the same description, written when the cache is complete
 VIEW_NAMES = ('moments', 'moments_flip')  # the views in a published file of latents
 FLUSH_EVERY = 4096           # images between two syncs with the disk
-EARLIER = dict(exif=False)   # settings that earlier versions did not write down, with their value then
-ENCODER = ('encoder.', 'quant_conv.', 'quantize.embedding.')  # prefixes of the weights that decide the tokens
+EARLIER = dict(              # settings that earlier versions did not write down, with their value then
+    exif=False, views=0, crop='adm', mid_reso=None, seed=None, codebook_l2_norm=True)
+ENCODER = (                  # prefixes of the weights that decide the tokens
+    'encoder.', 'quant_conv.', 'quantize.embedding.', 'quantize.quant_resi.')
 
 
 def weights_digest(state: dict[str, torch.Tensor]) -> str:
@@ -257,16 +259,16 @@ class TokenCache(Dataset):
                              'copy the whole folder, or extract again')
         return files
 
-    def check(self, digest: str, image_size: int, split: str, shape: tuple[int, ...], exif: bool) -> None:
+    def check(self, digest: str, settings: dict[str, Any], image_size: int, split: str,
+              shape: tuple[int, ...]) -> None:
         """Make sure that the tokens belong to this tokenizer, size and split, as far as the caches say so.
 
         Args:
             digest: of the tokenizer, see `weights_digest`.
+            settings: of the tokenizer, see `Tokenizer.settings_of_codes`.
             image_size: side of the images of this training in pixels.
             split: train or val.
             shape: of the tokens of a view.
-            exif: whether this training turns images as their EXIF orientation says; a cache that was made
-                otherwise is named in the log.
         Raises:
             ValueError: a cache was made otherwise.
         """
@@ -276,20 +278,42 @@ class TokenCache(Dataset):
             elif manifest['tokenizer'] != digest:
                 raise ValueError(f'{folder} holds tokens of another tokenizer ({manifest.get("ckpt")}): '
                                  'pass that one, or extract the cache again')
+            for name, value in settings.items():
+                there = manifest.get(name, value)
+                if there != value:
+                    raise ValueError(f'{folder} holds tokens of a tokenizer with {name}={there}, this '
+                                     f'training has {name}={value}: pass the same flags, or extract the '
+                                     'cache again')
             if manifest.get('split', split) != split:
                 raise ValueError(f'{folder} holds tokens of the split {manifest["split"]}, expected {split}: '
                                  '--cached_path is for training, --cached_val_path for validation')
             if manifest.get('image_size', image_size) != image_size:
                 raise ValueError(f'{folder} holds tokens of images of {manifest["image_size"]} pixels, this '
                                  f'training has {image_size}: pass that size, or extract the cache again')
-            if manifest and (EARLIER | manifest)['exif'] != exif:
-                logger.warning('%s was extracted with --exif=%d, this training has --exif=%d, so photos with '
-                               'an EXIF orientation are turned differently: pass --exif=%d, or extract the '
-                               'cache again', folder, not exif, exif, not exif)
         found = self.parts[0].read(0, 0).shape
         if found != shape:
             raise ValueError(f'{self.folders[0]} holds tokens of {found}, this '
                              f'tokenizer gives {shape} for {image_size} pixels: extract the cache again')
+
+    def warn_of_other_crops(self, exif: bool, crop: str, mid_reso: float) -> None:
+        """Name in the log what was prepared otherwise than this training prepares images.
+
+        Args:
+            exif: whether images are turned as their EXIF orientation says.
+            crop, mid_reso: see `build_transforms`.
+        """
+        for folder, manifest in zip(self.folders, self.manifests, strict=True):
+            if manifest and (EARLIER | manifest)['exif'] != exif:
+                logger.warning('%s was extracted with --exif=%d, this training has --exif=%d, so photos with '
+                               'an EXIF orientation are turned differently: pass --exif=%d, or extract the '
+                               'cache again', folder, not exif, exif, not exif)
+            # Published crops do not depend on these settings, and their manifest holds None.
+            crop_there = manifest.get('crop')
+            mid_reso_there = manifest.get('mid_reso')
+            if mid_reso_there is not None and (crop_there, mid_reso_there) != (crop, mid_reso):
+                logger.warning('%s was extracted with --crop=%s --mid_reso=%g, this training crops images by '
+                               '--crop=%s --mid_reso=%g: pass the same ones, or extract the cache again',
+                               folder, crop_there, mid_reso_there, crop, mid_reso)
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from models.scales import Side, as_sizes, scale_name
+from models.scales import ScaleLayout, Side, as_sizes, scale_name
 from models.tokenizers.vq_model import Losses, VQModel, area_resize
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ class FlexVAE(VQModel):
         """Codes (B, h * w) int64 of images in [-1, 1] at every size of `patch_nums`, row by row.
 
         Args:
-            patch_nums: sides, or (rows, columns), of the code maps; None means `eval_sizes`.
+            patch_nums: sides, or (rows, columns), of the code maps; None means `eval_sizes`. Stored codes
+                need a list of sides.
         """
         return super().encode(images_B3HW, patch_nums)
 
@@ -78,6 +79,20 @@ class FlexVAE(VQModel):
         f_BZhw = self.features(images_B3HW)
         sizes = as_sizes(patch_nums) if patch_nums else self.eval_sizes(self.native_size(images_B3HW))
         return [self.quantize.codes(area_resize(f_BZhw, size)) for size in sizes]
+
+    def precompute(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """The codes (B, L) of square images at every side from 1 to the native one, so that any pyramid of
+        squares is a part of them."""
+        # At 256 pixels these are 1^2 + 2^2 + ... + 16^2 = 1,496 codes of two bytes, 3 kB. The feature map,
+        # from which any pyramid follows as well, takes 32 x 16 x 16 float32 numbers, 33 kB.
+        side, _ = self.native_size(images_B3HW)
+        return torch.cat(self.encode(images_B3HW, range(1, side + 1)), dim=1)
+
+    def _unpack(self, idx_BL: torch.Tensor, patch_nums: Sequence[int]) -> list[torch.Tensor]:
+        every_side = ScaleLayout(tuple(range(1, max(patch_nums) + 1)))
+        assert every_side.total <= idx_BL.shape[1], f'{max(patch_nums)=} is beyond the stored sides'
+        spans = [every_side.spans[side - 1] for side in patch_nums]
+        return [idx_BL[:, begin:end] for begin, end in spans]
 
     def decode(self, tokens: list[torch.Tensor], size: tuple[int, int] | None = None) -> torch.Tensor:
         """Images in [-1, 1] of the last map of codes; arguments as for `VQModel.decode`."""

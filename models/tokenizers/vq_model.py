@@ -232,10 +232,6 @@ class VQModel(Tokenizer):
         """(B, 3, H, W) in float32 of quantised features, not clamped."""
         return at_least_float32(self.decoder(in_float32(self.post_quant_conv, quant_BZhw)))
 
-    def encode(self, images_B3HW: torch.Tensor, *args) -> torch.Tensor:
-        """As `Tokenizer.encode`; takes codes that were stored in the place of images, too."""
-        return images_B3HW if images_B3HW.dtype == torch.int64 else super().encode(images_B3HW, *args)
-
     def _encode(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         return self.quantize.codes(self.features(images_B3HW))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.base import Reconstruction, Tokenizer, at_least_float32
-from models.scales import Side, as_sizes, scale_name
+from models.scales import ScaleLayout, Side, as_sizes, scale_name
 from models.tokenizers.codebook import CodebookUpkeep
 from models.tokenizers.conv import (
     build_encoder_decoder,
@@ -132,6 +132,14 @@ class VQVAE(Tokenizer):
                 v_patch_nums: Sequence[Side] | None = None) -> list[torch.Tensor]:
         return self.quantize.f_to_idxBl_or_fhat(self.features(images_B3HW), to_fhat=False,
                                                 v_patch_nums=v_patch_nums)
+
+    def precompute(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """The codes (B, L) of all scales, coarse to fine: 680 of them at 256 pixels, 1,360 bytes."""
+        return torch.cat(self.encode(images_B3HW), dim=1)
+
+    def _unpack(self, idx_BL: torch.Tensor) -> list[torch.Tensor]:
+        layout = ScaleLayout(self.quantize.v_patch_nums)
+        return list(idx_BL.split(layout.lengths, dim=1))
 
     def decode(self, tokens: list[torch.Tensor]) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] of the codes (B, l) of all scales, coarse to fine."""
