@@ -83,9 +83,9 @@ def test_waiting_for_data_is_named_once(train_here, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('flags', 'remedies'), [
-    (['--workers=2'], 'pass --workers=8 (now 2), or put smaller files on a local disk'),
-    (['--workers=8', '--data_path=digits'], 'give the run more CPUs'),
-    (['--workers=2', '--bs=4', '--data_path=digits'], 'pass --workers=4 (now 2)'),
+    (['--model=vqvae', '--workers=2'], 'pass --workers=8 (now 2), or put smaller files on a local disk'),
+    (['--model=vqvae', '--workers=8', '--data_path=digits'], 'give the run more CPUs'),
+    (['--model=vqvae', '--workers=2', '--bs=4', '--data_path=digits'], 'pass --workers=4 (now 2)'),
     (['--model=npp', '--workers=8'],
      'give the run more CPUs, or store the tokens once by extract.py and pass --cached_path=FOLDER, '
      'or put smaller files on a local disk'),
