@@ -360,7 +360,7 @@ class ARModel(Trainable):
         return labels
 
     def compile_sampling(self, **options: Any) -> None:
-        """Compile what sampling runs again and again: the blocks, and the decoder of the tokenizer.
+        """Compile what sampling runs again and again: the blocks, and on a GPU the tokenizer's decoder.
 
         Every shape that occurs is compiled once; keys of weights stay as they are.
 
@@ -368,7 +368,9 @@ class ARModel(Trainable):
             options: see `torch.compile`.
         """
         self.compile(**options)
-        self.tokenizer.decoder.compile(**options)
+        # On a CPU the convolutions are a library's, compiled or not: that takes minutes and gains nothing.
+        if self.device.type != 'cpu':
+            self.tokenizer.decoder.compile(**options)
 
     def init_weights(self, *args, **kwargs) -> None:
         """Every initialisation rule of the paper, in one place."""
