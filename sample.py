@@ -454,7 +454,8 @@ def sweep(config: SampleConfig) -> None:
             )
             begin_or_continue(folder / 'sweep.json', description, is_empty=not table.rows)
 
-        # One image of every combination shows what the model refuses, before hours of sampling.
+        # One image of every combination, without --fixed_bs, shows what the model refuses, before hours of
+        # sampling.
         for combination in combinations:
             job = dataclasses.replace(config.at(combination), fixed_batch=0)
             model, _ = load_for(job, hashes)
