@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 import dist
 import train
 from bench.common import report_header, seconds_of, write_report
+from bench.sampling import require_equal
 from configs import parse_training
 from extract import ExtractSettings, extract
-from models import VQVAE, FlexVAE
+from models import VQVAE, FlexVAE, Tokenizer
 from trainer import StepInfo
 from training.data import build_data
 
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     """
     name: str
     model: str
-    tokenizer: nn.Module
+    tokenizer: Tokenizer
     data_path: str
     sides: tuple[int, ...]
     batch: int
@@ -135,15 +135,15 @@ def compare(case: Case, folder: Path, depth: int, repeats: int) -> dict[str, flo
     live = Steps([*flags, f'--output_dir={folder / "live"}'])
     cached = Steps([*flags, f'--output_dir={folder / "cached"}', f'--cached_path={cache}'])
 
-    loss = live().loss.item()
-    loss_cached = cached().loss.item()
-    if loss != loss_cached:
-        raise SystemExit(f'{case.name}: the loss is {loss} on images and {loss_cached} on their tokens')
+    # On a GPU the features of an image depend on the size of the batch, so that a code may differ.
     device = dist.get_device()
+    tolerance = 0. if device.type == 'cpu' else 1e-3
+    require_equal(case.name, cached().loss, live().loss, tolerance)
     seconds = {'live': [], 'cached': []}
     for _ in range(repeats):
         seconds['live'].append(seconds_of(live, device))
         seconds['cached'].append(seconds_of(cached, device))
+
     ratios = [a / b for a, b in zip(seconds['live'], seconds['cached'], strict=True)]
     row = dict(
         name=case.name,
