@@ -295,11 +295,17 @@ def begin_or_continue(path: Path, description: dict[str, Any], is_empty: bool) -
 
 def differing_names(begun_with: dict[str, Any], description: dict[str, Any]) -> list[str]:
     """What differs between two descriptions: names of settings, and of what stands beside the settings."""
-    flat = []
-    for content in (begun_with, description):
-        settings = content.get('settings')
-        flat.append({**content, 'settings': None, **(settings if isinstance(settings, dict) else {})})
-    return [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    before = with_settings_beside(begun_with)
+    now = with_settings_beside(description)
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def with_settings_beside(description: dict[str, Any]) -> dict[str, Any]:
+    """A description whose settings stand beside its other entries."""
+    settings = description.get('settings')
+    if not isinstance(settings, dict):
+        settings = {}
+    return {**description, 'settings': None, **settings}
 
 
 # ---------------------------------------------------------------------------------------------- the loop

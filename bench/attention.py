@@ -12,11 +12,13 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.common import default_device, report_header, write_report
-from bench.sampling import compare
+from bench.sampling import compare, require_equal
+from configs.options import ints
+from configs.training import PATCH_NUMS
 from models.attention import attend
 from models.scales import ScaleLayout, block_causal
 
-PYRAMIDS = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+SIZES = (256, 512)  # in pixels
 TOLERANCE = 1e-4
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -47,7 +49,7 @@ def rows_of(pixels: int, args: argparse.Namespace, device: torch.device) -> list
     Raises:
         SystemExit: two ways differ.
     """
-    layout = ScaleLayout(PYRAMIDS[pixels])
+    layout = ScaleLayout(ints(PATCH_NUMS[str(pixels)]))
     dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32
     shape = (args.batch, layout.total, args.heads, 64)
     inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
@@ -63,10 +65,7 @@ def rows_of(pixels: int, args: argparse.Namespace, device: torch.device) -> list
         # In bfloat16 the ways agree to its precision alone.
         tolerance = TOLERANCE if dtype == torch.float32 else 0.1
         for grad, other in zip(forward_and_back(way, inputs, weights), expected, strict=True):
-            difference = (grad - other).abs().max().item()
-            if difference > tolerance:
-                raise SystemExit(f'{name} differs from the dense mask by {difference:g}, which is more than '
-                                 f'{tolerance:g}')
+            require_equal(name, grad, other, tolerance)
         rows.append(compare(f'{name}, {layout.total} tokens, batch {args.batch}, {args.heads} heads, {dtype}',
                             partial(forward_and_back, way, inputs, weights),
                             partial(forward_and_back, dense, inputs, weights), args.repeats, device))
@@ -84,7 +83,7 @@ def main() -> None:
     device = default_device()
     torch.manual_seed(0)
     rows = []
-    for pixels in PYRAMIDS:
+    for pixels in SIZES:
         rows += rows_of(pixels, args, device)
     write_report(report_header('attention', device) | dict(rows=rows), args.out)
 

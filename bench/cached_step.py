@@ -17,8 +17,8 @@ from PIL import Image
 
 import dist
 import train
-from bench.common import report_header, seconds_of, write_report
-from bench.sampling import require_equal
+from bench.common import ratio_row, report_header, seconds_of, write_report
+from bench.sampling import PATCH_NUMS, require_equal
 from configs import parse_training
 from extract import ExtractSettings, extract
 from models import VQVAE, FlexVAE, Tokenizer
@@ -26,7 +26,6 @@ from trainer import StepInfo
 from training.data import build_data
 
 DIGITS_SIDES = (1, 2, 3, 4)  # as in the demo of VAR
-SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 STRIDE_8 = (1, 1, 2, 2)      # widths of the levels of a tokenizer for digits, as multiples of the first one
 NUM_PHOTOS = 4
 PHOTO_SIZE = (500, 375)  # width and height of many images of ImageNet
@@ -70,7 +69,7 @@ def cases(folder: Path) -> list[Case]:
     flexvar_of_digits = dict(codebook_size=256, codebook_embed_dim=8)
     flexvar_stride_8 = dict(encoder_ch_mult=STRIDE_8, decoder_ch_mult=STRIDE_8)
     digits = ('digits', DIGITS_SIDES, 64)
-    pixels_256 = (photos, SIDES_256, 2)
+    pixels_256 = (photos, PATCH_NUMS, 2)
     return [
         Case('VAR, digits, tiny tokenizer', 'var', VQVAE(net='tiny', **var_of_digits), *digits),
         Case('VAR, digits, 32 channels', 'var', VQVAE(ch=32, ch_mult=STRIDE_8, **var_of_digits), *digits),
@@ -129,9 +128,19 @@ def compare(case: Case, folder: Path, depth: int, repeats: int) -> dict[str, flo
         batch_size=32,
         workers=0,
     ))
-    flags = [f'--model={case.model}', f'--vae_ckpt={file}', f'--data_path={case.data_path}', '--hflip=0',
-             f'--pn={pn}', f'--patch_size={case.tokenizer.stride}', f'--depth={depth}', f'--bs={case.batch}',
-             f'--steps={repeats + 1}', '--seed=0', '--workers=0']
+    flags = [
+        f'--model={case.model}',
+        f'--vae_ckpt={file}',
+        f'--data_path={case.data_path}',
+        f'--pn={pn}',
+        f'--patch_size={case.tokenizer.stride}',
+        f'--depth={depth}',
+        f'--bs={case.batch}',
+        f'--steps={repeats + 1}',
+        '--hflip=0',
+        '--seed=0',
+        '--workers=0',
+    ]
     live = Steps([*flags, f'--output_dir={folder / "live"}'])
     cached = Steps([*flags, f'--output_dir={folder / "cached"}', f'--cached_path={cache}'])
 
@@ -144,15 +153,12 @@ def compare(case: Case, folder: Path, depth: int, repeats: int) -> dict[str, flo
         seconds['live'].append(seconds_of(live, device))
         seconds['cached'].append(seconds_of(cached, device))
 
-    ratios = [a / b for a, b in zip(seconds['live'], seconds['cached'], strict=True)]
     row = dict(
         name=case.name,
         batch=case.batch,
         live_images_per_second=round(case.batch / statistics.median(seconds['live']), 4),
         cached_images_per_second=round(case.batch / statistics.median(seconds['cached']), 4),
-        ratio=round(statistics.median(ratios), 3),
-        lowest_ratio=round(min(ratios), 3),
-        highest_ratio=round(max(ratios), 3),
+        **ratio_row(seconds['live'], seconds['cached']),
         bytes_per_view=np.load(cache / 'tokens.npy')[0, 0].nbytes,
     )
     print(row, flush=True)

@@ -32,6 +32,7 @@ from bench.flexvar_throughput import FixedSchedule
 from configs import PRESETS, SAMPLE_PRESETS, TrainConfig, parse_sampling, parse_training
 from models import FAMILIES, NPP, ARModel, FlexVAR, FlowAR, Tokenizer
 from models.base import num_weights
+from models.basic_var import num_class_weights
 from models.flexvar import ScheduleSampler
 from models.flowar import annealed_steps, time_grid
 from models.noise import ImageNoise
@@ -227,9 +228,7 @@ def sampling_flops(model: ARModel, options: dict[str, Any]) -> int:
         side = model.layout.patch_nums[-1]
     else:
         layout = ScaleLayout(options.get('infer_patch_nums') or model.patch_nums)
-        of_class = [model.shared_ada_lin, model.head_nm]
-        of_class += [block.ada_lin for block in model.blocks if not block.shared_aln]
-        M = num_weights(*of_class)
+        M = num_class_weights(model)
         N = num_weights(model) - M
         attention = 4 * seen_pairs(layout) * model.C * len(model.blocks)
         drawn = 2 * (2 * N * layout.total + attention + 2 * M)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import reference
-from bench.common import default_device, report_header, seconds_of, write_report
+from bench.common import default_device, ratio_row, report_header, seconds_of, write_report
 from bench.published_solver import both_halves
 from models import NPP, VAR, VQVAE, AutoencoderKL, FlowAR, VQModel
 from models.noise import ImageNoise
@@ -57,14 +57,11 @@ def compare(name: str, product: Callable[[], object], published: Callable[[], ob
     for _ in range(repeats):
         times['product'].append(seconds_of(product, device))
         times['published'].append(seconds_of(published, device))
-    ratios = [b / a for a, b in zip(times['product'], times['published'], strict=True)]
     row = dict(
         name=name,
         product_seconds=round(statistics.median(times['product']), 4),
         published_seconds=round(statistics.median(times['published']), 4),
-        ratio=round(statistics.median(ratios), 3),
-        lowest_ratio=round(min(ratios), 3),
-        highest_ratio=round(max(ratios), 3),
+        **ratio_row(times['published'], times['product']),
     )
     print(row, flush=True)
     return row

@@ -278,8 +278,9 @@ class ARModel(Trainable):
 
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The scalar to minimise, and whatever `metrics` needs; `num_tokens` of it says how many tokens of an
-        image took part.
+        """The scalar to minimise, and whatever `metrics` needs.
+
+        A model with `training_flops` also hands over `num_tokens`, the tokens of an image that took part.
 
         Args:
             images_B3HW: pixels in [-1, 1], or what the tokenizer's `precompute` made of them.

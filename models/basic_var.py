@@ -243,14 +243,18 @@ def run_blocks(blocks: nn.ModuleList, x_BLC: torch.Tensor, modulation: torch.Ten
     return x_BLC
 
 
+def num_class_weights(model: nn.Module) -> int:
+    """Entries of the matrices that multiply the class of an image alone, and none of its tokens."""
+    of_blocks = [block.ada_lin for block in model.blocks if not block.shared_aln]
+    return num_weights(model.shared_ada_lin, model.head_nm, *of_blocks)
+
+
 def transformer_flops(model: nn.Module, L: int) -> int:
     """3 (2 N L + 4 L^2 C depth + 2 M): FLOPs of the products of a training image.
 
     N weights multiply each of L tokens; M weights multiply the class of the image alone.
     """
-    of_class = [model.shared_ada_lin, model.head_nm]
-    of_class += [block.ada_lin for block in model.blocks if not block.shared_aln]
-    M = num_weights(*of_class)
+    M = num_class_weights(model)
     N = num_weights(model) - M
     attention = 4 * L * L * model.C * len(model.blocks)
     return 3 * (2 * N * L + attention + 2 * M)

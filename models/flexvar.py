@@ -36,7 +36,6 @@ from models.helpers import draw_codes, drop_labels, guide, token_losses
 from models.noise import Rng
 from models.sampling import mark_damaged, sampling_mode
 from models.scales import (
-    BlockCausal,
     ScaleLayout,
     Side,
     as_sizes,
@@ -305,12 +304,9 @@ class FlexVAR(PublishedNames, ARModel):
             x_BLC = x_BLC + position_1LC
 
         # A token sees its own scale and all coarser ones, which follow from the sides of this call.
-        x_BLC = self.run_blocks(x_BLC, cond_BD, block_causal(layout, x_BLC.device))
+        mask = block_causal(layout, x_BLC.device)
+        x_BLC = run_blocks(self.blocks, x_BLC, self.shared_ada_lin(cond_BD), mask)
         return self.head_nm(x_BLC.float(), cond_BD).float()                                # (B, L, C)
-
-    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: BlockCausal) -> torch.Tensor:
-        """(B, L, C) after all blocks, in training."""
-        return run_blocks(self.blocks, x_BLC, self.shared_ada_lin(cond_BD), attn_bias)
 
     def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
         """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""

@@ -41,7 +41,7 @@ from models.helpers import (
 )
 from models.noise import Rng
 from models.sampling import mark_damaged, sampling_mode
-from models.scales import BlockCausal, ProgressiveSchedule, ScaleLayout, block_causal, scale_metrics
+from models.scales import ProgressiveSchedule, ScaleLayout, block_causal, scale_metrics
 from models.tokenizers.vqvae import VQVAE
 
 __all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 'SharedAdaLin',
@@ -213,12 +213,9 @@ class VAR(PublishedNames, ARModel):
 
         # A token sees its own scale and all coarser ones.
         layout = ScaleLayout(self.patch_nums[:num_scales])
-        x_BLC = self.run_blocks(x_BLC, cond_BD, block_causal(layout, x_BLC.device))
+        mask = block_causal(layout, x_BLC.device)
+        x_BLC = run_blocks(self.blocks, x_BLC, self.shared_ada_lin(cond_BD), mask)
         return self.head_nm(x_BLC.float(), cond_BD).float()                                # (B, L, C)
-
-    def run_blocks(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, attn_bias: BlockCausal) -> torch.Tensor:
-        """(B, L, C) after all blocks, in training."""
-        return run_blocks(self.blocks, x_BLC, self.shared_ada_lin(cond_BD), attn_bias)
 
     def get_logits(self, h: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
         """(B, L, V) float32 of the last block's output (B, L, C) and the class embedding (B, D)."""
