@@ -20,8 +20,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
+from bench.counter import Cost, cost_of
+from models import ARModel
+from models.attention import optional_module
 from utils.data import EMBEDDED_SIZE, build_dataset
 from utils.files import atomic_path, write_text
+from utils.peak import peak_flops
 from utils.provenance import device_name, versions
 
 matplotlib.use('Agg')
@@ -209,6 +213,12 @@ def default_device() -> torch.device:
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
+def to_device(model: ARModel, device: torch.device) -> ARModel:
+    """The model, with its tokenizer, on a device."""
+    model.tokenizer.to(device)
+    return model.to(device)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done its work, so that a clock read afterwards includes it."""
     if device.type == 'cuda':
@@ -231,6 +241,99 @@ def ratio_row(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
         lowest_ratio=round(min(ratios), 3),
         highest_ratio=round(max(ratios), 3),
     )
+
+
+def compare(name: str, product: Callable[[], object], published: Callable[[], object] | None, repeats: int,
+            device: torch.device, dtype: torch.dtype = torch.float32, flops: float | None = None,
+            cost: Cost | None = None) -> dict[str, Any]:
+    """A row of a table: the product against the published way, which take turns call by call.
+
+    Args:
+        published: None where there is no other way than the product's; there is no ratio then.
+        repeats: timed calls of each, after one that warms up.
+        dtype: of the products, for the peak that MFU compares with.
+        flops: what a formula gives for the products of one call, which the count must agree with.
+        cost: of a call of the product, counted before it was compiled; None counts it here.
+    Returns:
+        Medians in seconds, how many times faster the product is (median, lowest, highest), and of the product
+        launches, TFLOP of its products, MFU, bytes that its operations touch per second in GB/s, and MiB that
+        a call allocates at its peak: measured on CUDA, counted on the CPU.
+    """
+    cost = cost or cost_of(product)
+    if flops is not None:
+        require_flops(name, cost.flops, flops)
+    row = dict(name=name) | take_turns(product, published, repeats, device)
+    seconds = row['product_seconds']
+    row |= dict(
+        launches=cost.launches,
+        tflop=four_digits(cost.flops / 1e12),
+        mfu=four_digits(cost.flops / seconds / peak_flops(device, dtype)),
+        bandwidth=four_digits(cost.bytes / seconds / 1e9),
+        peak_mib=four_digits(peak_bytes_of(product, device, cost) / 2 ** 20),
+    )
+    print(row, flush=True)
+    return row
+
+
+def take_turns(product: Callable[[], object], published: Callable[[], object] | None, repeats: int,
+               device: torch.device) -> dict[str, float]:
+    """Medians in seconds of both ways, call by call in turns, and how many times faster the product is.
+
+    Args:
+        published: None leaves out what would be of it.
+        repeats: timed calls of each, after one that warms up.
+    """
+    ways = dict(product=product) | (dict(published=published) if published else {})
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for run in ways.values():
+        run()
+    for _ in range(repeats):
+        for way, run in ways.items():
+            times[way].append(seconds_of(run, device))
+    found = {f'{way}_seconds': four_digits(statistics.median(seconds)) for way, seconds in times.items()}
+    if published:
+        found |= ratio_row(times['published'], times['product'])
+    return found
+
+
+def four_digits(value: float) -> float:
+    """A figure without the digits that are noise."""
+    return float(f'{value:.4g}')
+
+
+def require_flops(name: str, counted: float, formula: float) -> None:
+    """Make sure that a formula gives the FLOPs that were counted, within 1 %.
+
+    Raises:
+        SystemExit: it does not. Kernels of optional packages are not counted, and then nothing is compared.
+    """
+    has_other_kernels = optional_module('flash_attn') or optional_module('xformers')
+    if not has_other_kernels and abs(formula - counted) > 0.01 * counted:
+        raise SystemExit(f'{name}: the formula gives {formula:.4g} FLOPs, which is more than 1 % off those '
+                         f'that were counted, {counted:.4g}')
+
+
+def peak_bytes_of(run: Callable[[], object], device: torch.device, cost: Cost) -> float:
+    """Bytes that a call allocates at its peak: by CUDA's allocator, or as they were counted."""
+    if device.type != 'cuda':
+        return cost.peak_bytes
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def require_equal(name: str, product: torch.Tensor, published: torch.Tensor, tolerance: float) -> None:
+    """Make sure that both ways draw the same.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    difference = (product.double() - published.double()).abs().max().item()
+    if difference > tolerance:
+        raise SystemExit(f'{name}: the two ways differ by {difference:g}, which is more than {tolerance:g}')
 
 
 def report_header(module: str, device: torch.device) -> dict[str, Any]:

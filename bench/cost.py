@@ -30,7 +30,7 @@ from bench.counter import (
 )
 from bench.flexvar_throughput import FixedSchedule
 from configs import PRESETS, SAMPLE_PRESETS, TrainConfig, parse_sampling, parse_training
-from models import FAMILIES, NPP, ARModel, FlexVAR, FlowAR, Tokenizer
+from models import FAMILIES, NPP, VAR, ARModel, FlexVAR, FlowAR, Tokenizer
 from models.base import num_weights
 from models.basic_var import num_class_weights
 from models.flexvar import ScheduleSampler
@@ -221,7 +221,7 @@ def sampling_flops(model: ARModel, options: dict[str, Any]) -> int:
         options: arguments of `model.sample`.
     """
     if isinstance(model, NPP):
-        drawn = _npp_flops(model)
+        drawn = npp_flops(model)
         side = model.grid
     elif isinstance(model, FlowAR):
         drawn = _flowar_flops(model, options)
@@ -233,6 +233,9 @@ def sampling_flops(model: ARModel, options: dict[str, Any]) -> int:
         attention = 4 * seen_pairs(layout) * model.C * len(model.blocks)
         drawn = 2 * (2 * N * layout.total + attention + 2 * M)
         side = layout.sizes[-1][0]
+        if isinstance(model, VAR):
+            # Every scale goes through a convolution of full size on its way to the sum.
+            drawn += len(layout.lengths) * conv_flops(model.tokenizer.quantize.quant_resi.phis[0], side)
     return drawn + decoder_flops(model.tokenizer.decoder, side)
 
 
@@ -241,8 +244,8 @@ def seen_pairs(layout: ScaleLayout) -> int:
     return sum((end - begin) * end for begin, end in layout.spans)
 
 
-def _npp_flops(model: NPP) -> int:
-    """Of its codes: code i sees i + 1 tokens."""
+def npp_flops(model: NPP) -> int:
+    """FLOPs of the products for the codes of an image of NPP with guidance: code i sees i + 1 tokens."""
     num_codes = model.grid ** 2
     pairs = num_codes * (num_codes + 1) // 2
     C = model.norm.weight.numel()
@@ -315,12 +318,17 @@ def _level_flops(level: nn.Module, side: int) -> int:
     return flops
 
 
-def encode_flops(tokenizer: Tokenizer, side: int) -> int:
-    """Encoder and search of codes for an image of `side` pixels, see `encoder_flops`."""
+def encode_flops(tokenizer: Tokenizer, side: int, patch_nums: Sequence[int] = ()) -> int:
+    """Encoder and search of codes for an image of `side` pixels, see `encoder_flops`.
+
+    Args:
+        patch_nums: sides of the code maps; without any, those that the tokenizer has by itself.
+    """
     flops = encoder_flops(tokenizer.encoder, side)
     if tokenizer.vocab_size is None:
         return flops
-    patch_nums = getattr(tokenizer.quantize, 'v_patch_nums', (side // tokenizer.stride,))
+    native = (side // tokenizer.stride,)
+    patch_nums = tuple(patch_nums) or getattr(tokenizer.quantize, 'v_patch_nums', native)
     return flops + 2 * ScaleLayout(patch_nums).total * tokenizer.vocab_size * tokenizer.channels
 
 

@@ -7,16 +7,19 @@ FlowAR's published solver is in `bench.published_solver`.
 Letters: B batch, L all tokens, l tokens of one scale, C width, H heads, d head dim, V vocabulary, Z channels.
 """
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models import NPP, VAR
+from models import NPP, VAR, FlexVAR
 from models.basic_var import MAX_LOG_SCALE, AdaLNSelfAttn, SelfAttention
 from models.helpers import guide
 from models.layers import rotate
 from models.noise import Rng, exponential_like
+from models.npp import patches
+from models.scales import ScaleLayout
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (B, H, L, d) of each block so far
 
@@ -134,6 +137,56 @@ def loss_var(model: VAR, images_B3HW: torch.Tensor, label_B: torch.Tensor) -> to
     return loss.view(B, -1).mul(1 / model.L).sum(dim=-1).mean()
 
 
+# ---------------------------------------------------------------------------------------------- FlexVAR
+@torch.no_grad()
+def sample_flexvar(model: FlexVAR, label_B: torch.Tensor, cfg: float, top_k: int, top_p: float,
+                   rng: Rng) -> torch.Tensor:
+    """Images (B, 3, H, W) in [0, 1] of a FlexVAR in eval mode, at sides that it draws at."""
+    B = len(label_B)
+    null_B = torch.full_like(label_B, model.num_classes)
+    cond_BD = model.class_emb(torch.cat((label_B, null_B)))
+    x = (cond_BD + model.pos_start[0]).view(2 * B, 1, -1) + model.positions((1, 1))
+    cache: Cache = []
+    num_scales = len(model.patch_nums)
+    for k, side in enumerate(model.patch_nums):
+        modulation = model.shared_ada_lin(cond_BD)
+        for index, layer in enumerate(model.blocks):
+            x = block(layer, x, modulation, None, cache, index)
+        logits_BlV = model.get_logits(x, cond_BD)
+        logits_BlV = guide(logits_BlV[:B], logits_BlV[B:], 1 + cfg * k / (num_scales - 1))
+        idx_Bl = draw(logits_BlV, top_k, top_p, rng)
+        code_BZpp = model.tokenizer.quantize.embed(idx_Bl, (side, side))
+        if k < num_scales - 1:
+            next_side = model.patch_nums[k + 1]
+            next_input = F.interpolate(code_BZpp, size=(next_side, next_side), mode='bicubic')
+            x = model.word_embed(next_input.flatten(2).transpose(1, 2))
+            x = x + model.positions((next_side, next_side))
+            x = x.repeat(2, 1, 1)
+    return model.tokenizer.pixels(code_BZpp).clamp(-1, 1).add_(1).mul_(0.5)
+
+
+def loss_flexvar(model: FlexVAR, images_B3HW: torch.Tensor, label_B: torch.Tensor,
+                 patch_nums: Sequence[int]) -> torch.Tensor:
+    """The published training loss on one pyramid, whose mask is built anew."""
+    idx_kBl = model.tokenizer.encode(images_B3HW, patch_nums)
+    target_BL = torch.cat(idx_kBl, dim=1)
+    inputs = []
+    for k, next_side in enumerate(patch_nums[1:]):
+        code_BZpp = model.tokenizer.quantize.embed(idx_kBl[k], (patch_nums[k], patch_nums[k]))
+        next_input = F.interpolate(code_BZpp, size=(next_side, next_side), mode='bicubic')
+        inputs.append(next_input.flatten(2).transpose(1, 2))
+    cond_BD = model.class_emb(label_B)
+    x = (cond_BD + model.pos_start[0]).unsqueeze(1)
+    x = torch.cat((x, model.word_embed(torch.cat(inputs, dim=1))), dim=1)
+    x = x + torch.cat([model.positions((side, side)) for side in patch_nums], dim=1)
+    attn_bias = ScaleLayout(tuple(patch_nums)).causal_bias(x.device)[None, None]
+    modulation = model.shared_ada_lin(cond_BD)
+    for index, layer in enumerate(model.blocks):
+        x = block(layer, x, modulation, attn_bias, None, index)
+    logits_BLV = model.get_logits(x.float(), cond_BD)
+    return F.cross_entropy(logits_BLV.view(-1, model.V), target_BL.view(-1))
+
+
 # ---------------------------------------------------------------------------------------------- NPP
 @torch.no_grad()
 def sample_npp(model: NPP, label_B: torch.Tensor, guidance: float, top_k: int, rng: Rng) -> torch.Tensor:
@@ -158,6 +211,14 @@ def sample_npp(model: NPP, label_B: torch.Tensor, guidance: float, top_k: int, r
         codes.append(idx_B1)
         x = model.tok_embeddings(idx_B1).repeat(2, 1, 1)
     return torch.cat(codes, dim=1)
+
+
+def loss_npp(model: NPP, idx_BN: torch.Tensor, label_B: torch.Tensor, p: int) -> torch.Tensor:
+    """The published loss for patches of p x p codes: logits are repeated for every code of a patch."""
+    logits_BPV = model(label_B, idx_BN, p)
+    idx_BPM = patches(idx_BN, p)
+    logits_BPMV = logits_BPV.unsqueeze(2).expand(-1, -1, idx_BPM.shape[2], -1)
+    return F.cross_entropy(logits_BPMV.reshape(-1, logits_BPV.shape[2]), idx_BPM.flatten())
 
 
 def npp_attention(attn: nn.Module, x_B1C: torch.Tensor, table_21p: torch.Tensor, storage: torch.Tensor,

@@ -1,11 +1,10 @@
 """Sampling of the product against the published way of computing it, with the same weights, in one run.
 
-`python -m bench.sampling`: VAR at 680 tokens, NPP at 256 codes and FlowAR at 256 pixels, each at batches 1
-and 4. Call by call the two ways take turns, and the medians are compared. Before anything is timed, both must
-draw the same from the same noise.
+`python -m bench.sampling`: VAR and FlexVAR at 680 tokens, NPP at 256 codes and FlowAR at 256 pixels, each at
+batches 1 and 4. Call by call the two ways take turns, and the medians are compared. Before anything is timed,
+both must draw the same from the same noise.
 """
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,17 @@ from pathlib import Path
 import torch
 
 from bench import reference
-from bench.common import default_device, ratio_row, report_header, seconds_of, write_report
+from bench.common import (
+    compare,
+    default_device,
+    report_header,
+    require_equal,
+    to_device,
+    write_report,
+)
+from bench.cost import npp_flops, sampling_flops
 from bench.published_solver import both_halves
-from models import NPP, VAR, VQVAE, AutoencoderKL, FlowAR, VQModel
+from models import NPP, VAR, VQVAE, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel
 from models.noise import ImageNoise
 from utils.amp_sc import autocast, bfloat16_on_cpu
 
@@ -28,6 +35,14 @@ def make_var(depth: int) -> VAR:
     """A VAR of published width at 680 tokens on a narrow tokenizer, with weights that tell codes apart."""
     vae = VQVAE(ch=32, v_patch_nums=PATCH_NUMS)
     model = VAR(vae, attn_l2_norm=True, patch_nums=PATCH_NUMS, **VAR.published_sizes(depth))
+    model.init_weights(init_adaln_gamma=1e-1, init_head=1., init_std=-1)
+    return model.eval()
+
+
+def make_flexvar(depth: int) -> FlexVAR:
+    """A FlexVAR of published width at 680 tokens on a narrow tokenizer."""
+    vae = FlexVAE(ch=32, test_mode=True)
+    model = FlexVAR(vae, attn_l2_norm=True, patch_nums=PATCH_NUMS, **FlexVAR.published_sizes(depth))
     model.init_weights(init_adaln_gamma=1e-1, init_head=1., init_std=-1)
     return model.eval()
 
@@ -48,36 +63,6 @@ def make_flowar() -> FlowAR:
     return FlowAR(vae, **sizes, diffloss_d=6, diffloss_w=384, cross=True).eval()
 
 
-def compare(name: str, product: Callable[[], object], published: Callable[[], object], repeats: int,
-            device: torch.device) -> dict[str, float | str]:
-    """Medians of both ways, call by call in turns, and how many times faster the product is."""
-    times = {'product': [], 'published': []}
-    for run in (product, published):
-        run()
-    for _ in range(repeats):
-        times['product'].append(seconds_of(product, device))
-        times['published'].append(seconds_of(published, device))
-    row = dict(
-        name=name,
-        product_seconds=round(statistics.median(times['product']), 4),
-        published_seconds=round(statistics.median(times['published']), 4),
-        **ratio_row(times['published'], times['product']),
-    )
-    print(row, flush=True)
-    return row
-
-
-def require_equal(name: str, product: torch.Tensor, published: torch.Tensor, tolerance: float) -> None:
-    """Make sure that both ways draw the same.
-
-    Raises:
-        SystemExit: they do not.
-    """
-    difference = (product.double() - published.double()).abs().max().item()
-    if difference > tolerance:
-        raise SystemExit(f'{name}: the two ways differ by {difference:g}, which is more than {tolerance:g}')
-
-
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are worth a row."""
     if device.type == 'cuda':
@@ -94,30 +79,48 @@ def with_precision(device: torch.device, precision: int, run: Callable[[], objec
 
 def rows_of_var(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
     """VAR in float32 and in bfloat16 against the published way in float32."""
-    model = make_var(args.depth).to(device)
+    model = to_device(make_var(args.depth), device)
+    return rows_by_precision('VAR', model, reference.sample_var, 1.5, args, device, batch)
+
+
+def rows_of_flexvar(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
+    """The same of FlexVAR."""
+    model = to_device(make_flexvar(args.depth), device)
+    return rows_by_precision('FlexVAR', model, reference.sample_flexvar, 2.5, args, device, batch)
+
+
+def rows_by_precision(family: str, model: VAR | FlexVAR, sample: Callable[..., torch.Tensor], cfg: float,
+                      args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
+    """The product in float32, and in bfloat16 where that is fast, against the published way in float32.
+
+    Args:
+        sample: the published way, a function of `bench.reference`.
+    """
     label_B = torch.arange(batch, device=device)
     numbers = list(range(batch))
 
     def product(noise=None) -> torch.Tensor:
         rng = noise or ImageNoise(1, numbers)
-        return model.sample(label_B, guidance=2.5, top_k=TOP_K, top_p=TOP_P, rng=rng)
+        return model.sample(label_B, guidance=1 + cfg, top_k=TOP_K, top_p=TOP_P, rng=rng)
 
     def published(noise=None) -> torch.Tensor:
         rng = noise or torch.Generator(device).manual_seed(1)
-        return reference.sample_var(model, label_B, 1.5, TOP_K, TOP_P, rng)
+        return sample(model, label_B, cfg, TOP_K, TOP_P, rng)
 
-    require_equal('VAR', product(ImageNoise(0, numbers)), published(ImageNoise(0, numbers)), 1e-3)
-    name = f'VAR depth {args.depth}, batch {batch}'
-    rows = [compare(f'{name}, float32', product, published, args.repeats, device)]
+    require_equal(family, product(ImageNoise(0, numbers)), published(ImageNoise(0, numbers)), 1e-3)
+    name = f'{family} depth {args.depth}, batch {batch}'
+    flops = batch * sampling_flops(model, {})
+    rows = [compare(f'{name}, float32', product, published, args.repeats, device, flops=flops)]
     if has_fast_bfloat16(device):
         in_bfloat16 = partial(with_precision, device, 2, product)
-        rows.append(compare(f'{name}, bfloat16', in_bfloat16, published, args.repeats, device))
+        rows.append(compare(f'{name}, bfloat16', in_bfloat16, published, args.repeats, device, torch.bfloat16,
+                            flops))
     return rows
 
 
 def rows_of_npp(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
     """Codes of NPP against a masked cache of full length."""
-    model = make_npp().to(device)
+    model = to_device(make_npp(), device)
     label_B = torch.arange(batch, device=device)
     numbers = list(range(batch))
 
@@ -129,16 +132,18 @@ def rows_of_npp(args: argparse.Namespace, device: torch.device, batch: int) -> l
         return reference.sample_npp(model, label_B, 2., TOP_K, rng)
 
     require_equal('NPP', product(), published(ImageNoise(0, numbers)), 0.)
-    return [compare(f'NPP 8 x 512, batch {batch}, float32', product, published, args.repeats, device)]
+    return [compare(f'NPP 8 x 512, batch {batch}, float32', product, published, args.repeats, device,
+                    flops=batch * npp_flops(model))]
 
 
 def rows_of_flowar(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
     """FlowAR against the published solver, which moves a state of the null class at every step."""
-    model = make_flowar().to(device)
+    model = to_device(make_flowar(), device)
     label_B = torch.arange(batch, device=device)
+    options = dict(guidance=2., num_steps=10, lower_steps=10, guidance_until=0.9)
 
     def product() -> torch.Tensor:
-        return model.sample(label_B, guidance=2., num_steps=10, rng=ImageNoise(0, list(range(batch))))
+        return model.sample(label_B, rng=ImageNoise(0, list(range(batch))), **options)
 
     def published() -> torch.Tensor:
         with both_halves(model):
@@ -146,13 +151,14 @@ def rows_of_flowar(args: argparse.Namespace, device: torch.device, batch: int) -
 
     with torch.no_grad():
         require_equal('FlowAR', product(), published(), 1e-3)
-    return [compare(f'FlowAR, batch {batch}, float32', product, published, args.repeats, device)]
+    return [compare(f'FlowAR, batch {batch}, float32', product, published, args.repeats, device,
+                    flops=batch * sampling_flops(model, options))]
 
 
 def main() -> None:
     """Compare all families and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--depth', type=int, default=8, help='of VAR')
+    parser.add_argument('--depth', type=int, default=8, help='of VAR and FlexVAR')
     parser.add_argument('--batches', type=int, nargs='+', default=[1, 4])
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--out', type=Path)
@@ -161,7 +167,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     for batch in args.batches:
-        for rows_of in (rows_of_var, rows_of_npp, rows_of_flowar):
+        for rows_of in (rows_of_var, rows_of_flexvar, rows_of_npp, rows_of_flowar):
             rows += rows_of(args, device, batch)
     write_report(report_header('sampling', device) | dict(rows=rows), args.out)
 
