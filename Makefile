@@ -2,11 +2,12 @@
 # make demo-flexvar: the same with FlexVAR, at several numbers of steps, sizes and shapes
 # make demo-flowar: the same with FlowAR, two weightings of its loss compared
 # make demo-npp: the same with NPP, against next-token training of at least equal time
+# make bench: the product against the published way of computing, on this machine, into bench/results
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-flexvar demo-flowar demo-npp test test-slow lint
+.PHONY: demo demo-flexvar demo-flowar demo-npp test test-slow lint bench
 demo demo-flexvar demo-flowar demo-npp:
 	began=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/ready && PYTHON=$(CURDIR)/$(BIN)/python BEGAN=$$began bash recipes/$(subst -,_,$@).sh
 
@@ -15,6 +16,9 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/ready
+	$(BIN)/python -m bench.all
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
