@@ -5,6 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from bench import reference
+from bench.all import table
+from bench.common import compare, require_flops
 from bench.cost import (
     build_on_meta,
     decoder_flops,
@@ -282,6 +285,34 @@ def test_the_cache_has_no_room_for_the_last_scale(monkeypatch):
     num_bytes = sum(cache.storage.nbytes for cache in caches)
     # Keys and values of two images, with and without their class, of all scales but the last, in float32.
     assert num_bytes == model.depth * 2 * (2 * 2) * (1 + 4) * 32 * 4
+
+
+# ---------------------------------------------------------------------------------------------- rows
+def test_a_row_says_how_fast_how_large_and_how_well_used():
+    a = torch.ones(64, 64)
+    row = compare('products', lambda: a @ a, lambda: a @ a @ a, 3, torch.device('cpu'), flops=2 * 64 ** 3)
+    assert row['lowest_ratio'] <= row['ratio'] <= row['highest_ratio']
+    assert row['tflop'] == pytest.approx(2 * 64 ** 3 / 1e12, rel=1e-3)
+    assert row['peak_mib'] == pytest.approx(a.nbytes / 2 ** 20, rel=1e-3)
+    assert row['mfu'] > 0 and row['bandwidth'] > 0
+    assert f'{row["ratio"]:.4g}' in table(dict(products=dict(rows=[row])))
+
+
+def test_a_formula_that_is_off_ends_a_benchmark():
+    with pytest.raises(SystemExit, match='more than 1 %'):
+        require_flops('products', counted=1000., formula=1011.)
+
+
+def test_the_published_way_of_flexvar_gives_the_loss_and_the_samples_of_the_product():
+    model = SMALL['flexvar'][0]().eval()
+    images_B3HW = torch.rand(2, 3, 48, 48)
+    label_B = torch.tensor([0, 3])
+    loss, _ = model.training_loss(images_B3HW, label_B)
+    assert reference.loss_flexvar(model, images_B3HW, label_B, PATCH_NUMS).item() == pytest.approx(
+        loss.item(), rel=1e-5)
+    published = reference.sample_flexvar(model, label_B, 2.5, 8, 0.9, ImageNoise(0, [0, 1]))
+    ours = model.sample(label_B, guidance=3.5, top_k=8, top_p=0.9, rng=ImageNoise(0, [0, 1]))
+    assert (ours - published).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- plans
