@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.common import default_device, report_header, write_report
-from bench.sampling import compare, require_equal
+from bench.common import compare, default_device, report_header, require_equal, write_report
 from configs.options import ints
 from configs.training import PATCH_NUMS
 from models.attention import attend

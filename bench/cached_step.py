@@ -17,8 +17,8 @@ from PIL import Image
 
 import dist
 import train
-from bench.common import ratio_row, report_header, seconds_of, write_report
-from bench.sampling import PATCH_NUMS, require_equal
+from bench.common import ratio_row, report_header, require_equal, seconds_of, write_report
+from bench.sampling import PATCH_NUMS
 from configs import parse_training
 from extract import ExtractSettings, extract
 from models import VQVAE, FlexVAE, Tokenizer

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.common import report_header, write_json
+from bench.common import report_header, require_flops, write_json
 from bench.counter import (
     CARDS,
     LAUNCH_SECONDS,
@@ -29,7 +29,7 @@ from bench.counter import (
     seconds_on,
 )
 from bench.flexvar_throughput import FixedSchedule
-from configs import PRESETS, SAMPLE_PRESETS, TrainConfig, parse_sampling, parse_training
+from configs import PRESETS, SAMPLE_PRESETS, SampleConfig, TrainConfig, parse_sampling, parse_training
 from models import FAMILIES, NPP, VAR, ARModel, FlexVAR, FlowAR, Tokenizer
 from models.base import num_weights
 from models.basic_var import num_class_weights
@@ -56,13 +56,13 @@ PRECISION = 2  # bfloat16, in which all runs are counted
 
 # ---------------------------------------------------------------------------------------------- runs
 def family_of(preset: str) -> str:
-    """The generator that a published training or sampling is of, such as 'var' for 'var_d30'.
+    """The generator that a published size is of, such as 'var' for 'var_d30'.
 
     Raises:
         ValueError: there is no such preset.
     """
     for model in GENERATORS:
-        if preset in PRESETS[model] or preset in SAMPLE_PRESETS[model]:
+        if preset in PRESETS[model] or 'gpt_model' in SAMPLE_PRESETS[model].get(preset, {}):
             return model
     names = [name for model in GENERATORS for name in PRESETS[model]]
     raise ValueError(f'expected a published run, one of {", ".join(names)}, got {preset!r}')
@@ -75,6 +75,11 @@ def published_config(preset: str) -> TrainConfig:
         return parse_training([f'--model={model}', f'--preset={preset}'])
     size = SAMPLE_PRESETS[model][preset]['gpt_model']
     return parse_training([f'--model={model}', f'--gpt_model={size}'])
+
+
+def sampling_config(preset: str) -> SampleConfig:
+    """Settings of a published sampling."""
+    return parse_sampling([f'--model={family_of(preset)}', f'--preset={preset}', '--ckpt=FILE'])
 
 
 def build_on_meta(config: TrainConfig, depths: Sequence[int] | None = None, **kwargs: Any) -> ARModel:
@@ -161,13 +166,12 @@ def training_cost(config: TrainConfig, batch: int, progress: float = 1., depths:
 def sampling_cost(preset: str, batch: int, depths: Sequence[int] | None = None) -> Cost:
     """What sampling a batch of a published run costs in bfloat16, with its published settings."""
     model = build_on_meta(published_config(preset), depths).eval()
-    config = parse_sampling([f'--model={family_of(preset)}', f'--preset={preset}', '--ckpt=FILE'])
+    options = sampling_config(preset).sample_kwargs()
     with fake_tensors(), torch.no_grad():
         materialized(model.tokenizer)
         materialized(model)
         label_B = torch.zeros(batch, dtype=torch.int64)
         rng = ImageNoise(0, list(range(batch)))
-        options = config.sample_kwargs()
         if isinstance(model, NPP):
             return _npp_cost(model, label_B, rng, options)
         return cost_in_bfloat16(lambda: model.sample(label_B, rng=rng, **options))
@@ -212,6 +216,18 @@ def _npp_cost(model: NPP, label_B: torch.Tensor, rng: ImageNoise, options: dict[
 
 
 # ---------------------------------------------------------------------------------------------- formulas
+def step_flops(config: TrainConfig, model: ARModel) -> int:
+    """FLOPs of the products of an image of `training_cost` at the end of a training, tokenizer included.
+
+    What `--use_checkpoint` computes again does not count here.
+    """
+    if isinstance(model, NPP):
+        return model.training_flops(model.grid ** 2)
+    patch_nums = typical_pyramid(model.patch_nums) if isinstance(model, FlexVAR) else model.layout.patch_nums
+    frozen = encode_flops(model.tokenizer, config.image_size, patch_nums)
+    return model.training_flops(ScaleLayout(patch_nums).total) + frozen
+
+
 def sampling_flops(model: ARModel, options: dict[str, Any]) -> int:
     """FLOPs of the products of a sampled image with guidance, its decoding included.
 
@@ -325,7 +341,7 @@ def encode_flops(tokenizer: Tokenizer, side: int, patch_nums: Sequence[int] = ()
         patch_nums: sides of the code maps; without any, those that the tokenizer has by itself.
     """
     flops = encoder_flops(tokenizer.encoder, side)
-    if tokenizer.vocab_size is None:
+    if tokenizer.vocab_size is None:  # continuous codes are not searched for
         return flops
     native = (side // tokenizer.stride,)
     patch_nums = tuple(patch_nums) or getattr(tokenizer.quantize, 'v_patch_nums', native)
@@ -359,13 +375,18 @@ def row_of_training(preset: str, batch: int) -> dict[str, Any]:
     """A training step on one card."""
     config = published_config(preset)
     cost = extrapolated(lambda *depths: training_cost(config, batch, depths=depths), published_depths(config))
+    model = build_on_meta(config)
+    if not getattr(model, 'use_checkpoint', False):
+        require_flops(preset, cost.flops, batch * step_flops(config, model))
     return dict(run=preset, what='training step') | describe(cost, batch) | dict(model=times(cost, batch))
 
 
 def row_of_sampling(preset: str, batch: int) -> dict[str, Any]:
     """A sampled batch."""
-    depths = published_depths(published_config(preset))
-    cost = extrapolated(lambda *depths: sampling_cost(preset, batch, depths), depths)
+    config = published_config(preset)
+    cost = extrapolated(lambda *depths: sampling_cost(preset, batch, depths), published_depths(config))
+    options = sampling_config(preset).sample_kwargs()
+    require_flops(preset, cost.flops, batch * sampling_flops(build_on_meta(config), options))
     return dict(run=preset, what='sampled batch') | describe(cost, batch) | dict(model=times(cost, batch))
 
 

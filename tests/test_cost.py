@@ -11,23 +11,22 @@ from bench.common import compare, require_flops
 from bench.cost import (
     build_on_meta,
     decoder_flops,
-    encode_flops,
     encoder_flops,
     published_config,
     published_depths,
+    sampling_config,
     sampling_cost,
     sampling_flops,
+    step_flops,
     training_cost,
-    typical_pyramid,
 )
 from bench.counter import CARDS, Cost, cost_of, extrapolated, fake_tensors, materialized, seconds_on
 from bench.flexvar_throughput import FixedSchedule
 from bench.plan import checkpoints, exchange, phases_of, plan, preset_named
-from configs import PRESETS, parse_sampling, parse_training
+from configs import PRESETS, parse_training
 from models import NPP, VAR, VQVAE, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel, scales
 from models.attention import KVCache
 from models.noise import ImageNoise
-from models.scales import ScaleLayout
 from trainer import GeneratorTrainer
 from training.build import build_optimizer, count_parameters
 
@@ -237,15 +236,10 @@ def test_published_runs_cost_what_the_formulas_say(preset):
     depths = (2,) * len(published_depths(config))
     kwargs = dict(use_checkpoint=False) if config.model == 'flowar' else {}
     model = build_on_meta(config, depths, **kwargs)
-    options = parse_sampling([f'--model={config.model}', f'--preset={preset}', '--ckpt=F']).sample_kwargs()
+    options = sampling_config(preset).sample_kwargs()
     assert sampling_flops(model, options) == pytest.approx(sampling_cost(preset, 1, depths).flops, rel=0.01)
-
     cost = training_cost(config, 1, depths=depths, **kwargs)
-    frozen = 0 if config.model == 'npp' else encode_flops(model.tokenizer, config.image_size)
-    num_tokens = dict(var=680, flowar=341, npp=256).get(config.model)
-    if config.model == 'flexvar':
-        num_tokens = ScaleLayout(typical_pyramid(model.patch_nums)).total
-    assert model.training_flops(num_tokens) + frozen == pytest.approx(cost.flops, rel=0.01)
+    assert step_flops(config, model) == pytest.approx(cost.flops, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------- regressions
