@@ -204,8 +204,8 @@ def sample_npp(model: NPP, label_B: torch.Tensor, guidance: float, top_k: int, r
         for layer, storage in zip(model.layers, cache, strict=True):
             x = x + npp_attention(layer.attention, layer.attention_norm(x), table[:, i:i + 1], storage, i,
                                   mask[i])
-            x = x + layer.feed_forward(layer.ffn_norm(x))
-        logits_B1V = model.output(model.norm(x)).float()
+            x = x + npp_feed_forward(layer.feed_forward, layer.ffn_norm(x))
+        logits_B1V = F.linear(model.norm(x), model.output.weight).float()
         logits_B1V = guide(logits_B1V[:B], logits_B1V[B:], guidance)
         idx_B1 = draw(logits_B1V, top_k, 0., rng)
         codes.append(idx_B1)
@@ -221,14 +221,20 @@ def loss_npp(model: NPP, idx_BN: torch.Tensor, label_B: torch.Tensor, p: int) ->
     return F.cross_entropy(logits_BPMV.reshape(-1, logits_BPV.shape[2]), idx_BPM.flatten())
 
 
+def npp_feed_forward(ffn: nn.Module, x_B1C: torch.Tensor) -> torch.Tensor:
+    """The feed-forward network by plain products."""
+    hidden = F.silu(F.linear(x_B1C, ffn.w1.weight)) * F.linear(x_B1C, ffn.w3.weight)
+    return F.linear(hidden, ffn.w2.weight)
+
+
 def npp_attention(attn: nn.Module, x_B1C: torch.Tensor, table_21p: torch.Tensor, storage: torch.Tensor,
                   i: int, mask_L: torch.Tensor) -> torch.Tensor:
     """Attention of one token to all places of the cache, of which the mask hides those to come."""
     B, _, C = x_B1C.shape
-    q, k, v = attn.wqkv(x_B1C).view(B, 1, 3, attn.n_head, -1).unbind(2)
+    q, k, v = F.linear(x_B1C, attn.wqkv.weight).view(B, 1, 3, attn.n_head, -1).unbind(2)
     storage[0, :, :, i] = rotate(k, table_21p)[:, 0]
     storage[1, :, :, i] = v[:, 0]
     q = rotate(q, table_21p).transpose(1, 2)                                               # (B, H, 1, d)
     out = F.scaled_dot_product_attention(q, storage[0], storage[1], attn_mask=mask_L[None, None, None],
                                          scale=1 / math.sqrt(q.shape[-1]))
-    return attn.wo(out.transpose(1, 2).reshape(B, 1, C))
+    return F.linear(out.transpose(1, 2).reshape(B, 1, C), attn.wo.weight)

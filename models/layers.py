@@ -1,11 +1,31 @@
-"""Layers that several models share: RMSNorm, rotary positions on a grid, sinusoid of a time.
+"""Layers that several models share: products of single tokens, RMSNorm, rotary positions, sinusoid of a time.
 
-Letters: B batch, L sequence, H heads, d head dim, C width.
+Letters: B batch, L sequence, H heads, d head dim, C width, N rows of a product.
 """
 import math
 
 import torch
 from torch import nn
+
+FEW_ROWS = 8  # up to here `TokenLinear` computes W x^T
+
+
+class TokenLinear(nn.Linear):
+    """A linear layer without bias for tokens that come one by one, under the weight of `nn.Linear`.
+
+    On a CPU a product with a few rows takes as long as reading the weight does. W x^T reads it in the order
+    in which it is stored, which is up to twice as fast as x W^T; both are equal but for rounding.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_NC = x.flatten(0, -2)
+        if x.device.type != 'cpu' or len(x_NC) > FEW_ROWS:
+            return super().forward(x)
+        out_NC = (self.weight @ x_NC.T).T.contiguous()
+        return out_NC.unflatten(0, x.shape[:-1])
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from models.attention import KVCache, attend, compile_around_attention
 from models.base import ARModel, Tokenizer, num_weights
 from models.helpers import DropPath, draw_codes, drop_labels, guide, in_chunks, weighted
-from models.layers import RMSNorm, Rope2d, rotate
+from models.layers import RMSNorm, Rope2d, TokenLinear, rotate
 from models.noise import GlobalBatch, Rng
 from models.sampling import sampling_mode
 
@@ -72,8 +72,8 @@ class Attention(nn.Module):
         self.n_head = n_head
         self.n_kv_head = n_kv_head
         self.attn_drop = attn_drop
-        self.wqkv = nn.Linear(dim, (n_head + 2 * n_kv_head) * (dim // n_head), bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wqkv = TokenLinear(dim, (n_head + 2 * n_kv_head) * (dim // n_head))
+        self.wo = TokenLinear(dim, dim)
         self.resid_dropout = nn.Dropout(resid_drop)
         self.cache: KVCache | None = None
 
@@ -107,9 +107,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w1 = TokenLinear(dim, hidden)
+        self.w3 = TokenLinear(dim, hidden)
+        self.w2 = TokenLinear(hidden, dim)
         self.ffn_dropout = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -267,7 +267,7 @@ class NPP(ARModel):
 
         # 4. head
         self.norm = RMSNorm(dim, norm_eps)
-        self.output = nn.Linear(dim, self.vocab_size, bias=False)
+        self.output = TokenLinear(dim, self.vocab_size)
         self.init_weights()
 
     # ------------------------------------------------------------------------------ training
