@@ -25,7 +25,7 @@ from configs import TrainConfig, parse_training
 from configs.options import config_text, flag_of, marked_fields
 from models.noise import GlobalBatch
 from trainer import StepInfo, weights_checksum
-from training.build import build_model, build_trainer, count_parameters
+from training.build import build_model, build_trainer, count_parameters, lower_tokenizer
 from training.data import (
     Data,
     build_data,
@@ -62,6 +62,7 @@ from utils.stop import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 NUM_PICTURES = 8  # validation images drawn in TensorBoard
+COMPARED_IMAGES = 256  # training images of which `--vae_bf16` compares the codes
 
 
 def train(run: 'Run') -> None:
@@ -172,6 +173,9 @@ class Run:
         self.model = build_model(config, len(data.classes), self.total_steps, steps_per_epoch, self.device,
                                  data.classes)
         check_caches(data.caches, config, self.model)
+        if config.vae_bf16:
+            images = calibration_images(config, data.train, self.state.seed, COMPARED_IMAGES)
+            lower_tokenizer(self.model.tokenizer, images, config.vae_bf16)
         self.trainer = build_trainer(config, self.model, self.total_steps)
         if self.resumed_from:
             self.resume(checkpoint)

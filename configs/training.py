@@ -190,6 +190,7 @@ class TrainConfig:
     # Settings that some kinds of models have; those without them behave as if they were off.
     picture_every = 0
     fid_images = 0
+    vae_bf16 = 0.0
     cached_path = ''
     train_only = ''
 
@@ -359,6 +360,13 @@ class GeneratorConfig(TrainConfig):
         per_node=True,
         group='run',
     )
+    vae_bf16: float = opt(
+        0.0,
+        'encode in bfloat16 if that changes no larger share of the codes than this, such as 0.1; '
+        '0 encodes in float32',
+        limits=(0, 1),
+        group='numerics',
+    )
     ema: float = opt(
         0.0,
         'decay of averaged weights, for evaluation and sampling; 0 keeps none',
@@ -432,6 +440,8 @@ class CachedConfig(GeneratorConfig):
         super().__post_init__()
         if self.use_cached and not self.cached_path:
             raise ValueError('--use_cached needs the folder of the tokens: pass --cached_path=FOLDER')
+        if self.vae_bf16 and self.cached_path:
+            raise ValueError('--vae_bf16 is for images, and --cached_path holds codes already: leave out one')
         if self.cached_val_path and not self.cached_path:
             raise ValueError('--cached_val_path goes with --cached_path: pass both')
         object.__setattr__(self, 'use_cached', bool(self.cached_path))

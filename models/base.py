@@ -220,6 +220,20 @@ class Tokenizer(Trainable):
     def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
         """Measure on training images (local batches) what a generator must know; every rank calls it."""
 
+    def encode_in_bfloat16(self) -> None:
+        """Let the encoder of this frozen tokenizer multiply in bfloat16 from now on, several times as fast.
+
+        Codes are searched in float32 still, but of slightly other features, so some of them change.
+        """
+        in_full_precision = self.encoder.forward
+
+        def in_bfloat16(images_B3HW: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(images_B3HW.device.type, torch.bfloat16):
+                return in_full_precision(images_B3HW)
+
+        self.encoder.forward = in_bfloat16
+        self.encoder.to(memory_format=torch.channels_last)
+
     def freeze_codes(self) -> None:
         """Train what follows the codes alone, so that every image keeps its codes."""
         self.needs_calibration = False

@@ -1,5 +1,6 @@
 """VQVAE and its multi-scale quantizer; what trains the codebook is in test_codebook.py."""
 from collections import defaultdict
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dist
-from models import VQVAE, VectorQuantizer2, build_tokenizer, build_vae_var, load_weights
+from models import VQVAE, AutoencoderKL, VectorQuantizer2, build_tokenizer, build_vae_var, load_weights
 from models.tokenizers.quantize import phi_index
 from tests.vectors import (
     assert_norms,
@@ -22,6 +23,7 @@ from tests.vectors import (
     stored_state,
     tiny_vqvae,
 )
+from training.build import lower_tokenizer
 
 PATCH_NUMS = (1, 2, 3, 4)
 SMALL = dict(vocab_size=24, z_channels=8, ch=32, v_patch_nums=(1, 2, 4))
@@ -445,6 +447,24 @@ def test_only_the_towers_run_in_half_precision(monkeypatch):
     assert seen == dict(encoder={half}, quant_conv={full}, query={full}, quantize={full},
                         post_quant_conv={full}, decoder={half})
     assert {t.dtype for t in (*rec.views[0], rec.latent_loss, *rec.parts.values())} == {full}
+
+
+@pytest.mark.parametrize('cls, options', [
+    (VQVAE, TINY | dict(vocab_size=512)),
+    (AutoencoderKL, dict(net='tiny')),
+])
+def test_encoding_in_bfloat16_changes_little_and_not_more_than_allowed(cls, options):
+    torch.manual_seed(0)
+    tokenizer = cls(**options)
+    batches = [torch.rand(4, 3, 32, 32) * 2 - 1 for _ in range(2)]
+    unchanged = deepcopy(tokenizer)
+    dtype = tokenizer.precompute(batches[0]).dtype
+    keys = list(tokenizer.state_dict())
+    assert 0 < lower_tokenizer(tokenizer, iter(batches), limit=0.5) < 0.2
+    assert tokenizer.precompute(batches[0]).dtype == dtype
+    assert list(tokenizer.state_dict()) == keys
+    with pytest.raises(ValueError, match='--vae_bf16=1e-09'):
+        lower_tokenizer(unchanged, batches, limit=1e-9)
 
 
 def test_float64_stays_float64():

@@ -1,5 +1,7 @@
 """Builds what a config describes: a model with its tokenizer, losses, optimizers, and the trainer."""
 import logging
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,40 @@ def load_tokenizer(config: TrainConfig, cls: type[Tokenizer], device: torch.devi
                          f'expect {config.stride}: pass '
                          f'--{flag_of(config, "stride")}={tokenizer.stride}')
     return tokenizer
+
+
+@torch.no_grad()
+def lower_tokenizer(tokenizer: Tokenizer, batches: Iterable[torch.Tensor], limit: float) -> float:
+    """Let a tokenizer encode in bfloat16, if that leaves most of its codes alone.
+
+    Args:
+        batches: images (B, 3, H, W) of this rank, on which both precisions are compared.
+        limit: largest share of codes that may change; of continuous ones, the largest error relative to them.
+    Returns:
+        That share, over the images of all ranks.
+    Raises:
+        ValueError: it is larger.
+    """
+    batches = list(batches)
+    before = [tokenizer.precompute(images_B3HW) for images_B3HW in batches]
+    tokenizer.encode_in_bfloat16()
+    errors = total = 0.
+    for codes, images_B3HW in zip(before, batches, strict=True):
+        lowered = tokenizer.precompute(images_B3HW)
+        if tokenizer.vocab_size is None:
+            errors += (lowered - codes).square().sum().item()
+            total += codes.square().sum().item()
+        else:
+            errors += (lowered != codes).sum().item()
+            total += codes.numel()
+    errors, total = dist.sum_over_ranks(errors, total)
+    share = errors / total if tokenizer.vocab_size else math.sqrt(errors / total)
+    what = 'of the codes' if tokenizer.vocab_size else 'of the latents\' size'
+    if share > limit:
+        raise ValueError(f'encoding in bfloat16 changes {share:.1%} {what}, more than --vae_bf16={limit:g}: '
+                         'raise the limit, or leave out the flag and encode in float32')
+    logger.info('the tokenizer encodes in bfloat16, which changes %.2f %% %s', 100 * share, what)
+    return share
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -183,12 +183,13 @@ def validation_loader(config: TrainConfig, val_set: Dataset) -> DataLoader:
     return DataLoader(val_set, validation_batch(config), sampler=sampler, **loader_options(config))
 
 
-def calibration_images(config: TrainConfig, train_set: Dataset, seed: int) -> Iterator[torch.Tensor]:
+def calibration_images(config: TrainConfig, train_set: Dataset, seed: int,
+                       count: int = CALIBRATION_IMAGES) -> Iterator[torch.Tensor]:
     """Batches of training images of this rank, in [-1, 1] on its device; the same ones at every call.
 
-    All ranks together have up to `CALIBRATION_IMAGES`, spread over the data set and augmented as in epoch 0.
+    All ranks together have up to `count`, spread over the data set and augmented as in epoch 0.
     """
-    count = min(len(train_set), CALIBRATION_IMAGES)
+    count = min(len(train_set), count)
     chosen = [(0, i * len(train_set) // count) for i in range(count)]
     subset = Subset(KeyedAugmentation(train_set, seed, replace_damaged=True), chosen)
     sampler = EvalDistributedSampler(subset, dist.get_world_size(), dist.get_rank())
