@@ -554,3 +554,36 @@ def test_compiled_sampling_equals_eager(name, num_shapes):
     draw(name, model, [2, 2, 3], [3, 4, 5])
     assert counters['stats']['unique_graphs'] == num_graphs
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'options'), [
+    ('var', dict(progressive=dict(total=100, warmup=0., until=0.7, first_stage=0))),
+    ('flexvar', {}),
+    # dropout draws other numbers in compiled code
+    ('npp', dict(token_dropout_p=0., resid_dropout_p=0., ffn_dropout_p=0.)),
+    ('flowar', {}),
+])
+def test_compiled_training_equals_eager_and_has_all_its_graphs_after_the_first_pass(name, options):
+    """Progressive training of VAR, the pyramids of FlexVAR and the patches of NPP add none later."""
+    model = GENERATORS[name].make(**options).train()
+    images_B3HW = images_of()
+    label_B = torch.arange(len(images_B3HW)) % NUM_CLASSES
+
+    def losses():
+        found = []
+        for progress in (0., 0.3, 0.6, 1.):
+            loss, _ = seeded(model.training_loss, images_B3HW, label_B, progress)
+            loss.backward()
+            found.append(loss.item())
+        return found
+
+    expected = losses()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model.compile()
+    assert losses() == pytest.approx(expected, rel=1e-4)
+    num_graphs = counters['stats']['unique_graphs']
+    losses()
+    assert 0 < counters['stats']['unique_graphs'] == num_graphs
