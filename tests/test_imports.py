@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parent.parent
 ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'utils.doctor'}  # doctor is one that lives in utils
 LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'evaluation'}, {'trainer'}, {'training'}]
@@ -94,3 +96,11 @@ for module in ('dist', 'models', 'utils.data', 'trainer', 'evaluation.score', 't
     run = subprocess.run([sys.executable, '-c', code], cwd=REPO, text=True,
                          capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, '', '')
+
+
+def test_an_installation_has_every_module():
+    tomllib = pytest.importorskip('tomllib')  # since Python 3.11
+    settings = tomllib.loads((REPO / 'pyproject.toml').read_text())['tool']['setuptools']
+    packages = {path.parent.name for path in REPO.glob('*/__init__.py')} - {'tests'}
+    assert {*settings['py-modules']} == {path.stem for path in REPO.glob('*.py')}
+    assert {name.removesuffix('*') for name in settings['packages']['find']['include']} == packages
