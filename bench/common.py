@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
-from bench.counter import Cost, cost_of
+from bench.counter import Cost, cost_of, under_one_mask
 from models import ARModel
 from models.attention import optional_module
 from utils.data import EMBEDDED_SIZE, build_dataset
@@ -244,7 +244,7 @@ def ratio_row(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
 
 
 def compare(name: str, product: Callable[[], object], published: Callable[[], object] | None, repeats: int,
-            device: torch.device, dtype: torch.dtype = torch.float32, flops: float | None = None,
+            device: torch.device, dtype: torch.dtype = torch.float32,
             cost: Cost | None = None) -> dict[str, Any]:
     """A row of a table: the product against the published way, which take turns call by call.
 
@@ -252,7 +252,6 @@ def compare(name: str, product: Callable[[], object], published: Callable[[], ob
         published: None where there is no other way than the product's; there is no ratio then.
         repeats: timed calls of each, after one that warms up.
         dtype: of the products, for the peak that MFU compares with.
-        flops: what a formula gives for the products of one call, which the count must agree with.
         cost: of a call of the product, counted before it was compiled; None counts it here.
     Returns:
         Medians in seconds, how many times faster the product is (median, lowest, highest), and of the product
@@ -260,8 +259,6 @@ def compare(name: str, product: Callable[[], object], published: Callable[[], ob
         a call allocates at its peak: measured on CUDA, counted on the CPU.
     """
     cost = cost or cost_of(product)
-    if flops is not None:
-        require_flops(name, cost.flops, flops)
     row = dict(name=name) | take_turns(product, published, repeats, device)
     seconds = row['product_seconds']
     row |= dict(
@@ -301,6 +298,24 @@ def four_digits(value: float) -> float:
     return float(f'{value:.4g}')
 
 
+def counted(name: str, product: Callable[[], object], flops: float) -> Cost:
+    """What a call costs, whose products a formula gives as well.
+
+    Raises:
+        SystemExit: the two disagree, also under a mask over all tokens, as the formulas take attention.
+    """
+    cost = cost_of(product)
+    if not agree(cost.flops, flops):
+        with under_one_mask():
+            require_flops(name, cost_of(product).flops, flops)
+    return cost
+
+
+def agree(counted: float, formula: float) -> bool:
+    """Whether two numbers of FLOPs differ by no more than 1 %."""
+    return abs(formula - counted) <= 0.01 * counted
+
+
 def require_flops(name: str, counted: float, formula: float) -> None:
     """Make sure that a formula gives the FLOPs that were counted, within 1 %.
 
@@ -308,7 +323,7 @@ def require_flops(name: str, counted: float, formula: float) -> None:
         SystemExit: it does not. Kernels of optional packages are not counted, and then nothing is compared.
     """
     has_other_kernels = optional_module('flash_attn') or optional_module('xformers')
-    if not has_other_kernels and abs(formula - counted) > 0.01 * counted:
+    if not has_other_kernels and not agree(counted, formula):
         raise SystemExit(f'{name}: the formula gives {formula:.4g} FLOPs, which is more than 1 % off those '
                          f'that were counted, {counted:.4g}')
 

@@ -27,6 +27,7 @@ from bench.counter import (
     fake_tensors,
     materialized,
     seconds_on,
+    under_one_mask,
 )
 from bench.flexvar_throughput import FixedSchedule
 from configs import PRESETS, SAMPLE_PRESETS, SampleConfig, TrainConfig, parse_sampling, parse_training
@@ -377,7 +378,10 @@ def row_of_training(preset: str, batch: int) -> dict[str, Any]:
     cost = extrapolated(lambda *depths: training_cost(config, batch, depths=depths), published_depths(config))
     model = build_on_meta(config)
     if not getattr(model, 'use_checkpoint', False):
-        require_flops(preset, cost.flops, batch * step_flops(config, model))
+        with under_one_mask():
+            dense = extrapolated(lambda *depths: training_cost(config, batch, depths=depths),
+                                 published_depths(config))
+        require_flops(preset, dense.flops, batch * step_flops(config, model))
     return dict(run=preset, what='training step') | describe(cost, batch) | dict(model=times(cost, batch))
 
 

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from models import scales
+
 LAUNCH_SECONDS = 5e-6  # of the host for each kernel in eager code
 aten = torch.ops.aten
 
@@ -60,6 +62,22 @@ class Cost:
     def values(self) -> tuple[float, ...]:
         """All counts, in the order of the attributes."""
         return dataclasses.astuple(self)
+
+
+@contextmanager
+def under_one_mask() -> Iterator[None]:
+    """A context in which all scales of teacher forcing attend in one call, under a mask over all tokens.
+
+    The formulas count attention like that; by scale it multiplies less.
+    """
+    kept = scales.MASKED_TOKENS
+    scales.block_causal.cache_clear()
+    scales.MASKED_TOKENS = 2 ** 30
+    try:
+        yield
+    finally:
+        scales.MASKED_TOKENS = kept
+        scales.block_causal.cache_clear()
 
 
 class Counter(TorchDispatchMode):
@@ -242,7 +260,9 @@ def product_flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
         is_backward = name.endswith('_backward')
         q, k, v = args[1:4] if is_backward else args[:3]
         return sdpa_flop_count(q.shape, k.shape, v.shape) * (2 if is_backward else 1)
-    formula = flop_registry.get(func._overloadpacket)
+    # A product into its own tensor, such as addmm_, has the formula of the one into a new tensor.
+    packet = getattr(aten, name[:-1], None) if name.endswith('_') else func._overloadpacket
+    formula = flop_registry.get(packet)
     return formula(*args, **kwargs, out_val=out) if formula else 0
 
 

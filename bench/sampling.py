@@ -14,6 +14,7 @@ import torch
 from bench import reference
 from bench.common import (
     compare,
+    counted,
     default_device,
     report_header,
     require_equal,
@@ -21,8 +22,9 @@ from bench.common import (
     write_report,
 )
 from bench.cost import npp_flops, sampling_flops
+from bench.counter import Cost
 from bench.published_solver import both_halves
-from models import NPP, VAR, VQVAE, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel
+from models import NPP, VAR, VQVAE, ARModel, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel
 from models.noise import ImageNoise
 from utils.amp_sc import autocast, bfloat16_on_cpu
 
@@ -77,6 +79,19 @@ def with_precision(device: torch.device, precision: int, run: Callable[[], objec
         return run()
 
 
+def count_and_compile(name: str, model: ARModel, product: Callable[[], object], flops: float,
+                      compiles: bool) -> Cost:
+    """What a call of the product costs in eager code; then it is compiled, if it is to be.
+
+    Args:
+        flops: of the call, by formula.
+    """
+    cost = counted(name, product, flops)
+    if compiles:
+        model.compile_sampling()
+    return cost
+
+
 def rows_of_var(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
     """VAR in float32 and in bfloat16 against the published way in float32."""
     model = to_device(make_var(args.depth), device)
@@ -110,11 +125,12 @@ def rows_by_precision(family: str, model: VAR | FlexVAR, sample: Callable[..., t
     require_equal(family, product(ImageNoise(0, numbers)), published(ImageNoise(0, numbers)), 1e-3)
     name = f'{family} depth {args.depth}, batch {batch}'
     flops = batch * sampling_flops(model, {})
-    rows = [compare(f'{name}, float32', product, published, args.repeats, device, flops=flops)]
+    cost = count_and_compile(name, model, product, flops, args.compile)
+    rows = [compare(f'{name}, float32', product, published, args.repeats, device, cost=cost)]
     if has_fast_bfloat16(device):
         in_bfloat16 = partial(with_precision, device, 2, product)
         rows.append(compare(f'{name}, bfloat16', in_bfloat16, published, args.repeats, device, torch.bfloat16,
-                            flops))
+                            cost))
     return rows
 
 
@@ -132,8 +148,9 @@ def rows_of_npp(args: argparse.Namespace, device: torch.device, batch: int) -> l
         return reference.sample_npp(model, label_B, 2., TOP_K, rng)
 
     require_equal('NPP', product(), published(ImageNoise(0, numbers)), 0.)
-    return [compare(f'NPP 8 x 512, batch {batch}, float32', product, published, args.repeats, device,
-                    flops=batch * npp_flops(model))]
+    name = f'NPP 8 x 512, batch {batch}, float32'
+    cost = count_and_compile(name, model, product, batch * npp_flops(model), args.compile)
+    return [compare(name, product, published, args.repeats, device, cost=cost)]
 
 
 def rows_of_flowar(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
@@ -151,8 +168,12 @@ def rows_of_flowar(args: argparse.Namespace, device: torch.device, batch: int) -
 
     with torch.no_grad():
         require_equal('FlowAR', product(), published(), 1e-3)
-    return [compare(f'FlowAR, batch {batch}, float32', product, published, args.repeats, device,
-                    flops=batch * sampling_flops(model, options))]
+    name = f'FlowAR, batch {batch}, float32'
+    cost = count_and_compile(name, model, product, batch * sampling_flops(model, options), args.compile)
+    return [compare(name, product, published, args.repeats, device, cost=cost)]
+
+
+ROWS = dict(var=rows_of_var, flexvar=rows_of_flexvar, npp=rows_of_npp, flowar=rows_of_flowar)
 
 
 def main() -> None:
@@ -161,14 +182,16 @@ def main() -> None:
     parser.add_argument('--depth', type=int, default=8, help='of VAR and FlexVAR')
     parser.add_argument('--batches', type=int, nargs='+', default=[1, 4])
     parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--families', nargs='+', choices=ROWS, default=list(ROWS))
+    parser.add_argument('--compile', action='store_true', help='compile the product')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     device = default_device()
     torch.manual_seed(0)
     rows = []
     for batch in args.batches:
-        for rows_of in (rows_of_var, rows_of_flexvar, rows_of_npp, rows_of_flowar):
-            rows += rows_of(args, device, batch)
+        for family in args.families:
+            rows += ROWS[family](args, device, batch)
     write_report(report_header('sampling', device) | dict(rows=rows), args.out)
 
 

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 
 from bench.common import (
     compare,
+    counted,
     default_device,
     report_header,
     save_figure,
@@ -79,7 +80,9 @@ def rows_of(axis: str, value: int, sizes: dict[str, int], args: argparse.Namespa
     )
     rows = []
     for what, (run, flops) in runs.items():
-        row = compare(f'VAR {what}, {axis} {value}', run, None, args.repeats, device, dtype, batch * flops)
+        name = f'VAR {what}, {axis} {value}'
+        cost = counted(name, run, batch * flops)
+        row = compare(name, run, None, args.repeats, device, dtype, cost)
         rows.append(row | dict(axis=axis, what=what, value=value))
     return rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import compare, default_device, four_digits, report_header, write_report
+from bench.common import compare, counted, default_device, four_digits, report_header, write_report
 from bench.cost import decoder_flops, encode_flops
 from models import VQVAE, AutoencoderKL, FlexVAE, Tokenizer, VQModel
 from utils.misc import allow_tf32
@@ -47,8 +47,9 @@ def main() -> None:
                      decode=decoder_flops(tokenizer.decoder, feature_side))
         runs = dict(encode=partial(tokenizer.encode, images_B3HW), decode=partial(decoded, tokenizer, tokens))
         for what, run in runs.items():
-            row = compare(f'{name} {what}, batch {args.batch}', run, None, args.repeats, device,
-                          flops=args.batch * flops[what])
+            title = f'{name} {what}, batch {args.batch}'
+            cost = counted(title, run, args.batch * flops[what])
+            row = compare(title, run, None, args.repeats, device, cost=cost)
             rows.append(row | dict(images_per_second=four_digits(args.batch / row['product_seconds'])))
     write_report(report_header('tokenizer', device) | dict(rows=rows), args.out)
 

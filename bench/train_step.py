@@ -16,6 +16,7 @@ import torch
 from bench import reference
 from bench.common import (
     compare,
+    counted,
     default_device,
     report_header,
     require_equal,
@@ -23,7 +24,6 @@ from bench.common import (
     write_report,
 )
 from bench.cost import encode_flops
-from bench.counter import cost_of
 from bench.flexvar_throughput import FixedSchedule
 from bench.sampling import PATCH_NUMS, make_flexvar, make_flowar, make_npp, make_var
 from models import ARModel
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=11 if on_gpu else 5)
     parser.add_argument('--precision', type=int, choices=(0, 1, 2), default=2 if on_gpu else 0,
                         help='0 float32, 1 float16, 2 bfloat16')
+    parser.add_argument('--only', default='', help='first word of the cases to run, such as VAR')
     parser.add_argument('--compile', action='store_true', help='compile the product')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
@@ -146,15 +147,17 @@ def main() -> None:
     dtype = DTYPES[args.precision]
     rows = []
     for case in cases(device, args.depth, args.batch):
+        if args.only not in ('', case.name.split()[0]):
+            continue
         flops = formula_of(case)
         product, published = both_ways(case, args.precision)
-        cost = cost_of(product)
+        cost = counted(case.name, product, flops)
         name = f'{case.name}, batch {args.batch}, {str(dtype).removeprefix("torch.")}'
         if args.compile:
             name += ', compiled'
             for part in case.model.compiled_parts():
                 part.compile()
-        rows.append(compare(name, product, published, args.repeats, device, dtype, flops, cost))
+        rows.append(compare(name, product, published, args.repeats, device, dtype, cost))
     write_report(report_header('train_step', device) | dict(rows=rows), args.out)
 
 
