@@ -357,8 +357,9 @@ def report_header(module: str, device: torch.device) -> dict[str, Any]:
     Args:
         module: name of the benchmark, as after `python -m bench.`
     """
+    flags = [word for word in sys.argv[1:] if not word.startswith('--out=')]  # where it goes changes nothing
     return dict(
-        command=' '.join(['python', '-m', f'bench.{module}', *sys.argv[1:]]),
+        command=' '.join(['python', '-m', f'bench.{module}', *flags]),
         device=device_name(device),
         versions=versions(),
         threads=torch.get_num_threads(),

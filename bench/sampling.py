@@ -123,7 +123,8 @@ def rows_by_precision(family: str, model: VAR | FlexVAR, sample: Callable[..., t
         return sample(model, label_B, cfg, TOP_K, TOP_P, rng)
 
     require_equal(family, product(ImageNoise(0, numbers)), published(ImageNoise(0, numbers)), 1e-3)
-    name = f'{family} depth {args.depth}, batch {batch}'
+    compiled = ', compiled' if args.compile else ''
+    name = f'{family} depth {args.depth}, batch {batch}{compiled}'
     flops = batch * sampling_flops(model, {})
     cost = count_and_compile(name, model, product, flops, args.compile)
     rows = [compare(f'{name}, float32', product, published, args.repeats, device, cost=cost)]
