@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,15 +300,20 @@ def four_digits(value: float) -> float:
 
 
 def counted(name: str, product: Callable[[], object], flops: float) -> Cost:
-    """What a call costs, whose products a formula gives as well.
+    """What a call costs, whose products a formula gives as well; see `checked`."""
+    return checked(name, partial(cost_of, product), flops)
+
+
+def checked(name: str, count: Callable[[], Cost], flops: float) -> Cost:
+    """A count, whose products a formula gives as well.
 
     Raises:
         SystemExit: the two disagree, also under a mask over all tokens, as the formulas take attention.
     """
-    cost = cost_of(product)
+    cost = count()
     if not agree(cost.flops, flops):
         with under_one_mask():
-            require_flops(name, cost_of(product).flops, flops)
+            require_flops(name, count().flops, flops)
     return cost
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.common import report_header, require_flops, write_json
+from bench.common import checked, report_header, require_flops, write_json
 from bench.counter import (
     CARDS,
     LAUNCH_SECONDS,
@@ -27,7 +27,6 @@ from bench.counter import (
     fake_tensors,
     materialized,
     seconds_on,
-    under_one_mask,
 )
 from bench.flexvar_throughput import FixedSchedule
 from configs import PRESETS, SAMPLE_PRESETS, SampleConfig, TrainConfig, parse_sampling, parse_training
@@ -375,13 +374,15 @@ def times(cost: Cost, images: int) -> dict[str, dict[str, float | str]]:
 def row_of_training(preset: str, batch: int) -> dict[str, Any]:
     """A training step on one card."""
     config = published_config(preset)
-    cost = extrapolated(lambda *depths: training_cost(config, batch, depths=depths), published_depths(config))
     model = build_on_meta(config)
-    if not getattr(model, 'use_checkpoint', False):
-        with under_one_mask():
-            dense = extrapolated(lambda *depths: training_cost(config, batch, depths=depths),
-                                 published_depths(config))
-        require_flops(preset, dense.flops, batch * step_flops(config, model))
+
+    def count() -> Cost:
+        return extrapolated(lambda *depths: training_cost(config, batch, depths=depths),
+                            published_depths(config))
+
+    # The formula leaves out what is computed again.
+    recomputes = getattr(model, 'use_checkpoint', False)
+    cost = count() if recomputes else checked(preset, count, batch * step_flops(config, model))
     return dict(run=preset, what='training step') | describe(cost, batch) | dict(model=times(cost, batch))
 
 

@@ -4,9 +4,7 @@
 there before. On CUDA the allocator tells it, on the CPU it is counted (see `bench.counter`), so that it is
 exact and repeats.
 """
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -21,7 +19,7 @@ from bench.common import (
 )
 from bench.counter import cost_of
 from bench.sampling import TOP_K, TOP_P, make_var
-from bench.train_step import both_ways, cases
+from bench.train_step import both_ways, cases, parser_of_cases
 from models.noise import ImageNoise
 
 
@@ -39,14 +37,7 @@ def row_of(name: str, product: Callable[[], object], published: Callable[[], obj
 def main() -> None:
     """Measure all families and write the report."""
     device = default_device()
-    on_gpu = device.type == 'cuda'
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--depth', type=int, default=16 if on_gpu else 4, help='of VAR and FlexVAR')
-    parser.add_argument('--batch', type=int, default=32 if on_gpu else 2)
-    parser.add_argument('--precision', type=int, choices=(0, 1, 2), default=2 if on_gpu else 0,
-                        help='of training steps: 0 float32, 1 float16, 2 bfloat16')
-    parser.add_argument('--out', type=Path)
-    args = parser.parse_args()
+    args = parser_of_cases(__doc__, device.type == 'cuda').parse_args()
     torch.manual_seed(0)
     rows = []
     for case in cases(device, args.depth, args.batch):

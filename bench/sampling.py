@@ -79,6 +79,11 @@ def with_precision(device: torch.device, precision: int, run: Callable[[], objec
         return run()
 
 
+def row_name(model: str, batch: int, args: argparse.Namespace) -> str:
+    """What a row is of, but for its precision."""
+    return f'{model}, batch {batch}, compiled' if args.compile else f'{model}, batch {batch}'
+
+
 def count_and_compile(name: str, model: ARModel, product: Callable[[], object], flops: float,
                       compiles: bool) -> Cost:
     """What a call of the product costs in eager code; then it is compiled, if it is to be.
@@ -123,8 +128,7 @@ def rows_by_precision(family: str, model: VAR | FlexVAR, sample: Callable[..., t
         return sample(model, label_B, cfg, TOP_K, TOP_P, rng)
 
     require_equal(family, product(ImageNoise(0, numbers)), published(ImageNoise(0, numbers)), 1e-3)
-    compiled = ', compiled' if args.compile else ''
-    name = f'{family} depth {args.depth}, batch {batch}{compiled}'
+    name = row_name(f'{family} depth {args.depth}', batch, args)
     flops = batch * sampling_flops(model, {})
     cost = count_and_compile(name, model, product, flops, args.compile)
     rows = [compare(f'{name}, float32', product, published, args.repeats, device, cost=cost)]
@@ -149,7 +153,7 @@ def rows_of_npp(args: argparse.Namespace, device: torch.device, batch: int) -> l
         return reference.sample_npp(model, label_B, 2., TOP_K, rng)
 
     require_equal('NPP', product(), published(ImageNoise(0, numbers)), 0.)
-    name = f'NPP 8 x 512, batch {batch}, float32'
+    name = row_name('NPP 8 x 512', batch, args) + ', float32'
     cost = count_and_compile(name, model, product, batch * npp_flops(model), args.compile)
     return [compare(name, product, published, args.repeats, device, cost=cost)]
 
@@ -169,7 +173,7 @@ def rows_of_flowar(args: argparse.Namespace, device: torch.device, batch: int) -
 
     with torch.no_grad():
         require_equal('FlowAR', product(), published(), 1e-3)
-    name = f'FlowAR, batch {batch}, float32'
+    name = row_name('FlowAR', batch, args) + ', float32'
     cost = count_and_compile(name, model, product, batch * sampling_flops(model, options), args.compile)
     return [compare(name, product, published, args.repeats, device, cost=cost)]
 

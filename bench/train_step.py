@@ -129,19 +129,25 @@ def formula_of(case: Case) -> float:
     return batch * (case.model.training_flops(aux['num_tokens']) + case.flops)
 
 
+def parser_of_cases(description: str, on_gpu: bool) -> argparse.ArgumentParser:
+    """Flags of what `cases` builds and `both_ways` runs, and of where the report goes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('--depth', type=int, default=16 if on_gpu else 4, help='of VAR and FlexVAR')
+    parser.add_argument('--batch', type=int, default=32 if on_gpu else 2)
+    parser.add_argument('--precision', type=int, choices=(0, 1, 2), default=2 if on_gpu else 0,
+                        help='of training steps: 0 float32, 1 float16, 2 bfloat16')
+    parser.add_argument('--out', type=Path)
+    return parser
+
+
 def main() -> None:
     """Compare all families and write the report."""
     device = default_device()
     on_gpu = device.type == 'cuda'
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--depth', type=int, default=16 if on_gpu else 4, help='of VAR and FlexVAR')
-    parser.add_argument('--batch', type=int, default=32 if on_gpu else 2)
+    parser = parser_of_cases(__doc__, on_gpu)
     parser.add_argument('--repeats', type=int, default=11 if on_gpu else 5)
-    parser.add_argument('--precision', type=int, choices=(0, 1, 2), default=2 if on_gpu else 0,
-                        help='0 float32, 1 float16, 2 bfloat16')
     parser.add_argument('--only', default='', help='first word of the cases to run, such as VAR')
     parser.add_argument('--compile', action='store_true', help='compile the product')
-    parser.add_argument('--out', type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     dtype = DTYPES[args.precision]
