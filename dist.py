@@ -202,13 +202,13 @@ def allgather_object(value: Any) -> list[Any]:
     return values
 
 
-def raise_together(failure: ValueError | None) -> None:
+def raise_together(failure: ValueError | OSError | None) -> None:
     """Raise the error of one rank on all of them, so that no rank goes on alone; every rank calls it.
 
     Args:
         failure: the error of this rank, or None.
     Raises:
-        ValueError: the error of the first rank that has one.
+        ValueError, OSError: the error of the first rank that has one.
     """
     failures = allgather_object((host_name(), failure))
     for rank, (host, error) in enumerate(failures):
@@ -263,14 +263,14 @@ def from_master(make: Callable[[], Any]) -> Any:
     Args:
         make: is called on rank 0 alone; its value must be picklable.
     Raises:
-        ValueError: the error of `make`, on every rank.
+        ValueError, OSError: the error of `make`, on every rank.
     """
     value = None
     failure = None
     if is_master():
         try:
             value = make()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             failure = error
     raise_together(failure)
     return allgather_object(value)[0]

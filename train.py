@@ -12,11 +12,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,7 +36,7 @@ from training.data import (
     validation_loader,
     waiting_note,
 )
-from training.faults import BadImages, NotFinite, SkippedSteps
+from training.faults import BadImages, LossSpikes, NotFinite, SkippedSteps
 from training.fid import build_training_fid
 from training.journal import Journal, lines_per_epoch
 from training.resume import (
@@ -48,8 +48,9 @@ from training.resume import (
     go_back_one_checkpoint,
     repair_best,
 )
+from training.saving import CheckpointWriter
 from utils.amp_sc import DTYPES, note_on_bfloat16
-from utils.checkpoint import lock_folder, remove_leftovers, save_checkpoint
+from utils.checkpoint import lock_folder, remove_leftovers
 from utils.data import name_of
 from utils.files import write_text
 from utils.loading import without_child_signal
@@ -74,6 +75,7 @@ def train(run: 'Run') -> None:
     Raises:
         Stopped: a signal came; everything is saved.
         NotFinite: too many steps in a row were not finite.
+        OSError: a checkpoint could not be written; those before it are intact.
         ValueError: more images cannot be read than `--max_bad_images`, or ranks differ at a checkpoint.
     """
     run.measure_missing_distance()
@@ -89,14 +91,17 @@ def train(run: 'Run') -> None:
             run.count_skipped(epoch, step, info)
             if run.shows_pictures_after(step):
                 run.show_pictures(step + 1)
-            # One exchange tells all ranks of a signal to any of them, of images that could not be read, and
-            # of the time by the clock of the first rank.
-            stops, has_damage, is_late = run.exchange(damage_B)
-            if has_damage:
+            # One exchange tells all ranks of a signal to any of them, of images that could not be read, of a
+            # checkpoint that could not be written, and of the time by the clock of the first rank.
+            heard = run.exchange(damage_B, info)
+            run.spikes.add(step, heard.loss)
+            if heard.has_damage:
                 run.bad_images.add(damage_B)
-            if stops:
+            if heard.has_lost_checkpoint:
+                run.wait_for_checkpoint()
+            if heard.stops:
                 run.stop_at(epoch, run.step_of_epoch(step) + 1)
-            if run.saves_after(epoch, step, is_late):
+            if run.saves_after(epoch, step, heard.is_late):
                 run.save(epoch, run.step_of_epoch(step) + 1)
 
         run.require_finite_end(epoch)
@@ -110,17 +115,28 @@ def train(run: 'Run') -> None:
     run.finish()
 
 
+class Heard(NamedTuple):
+    """What the ranks tell each other after every step."""
+    stops: bool                # a signal has come to one of them
+    has_damage: bool           # one of them met an image that could not be read
+    is_late: bool              # a checkpoint is due by the clock of the first rank
+    has_lost_checkpoint: bool  # the first rank could not write one
+    loss: float                # of the step, the mean over ranks
+
+
 class Run:
     """One training: what is trained on what, how far it is, and what a checkpoint holds of it.
 
     Args:
         config: all settings.
         data: of `build_data`.
+        left_out: (first, last) steps that earlier attempts of this start have found to be bad; these and all
+            between them are left out.
     Raises:
         ValueError: ranks differ, or the newest checkpoint in the output folder is of another training.
     """
 
-    def __init__(self, config: TrainConfig, data: Data):
+    def __init__(self, config: TrainConfig, data: Data, left_out: Collection[tuple[int, int]] = ()):
         self.config = config
         self.data = data
         self.folder = Path(config.output_dir)
@@ -151,9 +167,12 @@ class Run:
             check_model(self.resumed_from, checkpoint, config.model)
             check_classes(self.resumed_from, checkpoint, data.classes, config.data_path)
             self.start = self.state.take_over(self.resumed_from, checkpoint, self.described, config.steps)
+        self.state.left_out += [steps for steps in left_out if steps not in self.state.left_out]
+        self.has_checkpoint = self.resumed_from is not None  # this start has read or written one
         self.skipped = SkippedSteps(self.folder, self.state, config.max_skipped_steps, config.precision,
                                     self.resumed_from is not None)
         self.bad_images = BadImages(self.state.bad_images, config.max_bad_images)
+        self.spikes = LossSpikes()
 
         # 3. Random numbers and precision.
         torch.backends.cudnn.deterministic = config.seed is not None
@@ -192,6 +211,8 @@ class Run:
         if dist.is_master():
             path = self.folder / 'config.yaml'
             write_text(path, config_text(config, f'python train.py --config={path}', seed=self.state.seed))
+        self.checkpoints = CheckpointWriter(self.folder, config.CHECKPOINT_PREFIX, config.background_save,
+                                            config.keep_newest, config.keep_every, config.after_save)
         self.announce()
         self.has_named_waiting = False
         self.began = time.time()
@@ -256,8 +277,11 @@ class Run:
     def saves_after(self, epoch: int, step: int, is_late: bool) -> bool:
         """Whether a checkpoint follows this step, within an epoch; its end has one in any case."""
         every, _ = self.config.save_steps_minutes
-        is_due = is_late or (every and (step + 1) % every == 0)
-        return bool(is_due) and self.step_of_epoch(step) + 1 < self.last_step(epoch)
+        is_due = is_late or any(number and (step + 1) % number == 0
+                                for number in (every, self.config.keep_every))
+        # Among steps that are not finite none is due: the last good one may have to be restored.
+        is_good = self.skipped.in_a_row == 0
+        return is_due and is_good and self.step_of_epoch(step) + 1 < self.last_step(epoch)
 
     def shows_pictures_after(self, step: int) -> bool:
         """Whether pictures follow this step."""
@@ -284,7 +308,8 @@ class Run:
             images_per_iter=self.config.micro_batch(dist.get_world_size()) * self.config.accumulate)
         for it, batch in batches:
             self.journal.tb.set_step(begin + it)
-            yield begin + it, batch
+            if not self.state.is_left_out(begin + it):
+                yield begin + it, batch
 
     def name_waiting(self, share: float) -> None:
         """Say, once in a start, that much of the time is spent on waiting for data, and what helps."""
@@ -328,14 +353,19 @@ class Run:
                     progress=step / self.total_steps, stepping=i + 1 == num_micro)
         return info
 
-    def exchange(self, damage_B: list[str]) -> tuple[bool, bool, bool]:
-        """Whether any rank was asked to stop, whether any met an image that could not be read, and whether a
-        checkpoint is due by the clock of the first rank; the same on every rank."""
+    def exchange(self, damage_B: list[str], info: StepInfo) -> Heard:
+        """What the ranks tell each other after a step, the same on every rank.
+
+        Args:
+            damage_B: for every image of this rank's batch why it could not be read, or ''.
+            info: outcome of the step on this rank.
+        """
         _, minutes = self.config.save_steps_minutes
         is_late = bool(minutes) and time.time() - self.last_save >= 60 * minutes
-        sums = dist.sum_over_ranks(bool(self.stop_request), any(damage_B), is_late and dist.is_master())
-        stops, has_damage, is_late = map(bool, sums)
-        return stops, has_damage, is_late
+        *marks, loss = dist.sum_over_ranks(bool(self.stop_request), any(damage_B),
+                                           is_late and dist.is_master(), self.checkpoints.has_failed,
+                                           float(info.loss))
+        return Heard(*map(bool, marks), loss / dist.get_world_size())
 
     # ------------------------------------------------------------------------------ what goes wrong
     def count_skipped(self, epoch: int, step: int, info: StepInfo) -> None:
@@ -362,6 +392,10 @@ class Run:
         """
         if epoch + 1 == self.config.epochs and self.skipped.in_a_row > 1:
             self.skipped.give_up(self.total_steps - 1)
+
+    def may_restore(self) -> bool:
+        """Whether the last checkpoint may be restored after steps that were not finite."""
+        return self.has_checkpoint and len(self.state.left_out) < self.config.max_restores
 
     def compare_weights(self) -> None:
         """Make sure that all ranks train the same model.
@@ -394,6 +428,7 @@ class Run:
         Raises:
             Stopped: always.
         """
+        self.wait_for_checkpoint()
         name = self.stop_request.signal_name or 'a signal to another process'
         self.journal.tb.close()
         raise Stopped(f'stopped by {name}; everything is saved in {self.folder}, run the same command again '
@@ -498,26 +533,38 @@ class Run:
             remaining)
 
     def save(self, epoch: int, step: int, is_best: bool = False) -> None:
-        """Checkpoint at `step` of `epoch`; the master alone writes, the others wait.
+        """Checkpoint at `step` of `epoch`; the first rank alone writes, in the background if it may.
 
         Raises:
+            OSError: the checkpoint before it could not be written; older ones are intact.
             ValueError: ranks differ, or a number is nan or infinite; on every rank. Older checkpoints stay.
         """
         self.compare_weights()
         self.last_save = time.time()
-        progress = (epoch * self.state.steps_per_epoch + step) / self.total_steps
+        steps_done = epoch * self.state.steps_per_epoch + step
         self.journal.tb.flush()
 
         def write() -> None:
-            save_checkpoint(dict(epoch=epoch, iter=step, trainer=self.trainer.state_dict(progress),
-                                 args=vars(self.config), run=vars(self.state), classes=self.data.classes,
-                                 data=self.described, **self.made_with),
-                            self.folder, self.config.CHECKPOINT_PREFIX, is_best)
+            trainer = self.trainer.state_dict(steps_done / self.total_steps)
+            state = dict(epoch=epoch, iter=step, trainer=trainer, args=vars(self.config),
+                         run=vars(self.state), classes=self.data.classes, data=self.described,
+                         **self.made_with)
+            self.checkpoints.save(state, steps_done, is_best)
         dist.from_master(write)
+        self.has_checkpoint = True
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is on the disk; every rank calls it.
+
+        Raises:
+            OSError: it could not be written, on every rank; older ones are intact.
+        """
+        dist.from_master(self.checkpoints.wait)
 
     def finish(self) -> None:
         """Write what a finished training leaves, and say what was left out on the way."""
         self.journal.tb.close()
+        self.wait_for_checkpoint()
         if not dist.is_master():
             return
         self.trainer.finish(self.folder, self.config.model, self.steps_done < self.total_steps)
@@ -549,30 +596,37 @@ def choose_seed(config: TrainConfig, saved: int | None) -> int:
 
 
 def train_from_newest(config: TrainConfig, data: Data) -> None:
-    """A training from its newest checkpoint on.
+    """A training from its newest checkpoint on, and again from there after steps that were not finite.
 
-    Where not one step after a restart is finite, that checkpoint is set aside and the one before it is
-    continued, once.
+    Where too many of them come in a row, the last good checkpoint is restored, and its training goes on
+    without them, up to `--max_restores` times. Where not one step after a checkpoint is finite, it is set
+    aside and the one before it is continued, once.
 
     Raises:
-        NotFinite: it fails again, or later.
+        NotFinite: there is no checkpoint to restore, or it was restored too often.
     """
-    run = Run(config, data)
-    try:
-        with run.stop_request:
-            train(run)
-        return
-    except NotFinite as failure:
-        if not failure.at_once:
-            raise
-        logger.warning('%s', failure)
-    path = run.resumed_from
-    run.journal.tb.close()
-    del run  # its memory, before the next one is built
-    go_back_one_checkpoint(path, config.CHECKPOINT_PREFIX)
-    run = Run(config, data)
-    with run.stop_request:
-        train(run)
+    left_out: list[tuple[int, int]] = []
+    has_gone_back = False
+    while True:
+        run = Run(config, data, left_out)
+        try:
+            with run.stop_request, run.checkpoints:
+                train(run)
+            return
+        except NotFinite as failure:
+            goes_back = failure.at_once and not has_gone_back
+            if not goes_back and not run.may_restore():
+                raise
+            logger.warning('%s', failure)
+            left_out = list(run.state.left_out)
+            if not goes_back:
+                left_out.append(run.skipped.leave_out(failure.step))
+        path = run.resumed_from
+        run.journal.tb.close()
+        del run  # its memory, before the next one is built
+        if goes_back:
+            has_gone_back = True
+            go_back_one_checkpoint(path, config.CHECKPOINT_PREFIX)
 
 
 def describe(config: TrainConfig, world_size: int) -> dict[str, Any]:

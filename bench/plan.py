@@ -119,14 +119,19 @@ def smallest_accumulation(config: TrainConfig, model: ARModel, cards: int, card:
 
 
 # ---------------------------------------------------------------------------------------------- the plan
+def checkpoint_bytes(config: TrainConfig, model: ARModel) -> int:
+    """Of one checkpoint: weights, two moments, the average if there is one, and the tokenizer."""
+    copies = 4 if config.ema else 3
+    return FLOAT32 * (copies * count_parameters(model) + count_parameters(model.tokenizer))
+
+
 def checkpoints(config: TrainConfig, model: ARModel, hours: float, disk: float) -> dict[str, float]:
     """Size and number of the checkpoints of a training that takes `hours`, and the share of time they take.
 
     Args:
-        disk: bytes/s that the first rank writes, while all others wait.
+        disk: bytes/s that the first rank writes, which all ranks wait for without `--background_save`.
     """
-    copies = 4 if config.ema else 3  # weights, two moments, average
-    num_bytes = FLOAT32 * (copies * count_parameters(model) + count_parameters(model.tokenizer))
+    num_bytes = checkpoint_bytes(config, model)
     steps, minutes = config.save_steps_minutes
     number = config.epochs
     if minutes:

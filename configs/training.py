@@ -111,10 +111,47 @@ class TrainConfig:
         free=True,
         group='run',
     )
+    background_save: bool = opt(
+        True,
+        'write checkpoints while the training goes on, from a copy of the state in host memory',
+        free=True,
+        group='run',
+    )
+    keep_newest: int = opt(
+        2,
+        'so many of the newest checkpoints are kept, as -last, -prev, -prev2 and so on',
+        limits=(1, INF),
+        free=True,
+        group='run',
+    )
+    keep_every: int = opt(
+        0,
+        'save at every multiple of so many optimizer steps and keep that checkpoint for good, as '
+        '-step<number>; 0 keeps none',
+        limits=(0, INF),
+        free=True,
+        group='run',
+    )
+    after_save: str = opt(
+        '',
+        'shell command that is started after every save, with the file in $CHECKPOINT and the number of '
+        'steps in $STEP: to upload it, say; the training does not wait for it',
+        free=True,
+        per_node=True,
+        group='run',
+    )
     max_skipped_steps: int = opt(
         10,
-        'so many steps in a row that are left out, since their loss or gradient is not finite, end the run; '
-        '0 never ends it',
+        'after so many steps in a row whose loss or gradient is not finite, which leave the weights as they '
+        'are, the last checkpoint is restored; 0 never does that',
+        limits=(0, INF),
+        free=True,
+        group='run',
+    )
+    max_restores: int = opt(
+        3,
+        'so many times the last checkpoint may be restored, to go on without the steps that were not finite '
+        'and as many before them; after that such steps end the run',
         limits=(0, INF),
         free=True,
         group='run',

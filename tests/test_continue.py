@@ -448,14 +448,14 @@ def test_torn_lines_of_logs_are_left_out(train_here, tmp_path):
 def test_a_kill_while_the_best_is_written_is_mended_by_the_next_start(train_here, tmp_path, monkeypatch):
     flags = '--ep=2', '--eval_every=1'
     expected = read(train_here(tmp_path / 'straight', *flags), 'ar-ckpt-best.pth')
-    save = train.save_checkpoint
+    save = train.CheckpointWriter.save
 
-    def killed(state, folder, prefix, is_best=False):
+    def killed(self, state, *args):
         if state['epoch'] == 2:
             raise Killed
-        save(state, folder, prefix, is_best)
+        save(self, state, *args)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, 'save_checkpoint', killed)
+        patch.setattr(train.CheckpointWriter, 'save', killed)
         train_here(tmp_path / 'run', *flags)
     train_here(tmp_path / 'run', *flags)
     final = read(tmp_path / 'run', 'ar-ckpt-best.pth')
@@ -484,7 +484,7 @@ def test_a_checkpoint_says_what_it_was_made_with(train_here, tmp_path):
     assert set(checkpoint) == {'epoch', 'iter', 'trainer', 'args', 'run', 'classes', 'data', 'git_commit',
                                'versions'}
     assert set(checkpoint['run']) == {'seed', 'steps_per_epoch', 'best', 'best_epoch', 'validation',
-                                      'epochs_ended', 'skipped_steps', 'bad_images'}
+                                      'epochs_ended', 'skipped_steps', 'bad_images', 'left_out'}
     assert set(checkpoint['trainer']) == {'config', 'training_state', 'var_wo_ddp', 'vae_local', 'vae_config',
                                           'var_opt'}
     header = lines_of(tmp_path / 'log.txt')[0]

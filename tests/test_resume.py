@@ -10,7 +10,6 @@ import train
 import trainer
 from tests.runs import (
     BATCH,
-    STEPS_PER_EPOCH,
     VQVAE_FLAGS,
     VQVAE_WITH_GAN,
     assert_equal,
@@ -116,8 +115,8 @@ def test_best_score_survives_a_restart(train_here, tmp_path, monkeypatch):
                                                       ('1m', [*range(1, 11)])])
 def test_checkpoints_by_step_and_by_minute(train_here, tmp_path, monkeypatch, save_every, expected):
     positions = []
-    monkeypatch.setattr(train, 'save_checkpoint', lambda state, *_: positions.append(
-        state['epoch'] * STEPS_PER_EPOCH + state['iter']))
+    monkeypatch.setattr(train.CheckpointWriter, 'save', lambda self, state, step, is_best: positions.append(
+        step))
     clock = iter(range(0, 10 ** 6, 60))  # every look at the clock is a minute later
     monkeypatch.setattr(train.time, 'time', lambda: next(clock))
     train_here(tmp_path, '--ep=2', f'--save_every={save_every}')

@@ -1,9 +1,14 @@
 """Faults that a training survives up to a limit: steps that are not finite, images that cannot be read.
 
+A loss that leaps without being infinite is only named.
+
 Every rank has the same counts: a step is left out on all ranks or on none, and ranks tell each other which
 images they could not read.
 """
 import logging
+import math
+import statistics
+from collections import deque
 from pathlib import Path
 
 import dist
@@ -24,11 +29,13 @@ class NotFinite(ValueError):
     """Too many steps in a row had a loss or gradient that is nan or infinite.
 
     Attributes:
+        step: the last of these steps, since the beginning of the training.
         at_once: whether no step since the start was finite; then the checkpoint itself may be at fault.
     """
 
-    def __init__(self, message: str, at_once: bool):
+    def __init__(self, message: str, step: int, at_once: bool):
         super().__init__(message)
+        self.step = step
         self.at_once = at_once
 
 
@@ -38,7 +45,7 @@ class SkippedSteps:
     Args:
         folder: where not_finite.jsonl is written.
         state: its `skipped_steps` counts these steps, those of earlier starts included.
-        limit: the run ends after this many in a row; 0 means no limit.
+        limit: `report` gives up after this many in a row; 0 means no limit.
         precision: of the config, for the advice.
         is_resumed: whether this start continues a checkpoint.
     """
@@ -50,6 +57,7 @@ class SkippedSteps:
         self.precision = precision
         self.is_resumed = is_resumed
         self.in_a_row = 0
+        self.suspects: list[str] = []  # images of the steps in this row
         self.steps_since_start = 0
 
     def count(self, info: StepInfo) -> None:
@@ -57,6 +65,7 @@ class SkippedSteps:
         self.steps_since_start += 1
         if info.is_finite:
             self.in_a_row = 0
+            self.suspects = []
         else:
             self.in_a_row += 1
             self.state.skipped_steps += 1
@@ -82,6 +91,7 @@ class SkippedSteps:
             if not is_finite:
                 suspects += names
         suspects = suspects or all_images
+        self.suspects += suspects
         if dist.is_master():
             append_json_line(self.folder / 'not_finite.jsonl', dict(step=step, epoch=epoch, images=suspects))
             logger.warning('step %d is left out, its loss or gradient is not finite (%d so far); %d images, '
@@ -91,7 +101,7 @@ class SkippedSteps:
             self.give_up(step)
 
     def give_up(self, step: int) -> None:
-        """End the run because of steps that were not finite, of which `step` is the last.
+        """Stop the training because of steps that were not finite, of which `step` is the last.
 
         Raises:
             NotFinite: always.
@@ -99,7 +109,62 @@ class SkippedSteps:
         at_once = self.is_resumed and self.in_a_row == self.steps_since_start
         raise NotFinite(f'the last {self.in_a_row} steps up to step {step} were not finite: '
                         f'{REMEDIES[self.precision]}, and run again from the last checkpoint, if there is '
-                        'one (--max_skipped_steps is the limit)', at_once)
+                        'one (--max_skipped_steps is the limit)', step, at_once)
+
+    def leave_out(self, last: int) -> tuple[int, int]:
+        """Note which steps are left out when the last checkpoint is restored.
+
+        These are the steps in this row, and as many before them: one of those may have made the weights so
+        large that the next ones overflowed.
+
+        Args:
+            last: the last step that was not finite, since the beginning of the training.
+        Returns:
+            The first and the last step that are left out.
+        """
+        first = max(last + 1 - 2 * self.in_a_row, 0)
+        logger.warning('the last checkpoint is restored, and steps %d to %d are left out; left_out.jsonl '
+                       'names the images of those that were not finite', first, last)
+        if dist.is_master():
+            append_json_line(self.folder / 'left_out.jsonl',
+                             dict(first=first, last=last, images=self.suspects))
+        return first, last
+
+
+class LossSpikes:
+    """Names steps whose loss leaps far above that of the steps before them.
+
+    Attributes:
+        losses: of the last finite steps.
+        quiet_until: no step before this one is named, so that a higher plateau gives one line.
+    """
+
+    WINDOW = 100    # steps that a loss is compared with
+    DEVIATIONS = 8  # a leap is so many standard deviations above their median
+    RATIO = 1.2     # and so many times the median
+
+    def __init__(self):
+        self.losses: deque[float] = deque(maxlen=self.WINDOW)
+        self.quiet_until = 0
+
+    def add(self, step: int, loss: float) -> None:
+        """Take in the loss of a step, and log a line if it leaps.
+
+        Args:
+            step: since the beginning of the training.
+            loss: mean over all ranks; nan and infinite ones are counted elsewhere.
+        """
+        if not math.isfinite(loss):
+            return
+        if len(self.losses) == self.WINDOW and step >= self.quiet_until:
+            # Median and median distance from it: a leap does not hide the next one.
+            middle = statistics.median(self.losses)
+            deviation = 1.4826 * statistics.median(abs(before - middle) for before in self.losses)
+            if loss > middle + self.DEVIATIONS * deviation and loss > self.RATIO * middle > 0:
+                logger.warning('the loss leaps at step %d: %.4g, and the median of the %d steps before is '
+                               '%.4g', step, loss, self.WINDOW, middle)
+                self.quiet_until = step + self.WINDOW
+        self.losses.append(loss)
 
 
 class BadImages:

@@ -46,6 +46,12 @@ class RunState:
     epochs_ended: int = 0                  # epochs whose evaluation and line in log.txt are done
     skipped_steps: int = 0                 # steps left out, because they were not finite
     bad_images: list[str] = field(default_factory=list)  # why each could not be read
+    # (first, last) steps that are never done again, since they have spoilt the weights; one pair per restore
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+
+    def is_left_out(self, step: int) -> bool:
+        """Whether a step, counted from the beginning of the training, is not done again."""
+        return any(first <= step <= last for first, last in self.left_out)
 
     def take_over(self, path: Path, checkpoint: dict[str, Any], described: dict[str, Any],
                   steps: int) -> tuple[int, int]:

@@ -25,7 +25,8 @@ from utils.tensor_files import (
 
 __all__ = ['Newest', 'UnusableFile', 'atomic_path', 'first_not_finite', 'load_file', 'load_on_all_ranks',
            'load_with_digest', 'lock_folder', 'model_weights', 'newest_checkpoint', 'remove_leftovers',
-           'save_checkpoint', 'save_file', 'set_aside', 'tokenizer_weights']
+           'require_finite', 'save_checkpoint', 'save_file', 'set_aside', 'tokenizer_weights',
+           'write_checkpoint']
 
 logger = logging.getLogger(__name__)
 MASKS = ('attn_bias_for_masking', 'mask')  # last part of the names of buffers that hold -inf
@@ -36,7 +37,34 @@ COUNTER = 'n_averaged'  # a key of torch's AveragedModel beside its weights, who
 # ---------------------------------------------------------------------------------------------- writing
 def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str,
                     is_best: bool = False) -> None:
-    """Write `<prefix>-last.pth`, also as `-best` if `is_best`; the file that it replaces stays as `-prev`.
+    """Check the state of a training, and write it as its newest checkpoint; see `write_checkpoint`.
+
+    Raises:
+        OSError: the disk is full or not writable; every older file is intact.
+        ValueError: a tensor of the state holds nan or an infinite number; nothing is written.
+    """
+    require_finite(state)
+    write_checkpoint(state, folder, prefix, is_best)
+
+
+def require_finite(state: dict[str, Any]) -> None:
+    """Make sure that a checkpoint of nan never replaces a good one: no start could continue from it.
+
+    Args:
+        state: what the file is to hold; its entry `trainer` is looked through.
+    Raises:
+        ValueError: a tensor holds nan or an infinite number.
+    """
+    name = first_not_finite(state.get('trainer', {}), 'trainer')
+    if name is not None:
+        raise ValueError(f'{name} holds nan or infinite numbers: the checkpoint is not saved, so that those '
+                         'before it stay; lower the learning rate and run the same command again to go on '
+                         'from the last one')
+
+
+def write_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str, is_best: bool = False,
+                     keep_newest: int = 2, kept_step: int | None = None) -> None:
+    """Write `<prefix>-last.pth`; the files before it are kept as `-prev`, `-prev2` and so on.
 
     `-best` appears first: a kill in between leaves an older `-last`, whose continuation writes both again.
 
@@ -44,34 +72,52 @@ def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: st
         state: what the file holds.
         folder: where the files lie.
         prefix: begins the names of the files.
-        is_best: whether this is the best checkpoint so far.
+        is_best: whether this is the best checkpoint so far, which gets the name `-best`, too.
+        keep_newest: so many of the newest checkpoints are kept; older ones are removed.
+        kept_step: the checkpoint is kept for good as `-step<number>`, with eight digits; None does not keep
+            it.
     Raises:
         OSError: the disk is full or not writable; every older file is intact.
-        ValueError: a tensor of the state holds nan or an infinite number; nothing is written.
     """
-    # A checkpoint of nan would replace a good one, and no start could continue from it.
-    name = first_not_finite(state.get('trainer', {}), 'trainer')
-    if name is not None:
-        raise ValueError(f'{name} holds nan or infinite numbers: the checkpoint is not saved, so that those '
-                         'before it stay; lower the learning rate and run the same command again to go on '
-                         'from the last one')
     folder = Path(folder)
     last = folder / f'{prefix}-last.pth'
-    previous = folder / f'{prefix}-prev.pth'
     best = folder / f'{prefix}-best.pth'
     try:
         with atomic_path(last) as temporary:
             write_signed(state, temporary)
             if is_best:
                 link_or_copy(temporary, best)
-            # The older file has both names until the new one takes `last` at the end of this block.
-            if last.exists():
-                link_or_copy(last, previous)
+            if kept_step is not None:
+                link_or_copy(temporary, folder / f'{prefix}-step{kept_step:08d}.pth')
+            _make_room(last, prefix, keep_newest)
         sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
         older = '; the previous checkpoint is intact' if last.exists() else ''
         raise OSError(f'could not save a checkpoint in {str(folder)!r} ({error}): free some space and run '
                       f'the same command again{older}') from error
+
+
+def _make_room(last: Path, prefix: str, keep_newest: int) -> None:
+    """Let every checkpoint before the newest one move one name back, and remove those that are too old.
+
+    `last` itself keeps its name, too, until the new file takes it.
+    """
+    if not last.exists():
+        return
+    older = {age: path for path in last.parent.glob(f'{prefix}-prev*.pth') if (age := _steps_back(path))}
+    for age in sorted(older, reverse=True):
+        if age + 1 >= keep_newest:
+            older[age].unlink()
+        else:
+            older[age].replace(last.with_name(f'{prefix}-prev{age + 1}.pth'))
+    if keep_newest > 1:
+        link_or_copy(last, last.with_name(f'{prefix}-prev.pth'))
+
+
+def _steps_back(path: Path) -> int:
+    """How many saves a file lies before the newest one: 1 for `-prev`, 2 for `-prev2`, 0 for other names."""
+    match = re.search(r'-prev(\d*)$', path.stem)
+    return int(match[1] or 1) if match else 0
 
 
 def remove_leftovers(folder: str | os.PathLike, prefix: str) -> None:
@@ -182,7 +228,7 @@ def newest_checkpoint(folder: str | os.PathLike, pattern: str, without: Collecti
     return Newest(None, {}, '', ())
 
 
-def _age(path: Path) -> tuple[bool, bool, int]:
+def _age(path: Path) -> tuple[bool, bool, int, int]:
     """A key by which the newest checkpoint is the last one.
 
     Names come before times, since the files of a copied folder have other times.
@@ -191,7 +237,11 @@ def _age(path: Path) -> tuple[bool, bool, int]:
         changed = path.lstat().st_mtime_ns
     except OSError:
         changed = 0
-    return path.stem.endswith('-last'), path.stem.endswith('-prev'), changed
+    back = _steps_back(path)
+    kept = re.search(r'-step(\d+)$', path.stem)
+    if back:
+        return False, True, -back, changed
+    return path.stem.endswith('-last'), False, int(kept[1]) if kept else -1, changed
 
 
 # ---------------------------------------------------------------------------------------------- weights
