@@ -219,8 +219,8 @@ def interrupt(run, step):
         run()
 
 
-def kill_tree(pid):
-    """SIGKILL a process and all below it; torchrun's workers have sessions of their own."""
+def tree_of(pid):
+    """A process and all below it; torchrun's workers have sessions of their own."""
     parents = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
         with contextlib.suppress(OSError):
@@ -228,6 +228,12 @@ def kill_tree(pid):
     tree = [pid]
     for member in tree:  # grows while it is walked
         tree += [child for child, parent in parents.items() if parent == member]
+    return tree
+
+
+def kill_tree(pid):
+    """SIGKILL a process and all below it."""
+    tree = tree_of(pid)
     for member in tree:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member, signal.SIGKILL)
