@@ -154,8 +154,10 @@ def bad_batches(monkeypatch, *steps):
     monkeypatch.setattr(train.Run, 'train_step', patched)
 
 
-def test_bad_batches_are_gone_past_from_the_last_checkpoint(data, train_here, tmp_path, monkeypatch):
-    flags = '--ep=3', '--save_every=3', '--max_skipped_steps=2', '--log_every=1', '--eval_every=9'
+@pytest.mark.parametrize('precision', [0, 1, 2])
+def test_bad_batches_are_gone_past(data, train_here, tmp_path, monkeypatch, precision):
+    flags = ('--ep=3', '--save_every=3', '--max_skipped_steps=2', '--log_every=1', '--eval_every=9',
+             f'--fp16={precision}')
     with monkeypatch.context() as patch:
         bad_batches(patch, 8, 9)
         folder = train_here(tmp_path / 'restored', *flags)
