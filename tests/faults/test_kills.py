@@ -40,8 +40,8 @@ def flags_of(model, families, folder):
     logs = ('--bs=6', '--eval_every=2', '--log_every=1', f'--save_every={SAVE_EVERY}',
             f'--output_dir={folder}')
     if model == 'vqvae':
-        data = families["var"][0]
-        return [f"--data_path={data}", *VQVAE_WITH_GAN, "--ep=8", "--defer=20", "--disc_start=30",
+        images = families['var'][0]
+        return [f'--data_path={images}', *VQVAE_WITH_GAN, '--ep=8', '--defer=20', '--disc_start=30',
                 *logs]
     length = '--epochs=8' if model in ('npp', 'flowar') else '--ep=8'
     average = '--ema_rate=0.9' if model == 'flowar' else '--ema=0.9'
