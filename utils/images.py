@@ -1,12 +1,14 @@
 """The one reader of image files: RGB pixels as a viewer shows them, and every failure as one line.
 
-Training, extraction, packing, scores of tokenizers and the notebooks all read images by `read_image`.
+Training, extraction, packing, scores of tokenizers and the notebooks all read images by `read_image`, or by
+`decode_image` where the bytes lie inside another file.
 """
 import io
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
@@ -31,7 +33,15 @@ LONGEST_SHAPE = 16    # sides of a resized image, long to short, up to which it 
 
 
 class ImageError(ValueError):
-    """A file cannot be read as an image; the message is one line that names it."""
+    """A file cannot be read as an image; the message is one line that names it.
+
+    Attributes:
+        reason: what is wrong with the file, without its name.
+    """
+
+    def __init__(self, message: str, reason: str = ''):
+        super().__init__(message)
+        self.reason = reason
 
 
 def is_data(name: str) -> bool:
@@ -57,22 +67,41 @@ def read_image(path: str | os.PathLike, upright: bool = True) -> Image.Image:
     Raises:
         ImageError: the file cannot be read.
     """
-    name = repr(os.fspath(path))
-    try:
+    with image_errors(os.fspath(path)):
         if not is_regular(path):
-            raise ImageError(f'expected an image, {name} is no file: remove it')
-        return _rgb(*_opened(path), upright)
+            raise ImageError(f'expected an image, {os.fspath(path)!r} is no file: remove it', 'it is no file')
+        with open(path, 'rb') as file:
+            return decode_image(file, upright)
+
+
+def decode_image(file: IO[bytes], upright: bool = True) -> Image.Image:
+    """The RGB image in an open file, see `read_image`; it raises anything, so call it in `image_errors`."""
+    return _rgb(*_opened(file), upright)
+
+
+@contextmanager
+def image_errors(name: str, remedy: str = 'repair or remove the file') -> Iterator[None]:
+    """A context in which whatever goes wrong becomes an error that names the image.
+
+    Args:
+        name: of the image, for the message.
+        remedy: what to do about a file with a wrong content.
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    try:
+        yield
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f'expected an image, there is no file {name}: restore it, or remove it from the '
-                         'list or the link that names it') from None
+        raise ImageError(f'expected an image, there is no file {name!r}: restore it, or remove it from the '
+                         'list or the link that names it', 'there is no such file') from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f'expected an image, {name} has too many pixels ({error}): make it smaller, or '
-                         'remove it') from None
+        raise ImageError(f'expected an image, {name!r} has too many pixels ({error}): make it smaller, or '
+                         'remove it', 'it has too many pixels') from None
     except Exception as error:  # damaged headers make Pillow's readers raise anything
-        raise ImageError(f'expected an image, cannot read {name} ({reason_of(error)}): repair or remove the '
-                         'file') from None
+        reason = reason_of(error)
+        raise ImageError(f'expected an image, cannot read {name!r} ({reason}): {remedy}', reason) from None
 
 
 def is_regular(path: str | os.PathLike) -> bool:
@@ -95,24 +124,23 @@ def reason_of(error: Exception) -> str:
     return line[:200] or type(error).__name__
 
 
-def _opened(path: str | os.PathLike) -> tuple[Image.Image, str]:
+def _opened(file: IO[bytes]) -> tuple[Image.Image, str]:
     """The decoded first frame, and how the file stores its pixels: Pillow's raw mode, '' if unknown."""
-    with open(path, 'rb') as file:
-        try:
-            return _decoded(file)
-        except (ValueError, UnidentifiedImageError):
-            file.seek(0)
-            if file.read(len(PNG_HEAD)) != PNG_HEAD:
-                raise
-            file.seek(0)
-            content = file.read()
-        # Programs that draw images may leave texts in a PNG that are longer than Pillow accepts, or damaged.
-        # The pixels are fine; what is not read cannot fill the memory.
-        return _decoded(io.BytesIO(_without_remarks(content)))
+    try:
+        return _decoded(file)
+    except (ValueError, UnidentifiedImageError):
+        file.seek(0)
+        if file.read(len(PNG_HEAD)) != PNG_HEAD:
+            raise
+        file.seek(0)
+        content = file.read()
+    # Programs that draw images may leave texts in a PNG that are longer than Pillow accepts, or damaged.
+    # The pixels are fine; what is not read cannot fill the memory.
+    return _decoded(io.BytesIO(_without_remarks(content)))
 
 
 def _decoded(file: IO[bytes]) -> tuple[Image.Image, str]:
-    """As `_opened`, of an open file."""
+    """As `_opened`, of a file without texts that Pillow refuses."""
     image = Image.open(file)
     raw_mode = ''
     if image.tile:
