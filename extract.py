@@ -13,7 +13,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +24,7 @@ import dist
 from configs import CONFIGS
 from configs import FAMILIES as GENERATORS
 from configs.options import INF, check_values, expand_paths, ints, make_parser, opt
-from configs.training import CROP_KINDS, CROPS, PATCH_NUMS
+from configs.training import CROP_KINDS, CROPS, PATCH_NUMS, VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
 from models import FAMILIES, Tokenizer, build_tokenizer
 from utils.checkpoint import load_file, lock_folder, tokenizer_weights
 from utils.data import MirroredCrops, build_transforms, check_labels, open_split, ten_crop_views
@@ -64,6 +64,7 @@ class ExtractSettings:
     data_path: str = opt('/path/to/imagenet', 'data set, as for train.py', path=True)
     cached_path: str = opt('', 'folder of the tokens', 'cached_path code_path', path=True)
     split: str = opt('train', 'train or val', choices=('train', 'val'))
+    val_split: float = opt(0.0, 'as for train.py, ' + VAL_SPLIT_HELP, limits=VAL_SPLIT_LIMITS)
     exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
     image_size: int = opt(256, 'side of the crops in pixels', 'img_size image_size', limits=(1, INF))
     pn: str = opt('', 'var: sides of the code maps as for train.py; empty takes those in the file of the '
@@ -157,7 +158,7 @@ def extract(settings: ExtractSettings) -> None:
 
     # The views of every image, made by the loader's processes.
     images, views = open_views(settings)
-    names = image_names(images, Path(settings.data_path) / settings.split)
+    names = image_names(images)
 
     # Everything that decides the tokens and their order: a cache never mixes two of these descriptions.
     description = dict(
@@ -206,23 +207,23 @@ def open_views(settings: ExtractSettings) -> tuple[Dataset, Dataset]:
     size = settings.image_size
     if settings.ten_crop:
         ten_crops = partial(ten_crop_views, size=size, crop_range=settings.crop_range)
-        images = open_split(settings.data_path, settings.split, ten_crops, settings.exif)
+        images = open_split(settings.data_path, settings.split, ten_crops, settings.exif,
+                            settings.val_split)
         return images, images
-    images = open_split(settings.data_path, settings.split, exif=settings.exif)
+    images = open_split(settings.data_path, settings.split, exif=settings.exif, val_split=settings.val_split)
     random_crop, centre_crop = build_transforms(size, False, settings.mid_reso, settings.crop)
     if settings.views:
         return images, MirroredCrops(images, random_crop, settings.views, settings.seed)
     return images, MirroredCrops(images, centre_crop)
 
 
-def image_names(images: Dataset, root: Path) -> list[str]:
-    """`<class>/<path>` of every image; the path is relative to its class folder, or else to `root`.
+def image_names(images: Dataset) -> list[str]:
+    """`<class>/<path>` of every image; the path is relative to its class folder, or else to its split.
 
     Embedded data sets have no paths, and their images are named by index.
     """
-    paths = [path for path, _ in getattr(images, 'samples', ())] or getattr(images, 'paths', ())
-    if paths:
-        files = [Path(path).relative_to(root).as_posix() for path in paths]
+    if hasattr(images, 'names'):
+        files = [PurePath(name).as_posix() for name in images.names()]
     else:
         files = [f'{i:06d}' for i in range(len(images))]
     names = []

@@ -29,6 +29,12 @@ CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as a
 
 MOST_WORKERS = 16  # loader processes per rank that are started unasked
 
+VAL_SPLIT_HELP = (
+    'of data without val/: share of each class that is held out for validation, by the names of the files; '
+    'the folder itself may hold the classes, or the images; 0 expects val/'
+)
+VAL_SPLIT_LIMITS = (0, 0.9)
+
 # Stored tokens take no more per code of the finest map: 16 means and 16 log-variances in float32, or in int64
 # the codes of maps of every side up to 48x48.
 TOKEN_BYTES = 128
@@ -42,7 +48,7 @@ class TrainConfig:
     # data
     data_path: str = opt(
         '/path/to/imagenet',
-        'root with train/ and val/ class folders, or "digits"',
+        'root with train/ and val/ class folders, the same packed by utils.pack_data, or "digits"',
         path=True,
         per_node=True,
         group='most used',
@@ -68,6 +74,7 @@ class TrainConfig:
         'they are stored, as the published code does',
         group='data',
     )
+    val_split: float = opt(0.0, VAL_SPLIT_HELP, limits=VAL_SPLIT_LIMITS, group='data')
     max_bad_images: int = opt(
         100,
         'training images that may be unreadable: each is replaced by another one and named; more end the run',

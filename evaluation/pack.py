@@ -7,6 +7,7 @@ import numpy as np
 
 import dist
 from configs.options import INF, check_values, expand_paths, opt
+from configs.training import VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
 from evaluation.features import FeatureSettings, extract, load_network
 from evaluation.metrics import to_uint8
 from evaluation.score import check_output, refuse_overwriting
@@ -75,6 +76,8 @@ class PackSettings:
     image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
                                        'of this side as the references of ADM', limits=(1, INF))
     split: str = opt('val', 'of the data set: val or train', choices=('val', 'train'))
+    val_split: float = opt(0.0, 'of the data set, as for train.py: ' + VAL_SPLIT_HELP,
+                           limits=VAL_SPLIT_LIMITS)
     exif: bool = opt(True, 'turn the images of a data set as their EXIF orientation says, as in training')
 
     def __post_init__(self):
@@ -119,7 +122,7 @@ def pack_data_set(settings: PackSettings, seed: int | None) -> None:
     size = settings.image_size
     count = settings.count
     _, transform = build_transforms(size, crop='adm')
-    images = open_split(settings.folder, settings.split, transform, exif=settings.exif)
+    images = open_split(settings.folder, settings.split, transform, settings.exif, settings.val_split)
     if count not in (None, len(images)):
         raise ValueError(f'expected {count} images in {settings.folder}, got {len(images)}: correct --count')
     order = np.arange(len(images)) if seed is None else shuffled(len(images), seed)

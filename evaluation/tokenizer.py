@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
 from configs.options import INF, check_values, expand_paths, ints, opt
-from configs.training import PATCH_NUMS
+from configs.training import PATCH_NUMS, VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
 from evaluation.features import FeatureSettings
 from evaluation.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
 from evaluation.metrics import SSIM_DEFINITIONS, read_statistics, to_uint8
@@ -58,6 +58,7 @@ class TokenizerSettings:
     pn: str = opt('', 'sides of the code maps of a vqvae, as in training; empty takes what the file says')
     data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"', path=True)
     split: str = opt('val', 'val or train', choices=('val', 'train'))
+    val_split: float = opt(0.0, 'as for train.py, ' + VAL_SPLIT_HELP, limits=VAL_SPLIT_LIMITS)
     exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
     num_images: int | None = opt(None, 'images, evenly spread over the split; None takes all',
                                  limits=(1, INF))
@@ -270,7 +271,7 @@ def load_images(settings: TokenizerSettings, tokenizer: Tokenizer) -> tuple[Data
 
     # Spread over the split, since its images are sorted by class.
     _, transform = build_transforms(size, crop='adm')
-    images = open_split(settings.data_path, settings.split, transform, exif=settings.exif)
+    images = open_split(settings.data_path, settings.split, transform, settings.exif, settings.val_split)
     count = min(settings.num_images or len(images), len(images))
     index = np.linspace(0, len(images), count, endpoint=False, dtype=int)
     return Subset(images, index.tolist()), size

@@ -27,6 +27,7 @@ from utils.data import (
     describe_data,
     name_of,
     normalize_01_into_pm1,
+    open_both,
     open_split,
     pil_loader,
 )
@@ -459,8 +460,8 @@ def advice(root):
     return message
 
 
-def opens(root, classes=('cat', 'dog')):
-    _, train_set, val_set = build_dataset(str(root), 16)
+def opens(root, classes=('cat', 'dog'), val_split=0.):
+    _, train_set, val_set = build_dataset(str(root), 16, val_split=val_split)
     assert train_set.classes == val_set.classes == list(classes) and len(train_set) and len(val_set)
 
 
@@ -474,12 +475,16 @@ def move_part(root, source, target):
 
 def test_advice_for_class_folders_without_splits(tmp_path):
     write_images(tmp_path, splits=('.',))
-    assert "2 folders of images itself (the first is 'cat'): move them into train/" in advice(tmp_path)
+    message = advice(tmp_path)
+    assert "2 folders of images itself (the first is 'cat'): pass --val_split=0.1" in message
+    assert 'or move them into train/' in message
+    opens(tmp_path, val_split=0.1)
     (tmp_path / 'train').mkdir()
     for name in ('cat', 'dog'):
         (tmp_path / name).rename(tmp_path / 'train' / name)
     message = advice(tmp_path)  # the second half of the advice, if it was forgotten
-    assert 'a tenth say, from train/<class>/ to val/<class>/' in message
+    assert 'pass --val_split=0.1' in message and 'a tenth say, from train/<class>/ to val/<class>/' in message
+    opens(tmp_path, val_split=0.1)
     move_part(tmp_path, 'train', 'val')
     opens(tmp_path)
 
@@ -493,11 +498,15 @@ def test_advice_for_validation_images_alone(tmp_path):
 
 def test_advice_for_flat_images(tmp_path):
     write_images(tmp_path, classes=('.',), splits=('.',))
-    assert 'holds 3 images without folders: put them into train/<class>/' in advice(tmp_path)
+    message = advice(tmp_path)
+    assert 'holds 3 images without folders: pass --val_split=0.1' in message
+    assert 'or put them into train/<class>/' in message
+    opens(tmp_path, ['images'], val_split=0.1)
     (tmp_path / 'train').mkdir()
     for path in tmp_path.glob('*.png'):
         path.rename(tmp_path / 'train' / path.name)
-    assert 'holds 3 images but no class folder: put them into train/<class>/' in advice(tmp_path)
+    assert 'pass --val_split=0.1' in advice(tmp_path)
+    opens(tmp_path, ['images'], val_split=0.1)
     (tmp_path / 'train' / 'all').mkdir()
     for path in (tmp_path / 'train').glob('*.png'):
         path.rename(tmp_path / 'train' / 'all' / path.name)
@@ -523,6 +532,12 @@ def test_advice_for_flat_validation(tmp_path):
     for path in (tmp_path / 'val').glob('*.png'):
         path.unlink()
     opens(tmp_path)
+
+
+def test_advice_for_flat_training(tmp_path):
+    write_images(tmp_path, classes=('.',), splits=('train',))
+    write_images(tmp_path, splits=('val',))
+    assert 'sort the images of train/ into class folders as in val/' in advice(tmp_path)
 
 
 def test_advice_for_empty_folders(tmp_path):
@@ -564,6 +579,89 @@ def test_advice_for_other_unicode_forms(tmp_path):
     assert ascii(composed) in message and ascii(decomposed) in message
     (tmp_path / 'val' / decomposed).rename(tmp_path / 'val' / composed)
     opens(tmp_path, [composed])
+
+
+# ------------------------------------------------------------------------------------------ held-out images
+def of_one_of_these(*sets):
+    """The names in each data set, after making sure that none is in two."""
+    names = [set(images.names()) for images in sets]
+    assert sum(map(len, names)) == len(set.union(*names))
+    return names
+
+
+def test_a_part_of_each_class_is_held_out(tmp_path):
+    for name, count in (('ant', 30), ('bee', 4), ('cow', 1)):
+        write_images(tmp_path, (name,), ('.',), count)
+    train_set, val_set = open_both(str(tmp_path), val_split=0.1)
+    train_names, val_names = of_one_of_these(train_set, val_set)
+    assert train_set.classes == val_set.classes == ['ant', 'bee', 'cow']
+    assert np.bincount(train_set.targets).tolist() == [27, 3, 1]  # a single image is for training
+    assert np.bincount(val_set.targets).tolist() == [3, 1]
+    assert train_set.names() == sorted(train_names)  # in the order that they have without a part held out
+    assert len({name.partition('/')[2] for name in val_names}) > 1  # not the first ones of every class
+    for split, names in (('train', train_names), ('val', val_names)):
+        assert set(open_split(str(tmp_path), split, val_split=0.1).names()) == names
+
+    # The same in train/; where images come later, most of the others stay on their side.
+    (tmp_path / 'train').mkdir()
+    for name in ('ant', 'bee', 'cow'):
+        (tmp_path / name).rename(tmp_path / 'train' / name)
+    moved = open_both(str(tmp_path), val_split=0.1)
+    assert list(map(describe_data, moved)) == [describe_data(train_set), describe_data(val_set)]
+    write_images(tmp_path, ('ant',), ('train',), 36)
+    more = set(open_both(str(tmp_path), val_split=0.1)[1].names())
+    assert len(more & val_names) >= 3
+
+    # What somebody sorts into train/ and val/ like that is the same data set.
+    for split, names in (('train', train_names), ('val', val_names)):
+        for name in names:
+            path = tmp_path / 'sorted' / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / 'train' / name, path)
+    assert describe_data(open_split(str(tmp_path / 'sorted'), 'train')) == describe_data(train_set)
+
+
+def test_a_part_of_a_list_is_held_out(tmp_path):
+    listed(tmp_path, b'a.png 0\nb c.png 0\nd.png 1\n')
+    train_set, val_set = open_both(str(tmp_path), val_split=0.3)
+    of_one_of_these(train_set, val_set)
+    assert (train_set.targets, val_set.targets) == ([0, 1], [0]) and val_set.classes == ['0', '1']
+    assert Path(val_set.path_of(0)).name in ('a.png', 'b c.png') and val_set[0][0].size == (16, 16)
+
+
+def test_images_without_class_folders_are_one_class(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        write_images(tmp_path, classes=('.',), count=5)
+        opens(tmp_path, ['images'])
+    assert [record.getMessage() for record in caplog.records] == [
+        f'{str(tmp_path / split)!r} has no class folders: its 5 images are of one class'
+        for split in ('train', 'val')]
+    train_set = open_split(str(tmp_path), 'train')
+    assert train_set.names() == [f'{i}.png' for i in range(5)] and train_set.targets == [0] * 5
+
+
+@pytest.mark.parametrize(('folders', 'words'), [
+    (('train/cat', 'val/cat'), "val' is there: leave out the flag"),
+    (('cat', 'dog', 'Validation'), "'Validation' looks like a part of the data"),
+    (('cat', 'test'), "'test' looks like a part of the data"),
+    (('My Photos/train/cat',), "My Photos' holds train/: pass that as --data_path"),
+    (('.git',), 'holds no class folder and no images')])
+def test_data_that_is_not_split(tmp_path, folders, words):
+    for folder in folders:
+        write_images(tmp_path, (folder,), ('.',), 2)
+    with pytest.raises(ValueError) as caught:
+        open_both(str(tmp_path), val_split=0.1)
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_split_without_an_image_is_refused(tmp_path):
+    write_images(tmp_path, splits=('.',), count=1)
+    with pytest.raises(ValueError, match=r'every class in .* has a single image, which stays in training'):
+        open_both(str(tmp_path), val_split=0.5)
+    with pytest.raises(ValueError, match="'digits' has its own validation images"):
+        open_both('digits', val_split=0.5)
+    with pytest.raises(ValueError, match=r'nowhere.*found no such folder: correct --data_path'):
+        open_both(str(tmp_path / 'nowhere'), val_split=0.5)
 
 
 # ---------------------------------------------------------------------------------------------- descriptions

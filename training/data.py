@@ -51,7 +51,8 @@ def build_data(config: TrainConfig) -> Data:
     """
     if not config.cached_path:
         _, train_set, val_set = build_dataset(config.data_path, config.image_size, config.hflip,
-                                              config.mid_reso, config.crop, exif=config.exif)
+                                              config.mid_reso, config.crop, config.exif,
+                                              config.val_split)
         return Data(train_set, val_set, list(train_set.classes))
 
     # With a token cache, the training images themselves need not be there.
@@ -60,7 +61,7 @@ def build_data(config: TrainConfig) -> Data:
         val_set = TokenCache(config.cached_val_path, fixed=True)
     else:
         _, val_transform = build_transforms(config.image_size, False, config.mid_reso, config.crop)
-        val_set = open_split(config.data_path, 'val', val_transform, exif=config.exif)
+        val_set = open_split(config.data_path, 'val', val_transform, config.exif, config.val_split)
 
     # Classes must agree in names and order; those of imported codes have numbers in place of names.
     numbers = [str(label) for label in range(len(val_set.classes))]

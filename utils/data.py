@@ -1,13 +1,15 @@
-"""Image folders, digits and shapes behind one interface; augmentation follows from (seed, epoch, image).
+"""Image folders, packed images, digits and shapes behind one interface; augmentation follows from (seed,
+epoch, image).
 
 `build_dataset` returns what a training needs; transforms give float32 pixels (3, H, W) in [-1, 1].
 """
+import copy
 import hashlib
 import logging
 import math
 import os
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +27,7 @@ from torchvision.transforms.functional import ten_crop, to_tensor
 import dist
 from utils.images import ImageError, ResizedCrop, is_data, read_image, resized_part
 from utils.misc import mix_seed
+from utils.shards import PackedImages, is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ SPLIT_NAMES = {  # the name of a split -> names that people give it, in lower ca
     'train': ('train', 'training'),
     'val': ('val', 'valid', 'validation', 'eval'),
 }
+OTHER_SPLITS = ('test', 'testing')  # folders that are no classes, either
+ONE_CLASS = 'images'   # the class of a folder of images without class folders
 MAX_REPLACEMENTS = 20  # images that are tried where one cannot be read, that one included
 
 
@@ -274,28 +279,121 @@ def ten_crop_views(image: Image.Image, size: int, crop_range: float) -> torch.Te
     return torch.stack([normalize_01_into_pm1(to_tensor(view)) for view in ten_crop(larger, [size])])
 
 
-def open_split(data_path: str, split: str, transform: Callable | None = None, exif: bool = True) -> Dataset:
+def open_split(data_path: str, split: str, transform: Callable | None = None, exif: bool = True,
+               val_split: float = 0.) -> Dataset:
     """One split, 'train' or 'val', of a data set; its items are (image, class id).
 
     Args:
         data_path: root with `train/<class>/<image>` and `val/<class>/<image>`, or 'digits' or 'toy'; or with
-            `train.txt` and `val.txt`, lists of the images in `train/` and `val/`, see `ListedImages`.
+            `train.txt` and `val.txt`, lists of the images in `train/` and `val/`, see `ListedImages`; or a
+            folder of `utils.pack_data`. Images without class folders are of one class.
         transform: PIL image -> tensor.
         exif: turn images as their EXIF orientation says.
+        val_split: of data without val/, hold out this share of each class for validation, see `held_out`; the
+            root itself may then hold the class folders, or the images. 0 expects val/.
     Raises:
-        ValueError: the folder is missing or empty, or a class has no image.
+        ValueError: the folder is missing or empty, or a class has no image; or there is a val/ already.
     """
+    if val_split:
+        return part_of(_open_whole(data_path, val_split, transform, exif), split, val_split)
     if data_path in EMBEDDED:
         return EMBEDDED[data_path](split == 'train', transform)
     root = Path(data_path)
+    if is_packed(root):
+        return PackedImages(root, split, transform, exif)
     folder = root / split
     if not folder.is_dir():
         raise ValueError(_advice_on_missing_split(root, split))
+    return _open_folder(folder, folder.with_suffix('.txt'), transform, exif)
+
+
+def _open_folder(folder: Path, listing: Path, transform: Callable | None,
+                 exif: bool) -> 'ClassFolders | ListedImages':
+    """The images that a list names in a folder, or all of them where there is no list."""
     loader = partial(pil_loader, upright=exif)
-    listing = folder.with_suffix('.txt')
     if listing.is_file():
         return ListedImages(listing, folder, transform, loader)
     return ClassFolders(str(folder), loader=loader, extensions=IMG_EXTENSIONS, transform=transform)
+
+
+def _open_whole(data_path: str, val_split: float, transform: Callable | None,
+                exif: bool) -> 'ClassFolders | ListedImages':
+    """All images of a data set that has no validation images of its own.
+
+    They are in `train/`, or else in the root itself.
+
+    Raises:
+        ValueError: there is a validation set, or the root holds something else than classes or images.
+    """
+    root = Path(data_path)
+    flag = f'--val_split={val_split:g}'
+    if data_path in EMBEDDED or is_packed(root):
+        raise ValueError(f'{flag} is for a folder without val/, {data_path!r} has its own validation '
+                         'images: leave out the flag')
+    for place in (root / 'val', root / 'val.txt'):
+        if place.exists():
+            raise ValueError(f'{flag} is for data without val/, but {str(place)!r} is there: leave out the '
+                             'flag, or move that away')
+    if (root / 'train').is_dir():
+        return _open_folder(root / 'train', root / 'train.txt', transform, exif)
+    if not root.is_dir():
+        raise ValueError(f'expected images in {str(root)!r}, found no such folder: correct --data_path')
+
+    # Folders with the names of splits would become classes.
+    folders = _folders(root)
+    names = {*OTHER_SPLITS, *SPLIT_NAMES['train'], *SPLIT_NAMES['val']}
+    odd = [name for name in folders if name.lower() in names]
+    if odd:
+        raise ValueError(f'{flag} takes the folders in {str(root)!r} for classes, but {odd[0]!r} looks like '
+                         'a part of the data: call the folder of all training images train, or move that '
+                         'away')
+    if len(folders) == 1 and 'train' in _folders(root / folders[0]):
+        raise ValueError(f'{flag} takes the folders in {str(root)!r} for classes, but '
+                         f'{str(root / folders[0])!r} holds train/: pass that as --data_path')
+    return _open_folder(root, root / 'train.txt', transform, exif)
+
+
+def part_of(images: 'ClassFolders | ListedImages', split: str, share: float) -> 'ClassFolders | ListedImages':
+    """The same data set with the images of one split alone.
+
+    Args:
+        images: all images.
+        split: 'val' takes those that are held out, 'train' the others.
+        share: see `held_out`.
+    Raises:
+        ValueError: no image is held out.
+    """
+    held_out_N = held_out(images.names(), images.targets, share)
+    if not held_out_N.any():
+        raise ValueError(f'--val_split={share:g} holds out no image: every class in {images.root!r} has a '
+                         'single image, which stays in training; add images, or val/')
+    chosen_N = held_out_N if split == 'val' else ~held_out_N
+    part = copy.copy(images)
+    part.select(np.flatnonzero(chosen_N).tolist())
+    return part
+
+
+def held_out(names: Sequence[str], targets: Sequence[int], share: float) -> np.ndarray:
+    """(N,) bool, whether each image is held out for validation.
+
+    Of every class with two images or more, this share is held out, but one image at least, and not all of
+    them. Which ones follows from their names alone, through SHA-256, so that an image seldom changes sides
+    when others are added.
+
+    Args:
+        names: of all images.
+        targets: their class ids.
+        share: in (0, 1).
+    """
+    by_class = defaultdict(list)
+    for index, label in enumerate(targets):
+        by_class[int(label)].append(index)
+    held_out_N = np.zeros(len(names), bool)
+    for members in by_class.values():
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        members.sort(key=lambda index: hashlib.sha256(os.fsencode(names[index])).digest())
+        held_out_N[members[:count]] = True
+    return held_out_N
 
 
 def _advice_on_missing_split(root: Path, split: str) -> str:
@@ -308,21 +406,23 @@ def _advice_on_missing_split(root: Path, split: str) -> str:
         if {'train', 'val'} <= set(_folders(root / name)):
             return f'{missing}, but {str(root / name)!r} holds train/ and val/: pass that as --data_path'
     other = 'val' if split == 'train' else 'train'
+    if other in folders and split == 'val':
+        return (f'{missing}, but {str(root / other)!r} is there: pass --val_split=0.1 to hold out a tenth of '
+                'each class, or move a part of the images of each class, a tenth say, from train/<class>/ to '
+                'val/<class>/, with the same names of classes')
     if other in folders:
-        part = 'a part of the images of each class, a tenth say,'
-        if split == 'train':
-            part = 'most images of each class, nine tenths say,'
-        return (f'{missing}, but {str(root / other)!r} is there: move {part} from {other}/<class>/ to '
-                f'{split}/<class>/, with the same names of classes')
+        return (f'{missing}, but {str(root / other)!r} is there: move most images of each class, nine tenths '
+                'say, from val/<class>/ to train/<class>/, with the same names of classes')
     in_classes = [name for name in folders if name != 'test' and _count_images(root / name)]
     if in_classes:
         return (f'{missing}; {str(root)!r} holds {len(in_classes)} folders of images itself (the first is '
-                f'{in_classes[0]!r}): move them into train/, and a part of the images of each, a tenth say, '
-                'into val/<class>/')
+                f'{in_classes[0]!r}): pass --val_split=0.1 to hold out a tenth of each, or move them into '
+                'train/, and a part of the images of each, a tenth say, into val/<class>/')
     count = _count_images(root)
     if count:
-        return (f'{missing}; {str(root)!r} holds {count} images without folders: put them into '
-                'train/<class>/, one folder per class, and a part of them, a tenth say, into val/<class>/')
+        return (f'{missing}; {str(root)!r} holds {count} images without folders: pass --val_split=0.1 to '
+                'train on nine tenths of them as one class, or put them into train/<class>/, one folder per '
+                'class, and a part of them, a tenth say, into val/<class>/')
     return f'{missing}: pass --data_path=ROOT with ROOT/train and ROOT/val, --data_path=digits or toy'
 
 
@@ -351,7 +451,8 @@ def _count_images(folder: Path) -> int:
 
 
 def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso: float = 1.125,
-                  crop: str = 'resize', exif: bool = True) -> tuple[int, Dataset, Dataset]:
+                  crop: str = 'resize', exif: bool = True,
+                  val_split: float = 0.) -> tuple[int, Dataset, Dataset]:
     """(number of classes, training set, validation set).
 
     Args:
@@ -362,15 +463,40 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso
         mid_reso: see `build_transforms`.
         crop: see `build_transforms`.
         exif: see `open_split`.
+        val_split: see `open_split`.
     Raises:
         ValueError: a folder is missing or empty, or the classes differ.
     """
     train_aug, val_aug = build_transforms(final_reso, hflip, mid_reso, crop)
-    train_set = open_split(data_path, 'train', train_aug, exif)
-    val_set = open_split(data_path, 'val', val_aug, exif)
+    train_set, val_set = open_both(data_path, train_aug, val_aug, exif, val_split)
+    return len(train_set.classes), train_set, val_set
+
+
+def open_both(data_path: str, train_transform: Callable | None = None, val_transform: Callable | None = None,
+              exif: bool = True, val_split: float = 0.) -> tuple[Dataset, Dataset]:
+    """Training and validation set, with the same classes; see `open_split`.
+
+    Raises:
+        ValueError: a folder is missing or empty, or the classes differ.
+    """
+    if val_split:
+        whole = _open_whole(data_path, val_split, train_transform, exif)
+        train_set = part_of(whole, 'train', val_split)
+        val_set = part_of(whole, 'val', val_split)
+        val_set.transform = val_transform
+        return train_set, val_set
+    train_set = open_split(data_path, 'train', train_transform, exif)
+    val_set = open_split(data_path, 'val', val_transform, exif)
     if isinstance(train_set, ListedImages) != isinstance(val_set, ListedImages):
         raise ValueError(f'expected both train.txt and val.txt in {data_path!r}, or neither, found one: '
                          'list the images of both, or rename the list to use class folders')
+    for images, others in ((train_set, val_set), (val_set, train_set)):
+        if getattr(images, 'is_flat', False) and not getattr(others, 'is_flat', False):
+            name = Path(images.root).name
+            raise ValueError(f'{images.root!r} holds {len(images)} images but no class folder: sort the '
+                             f'images of {name}/ into class folders as in {Path(others.root).name}/, or list '
+                             'them in val.txt beside val/, and those of train/ in train.txt, one "path '
+                             'class" per line')
     if train_set.classes != val_set.classes:
         odd = sorted(set(train_set.classes) ^ set(val_set.classes))
 
@@ -383,7 +509,7 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso
                              'rename the folders so that both are composed or both decomposed')
         raise ValueError(f'train/ and val/ of {data_path!r} must hold the same classes, '
                          f'they differ in {odd[:5]} ({len(odd)} in all): add or remove these')
-    return len(train_set.classes), train_set, val_set
+    return train_set, val_set
 
 
 # ---------------------------------------------------------------------------------------------- what is data
@@ -418,29 +544,31 @@ def files_below(folder: str, around: frozenset[str] | None = None) -> Iterator[t
 class ClassFolders(DatasetFolder):
     """One folder of images per class, in the order of torchvision's `DatasetFolder`.
 
-    Names that `is_data` refuses are left out silently. Files whose suffix is not that of an image are counted
-    in one line of the log.
+    Images without class folders are of one class. Names that `is_data` refuses are left out silently. Files
+    whose suffix is not that of an image are counted in one line of the log.
 
+    Attributes:
+        is_flat: whether there are no class folders.
+        left_out: paths of the files that are left out because of their suffix.
     Raises:
-        ValueError: there is no class folder, or a class folder without images.
+        ValueError: there are neither class folders nor images, or a class folder has no images.
     """
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Names of the class folders, sorted, and their ids; or an error that says what to do."""
         folder = Path(directory)
         classes = _folders(folder)
-        if not classes:
+        self.is_flat = not classes
+        if self.is_flat:
             count = _count_images(folder)
             if not count:
                 raise ValueError(f'{directory!r} holds no class folder and no images: put images into '
                                  f'{folder.name}/<class>/, one folder per class, a part of them, a tenth '
-                                 'say, into val/<class>/ and the others into train/<class>/')
-            if folder.name == 'val':
-                raise ValueError(f'{directory!r} holds {count} images but no class folder: sort the images '
-                                 'of val/ into class folders as in train/, or list them in val.txt beside '
-                                 'it, and those of train/ in train.txt, one "path class" per line')
-            raise ValueError(f'{directory!r} holds {count} images but no class folder: put them into '
-                             f'{folder.name}/<class>/, one folder per class; a single class will do')
+                                 'say, into val/<class>/ and the others into train/<class>/, or all into '
+                                 'train/<class>/ and pass --val_split=0.1')
+            if dist.is_master():
+                logger.info('%r has no class folders: its %d images are of one class', directory, count)
+            classes = [ONE_CLASS]
         return classes, {name: i for i, name in enumerate(classes)}
 
     def make_dataset(self, directory: str, class_to_idx: dict[str, int], extensions: tuple[str, ...],
@@ -448,14 +576,17 @@ class ClassFolders(DatasetFolder):
         """(path, class id) of every image, sorted by class, folder and name."""
         samples: list[tuple[str, int]] = []
         left_out: Counter[str] = Counter()
+        self.left_out: list[str] = []
         empty = []
         for name, label in sorted(class_to_idx.items()):
             num_before = len(samples)
-            for folder, files in sorted(files_below(os.path.join(directory, name))):
+            class_folder = directory if self.is_flat else os.path.join(directory, name)
+            for folder, files in sorted(files_below(class_folder)):
                 for file in sorted(files):
                     if file.lower().endswith(extensions):
                         samples.append((os.path.join(folder, file), label))
                     else:
+                        self.left_out.append(os.path.join(folder, file))
                         suffix = os.path.splitext(file)[1].lower()
                         if not suffix.isprintable():
                             suffix = repr(suffix)
@@ -472,6 +603,19 @@ class ClassFolders(DatasetFolder):
             logger.warning('left out %d files of %r that do not end as images do: %s', left_out.total(),
                            directory, listing)
         return samples
+
+    def select(self, indices: list[int]) -> None:
+        """Keep these images alone."""
+        self.samples = self.imgs = [self.samples[index] for index in indices]
+        self.targets = [label for _, label in self.samples]
+
+    def names(self) -> list[str]:
+        """Paths of all images, relative to the folder."""
+        return [path.removeprefix(f'{self.root}{os.sep}') for path, _ in self.samples]
+
+    def path_of(self, index: int) -> str:
+        """Path of an image."""
+        return self.samples[index][0]
 
 
 class ListedImages(Dataset):
@@ -516,6 +660,19 @@ class ListedImages(Dataset):
         image = self.loader(self.paths[index])
         return self.transform(image) if self.transform else image, self.targets[index]
 
+    def select(self, indices: list[int]) -> None:
+        """Keep these images alone."""
+        self.paths = [self.paths[index] for index in indices]
+        self.targets = [self.targets[index] for index in indices]
+
+    def names(self) -> list[str]:
+        """Paths of all images, relative to the folder."""
+        return [path.removeprefix(f'{self.root}{os.sep}') for path in self.paths]
+
+    def path_of(self, index: int) -> str:
+        """Path of an image."""
+        return self.paths[index]
+
 
 def check_labels(targets: Sequence[int], source: str) -> None:
     """Make sure that every class has an image, since a generator cannot learn a class without images.
@@ -543,11 +700,9 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     Returns:
         count; digest, of names and classes in order, 16 hexadecimal digits.
     """
-    paths = [path for path, _ in getattr(dataset, 'samples', ())] or getattr(dataset, 'paths', None)
     targets = getattr(dataset, 'targets', ())
-    if isinstance(paths, list):
-        root = f'{getattr(dataset, "root", "")}{os.sep}'
-        lines = [f'{path.removeprefix(root)}\t{label}' for path, label in zip(paths, targets, strict=True)]
+    if hasattr(dataset, 'names'):
+        lines = [f'{name}\t{label}' for name, label in zip(dataset.names(), targets, strict=True)]
         text = os.fsencode('\n'.join(lines))
     else:
         # Embedded images have no names; the manifest of a token cache has a digest of those of its images.
@@ -561,12 +716,8 @@ def name_of(dataset: Dataset, index: int) -> str:
     """The file of an image, or its number in a data set without files."""
     if isinstance(dataset, Subset):
         return name_of(dataset.dataset, dataset.indices[index])
-    samples = getattr(dataset, 'samples', None)
-    paths = getattr(dataset, 'paths', None)
-    if samples:
-        return str(samples[index][0])
-    if isinstance(paths, list):
-        return str(paths[index])
+    if hasattr(dataset, 'path_of'):
+        return dataset.path_of(index)
     return f'{type(dataset).__name__}[{index}]'
 
 
