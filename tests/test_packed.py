@@ -33,7 +33,8 @@ from tests.runs import (
     read,
     training,
 )
-from utils import pack_data
+from utils import check_data, pack_data
+from utils.check_data import CheckSettings, check
 from utils.data import KeyedAugmentation, build_dataset, describe_data, name_of, open_both, open_split
 from utils.pack_data import PackSettings, pack
 from utils.shards import BEGUN, INDEX, PackedImages
@@ -149,6 +150,9 @@ def test_a_thousand_images_of_which_forty_are_broken(data, tmp_path):
         output = tmp_path / f'run on {path.name}'
         train.train(prepared(training((path, data[1]), output, '--ep=1', '--workers=2', model='var')))
         finals.append(read(output))
+        found = check(CheckSettings(str(path), workers=2))
+        assert len(found.unreadable) == 40
+        assert all(any(f'{name}\'' in line for line in found.unreadable) for name in names)
     assert_equal(finals[0]['trainer'], finals[1]['trainer'])
     assert [len(final['run']['bad_images']) for final in finals] == [40, 40]
 
@@ -350,3 +354,50 @@ def test_descriptors_of_processes(both):
     assert copy.files.descriptors[0] != opened[0]
     del copy
     assert dataset[1][0].tobytes() == expected
+
+
+# ---------------------------------------------------------------------------------------------- the check
+def run_check(monkeypatch, capsys, *argv):
+    """Exit code and printed lines of the command."""
+    monkeypatch.setattr(sys, 'argv', ['check_data', *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        check_data.main()
+    return stop.value.code, capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize('place', [0, 1])
+def test_the_check_names_every_broken_image(both, tmp_path, monkeypatch, capsys, place):
+    path = tmp_path / 'report.json'
+    code, lines = run_check(monkeypatch, capsys, both[place], '--workers=2', f'--report={path}')
+    assert code == 1
+    report = json.loads(path.read_text())
+    assert len(report['unreadable']) == 10 and report['images'] == dict(train=100, val=8)
+    for name in both[2]:
+        assert sum(f"{name}'" in line for line in lines) == 1
+        assert sum(f"{name}'" in line for line in report['unreadable']) == 1
+    assert sum(report['reasons'].values()) == 10 and len(report['reasons']) == 3
+    assert '100 of train, 8 of val: 10 cannot be read, 0 other files are left out' in lines
+    assert lines[-1].startswith('108 images in ') and lines[-1].endswith(' images/s')
+
+
+def test_the_check_lists_what_is_left_out_and_classes_that_differ(tmp_path, monkeypatch, capsys):
+    root = make_folder(tmp_path / 'images')
+    assert run_check(monkeypatch, capsys, root, '--workers=0')[0] == 0
+    (root / 'train' / 'ant' / 'a.heic').touch()
+    (root / 'val' / 'bee' / 'Thumbs.db').touch()
+    code, lines = run_check(monkeypatch, capsys, root, '--workers=0')
+    assert code == 0
+    assert {f'left out: {root}/train/ant/a.heic', f'left out: {root}/val/bee/Thumbs.db'} <= set(lines)
+    (root / 'val' / 'doe').rename(root / 'val' / 'emu')
+    code, lines = run_check(monkeypatch, capsys, root, '--workers=0')
+    assert code == 1 and {"class 'doe' is in train alone", "class 'emu' is in val alone"} <= set(lines)
+    shutil.rmtree(root / 'val')
+    code, lines = run_check(monkeypatch, capsys, root, '--workers=0')
+    assert code == 1 and any('found no such folder' in line and '--val_split=0.1' in line for line in lines)
+    assert '40 of train: 0 cannot be read, 1 other files are left out' in lines
+    assert run_check(monkeypatch, capsys, root, '--workers=0', '--val_split=0.1')[0] == 0
+    for path in (root / 'train').rglob('*.png'):
+        path.rename(root / 'train' / path.name)
+    (root / 'train.txt').write_text(''.join(f'{i:02d}.png 0\n' for i in range(39)))
+    code, lines = run_check(monkeypatch, capsys, root, '--workers=0', '--val_split=0.1')
+    assert code == 0 and f'left out: {root}/train/39.png' in lines
