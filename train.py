@@ -445,7 +445,8 @@ class Run:
         self.trainer.before_evaluation(partial(calibration_images, self.config, self.data.train,
                                                self.state.seed))
         seed_everything(mix_seed(self.state.seed, 0, dist.get_rank()))  # the same noise at every evaluation
-        scores = self.trainer.eval_epoch(self.until_stopped(without_child_signal(self.val_loader)))
+        batches = without_child_signal(self.val_loader, self.config.loader_timeout)
+        scores = self.trainer.eval_epoch(self.until_stopped(batches))
         if self.is_stopping():
             self.stop_at(epoch, self.last_step(epoch))
         score = scores[self.model.selection]

@@ -92,6 +92,14 @@ class TrainConfig:
         per_node=True,
         group='data',
     )
+    loader_timeout: float = opt(
+        10.0,
+        'minutes to wait for a batch, also for the first one; then the loader processes are ended and '
+        'started again at the same batch, as after a death; 0 waits forever',
+        limits=(0, INF),
+        free=True,
+        group='data',
+    )
     # run
     exp_name: str = opt('text', 'name written to the log header', free=True, per_node=True, group='run')
     output_dir: str = opt(

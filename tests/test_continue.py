@@ -35,8 +35,9 @@ from tests.runs import (
     start_ranks,
 )
 from training import resume
+from utils import loading
 from utils.checkpoint import first_not_finite
-from utils.data import build_dataset
+from utils.data import ClassFolders, build_dataset
 from utils.stop import Stopped, StopRequest
 
 
@@ -570,6 +571,67 @@ def test_a_killed_loader_process_is_started_again(train_here, tmp_path, monkeypa
     final = read(train_here(tmp_path / 'run', '--ep=2', '--workers=2'))
     assert 'the loader is started again' in (tmp_path / 'run' / 'stdout.txt').read_text()
     assert same_weights(final, expected)
+
+
+def stops_one(number, calls):
+    """Training steps, of which step `number` stops a loader process: it then hears no signal but SIGKILL."""
+    step = train.Run.train_step
+
+    def train_step(self, images, labels, at):
+        if at == number and not calls:
+            calls.append(multiprocessing.active_children()[0].pid)
+            os.kill(calls[0], signal.SIGSTOP)
+        return step(self, images, labels, at)
+    return train_step
+
+
+@pytest.mark.slow
+def test_a_loader_process_that_hangs_is_started_again(train_here, tmp_path, monkeypatch):
+    flags = '--ep=2', '--loader_timeout=0.03'
+    expected = read(train_here(tmp_path / 'straight', *flags))
+    calls = []
+    monkeypatch.setattr(train.Run, 'train_step', stops_one(1, calls))
+    final = read(train_here(tmp_path / 'run', *flags, '--workers=2'))
+    text = (tmp_path / 'run' / 'stdout.txt').read_text()
+    assert text.count('no batch came for 0.03 minutes): the loader is started again at epoch 0') == 1
+    assert same_weights(final, expected) and final['run'] == expected['run']
+    assert not is_running(calls[0])
+
+
+def broken_loader(monkeypatch, kill, start=0):
+    """Validation images whose loader process, at its first image, does this to itself, in so many starts."""
+    starts = []
+    original = ClassFolders.__getitem__
+
+    def getitem(self, index):
+        if multiprocessing.parent_process() and self.root.endswith('val') and len(starts) <= start:
+            os.kill(os.getpid(), kill)
+        return original(self, index)
+    begun = loading.begun
+
+    def counted(loader):
+        if getattr(loader.dataset, 'root', '').endswith('val'):
+            starts.append(0)
+        return begun(loader)
+    monkeypatch.setattr(ClassFolders, '__getitem__', getitem)
+    monkeypatch.setattr(loading, 'begun', counted)
+
+
+@pytest.mark.slow
+def test_loader_processes_of_an_evaluation_are_started_again(train_here, tmp_path, monkeypatch):
+    expected = read(train_here(tmp_path / 'straight', '--ep=1'))
+    broken_loader(monkeypatch, signal.SIGKILL, 1)
+    final = read(train_here(tmp_path / 'run', '--ep=1', '--workers=1'))
+    assert 'the loader is started again at batch 0' in (tmp_path / 'run' / 'stdout.txt').read_text()
+    assert final['run'] == expected['run']
+
+
+@pytest.mark.slow
+def test_loader_processes_that_always_hang_end_the_run_in_a_line(train_here, tmp_path, monkeypatch, capsys):
+    broken_loader(monkeypatch, signal.SIGSTOP, 99)
+    flags = '--ep=1', '--workers=1', '--loader_timeout=0.02'
+    text = message(lambda: train_here(tmp_path, *flags), capsys)
+    assert 'loader processes died 4 times in a row (no batch came for 0.02 minutes): the disk' in text
 
 
 def test_nothing_is_written_before_the_data_are_found(train_here, tmp_path, capsys):

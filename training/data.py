@@ -143,7 +143,7 @@ def train_batches(config: TrainConfig, train_set: Dataset, seed: int, start: tup
     epoch, step = start
     if step >= steps_per_epoch:
         start = (epoch + 1, 0)
-    return restarting_batches(make_loader, start, steps_per_epoch)
+    return restarting_batches(make_loader, start, steps_per_epoch, config.loader_timeout)
 
 
 def waiting_note(config: TrainConfig, share: float, num_cpus: int | None = None) -> str:
@@ -195,5 +195,5 @@ def calibration_images(config: TrainConfig, train_set: Dataset, seed: int,
     subset = Subset(KeyedAugmentation(train_set, seed, replace_damaged=True), chosen)
     sampler = EvalDistributedSampler(subset, dist.get_world_size(), dist.get_rank())
     loader = DataLoader(subset, validation_batch(config), sampler=sampler, **loader_options(config))
-    for images_B3HW, _, _ in without_child_signal(loader):
+    for images_B3HW, _, _ in without_child_signal(loader, config.loader_timeout):
         yield images_B3HW.to(dist.get_device())

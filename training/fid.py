@@ -132,7 +132,7 @@ def build_training_fid(config: TrainConfig, model: Trainable, val_loader: DataLo
         return TrainingFID(network, settings, reference)
     features = FeatureSet(network, len(val_loader.dataset), model.device)
     seen = 0
-    for images_B3HW, _ in without_child_signal(val_loader):
+    for images_B3HW, _ in without_child_signal(val_loader, config.loader_timeout):
         # A generator may train on larger images than it samples.
         if images_B3HW.shape[2:] != size:
             images_B3HW = F.interpolate(images_B3HW, size=size, mode='area')

@@ -1,4 +1,4 @@
-"""Batches of a training that survive the death of a loader process, and the errors of such a death."""
+"""Batches that survive the death of a loader process, or one that hangs, and the errors of these."""
 import contextlib
 import logging
 import signal
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
@@ -14,6 +15,14 @@ MAX_RESTARTS = 3  # of the loader processes in a row, without a batch in between
 
 class LoaderDied(Exception):
     """A loader process ended by itself; its parent does not know what became of its batches."""
+
+    remedy = 'the machine may be out of memory, pass fewer --workers'
+
+
+class LoaderHung(LoaderDied):
+    """Loader processes were ended, since no batch came for too long."""
+
+    remedy = 'the disk of --data_path may not answer, or batches take longer than --loader_timeout allows'
 
 
 @contextlib.contextmanager
@@ -41,16 +50,35 @@ def named_loader_errors() -> Iterator[None]:
         raise
 
 
-def without_child_signal(loader: Iterable) -> Iterator[Any]:
-    """Iterate over a loader; the death of a loader process raises an error here and nowhere else.
+def without_child_signal(loader: Iterable, patience: float = 0.) -> Iterator[Any]:
+    """Iterate over a loader, which must give the same batches each time; the death of a loader process raises
+    no error anywhere else.
 
+    After a death the loader begins again, and the batches that were there before are left out.
+
+    Args:
+        patience: see `watched`.
     Raises:
-        ValueError: shared memory is too small for the batches.
-        LoaderDied: a loader process has died.
+        ValueError: shared memory is too small for the batches, or loader processes die again and again.
     """
+    deaths = Deaths()
+    num_done = 0
     iterator = begun(loader)
-    with named_loader_errors():
-        yield from iterator
+    while True:
+        try:
+            for number, batch in enumerate(watched(iterator, patience)):
+                if number < num_done:
+                    continue
+                yield batch
+                num_done += 1
+                deaths.in_a_row = 0
+            return
+        except LoaderDied as death:
+            deaths.count(death, f'batch {num_done}')
+            iterator = None  # its other processes end before new ones begin
+        # What the caller draws from torch's generator stays as it would be without a death.
+        with torch.random.fork_rng(devices=[]):
+            iterator = begun(loader)
 
 
 def begun(loader: Iterable) -> Iterator[Any]:
@@ -66,8 +94,71 @@ def begun(loader: Iterable) -> Iterator[Any]:
     return iterator
 
 
+def watched(iterator: Iterator[Any], patience: float) -> Iterator[Any]:
+    """The batches of a loader, whose processes are ended where none comes.
+
+    The `timeout` of torch's loader does not serve: a process that has died would be noticed that late, too.
+
+    Args:
+        patience: minutes to wait for a batch; 0 waits forever.
+    Raises:
+        ValueError: shared memory is too small for the batches.
+        LoaderDied: a loader process has died, or all of them were ended.
+    """
+    workers = getattr(iterator, '_workers', ())  # there are none where the main process loads
+    has_hung = threading.Event()
+
+    def end_workers() -> None:
+        has_hung.set()
+        for worker in workers:
+            worker.kill()  # a process that waits for a disk, or was stopped, hears nothing else
+
+    while True:
+        timer = threading.Timer(60 * patience, end_workers)
+        timer.daemon = True
+        if patience and workers:
+            timer.start()
+        try:
+            with named_loader_errors():
+                batch = next(iterator)
+        except StopIteration:
+            return
+        except LoaderDied:
+            if has_hung.is_set():
+                raise LoaderHung(f'no batch came for {patience:g} minutes') from None
+            raise
+        finally:
+            timer.cancel()
+        yield batch
+
+
+class Deaths:
+    """Counts loaders that died or hung.
+
+    Attributes:
+        in_a_row: without a batch in between.
+    """
+
+    def __init__(self):
+        self.in_a_row = 0
+
+    def count(self, death: LoaderDied, position: str) -> None:
+        """Count a death and log it.
+
+        Args:
+            position: where a new loader is to go on.
+        Raises:
+            ValueError: there were too many.
+        """
+        self.in_a_row += 1
+        if self.in_a_row > MAX_RESTARTS:
+            raise ValueError(f'loader processes died {self.in_a_row} times in a row ({death}): '
+                             f'{death.remedy}') from None
+        logger.warning('a loader process died (%s): the loader is started again at %s', death, position)
+
+
 def restarting_batches(make_loader: Callable[[tuple[int, int]], DataLoader], start: tuple[int, int],
-                       steps_per_epoch: int) -> Iterator[Any]:
+                       steps_per_epoch: int, patience: float = 0.) -> Iterator[Any]:
     """The batches of an endless loader; where a loader process dies, a new loader goes on at the same batch.
 
     The first loader begins at once: it draws a number from torch's generator, and what is drawn afterwards,
@@ -77,35 +168,30 @@ def restarting_batches(make_loader: Callable[[tuple[int, int]], DataLoader], sta
         make_loader: (epoch, step) -> a loader that begins there; equal positions give equal batches.
         start: the first position.
         steps_per_epoch: batches of an epoch.
+        patience: see `watched`.
     Raises:
         ValueError: loader processes die again and again.
     """
-    return _going_on(begun(make_loader(start)), make_loader, start, steps_per_epoch)
+    return _going_on(begun(make_loader(start)), make_loader, start, steps_per_epoch, patience)
 
 
 def _going_on(batches: Iterator[Any] | None, make_loader: Callable[[tuple[int, int]], DataLoader],
-              position: tuple[int, int], steps_per_epoch: int) -> Iterator[Any]:
+              position: tuple[int, int], steps_per_epoch: int, patience: float) -> Iterator[Any]:
     """`batches`, which begin at `position`, and those of further loaders after a death."""
     epoch, step = position
-    restarts = 0
+    deaths = Deaths()
     while True:
         try:
             if batches is None:
                 batches = begun(make_loader((epoch, step)))
-            with named_loader_errors():
-                for batch in batches:
-                    yield batch
-                    restarts = 0
-                    step += 1
-                    if step == steps_per_epoch:
-                        epoch = epoch + 1
-                        step = 0
+            for batch in watched(batches, patience):
+                yield batch
+                deaths.in_a_row = 0
+                step += 1
+                if step == steps_per_epoch:
+                    epoch = epoch + 1
+                    step = 0
             batches = None
         except LoaderDied as death:
-            restarts += 1
-            if restarts > MAX_RESTARTS:
-                raise ValueError(f'loader processes died {restarts} times in a row ({death}): the machine '
-                                 'may be out of memory, pass fewer --workers') from None
-            logger.warning('a loader process died (%s): the loader is started again at epoch %d, step %d',
-                           death, epoch, step)
+            deaths.count(death, f'epoch {epoch}, step {step}')
             batches = None  # its other processes end before new ones begin
