@@ -123,7 +123,8 @@ def watched(iterator: Iterator[Any], patience: float) -> Iterator[Any]:
                 batch = next(iterator)
         except StopIteration:
             return
-        except LoaderDied:
+        except Exception:
+            # What ended processes leave behind may raise anything.
             if has_hung.is_set():
                 raise LoaderHung(f'no batch came for {patience:g} minutes') from None
             raise
