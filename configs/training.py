@@ -75,6 +75,13 @@ class TrainConfig:
         group='data',
     )
     val_split: float = opt(0.0, VAL_SPLIT_HELP, limits=VAL_SPLIT_LIMITS, group='data')
+    cache: str = opt(
+        '',
+        'memory: decode all images once, into memory that the processes of a node share; empty is off',
+        choices=('', 'memory'),
+        free=True,
+        group='data',
+    )
     max_bad_images: int = opt(
         100,
         'training images that may be unreadable: each is replaced by another one and named; more end the run',
@@ -494,6 +501,8 @@ class CachedConfig(GeneratorConfig):
             raise ValueError('--use_cached needs the folder of the tokens: pass --cached_path=FOLDER')
         if self.vae_bf16 and self.cached_path:
             raise ValueError('--vae_bf16 is for images, and --cached_path holds codes already: leave out one')
+        if self.cache and self.cached_path:
+            raise ValueError('--cache is for images, and --cached_path holds tokens already: leave out one')
         if self.cached_val_path and not self.cached_path:
             raise ValueError('--cached_val_path goes with --cached_path: pass both')
         object.__setattr__(self, 'use_cached', bool(self.cached_path))

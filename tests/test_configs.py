@@ -557,7 +557,7 @@ def test_every_path_is_marked_as_one(cls):
              'classifier_weights', 'lpips_vgg', 'lpips_lin', 'init_from', 'fid_ref', 'images', 'folder',
              'sample', 'ref', 'resume', 'reference')
     for f in dataclasses.fields(cls):
-        is_text = isinstance(f.default, str)
+        is_text = isinstance(f.default, str) and not f.metadata['choices']
         looks_like_one = f.name in words or f.name.endswith(('_path', '_dir', '_ckpt'))
         if is_text and looks_like_one:
             assert f.metadata['path'], f'{cls.__name__}.{f.name}'

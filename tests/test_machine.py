@@ -43,6 +43,26 @@ def test_time_that_control_groups_grant(no_groups, table, files, expected):
     assert machine.available_cpus() == expected
 
 
+@pytest.mark.parametrize(('table', 'files', 'expected'), [
+    ('', {}, 4096), ('0::/job\n', {'job/memory.max': 'max', 'job/memory.current': '900000'}, 4096),
+    ('0::/job/step\n', {'job/memory.max': '900000', 'job/memory.current': '600000',
+                        'job/memory.stat': 'anon 100\nactive_file 7\ninactive_file 50000\n'}, 350000 / 1024),
+    ('3:memory:/job\n', {'memory/job/memory.limit_in_bytes': '900000',
+                         'memory/job/memory.usage_in_bytes': '600000',
+                         'memory/job/memory.stat': 'inactive_file 7\ntotal_inactive_file 50000\n'},
+     350000 / 1024),
+    ('0::/job\n', {'job/memory.max': '900000', 'job/memory.current': '999999'}, 0)])
+def test_memory_that_is_left(monkeypatch, no_groups, table, files, expected):
+    monkeypatch.setattr(machine, 'MEMORY_INFO', no_groups / 'meminfo')
+    assert machine.free_memory() is None
+    (no_groups / 'meminfo').write_text('MemTotal:  9999 kB\nMemFree:  77 kB\nMemAvailable:   4096 kB\n')
+    (no_groups / 'cgroup').write_text(table)
+    for name, text in files.items():
+        (no_groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (no_groups / name).write_text(text)
+    assert machine.free_memory() == expected * 1024
+
+
 def test_ranks_of_a_machine_share_its_processors(monkeypatch, no_groups):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     assert parse_training(['--bs=64']).num_workers(2) == 3

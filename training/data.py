@@ -14,6 +14,7 @@ from configs.training import CachedConfig
 from models import Trainable
 from utils.data import EMBEDDED, KeyedAugmentation, build_dataset, build_transforms, describe_data, open_split
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
+from utils.image_cache import cached_in_memory
 from utils.loading import restarting_batches, without_child_signal
 from utils.machine import available_cpus, local_ranks
 from utils.stop import leave_signals_to_parent
@@ -49,10 +50,14 @@ def build_data(config: TrainConfig) -> Data:
     Raises:
         ValueError: a folder is missing, or caches and images belong to different data sets.
     """
+    # A rank that fills no memory would not wait for those that do.
+    dist.require_equal(config.cache, '--cache', 'pass the same flags everywhere')
     if not config.cached_path:
         _, train_set, val_set = build_dataset(config.data_path, config.image_size, config.hflip,
                                               config.mid_reso, config.crop, config.exif,
                                               config.val_split)
+        if config.cache == 'memory' and config.data_path not in EMBEDDED:
+            train_set, val_set = cached_in_memory(train_set, val_set)
         return Data(train_set, val_set, list(train_set.classes))
 
     # With a token cache, the training images themselves need not be there.

@@ -1,10 +1,11 @@
-"""What this machine grants to this process: CPUs, and memory that loader processes share with it.
+"""What this machine grants to this process: CPUs, memory, and memory that loader processes share with it.
 
 A container, a batch system or `taskset` often grants only a few of the CPUs, and a container little shared
 memory. This file needs the standard library alone.
 """
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,25 @@ PREFETCHED = 2              # batches that every loader process holds ready, the
 CGROUP_TABLE = Path('/proc/self/cgroup')
 CGROUP_ROOT = Path('/sys/fs/cgroup')
 CPU_INFO = Path('/proc/cpuinfo')
+BOOT_ID = Path('/proc/sys/kernel/random/boot_id')
+PROCESS_NAMES = Path('/proc/self/ns/pid')  # a link to what tells containers apart
+MEMORY_INFO = Path('/proc/meminfo')
 
 
 def local_ranks() -> int:
     """Number of training processes on this machine, from torchrun; 1 without torchrun."""
     return max(1, int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
+
+
+def process_space() -> str:
+    """A text that two processes have in common if they can see each other under /proc.
+
+    Names of machines do not tell that: all nodes of a cluster may be called localhost.
+    """
+    try:
+        return f'{BOOT_ID.read_text().strip()} {os.readlink(PROCESS_NAMES)}'
+    except OSError:  # another system than Linux
+        return f'process {os.getpid()} on {socket.gethostname()}'
 
 
 # ---------------------------------------------------------------------------------------------- processors
@@ -49,7 +64,23 @@ def cpu_features() -> set[str]:
 
 
 def _cpu_quotas() -> Iterator[float]:
-    """CPUs that the control groups of this process grant, from both versions of control groups."""
+    """CPUs that the control groups of this process grant."""
+    for is_version_2, folder in _control_groups('cpu', 'cpu,cpuacct'):
+        if is_version_2:
+            yield from _quota(_words(folder / 'cpu.max'))
+        else:
+            quota = _words(folder / 'cpu.cfs_quota_us')
+            period = _words(folder / 'cpu.cfs_period_us')
+            yield from _quota([*quota, *period])
+
+
+def _control_groups(controller: str, *trees: str) -> Iterator[tuple[bool, Path]]:
+    """(whether it is of version 2, folder) of the control groups of this process that may limit something.
+
+    Args:
+        controller: what is limited, such as cpu; it has a tree of its own in version 1.
+        trees: further names that this tree may have.
+    """
     try:
         lines = CGROUP_TABLE.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
@@ -60,13 +91,11 @@ def _cpu_quotas() -> Iterator[float]:
         # Version 2 has one tree, without names of controllers.
         if not controllers:
             for folder in _with_parents(CGROUP_ROOT, group):
-                yield from _quota(_words(folder / 'cpu.max'))
-        elif 'cpu' in controllers.split(','):
-            for tree in {controllers, 'cpu', 'cpu,cpuacct'}:
+                yield True, folder
+        elif controller in controllers.split(','):
+            for tree in {controllers, controller, *trees}:
                 for folder in _with_parents(CGROUP_ROOT / tree, group):
-                    quota = _words(folder / 'cpu.cfs_quota_us')
-                    period = _words(folder / 'cpu.cfs_period_us')
-                    yield from _quota([*quota, *period])
+                    yield False, folder
 
 
 def _with_parents(root: Path, group: str) -> Iterator[Path]:
@@ -91,6 +120,41 @@ def _quota(words: list[str]) -> Iterator[float]:
     """The CPUs that a limit grants, if there is one; its words are (granted, period) in microseconds."""
     if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
         yield int(words[0]) / int(words[1])
+
+
+# ---------------------------------------------------------------------------------------------- memory
+def free_memory() -> int | None:
+    """Bytes of memory that the processes of this machine may still take; None where nothing tells.
+
+    This is what the system calls available, or less if a control group limits this process. Files that the
+    system only keeps for later reads count as free.
+    """
+    free = [*_available_memory(), *_memory_left_by_groups()]
+    return max(0, min(free)) if free else None
+
+
+def _available_memory() -> Iterator[int]:
+    """What the machine itself has available."""
+    words = _words(MEMORY_INFO)
+    if 'MemAvailable:' in words[:-1]:
+        number = words[words.index('MemAvailable:') + 1]
+        yield int(number) * 1024
+
+
+def _memory_left_by_groups() -> Iterator[int]:
+    """What each control group of this process leaves of its limit."""
+    for is_version_2, folder in _control_groups('memory'):
+        names = ('memory.max', 'memory.current', 'inactive_file')
+        if not is_version_2:
+            names = ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+        limit_name, used_name, kept_name = names
+        limit = _words(folder / limit_name)
+        used = _words(folder / used_name)
+        if not (limit and used and limit[0].isdigit() and used[0].isdigit()):
+            continue
+        statistics = _words(folder / 'memory.stat')
+        kept = dict(zip(statistics[::2], statistics[1::2], strict=False)).get(kept_name, '0')
+        yield int(limit[0]) - int(used[0]) + int(kept)
 
 
 # ---------------------------------------------------------------------------------------------- loaders
