@@ -1,13 +1,16 @@
 """Images/s of the loader on one core, against the published transforms, on JPEG files as in ImageNet.
 
 `python -m bench.data`: files of 500 x 375 pixels are generated, read, resized, cropped to 256 pixels and
-made to tensors, by one process with one thread. Another row is the loader with a process per core.
+made to tensors, by one process with one thread. Further rows have the same images from tar files and from
+memory, in turns with the folder, and the loader with a process per core.
 """
 import argparse
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize, ToTensor
 
-from bench.common import four_digits, report_header, seconds_of, take_turns, write_report
+from bench.common import four_digits, ratio_row, report_header, seconds_of, take_turns, write_report
 from utils.data import build_dataset, normalize_01_into_pm1
+from utils.image_cache import cached_in_memory
 from utils.machine import available_cpus
+from utils.pack_data import PackSettings, pack
 
 SIDE = 256        # pixels of the crops
 MID_RESO = 1.125  # VAR resizes to this multiple of them
@@ -70,6 +75,37 @@ def reads(dataset: Dataset) -> Callable[[], None]:
     return run
 
 
+def rows_of_sources(root: Path, count: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows of the same images from the folder, from tar files and from memory, which take turns.
+
+    Args:
+        root: folder of `count` training images.
+        repeats: timed calls of each, after one that warms up.
+    """
+    cpu = torch.device('cpu')
+    with tempfile.TemporaryDirectory() as packed:
+        pack(PackSettings(str(root), packed))
+        _, folder, _ = build_dataset(str(root), SIDE, mid_reso=MID_RESO)
+        _, tar, _ = build_dataset(packed, SIDE, mid_reso=MID_RESO)
+        memory, = cached_in_memory(folder)
+        ways = {'folder': reads(folder), 'tar files': reads(tar), 'memory': reads(memory)}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for run in ways.values():
+            run()
+        for _ in range(repeats):
+            for name, run in ways.items():
+                times[name].append(seconds_of(run, cpu))
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        rows.append(dict(
+            name=f'the same from {name}, in turns; ratio to the folder',
+            product_seconds=four_digits(median),
+            images_per_second_per_core=four_digits(count / median),
+        ) | ratio_row(times['folder'], seconds))
+    return rows
+
+
 def main() -> None:
     """Time both readers and the loader, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -90,6 +126,9 @@ def main() -> None:
             images_per_second_per_core=four_digits(args.images / row['product_seconds']),
         ) | row]
         print(rows[0], flush=True)
+        for row in rows_of_sources(Path(folder), args.images, args.repeats):
+            rows.append(row)
+            print(row, flush=True)
 
         # Loader processes share the cores with nobody here; in a training they do with the ranks.
         num_workers = available_cpus()
@@ -100,7 +139,7 @@ def main() -> None:
             product_seconds=four_digits(seconds),
             images_per_second_per_core=four_digits(args.images / seconds / num_workers),
         ))
-        print(rows[1], flush=True)
+        print(rows[-1], flush=True)
     write_report(report_header('data', cpu) | dict(cores=os.cpu_count(), rows=rows), args.out)
 
 
