@@ -23,7 +23,7 @@ __all__ = ['FAMILIES', 'LPIPS', 'NPP', 'VAR', 'VARHF', 'VQVAE', 'VQ_8', 'VQ_16',
            'CodeUsage', 'Family', 'FlexVAE', 'FlexVAR', 'FlowAR', 'Reconstruction', 'Tokenizer',
            'TokenizerLoss', 'Trainable', 'VQModel', 'VQ_models', 'VectorQuantizer2', 'build_flexvar',
            'build_generator', 'build_loss', 'build_tokenizer', 'build_vae_var', 'differing_parameters',
-           'load_weights']
+           'load_weights', 'read_kwargs']
 
 State = dict[str, torch.Tensor]
 

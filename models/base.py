@@ -281,10 +281,13 @@ class ARModel(Trainable):
     Attributes:
         num_classes: classes; index num_classes is the null class of classifier-free guidance.
         class_table: key of the class embedding (num_classes + 1, width) in the state dict.
+        parts: parts of the model by the names that `--reset` and `--freeze` take, such as head, each with
+            patterns of the names of its parameters.
     """
 
     num_classes: int
     class_table = 'class_emb.weight'
+    parts: dict[str, tuple[str, ...]] = dict(class_emb=('class_emb.*',))
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
@@ -327,6 +330,18 @@ class ARModel(Trainable):
     def kwargs_from_config(config: dict[str, Any]) -> dict[str, Any]:
         """Constructor arguments in the `config_state` of a checkpoint that its weights do not tell."""
         return {}
+
+    def fit_positions(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+        """What of weights of another pyramid must change for that of this model.
+
+        Models that compute their positions, or share one grid between all sizes, have nothing to change.
+
+        Args:
+            state: flat weights.
+        Returns:
+            The entries with other values, and what was done, in words; {} and '' where nothing was.
+        """
+        return {}, ''
 
     @property
     def device(self) -> torch.device:

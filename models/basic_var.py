@@ -312,6 +312,14 @@ def init_transformer(model: nn.Module, init_adaln: float, init_adaln_gamma: floa
         rest.mul_(init_adaln)
 
 
+# parts of VAR and FlexVAR by name, see `ARModel.parts`
+PARTS = dict(
+    class_emb=('class_emb.*',),
+    pos=('pos_start', 'pos_1LC', 'lvl_embed.*'),
+    trunk=('blocks.*', 'shared_ada_lin.*', 'head_nm.*'),
+    head=('head.*',),
+)
+
 # parameters without weight decay, by parts of their names, as published
 NO_WEIGHT_DECAY = frozenset({
     'cls_token', 'start_token', 'task_token', 'cfg_uncond', 'pos_embed', 'pos_1LC', 'pos_start', 'start_pos',

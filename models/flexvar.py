@@ -20,6 +20,7 @@ from models.attention import compile_around_attention
 from models.base import ARModel, Tokenizer
 from models.basic_var import (
     NO_WEIGHT_DECAY,
+    PARTS,
     AdaLNBeforeHead,
     PublishedNames,
     SharedAdaLin,
@@ -136,6 +137,7 @@ class FlexVAR(PublishedNames, ARModel):
 
     headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
     selection = 'L_tail'
+    parts = PARTS
 
     def __init__(
         self,

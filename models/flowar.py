@@ -20,7 +20,7 @@ from models.helpers import drop_labels, guide
 from models.layers import RMSNorm, Rope2d, rotate, sinusoid
 from models.noise import GlobalBatch, Rng, normal_like
 from models.sampling import sampling_mode
-from models.scales import ScaleLayout, block_causal, scale_name
+from models.scales import ScaleLayout, about_resizing, block_causal, resize_positions, scale_name
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # of a cross-attention, (B, l, H, d) each
 TIMES = 1000     # times are told apart in steps of 1 / TIMES
@@ -395,6 +395,12 @@ class FlowAR(ARModel):
     }
     headline = {'L': 'L_mean', 'Lt': 'L_tail'}
     selection = 'L_mean'
+    parts = dict(
+        class_emb=('class_emb.*',),
+        pos=('*_pos_embed_learned',),
+        trunk=('encoder_*.*', 'decoder_*.*'),
+        head=('flownet.*',),
+    )
 
     def __init__(
         self,
@@ -708,6 +714,17 @@ class FlowAR(ARModel):
         nn.init.normal_(self.encoder_pos_embed_learned, std=0.02)
         nn.init.normal_(self.decoder_pos_embed_learned, std=0.02)
         nn.init.normal_(self.diffusion_pos_embed_learned, std=0.02)
+
+    def fit_positions(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+        """Learnt positions of other scales, resized; those of the rotations follow from the scales."""
+        theirs = ScaleLayout(self.kwargs_from_state_dict(state)['scale'])
+        if theirs.patch_nums == self.layout.patch_nums:
+            return {}, ''
+        fitted = {'mask': self.mask}
+        for stack in ('encoder', 'decoder', 'diffusion'):
+            name = f'{stack}_pos_embed_learned'
+            fitted[name] = resize_positions(state[name], self.layout, theirs)
+        return fitted, about_resizing(self.layout, theirs)
 
     def training_flops(self, num_tokens: int) -> int:
         """3 (2 N L + 4 L^2 C depth + 2 M) of the trunk, and three times the forward passes of the head."""

@@ -200,6 +200,11 @@ class NPP(ARModel):
     headline = {'L': 'L_mean', 'Acc': 'acc_mean'}
     selection = 'L_mean'
     class_table = 'cls_embedding.embedding_table.weight'
+    parts = dict(
+        class_emb=('cls_embedding.*',),
+        trunk=('layers.*', 'norm.*'),
+        head=('output.*',),
+    )
 
     def __init__(
         self,

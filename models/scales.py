@@ -2,6 +2,7 @@
 
 Letters: B batch, K scales, L all tokens, l tokens of one scale, V vocabulary.
 """
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import dist
 
@@ -131,6 +133,41 @@ class ScaleLayout:
         """(L, L) float32: 0 where the query's scale is not coarser than the key's, else -inf."""
         level = self.level_L(device)
         return torch.where(level[:, None] >= level[None, :], 0., -torch.inf)
+
+
+def nearest_scales(ours: ScaleLayout, theirs: ScaleLayout) -> list[int]:
+    """For every scale of `ours`, the number of the scale of `theirs` whose side is nearest, by ratio."""
+    nearest = []
+    for side in ours.patch_nums:
+        distances = [abs(math.log(side / other)) for other in theirs.patch_nums]
+        nearest.append(distances.index(min(distances)))
+    return nearest
+
+
+def resize_positions(table_1LC: torch.Tensor, ours: ScaleLayout, theirs: ScaleLayout) -> torch.Tensor:
+    """Positions (1, L, C) of the tokens of `ours` from a table of those of `theirs`; all maps are square.
+
+    A scale takes the positions of the nearest one, see `nearest_scales`: as they are where both sides are
+    equal, else resized as an image is, since both maps cover the whole image.
+    """
+    scales = []
+    for side, k in zip(ours.patch_nums, nearest_scales(ours, theirs), strict=True):
+        begin, end = theirs.spans[k]
+        position_1lC = table_1LC[:, begin:end]
+        if side != theirs.patch_nums[k]:
+            grid_1Cpp = position_1lC.float().transpose(1, 2).unflatten(2, theirs.sizes[k])
+            # With antialiasing torch takes the cubic that keeps straight lines straight.
+            grid_1Cpp = F.interpolate(grid_1Cpp, size=(side, side), mode='bicubic', antialias=True)
+            position_1lC = grid_1Cpp.flatten(2).transpose(1, 2).to(table_1LC.dtype)
+        scales.append(position_1lC)
+    return torch.cat(scales, dim=1)
+
+
+def about_resizing(ours: ScaleLayout, theirs: ScaleLayout) -> str:
+    """What `resize_positions` does, in words."""
+    before = '_'.join(map(str, theirs.patch_nums))
+    now = '_'.join(map(str, ours.patch_nums))
+    return f'positions of {len(ours.patch_nums)} scales resized from {before} to {now}'
 
 
 class BlockCausal(NamedTuple):

@@ -17,6 +17,7 @@ from models.attention import compile_around_attention
 from models.base import ARModel, Tokenizer
 from models.basic_var import (
     NO_WEIGHT_DECAY,
+    PARTS,
     AdaLNBeforeHead,
     AdaLNSelfAttn,
     PublishedNames,
@@ -41,7 +42,15 @@ from models.helpers import (
 )
 from models.noise import Rng
 from models.sampling import mark_damaged, sampling_mode
-from models.scales import ProgressiveSchedule, ScaleLayout, block_causal, scale_metrics
+from models.scales import (
+    ProgressiveSchedule,
+    ScaleLayout,
+    about_resizing,
+    block_causal,
+    nearest_scales,
+    resize_positions,
+    scale_metrics,
+)
 from models.tokenizers.vqvae import VQVAE
 
 __all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 'SharedAdaLin',
@@ -76,6 +85,7 @@ class VAR(PublishedNames, ARModel):
 
     headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
     selection = 'L_tail'
+    parts = PARTS
 
     def __init__(
         self,
@@ -401,6 +411,23 @@ class VAR(PublishedNames, ARModel):
                      init_std: float = 0.02, conv_std_or_gain: float = 0.02) -> None:
         """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
         init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
+
+    def fit_positions(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+        """Positions of other maps, resized; a scale has the level of the one that its positions come from."""
+        theirs = ScaleLayout(self.kwargs_from_state_dict(state)['patch_nums'])
+        if theirs.patch_nums == self.patch_nums:
+            return {}, ''
+        levels = nearest_scales(self.layout, theirs)
+        our_first = ScaleLayout(self.patch_nums[:1])
+        their_first = ScaleLayout(theirs.patch_nums[:1])
+        fitted = {
+            'pos_start': resize_positions(state['pos_start'], our_first, their_first),
+            'pos_1LC': resize_positions(state['pos_1LC'], self.layout, theirs),
+            'lvl_embed.weight': state['lvl_embed.weight'][levels],
+            'lvl_1L': self.lvl_1L,
+            'attn_bias_for_masking': self.attn_bias_for_masking,
+        }
+        return fitted, about_resizing(self.layout, theirs)
 
     def training_flops(self, num_tokens: int) -> int:
         return transformer_flops(self, num_tokens)
