@@ -43,6 +43,7 @@ from training.resume import (
     RunState,
     changed_settings,
     check_classes,
+    check_frozen,
     check_model,
     choose_checkpoint,
     go_back_one_checkpoint,
@@ -166,6 +167,7 @@ class Run:
         if self.resumed_from:
             check_model(self.resumed_from, checkpoint, config.model)
             check_classes(self.resumed_from, checkpoint, data.classes, config.data_path)
+            check_frozen(self.resumed_from, checkpoint, config.freeze)
             self.start = self.state.take_over(self.resumed_from, checkpoint, self.described, config.steps)
         self.state.left_out += [steps for steps in left_out if steps not in self.state.left_out]
         self.has_checkpoint = self.resumed_from is not None  # this start has read or written one

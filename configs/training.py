@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from configs.options import INF, REPO, check_values, expand_paths, ints, opt
+from configs.options import INF, REPO, check_values, expand_paths, flag_of, ints, opt
 from utils.machine import automatic_workers, workers_note
 
 PATCH_NUMS = {
@@ -251,6 +251,7 @@ class TrainConfig:
     fid_images = 0
     vae_bf16 = 0.0
     cached_path = ''
+    freeze = ''
     train_only = ''
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
@@ -419,6 +420,18 @@ class GeneratorConfig(TrainConfig):
         per_node=True,
         group='run',
     )
+    reset: str = opt(
+        '',
+        'parts of --init_from that stay as initialised, joined by commas: head, class_emb, pos, trunk, or '
+        'patterns of names of parameters, such as "blocks.0.*"',
+        free=True,
+        group='run',
+    )
+    freeze: str = opt(
+        '',
+        'parts that are not trained, named as for --reset; keep the flag when a run is continued',
+        group='optimisation',
+    )
     vae_bf16: float = opt(
         0.0,
         'encode in bfloat16 if that changes no larger share of the codes than this, such as 0.1; '
@@ -469,6 +482,9 @@ class GeneratorConfig(TrainConfig):
         super().__post_init__()
         if self.fid_images == 1:
             raise ValueError('--fid_images must be 0 or at least 2, got 1: draw some thousand')
+        if self.reset and not self.init_from:
+            flag = flag_of(self, 'init_from')
+            raise ValueError(f'--reset is about the weights of --{flag}: pass both, or leave out --reset')
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from configs import TokenizerConfig, TrainConfig
 from configs.options import COMPILE_MODES, flag_of
 from models import FAMILIES, ARModel, Tokenizer, TokenizerLoss, Trainable, build_loss, build_tokenizer
 from trainer import GeneratorTrainer, TokenizerTrainer, Trainer, weights_checksum
-from training.resume import rows_by_class
+from training.finetune import freeze, take_over
 from utils.amp_sc import AmpOptimizer
-from utils.checkpoint import load_file, model_weights, tokenizer_weights
+from utils.checkpoint import load_file, tokenizer_weights
 from utils.hub import dino_state, fetch, lpips_state
 from utils.lr_control import filter_params
 
@@ -38,8 +38,7 @@ def build_model(config: TrainConfig, num_classes: int, total_steps: int, steps_p
         total_steps: optimizer steps of the training.
         steps_per_epoch: optimizer steps of an epoch.
         device: 'meta' builds without memory, for counting; the tokenizer's file is then not needed.
-        classes: names of the classes of the data set, by which the rows of the class embedding of
-            `--init_from` are matched; None takes the rows as they are.
+        classes: names of the classes of the data set, see `take_over`.
     Raises:
         ValueError: a file cannot be used, or does not fit the config.
     """
@@ -55,13 +54,11 @@ def build_model(config: TrainConfig, num_classes: int, total_steps: int, steps_p
         kwargs['num_classes'] = num_classes
 
     # Weights to begin with; for a tokenizer also its settings, which flags may override.
-    state = None
+    path = ''
     if config.init_from and not on_meta:
         path = str(fetch(config.init_from))
         checkpoint = load_file(path)
-        if is_generator:
-            state = model_weights(checkpoint)
-        else:
+        if not is_generator:
             state, stored = tokenizer_weights(checkpoint)
             kwargs = stored | kwargs
 
@@ -69,17 +66,15 @@ def build_model(config: TrainConfig, num_classes: int, total_steps: int, steps_p
         model = model_class(*args, **kwargs)
     if not on_meta:
         model.init_weights(**config.init_kwargs())
-    if state is None:
-        return model
 
-    # The same class may have another number here, so rows of the class embedding are matched by name.
-    saved_classes = checkpoint.get('classes')
-    if is_generator and saved_classes and classes and list(saved_classes) != classes:
-        fresh = model.state_dict()[model.class_table]
-        state = rows_by_class(state, model.class_table, list(saved_classes), classes, fresh, path)
-    model.warm_start(state, path)
-    if config.train_only:
-        model.freeze_codes()
+    if path and is_generator:
+        take_over(model, checkpoint, path, classes, config.reset)
+    elif path:
+        model.warm_start(state, path)
+        if config.train_only:
+            model.freeze_codes()
+    if config.freeze:
+        freeze(model, config.freeze)
     return model
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import dist
 from utils.checkpoint import (
     Newest,
@@ -230,6 +228,24 @@ def check_model(path: Path, content: dict[str, Any], model: str) -> None:
                          'correct it, or start in another output folder')
 
 
+def check_frozen(path: Path, content: dict[str, Any], freeze: str) -> None:
+    """Make sure that the same parameters are trained as before: the optimizer knows no other ones.
+
+    Args:
+        path: the checkpoint, for the message.
+        content: its content.
+        freeze: `--freeze` of this run.
+    Raises:
+        ValueError: the checkpoint was trained with another `--freeze`.
+    """
+    trained = (content.get('args') or {}).get('freeze', '')
+    if trained != freeze:
+        before = f'with --freeze={trained}' if trained else 'without --freeze'
+        now = f'--freeze={freeze}' if freeze else 'none'
+        raise ValueError(f'{str(path)!r} was trained {before}, got {now}: pass the flag as it was, or start '
+                         'in another output folder with --init_from')
+
+
 def check_classes(path: Path, content: dict[str, Any], classes: list[str], data_path: str) -> None:
     """Make sure that every label still means the class that it meant.
 
@@ -296,46 +312,6 @@ def changed_settings(config: Any, saved: dict[str, Any], free: tuple[str, ...],
         if name not in free and before != value:
             changed.append(f'{flag_of(config, name)} {before} -> {value}')
     return changed
-
-
-# ------------------------------------------------------------------------------ weights of another run
-def rows_by_class(state: dict[str, torch.Tensor], key: str, theirs: list[str], ours: list[str],
-                  fresh: torch.Tensor, source: str) -> dict[str, torch.Tensor]:
-    """Weights whose class embedding has the rows of the same classes, by name, in the order of this training.
-
-    Args:
-        state: flat weights.
-        key: name of the embedding in them, (classes + 1, width); its last row is the null class.
-        theirs: names of the classes of the weights, by row.
-        ours: names of the classes of this training, by label.
-        fresh: the embedding of this training as initialised, for classes that the weights do not know.
-        source: where the weights come from, for the log.
-    Raises:
-        ValueError: the weights know none of these classes.
-    """
-    table = state[key]
-    if len(table) != len(theirs) + 1:
-        raise ValueError(f'{source} names {len(theirs)} classes, but has rows for {len(table) - 1}: '
-                         'the file is damaged or was edited')
-    known = {name: row for row, name in enumerate(theirs)}
-    shared = [name for name in ours if name in known]
-    if not shared:
-        raise ValueError(f'{source} knows none of these {len(ours)} classes (it has '
-                         f'{", ".join(map(ascii, theirs[:3]))}, ...; here {", ".join(map(ascii, ours[:3]))}, '
-                         '...): name the class folders as there, or train without --init_from')
-
-    # Classes that the weights know take their rows, new classes stay as initialised.
-    rows = fresh.detach().to('cpu', table.dtype, copy=True)
-    for row, name in enumerate(ours):
-        if name in known:
-            rows[row] = table[known[name]]
-    rows[len(ours)] = table[len(theirs)]
-    new = [ascii(name) for name in ours if name not in known]
-    if dist.is_master():
-        about_new = f'new: {", ".join(new[:10])}' if new else 'none is new'
-        logger.info('%s: the rows of %d of %d classes follow their names; %s',
-                    source, len(shared), len(ours), about_new)
-    return state | {key: rows}
 
 
 def repair_best(path: Path, prefix: str, content: dict[str, Any]) -> None:
