@@ -147,7 +147,8 @@ def load_generator(
         model: the family of the generator.
         ckpt: its file, or a published name.
         vae_ckpt: the file of its tokenizer; may be empty if `ckpt` holds the tokenizer, too.
-        weights: 'ema' for the averaged weights, where the file has them, or 'raw' for those of the last step.
+        weights: 'ema' for the averaged weights, where the file has them, 'raw' for those of the last step, or
+            the name of one of several averages, such as 'ema_0.9999'.
         compiled: a key of `COMPILE_MODES`; 0 compiles nothing.
     Returns:
         The generator in eval mode, and its origin: `weights`, the kind of weights that were loaded;
@@ -172,9 +173,10 @@ def load_generator(
     tokenizer_config = trainer.get('vae_config', {}) | tokenizer_config
 
     prefer_ema = weights == 'ema'
+    average = '' if weights in ('ema', 'raw') else weights
     generator = build_generator(
         model,
-        model_weights(checkpoint, prefer_ema),
+        model_weights(checkpoint, prefer_ema, average),
         tokenizer_state,
         str(paths['ckpt']),
         device,
@@ -187,7 +189,7 @@ def load_generator(
 
     has_ema = any(key in trainer or key in checkpoint for key in ('var_ema', 'model_ema', 'ema'))
     origin = dict(
-        weights='ema' if prefer_ema and has_ema else 'raw',
+        weights=average or ('ema' if prefer_ema and has_ema else 'raw'),
         weights_sha256=digests,
         classes=class_names(checkpoint, generator.num_classes),
     )

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,7 @@ class Trainer:
 
     Attributes:
         ema: average of the weights, with which the model is evaluated; None evaluates the weights themselves.
+        more_averages: further averages by their keys of a checkpoint; nothing here uses them.
         flops: of the products of all training steps on this rank since they were last asked for.
         step_tag, epoch_tag: published heads of the TensorBoard tags of steps and of epochs.
         weights_key, optimizer_key, ema_key: published keys of a checkpoint under `trainer`.
@@ -111,7 +112,21 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.ema: WeightEMA | None = None
+        self.more_averages: dict[str, WeightEMA] = {}
         self.flops = 0
+
+    def _begin_averages(self, decays: Sequence[float], copied: Collection[str] = (),
+                        warmup: bool = True) -> None:
+        """Average the weights from now on: once DDP has given all ranks those of the first one.
+
+        Args:
+            decays: of all averages; the first one is used for evaluation.
+            copied, warmup: see `WeightEMA`.
+        """
+        averages = [WeightEMA(self.model, decay, copied, warmup) for decay in decays]
+        if averages:
+            self.ema = averages[0]
+        self.more_averages = {f'{self.ema_key}_{average.decay}': average for average in averages[1:]}
 
     # ------------------------------------------------------------------------------ the step
     @property
@@ -138,6 +153,8 @@ class Trainer:
             self.optimizer.forget(parameter, rows)
         if self.ema:
             self.ema.update()
+        for average in self.more_averages.values():
+            average.update()
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
         """Metrics of a step, averaged over all ranks; every rank must call it."""
@@ -194,6 +211,8 @@ class Trainer:
         if self.ema:
             state[self.ema_key] = self.ema.state_dict()
             state['ema_updates'] = self.ema.num_updates
+        for key, average in self.more_averages.items():
+            state[key] = average.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
@@ -212,6 +231,8 @@ class Trainer:
             self.model.load_training_state(state['training_state'])
         if self.ema:
             self.ema.load_state_dict(state[self.ema_key], state['ema_updates'])
+        for key, average in self.more_averages.items():
+            average.load_state_dict(state[key], state['ema_updates'])
 
     def check_state(self, state: dict[str, Any], source: str) -> None:
         """Make sure that the state of a checkpoint is of this training.
@@ -226,7 +247,7 @@ class GeneratorTrainer(Trainer):
     """Trains a generator, on one process or under DDP.
 
     Args:
-        ema_decay: of the averaged weights, which evaluation and sampling use; 0 is off.
+        ema_decays: of the averaged weights, of which evaluation and sampling use the first ones.
         ema_warmup: see `WeightEMA`.
     """
 
@@ -237,13 +258,12 @@ class GeneratorTrainer(Trainer):
     ema_key = 'var_ema'
     has_scores_in_every_line = True
 
-    def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decay: float = 0.,
+    def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decays: Sequence[float] = (),
                  ema_warmup: bool = True):
         super().__init__(model, optimizer)
         self.loss_module = distributed(Wrapped(model, 'training_loss'))
         self.flops_of_image = functools.lru_cache(model.training_flops)  # by its number of tokens
-        if ema_decay:  # after DDP has given all ranks the weights of the first one
-            self.ema = WeightEMA(model, ema_decay, warmup=ema_warmup)
+        self._begin_averages(ema_decays, warmup=ema_warmup)
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:
@@ -305,6 +325,11 @@ class GeneratorTrainer(Trainer):
         if self.ema and self.ema_key not in state:
             raise ValueError(f'{source} holds no averaged weights: leave out --ema, or start in another '
                              'output folder')
+        missing = [key for key in self.more_averages if key not in state]
+        if missing:
+            raise ValueError(f'{source} holds no weights averaged with decay '
+                             f'{self.more_averages[missing[0]].decay}: pass --ema as it was, or start in '
+                             'another output folder')
 
 
 class TokenizerTrainer(Trainer):
@@ -313,7 +338,7 @@ class TokenizerTrainer(Trainer):
     Args:
         criterion: the losses, with the discriminator if there is one.
         disc_optimizer: of the discriminator.
-        ema_decay: of the averaged weights, which evaluation and generators use; 0 is off.
+        ema_decays: of the averaged weights, of which evaluation and generators use the first ones.
     """
 
     step_tag = 'VAE_iter'
@@ -323,14 +348,13 @@ class TokenizerTrainer(Trainer):
     ema_key = 'vae_ema'
 
     def __init__(self, model: Tokenizer, optimizer: AmpOptimizer, criterion: TokenizerLoss,
-                 disc_optimizer: AmpOptimizer | None = None, ema_decay: float = 0.):
+                 disc_optimizer: AmpOptimizer | None = None, ema_decays: Sequence[float] = ()):
         super().__init__(model, optimizer)
         self.criterion = criterion
         self.disc_optimizer = disc_optimizer
         self.module = distributed(Wrapped(model, 'reconstruct'), model.has_idle_parameters)
         self.disc_module = distributed(criterion.discriminator) if disc_optimizer else None
-        if ema_decay:  # after DDP has given all ranks the weights of the first one
-            self.ema = WeightEMA(model, ema_decay, model.not_averaged)
+        self._begin_averages(ema_decays, model.not_averaged)
         self.gan_announced = False
         # running statistics with their values before the current step
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] | None = None

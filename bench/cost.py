@@ -144,7 +144,8 @@ def training_cost(config: TrainConfig, batch: int, progress: float = 1., depths:
     with fake_tensors():
         materialized(model.tokenizer)
         materialized(model)
-        trainer = GeneratorTrainer(model, build_optimizer(config, model, model.no_weight_decay()), config.ema)
+        trainer = GeneratorTrainer(model, build_optimizer(config, model, model.no_weight_decay()),
+                                   config.ema_decays)
         trainer.optimizer.amp_ctx = autocast('cpu', PRECISION)
         trainer.optimizer.scaler = None
         side = config.image_size

@@ -355,7 +355,7 @@ def make_tokenizer_trainer(model: VQVAE) -> TokenizerTrainer:
         return AmpOptimizer(PRECISIONS['bf16'], optimizer, names, params, 1.)
 
     return TokenizerTrainer(model, make_optimizer(model), criterion, make_optimizer(criterion.discriminator),
-                            0.9999)
+                            [0.9999])
 
 
 class Meter:

@@ -59,7 +59,7 @@ def opt(
         words: values by name, such as {'none': 0}; the name '' stands for the flag without a value.
         path: the value is a file or folder, in which `expand_paths` replaces `~`.
         several: of a path: there may be several, joined by commas.
-        limits: smallest and largest sensible value; `check_values` compares.
+        limits: smallest and largest sensible value, also of each number of a list; `check_values` compares.
         choices: all values that are allowed; `check_values` compares.
         free: it may differ between two starts of one job.
         per_node: it may differ between the nodes of one job, as it says where things lie on each.
@@ -150,6 +150,30 @@ def ints(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def numbers_of(value: float | str) -> tuple[float, ...]:
+    """'0.05,0.1' -> (0.05, 0.1); a single number is a list of one, '' an empty one.
+
+    Raises:
+        ValueError: not a list of numbers.
+    """
+    if value == '':
+        return ()
+    if not isinstance(value, str):
+        return (value,)
+    try:
+        return tuple(map(float, value.split(',')))
+    except ValueError:
+        raise ValueError(f'expected numbers joined by ",", such as 0.05,0.1, got {value!r}') from None
+
+
+def number_or_list(text: str) -> float | str:
+    """A number where the text is one; a list of numbers stays as it was written, for `numbers_of`."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def check_values(settings: Any) -> None:
     """Compare every setting with its limits and choices.
 
@@ -160,14 +184,37 @@ def check_values(settings: Any) -> None:
         value = getattr(settings, f.name)
         limits = f.metadata['limits']
         choices = f.metadata['choices']
-        if limits and value is not None and not limits[0] <= value <= limits[1]:
+        if limits and value is not None:
             low, high = limits
             bounds = f'at least {low:g}' if high == INF else f'in [{low:g}, {high:g}]'
-            raise ValueError(f'--{flag_of(settings, f.name)} must be {bounds}, got {value:g}')
+            for number in _numbers_of_field(settings, f.name):
+                if not low <= number <= high:
+                    raise ValueError(f'--{flag_of(settings, f.name)} must be {bounds}, got {number:g}')
         if choices and value not in choices:
             names = [str(choice) for choice in choices if choice != '']
             allowed = ' or '.join(names) if len(names) < 3 else f'one of {", ".join(names)}'
             raise ValueError(f'--{flag_of(settings, f.name)} must be {allowed}, got {value!r}')
+
+
+def check_weights(name: str, flag: str) -> None:
+    """Make sure that this names weights of a checkpoint: ema, raw, or one of several averages.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not re.fullmatch(r'ema|raw|ema_\d[-.\de]*', name):
+        raise ValueError(
+            f'--{flag} must be ema or raw, or name one of several averages by its decay, such as ema_0.9999, '
+            f'got {name!r}'
+        )
+
+
+def _numbers_of_field(settings: Any, name: str) -> tuple[float, ...]:
+    """The numbers of a field, see `numbers_of`; an error names its flag."""
+    try:
+        return numbers_of(getattr(settings, name))
+    except ValueError as error:
+        raise ValueError(f'--{flag_of(settings, name)}: {error}') from None
 
 
 def config_text(settings: Any, title: str, **drawn: Any) -> str:
@@ -290,10 +337,10 @@ def _group_of(cls: type, name: str) -> str:
     return 'model'
 
 
-def _kind_of(hint: Any) -> type:
-    """The type of a field's values: of `int | None` it is int."""
-    kinds = typing.get_args(hint) or (hint,)
-    return next(kind for kind in kinds if kind is not type(None))
+def _kind_of(hint: Any) -> Callable[[str], Any]:
+    """What reads a field's values: of `int | None` it is int."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    return number_or_list if kinds == [float, str] else kinds[0]
 
 
 def _with_words(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:

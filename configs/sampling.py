@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.options import INF, REPO, check_values, expand_paths, marked_fields, opt
+from configs.options import (
+    INF,
+    REPO,
+    check_values,
+    check_weights,
+    expand_paths,
+    flag_of,
+    marked_fields,
+    opt,
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,8 @@ class SampleConfig:
     )
     weights: str = opt(
         'ema',
-        'ema: averaged weights where the file has them; raw: those of the last step',
-        choices=('ema', 'raw'),
+        'ema: averaged weights where the file has them; raw: those of the last step; ema_0.9999: those of '
+        'that decay, after the first one of several',
         group='run',
     )
     source: str = opt(
@@ -124,6 +133,7 @@ class SampleConfig:
         if not self.ckpt:
             raise ValueError(f'expected the weights of a generator: pass --ckpt=FILE{self.CKPT_HINT}')
         check_values(self)
+        check_weights(self.weights, flag_of(self, 'weights'))
         if not Path(self.output).name:
             raise ValueError(f'--output must name a folder, got {self.output!r}: pass one')
         if not re.fullmatch(r'|[0-9]{1,9}(_[0-9]{1,9})*', self.classes):

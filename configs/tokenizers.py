@@ -62,9 +62,10 @@ class TokenizerConfig(TrainConfig):
     ch_mult: str = opt('1_1_2_2_4', 'width multiples per level; the stride is 2 ** (levels - 1)')
     num_res_blocks: int = opt(2, 'residual blocks per encoder level', limits=(1, INF))
     # optimisation
-    ema: float = opt(
+    ema: float | str = opt(
         0.9999,
-        'decay of the moving average of the weights; 0 is off',
+        'decay of the moving average of the weights; 0 is off; of several joined by commas the first one is '
+        'used for evaluation and export',
         limits=(0, 0.999999),
         group='optimisation',
     )

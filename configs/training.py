@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from configs.options import INF, REPO, check_values, expand_paths, flag_of, ints, opt
+from configs.options import INF, REPO, check_values, expand_paths, flag_of, ints, numbers_of, opt
 from utils.machine import automatic_workers, workers_note
 
 PATCH_NUMS = {
@@ -252,6 +252,7 @@ class TrainConfig:
     vae_bf16 = 0.0
     cached_path = ''
     freeze = ''
+    ema = 0.0
     train_only = ''
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
@@ -270,6 +271,11 @@ class TrainConfig:
         if not re.fullmatch(r'|[1-9]\d*m?', self.save_every):
             raise ValueError(
                 f'--save_every must be a number of steps ("500") or minutes ("20m"), got {self.save_every!r}'
+            )
+        if len({*self.ema_decays}) < len(self.ema_decays) or 0 in self.ema_decays:
+            raise ValueError(
+                f'--{flag_of(self, "ema")} must be one decay, or several that differ and are not 0, '
+                f'got {self.ema}'
             )
 
     # ------------------------------------------------------------------------------ what follows
@@ -316,6 +322,11 @@ class TrainConfig:
     def final_lr_ratio(self, world_size: int) -> float:
         """Learning rate at the last step over the peak."""
         return self.lr_end
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """Decays of the averages of the weights; () where none is kept."""
+        return numbers_of(self.ema) if self.ema else ()
 
     @property
     def final_weight_decay(self) -> float:
@@ -439,9 +450,10 @@ class GeneratorConfig(TrainConfig):
         limits=(0, 1),
         group='numerics',
     )
-    ema: float = opt(
+    ema: float | str = opt(
         0.0,
-        'decay of averaged weights, for evaluation and sampling; 0 keeps none',
+        'decay of averaged weights, for evaluation and sampling; 0 keeps none; of several joined by commas '
+        'the first one is used, and sample.py --weights names any',
         limits=(0, 0.999999),
         group='optimisation',
     )

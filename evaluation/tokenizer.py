@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
-from configs.options import INF, check_values, expand_paths, ints, opt
+from configs.options import INF, check_values, check_weights, expand_paths, ints, opt
 from configs.training import PATCH_NUMS, VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
 from evaluation.features import FeatureSettings
 from evaluation.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
@@ -53,8 +53,8 @@ class TokenizerSettings:
     ckpt: str = opt('', 'weights: a checkpoint of train.py, a released file, or a published name', path=True)
     model: str = opt('', f'{", ".join(TOKENIZERS)}; empty recognises the weights, but a released flexvae, '
                          'whose keys are those of a vq16', choices=('', *TOKENIZERS))
-    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step',
-                       choices=('ema', 'raw'))
+    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step; '
+                              'ema_0.9999: those of that decay, after the first one of several')
     pn: str = opt('', 'sides of the code maps of a vqvae, as in training; empty takes what the file says')
     data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"', path=True)
     split: str = opt('val', 'val or train', choices=('val', 'train'))
@@ -89,6 +89,7 @@ class TokenizerSettings:
     def __post_init__(self):
         expand_paths(self)
         check_values(self)
+        check_weights(self.weights, 'weights')
         if self.workers < 0:
             batch_bytes = self.batch_size * 3 * (self.image_size or 256) ** 2 * 4
             object.__setattr__(self, 'workers', automatic_workers(4, batch_bytes))
@@ -230,7 +231,8 @@ def load_tokenizer(settings: TokenizerSettings, device: torch.device) -> tuple[T
     path = fetch(settings.ckpt)
     checkpoint, digest = load_on_all_ranks(path)
     prefer_ema = settings.weights == 'ema'
-    state, config = tokenizer_weights(checkpoint, prefer_ema)
+    average = '' if settings.weights in ('ema', 'raw') else settings.weights
+    state, config = tokenizer_weights(checkpoint, prefer_ema, average)
     cls = recognise(settings.model, checkpoint, state, str(path))
 
     # Released files have no settings, so a pyramid may have to come from --pn.
@@ -248,7 +250,7 @@ def load_tokenizer(settings: TokenizerSettings, device: torch.device) -> tuple[T
     source = dict(
         file=str(path),
         model=cls.__name__,
-        weights='ema' if is_averaged else 'raw',
+        weights=average or ('ema' if is_averaged else 'raw'),
         sha256=digest,
     )
     return tokenizer, source

@@ -28,7 +28,7 @@ def make_trainer(model, gan=None, width=8, accumulate=1, ema=0.99, lr=1e-3):
         adam = torch.optim.AdamW([p for _, p in named], lr=lr, weight_decay=0.)
         return AmpOptimizer(0, adam, *map(list, zip(*named, strict=True)), 1., accumulate)
     return TokenizerTrainer(model, optimize(model), criterion,
-                            optimize(criterion.discriminator) if gan else None, ema)
+                            optimize(criterion.discriminator) if gan else None, [ema])
 
 
 def images_of(step, count=32):

@@ -29,7 +29,7 @@ def batches():
     return [(pixels(vectors[f'batch.{i}.images_u8']), vectors[f'batch.{i}.labels']) for i in range(3)]
 
 
-def make_trainer(model, clip=2., accumulate=1, precision=0, lr=1e-3, ema=0.):
+def make_trainer(model, clip=2., accumulate=1, precision=0, lr=1e-3, ema=()):
     names, params, groups = filter_params(model, model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0., fused=True)
     return GeneratorTrainer(model, AmpOptimizer(precision, optimizer, names, params, clip, accumulate), ema)
@@ -158,7 +158,8 @@ def test_overfits_four_images():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize(('precision', 'ema'), [(0, 0.), (0, 0.9), (1, 0.), (2, 0.)])
+@pytest.mark.parametrize(('precision', 'ema'), [
+    (0, ()), (0, (0.9,)), (0, (0.9, 0.5, 0.99)), (1, ()), (2, ())])
 def test_state_round_trip_continues_bit_for_bit(precision, ema):
     data, settings = batches(), dict(precision=precision, ema=ema)
     straight = make_trainer(tiny_var('sep_l2', drop_path_rate=0.3, cond_drop_rate=0.3), **settings)
@@ -177,6 +178,9 @@ def test_state_round_trip_continues_bit_for_bit(precision, ema):
         assert torch.equal(resumed.model.state_dict()[name], value), name
         if ema:
             assert torch.equal(resumed.ema.weights[name], straight.ema.weights[name]), name
+        for key, average in straight.more_averages.items():
+            assert torch.equal(resumed.more_averages[key].weights[name], average.weights[name]), name
+    assert [*straight.more_averages] == [f'var_ema_{decay}' for decay in ema[1:]]
     if ema:
         head = 'head.weight'
         assert not torch.equal(straight.ema.weights[head], straight.model.state_dict()[head])

@@ -216,9 +216,9 @@ def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Tr
         model.tokenizer.encoder.compile(mode=COMPILE_MODES[config.compile_tokenizer])
     optimizer = build_optimizer(config, model, model.no_weight_decay())
     if isinstance(model, ARModel):
-        return GeneratorTrainer(model, optimizer, config.ema, config.ema_warmup)
+        return GeneratorTrainer(model, optimizer, config.ema_decays, config.ema_warmup)
     criterion = build_criterion(config, total_steps, next(model.parameters()).device)
     disc_optimizer = None
     if criterion.discriminator is not None:
         disc_optimizer = build_optimizer(config, criterion.discriminator, set())
-    return TokenizerTrainer(model, optimizer, criterion, disc_optimizer, config.ema)
+    return TokenizerTrainer(model, optimizer, criterion, disc_optimizer, config.ema_decays)

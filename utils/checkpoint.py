@@ -262,13 +262,19 @@ def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True) -> dict[str, torch.Tensor]:
+def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True,
+                  average: str = '') -> dict[str, torch.Tensor]:
     """The flat weights of a generator: from a checkpoint of ours or upstream's, or from a released file.
 
     Args:
         prefer_ema: whether to take averaged weights where the file has them.
+        average: one of several averages by its name, such as ema_0.9999; '' takes the first one.
+    Raises:
+        ValueError: the file has no such average.
     """
     trainer = checkpoint.get('trainer', {})
+    if average:
+        return _named_average(trainer, 'var_', average)
     places = [(trainer, 'var_wo_ddp'), (checkpoint, 'model'), (checkpoint, 'module'),
               (checkpoint, 'state_dict')]
     if prefer_ema:
@@ -279,6 +285,15 @@ def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True) -> dict[s
     return without_prefix(checkpoint)
 
 
+def _named_average(trainer: dict[str, Any], prefix: str, name: str) -> dict[str, torch.Tensor]:
+    """The weights under the key `prefix + name` of a checkpoint."""
+    if _holds_weights(trainer, prefix + name):
+        return without_prefix(trainer[prefix + name])
+    found = [key.removeprefix(prefix) for key in trainer if key.startswith(f'{prefix}ema')]
+    raise ValueError(f'expected weights averaged as {name}, the file holds {", ".join(found) or "none"}: '
+                     'pass another --weights')
+
+
 def _holds_weights(holder: dict[str, Any], key: str) -> bool:
     return isinstance(holder.get(key), dict) and bool(holder[key])
 
@@ -286,16 +301,21 @@ def _holds_weights(holder: dict[str, Any], key: str) -> bool:
 def tokenizer_weights(
     checkpoint: dict[str, Any],
     prefer_ema: bool = True,
+    average: str = '',
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tokenizer of a checkpoint of ours (its own or a generator's) or upstream's, or of a released file.
 
     Args:
-        prefer_ema: whether to take averaged weights where the file has them.
+        prefer_ema, average: see `model_weights`.
     Returns:
         The flat weights, and settings of the architecture that weights do not show; {} in files of others.
+    Raises:
+        ValueError: the file has no such average.
     """
     trainer = checkpoint.get('trainer', {})
     trainer_config = trainer.get('config') if 'vae_wo_ddp' in trainer else trainer.get('vae_config')
+    if average:
+        return _named_average(trainer, 'vae_', average), trainer_config
     keys = ['vae_wo_ddp', 'vae_local', 'model', 'module', 'state_dict']
     if prefer_ema:
         keys = ['vae_ema', 'ema', *keys]

@@ -29,13 +29,17 @@ class WeightEMA:
         self.averaged = trained - set(copied)
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
+    def next_decay(self) -> float:
+        """The share of the average that the next update keeps."""
+        if self.warmup:
+            half = self.num_updates // 2
+            return min(self.decay, (half + 1) / (half + 10))
+        return self.decay
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights of the model; call it once per optimizer step."""
-        decay = self.decay
-        if self.warmup:
-            half = self.num_updates // 2
-            decay = min(decay, (half + 1) / (half + 10))
+        decay = self.next_decay()
         self.num_updates += 1
         averages = []
         values = []
