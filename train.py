@@ -50,6 +50,7 @@ from training.resume import (
     repair_best,
 )
 from training.saving import CheckpointWriter
+from training.snapshots import store_snapshots
 from utils.amp_sc import DTYPES, note_on_bfloat16
 from utils.checkpoint import lock_folder, remove_leftovers
 from utils.data import name_of
@@ -92,6 +93,9 @@ def train(run: 'Run') -> None:
             run.count_skipped(epoch, step, info)
             if run.shows_pictures_after(step):
                 run.show_pictures(step + 1)
+            # Averages of which any other width can be made later; the checkpoint of this step comes after.
+            if run.stores_averages_after(step):
+                store_snapshots(run.folder, run.trainer.profiles, step + 1)
             # One exchange tells all ranks of a signal to any of them, of images that could not be read, of a
             # checkpoint that could not be written, and of the time by the clock of the first rank.
             heard = run.exchange(damage_B, info)
@@ -289,6 +293,11 @@ class Run:
         """Whether pictures follow this step."""
         every = self.config.picture_every
         return bool(every) and (step + 1) % every == 0
+
+    def stores_averages_after(self, step: int) -> bool:
+        """Whether files of the averages of `--ema_profiles` follow this step; the last one has them, too."""
+        every = self.config.ema_snapshot
+        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.total_steps)
 
     # ------------------------------------------------------------------------------ a step
     def steps(self, epoch: int) -> Iterator[tuple[int, tuple]]:

@@ -31,7 +31,7 @@ from models import (
 )
 from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import save_file
-from utils.ema import WeightEMA
+from utils.ema import PowerEMA, WeightEMA
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +249,9 @@ class GeneratorTrainer(Trainer):
     Args:
         ema_decays: of the averaged weights, of which evaluation and sampling use the first ones.
         ema_warmup: see `WeightEMA`.
+        profile_widths: of averages by power functions, which nothing here uses.
+    Attributes:
+        profiles: these averages.
     """
 
     step_tag = 'AR_iter_loss'
@@ -259,11 +262,12 @@ class GeneratorTrainer(Trainer):
     has_scores_in_every_line = True
 
     def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decays: Sequence[float] = (),
-                 ema_warmup: bool = True):
+                 ema_warmup: bool = True, profile_widths: Sequence[float] = ()):
         super().__init__(model, optimizer)
         self.loss_module = distributed(Wrapped(model, 'training_loss'))
         self.flops_of_image = functools.lru_cache(model.training_flops)  # by its number of tokens
         self._begin_averages(ema_decays, warmup=ema_warmup)
+        self.profiles = [PowerEMA(model, width) for width in profile_widths]
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:
@@ -278,6 +282,12 @@ class GeneratorTrainer(Trainer):
         if stepping:
             self._after_step(progress, is_finite)
         return StepInfo(loss.detach(), grad_norm, scale_log2, aux, is_finite)
+
+    def _after_step(self, progress: float, is_finite: bool) -> None:
+        super()._after_step(progress, is_finite)
+        if is_finite:
+            for profile in self.profiles:
+                profile.update()
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
         return mean_over_ranks(self.model.metrics(aux))
@@ -308,8 +318,18 @@ class GeneratorTrainer(Trainer):
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
         """The frozen tokenizer, too: a checkpoint is all that sampling needs."""
         tokenizer = self.model.tokenizer
-        return super().state_dict(progress) | dict(vae_local=tokenizer.state_dict(),
-                                                   vae_config=tokenizer.config_state(progress))
+        state = super().state_dict(progress) | dict(vae_local=tokenizer.state_dict(),
+                                                    vae_config=tokenizer.config_state(progress))
+        if self.profiles:
+            state['ema_profiles'] = {str(profile.width): profile.averaged_weights()
+                                     for profile in self.profiles}
+            state['profile_updates'] = self.profiles[0].num_updates
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
+        super().load_state_dict(state, source)
+        for profile in self.profiles:
+            profile.load_state_dict(state['ema_profiles'][str(profile.width)], state['profile_updates'])
 
     def check_state(self, state: dict[str, Any], source: str) -> None:
         # The codes of a frozen tokenizer follow from its weights, and from settings that these do not tell.
@@ -330,6 +350,11 @@ class GeneratorTrainer(Trainer):
             raise ValueError(f'{source} holds no weights averaged with decay '
                              f'{self.more_averages[missing[0]].decay}: pass --ema as it was, or start in '
                              'another output folder')
+        missing = [profile.width for profile in self.profiles
+                   if str(profile.width) not in state.get('ema_profiles', {})]
+        if missing:
+            raise ValueError(f'{source} holds no average of width {missing[0]}, which must begin with the '
+                             'training: pass --ema_profiles as it was, or start in another output folder')
 
 
 class TokenizerTrainer(Trainer):

@@ -27,6 +27,8 @@ SCHEDULES = 'cos, lin, lin0, lin00, lin<number>, exp, flat or flat<share before 
 CROP_KINDS = ('resize', 'adm', 'vae')
 CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm'
 
+LARGEST_WIDTH = 0.288  # of an average of weights: 12 ** -0.5 is a plain mean of all steps
+
 MOST_WORKERS = 16  # loader processes per rank that are started unasked
 
 VAL_SPLIT_HELP = (
@@ -253,6 +255,7 @@ class TrainConfig:
     cached_path = ''
     freeze = ''
     ema = 0.0
+    ema_snapshot = 0
     train_only = ''
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
@@ -462,6 +465,20 @@ class GeneratorConfig(TrainConfig):
         'average over few steps at the beginning, so that it follows the start fast',
         group='optimisation',
     )
+    ema_profiles: str = opt(
+        '',
+        'widths of averages as shares of the training, such as 0.05,0.1, that --ema_snapshot stores now and '
+        'then: utils.posthoc_ema makes those of any other width of them',
+        limits=(0.005, LARGEST_WIDTH),
+        group='optimisation',
+    )
+    ema_snapshot: int = opt(
+        0,
+        'optimizer steps from one storing of the averages of --ema_profiles to the next',
+        limits=(0, INF),
+        free=True,
+        group='optimisation',
+    )
     fid_images: int = opt(
         0,
         'images to draw at every evaluation, logged as fid_<n>k; 0 is off',
@@ -494,9 +511,21 @@ class GeneratorConfig(TrainConfig):
         super().__post_init__()
         if self.fid_images == 1:
             raise ValueError('--fid_images must be 0 or at least 2, got 1: draw some thousand')
+        if bool(self.ema_profiles) != bool(self.ema_snapshot):
+            raise ValueError(
+                '--ema_profiles and --ema_snapshot go together: pass both, such as '
+                '--ema_profiles=0.05,0.1 --ema_snapshot=1000'
+            )
+        if len({*self.profile_widths}) < len(self.profile_widths):
+            raise ValueError(f'--ema_profiles must be widths that differ, got {self.ema_profiles}')
         if self.reset and not self.init_from:
             flag = flag_of(self, 'init_from')
             raise ValueError(f'--reset is about the weights of --{flag}: pass both, or leave out --reset')
+
+    @property
+    def profile_widths(self) -> tuple[float, ...]:
+        """Widths of the averages that are stored now and then."""
+        return numbers_of(self.ema_profiles)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'utils.doctor', 'utils.pack_data', 'utils.check_data'}
+ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'utils.doctor', 'utils.pack_data', 'utils.check_data',
+           'utils.posthoc_ema'}
 LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'evaluation'}, {'trainer'}, {'training'}]
 OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'huggingface_hub.utils',
             'torch.utils.tensorboard', 'torch_fidelity.feature_extractor_inceptionv3',

@@ -216,7 +216,8 @@ def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Tr
         model.tokenizer.encoder.compile(mode=COMPILE_MODES[config.compile_tokenizer])
     optimizer = build_optimizer(config, model, model.no_weight_decay())
     if isinstance(model, ARModel):
-        return GeneratorTrainer(model, optimizer, config.ema_decays, config.ema_warmup)
+        return GeneratorTrainer(model, optimizer, config.ema_decays, config.ema_warmup,
+                                config.profile_widths)
     criterion = build_criterion(config, total_steps, next(model.parameters()).device)
     disc_optimizer = None
     if criterion.discriminator is not None:

@@ -24,6 +24,8 @@ import torch
 
 import dist
 from trainer import StepInfo, Trainer
+from training.snapshots import rewind_snapshots
+from utils.ema import SNAPSHOTS
 from utils.log import (
     MetricLogger,
     SmoothedValue,
@@ -281,6 +283,7 @@ def rewind(folder: Path, tb_dir: Path, steps_done: int, epochs_ended: int) -> No
         # Step 0 also writes points with a negative step, which must not survive it.
         return steps_done > 0 and step < steps_done
 
+    rewind_snapshots(folder, steps_done)
     keep_json_lines(folder / 'steps.jsonl', is_step_kept)
     keep_json_lines(folder / 'not_finite.jsonl', is_step_kept)
     keep_json_lines(folder / 'log.txt', is_epoch_kept)
@@ -290,7 +293,8 @@ def rewind(folder: Path, tb_dir: Path, steps_done: int, epochs_ended: int) -> No
 
 def set_logs_aside(folder: Path, tb_dir: Path) -> None:
     """Rename the logs that an earlier run without a checkpoint has left, so that a new run begins its own."""
-    for path in (folder / 'steps.jsonl', folder / 'not_finite.jsonl', folder / 'log.txt', tb_dir):
+    names = 'steps.jsonl', 'not_finite.jsonl', 'log.txt', SNAPSHOTS
+    for path in (*(folder / name for name in names), tb_dir):
         if not path.exists():
             continue
         number = 1

@@ -1,9 +1,13 @@
-"""Moving average of a model's weights."""
+"""Moving averages of a model's weights: exponential ones, and those whose width grows with the training."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
+
+SNAPSHOTS = 'snapshots'          # the folder, inside an output folder, where averages are stored now and then
+SNAPSHOT_INDEX = 'index.jsonl'   # the list of its files
 
 
 class WeightEMA:
@@ -88,3 +92,49 @@ class WeightEMA:
         for name, value in state.items():
             self.weights[name].copy_(value)
         self.num_updates = num_updates
+
+
+# ------------------------------------------------------------------------------ power functions
+def exponent_of(width: float) -> float:
+    """The exponent g of a profile (u / t)^g over past times u <= t whose standard deviation is `width` * t.
+
+    That is the largest real root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2), s being the width.
+
+    Args:
+        width: above 0, at most 12 ** -0.5, which is that of a plain mean of all updates.
+    Source: arXiv 2312.02696, Sec. 3.1 and App. C.
+    """
+    return float(np.roots([1, 7, 16 - width ** -2, 12 - width ** -2]).real.max())
+
+
+def width_of(exponent: float) -> float:
+    """The standard deviation of a profile (u / t)^g, as a share of t."""
+    g = exponent
+    return ((g + 1) / (g + 2) ** 2 / (g + 3)) ** 0.5
+
+
+class PowerEMA(WeightEMA):
+    """Averages the weights after the updates u = 1 ... t with the profile (u / t)^g.
+
+    The profile covers the same share of the training at any time t, so that it forgets the first weights
+    fast, and grows with the training. Such averages at several times give those of other widths: see
+    `utils.posthoc_ema`.
+
+    Args:
+        model: see `WeightEMA`.
+        width: standard deviation of the profile as a share of t.
+    Source: arXiv 2312.02696, Sec. 3.1.
+    """
+
+    def __init__(self, model: nn.Module, width: float):
+        super().__init__(model, decay=0., warmup=False)
+        self.width = width
+        self.exponent = exponent_of(width)
+
+    def next_decay(self) -> float:
+        t = self.num_updates + 1
+        return (1 - 1 / t) ** (self.exponent + 1)
+
+    def averaged_weights(self) -> dict[str, torch.Tensor]:
+        """The averages alone, without what is copied."""
+        return {name: value for name, value in self.weights.items() if name in self.averaged}
