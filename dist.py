@@ -6,8 +6,10 @@ import ctypes
 import datetime
 import functools
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +19,8 @@ import torch.distributed as tdist
 import torch.multiprocessing as mp
 
 LONGEST_VALUE = 300  # letters of a value in a message
+FIRST_PORT = 15_000  # of the ports at which tasks of srun meet, below those that Linux gives away by itself
+NUM_PORTS = 15_000
 _device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
@@ -27,7 +31,7 @@ def initialized() -> bool:
 
 def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_distibuted: int = 0,
                timeout: int = 30) -> None:
-    """Join the group that torchrun describes in the environment; without torchrun only choose the device.
+    """Join the group that torchrun or srun describes in the environment; without them choose the device.
 
     Args:
         fork: start worker processes by 'fork' instead of the platform's way.
@@ -39,8 +43,8 @@ def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_dis
         ValueError: the launcher's variables are incomplete, its port is taken, or srun started several
             processes that know nothing of each other.
     """
+    is_task = 'RANK' not in os.environ and _take_over_slurm()
     if 'RANK' not in os.environ:
-        _refuse_separate_tasks()
         if torch.cuda.is_available():
             set_gpu_id(gpu_id_if_not_distibuted)
         return
@@ -48,18 +52,23 @@ def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_dis
     _end_with_launcher()
     if fork:
         mp.set_start_method('fork', force=True)
+    backend = backend or ('nccl' if torch.cuda.is_available() else 'gloo')
+    device_id = None
     if torch.cuda.is_available() and backend != 'gloo':
-        set_gpu_id(get_local_rank())
+        # `srun --gpus-per-task=1` shows every task a single GPU, its own.
+        has_own_gpu = is_task and torch.cuda.device_count() == 1
+        set_gpu_id(0 if has_own_gpu else get_local_rank())
+        device_id = _device
     address = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
     world_size = int(os.environ['WORLD_SIZE'])
-    if 'TORCHELASTIC_RUN_ID' not in os.environ and world_size > 1:
+    if 'TORCHELASTIC_RUN_ID' not in os.environ and not is_task and world_size > 1:
         # torchrun starts all processes itself. If these variables were set by hand, or are left over from the
         # launcher of a cluster, the other processes may never come, and this one would wait in silence.
         sys.stderr.write(f'waiting for {world_size} processes at {address}, as RANK and WORLD_SIZE say; '
                          'unset both to run a single process\n')
     try:
-        tdist.init_process_group(backend or ('nccl' if torch.cuda.is_available() else 'gloo'),
-                                 timeout=datetime.timedelta(minutes=timeout))
+        # A group that knows its device connects at once, so that a broken network is named here.
+        tdist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout), device_id=device_id)
     except RuntimeError as error:  # torch's own kinds of network errors among them
         reason = ' '.join(str(error).split())
         if 'EADDRINUSE' in reason or 'address already in use' in reason.lower():
@@ -70,14 +79,56 @@ def initialize(fork: bool = False, backend: str | None = None, gpu_id_if_not_dis
                          'rank 0') from None
 
 
-def _refuse_separate_tasks() -> None:
-    """Make sure that a task of srun is not one of many trainings that would all do the same."""
+def _take_over_slurm() -> bool:
+    """Set the variables of a launcher where srun itself has started a process per rank.
+
+    Returns:
+        Whether this process is such a task; False outside of Slurm, and for a single task.
+    Raises:
+        ValueError: there are several tasks, and Slurm's variables do not tell where they meet. Each of them
+            would be a training of its own, and all would do the same.
+    """
     num_tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
-    if num_tasks.isdecimal() and int(num_tasks) > 1:
+    if not num_tasks.isdecimal() or int(num_tasks) < 2:
+        return False
+    names = ('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_JOB_ID')
+    numbers = [os.environ.get(name, '') for name in names]
+    host = _first_host(os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_JOB_NODELIST', ''))
+    if not host or not all(number.isdecimal() for number in numbers):
         raise ValueError(
             f'srun started {num_tasks} processes that know nothing of each other: start one torchrun per '
             'node (srun --ntasks-per-node=1 torchrun ...), or export RANK=$SLURM_PROCID, '
             'LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR and MASTER_PORT in each')
+    rank, local_rank, job = numbers
+    step = os.environ.get('SLURM_STEP_ID', '')
+    offset = int(job) + (int(step) if step.isdecimal() else 0)  # two steps of a job have two ports
+    os.environ.setdefault('MASTER_ADDR', host)
+    os.environ.setdefault('MASTER_PORT', str(FIRST_PORT + offset % NUM_PORTS))
+    os.environ.update(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=num_tasks)
+    os.environ.setdefault('LOCAL_WORLD_SIZE', str(_tasks_of_this_node()))
+    return True
+
+
+def _first_host(hosts: str) -> str:
+    """The first host of a list as Slurm writes it, such as 'node[07-09],gpu3'; '' if that is unknown."""
+    if not re.search(r'[\[,]', hosts):
+        return hosts
+    try:
+        done = subprocess.run(['scontrol', 'show', 'hostnames', hosts], capture_output=True, text=True,
+                              check=True)
+    except (OSError, subprocess.CalledProcessError):  # in a container without Slurm's programs
+        return ''
+    return done.stdout.partition('\n')[0].strip()
+
+
+def _tasks_of_this_node() -> int:
+    """Number of tasks that srun has started on this node, by a list such as '8(x3),4'; 1 if unknown."""
+    tasks_per_node = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '')
+    counts: list[int] = []
+    for count, times in re.findall(r'(\d+)(?:\(x(\d+)\))?', tasks_per_node):
+        counts += [int(count)] * int(times or 1)
+    node = os.environ.get('SLURM_NODEID', '0')
+    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else 1
 
 
 def _check_launcher_variables() -> None:
