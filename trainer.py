@@ -29,6 +29,7 @@ from models import (
     differing_parameters,
     load_weights,
 )
+from models.base import Stopwatch
 from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import save_file
 from utils.ema import PowerEMA, WeightEMA
@@ -96,6 +97,7 @@ class Trainer:
         ema: average of the weights, with which the model is evaluated; None evaluates the weights themselves.
         more_averages: further averages by their keys of a checkpoint; nothing here uses them.
         flops: of the products of all training steps on this rank since they were last asked for.
+        waiting: time in which this rank waits for other ranks.
         step_tag, epoch_tag: published heads of the TensorBoard tags of steps and of epochs.
         weights_key, optimizer_key, ema_key: published keys of a checkpoint under `trainer`.
         has_scores_in_every_line: whether a line of log.txt names the validation scores before there are any.
@@ -114,6 +116,9 @@ class Trainer:
         self.ema: WeightEMA | None = None
         self.more_averages: dict[str, WeightEMA] = {}
         self.flops = 0
+        self.waiting = Stopwatch()
+        if dist.get_world_size() > 1:
+            optimizer.waiting = self.waiting
 
     def _begin_averages(self, decays: Sequence[float], copied: Collection[str] = (),
                         warmup: bool = True) -> None:
@@ -380,6 +385,8 @@ class TokenizerTrainer(Trainer):
         self.module = distributed(Wrapped(model, 'reconstruct'), model.has_idle_parameters)
         self.disc_module = distributed(criterion.discriminator) if disc_optimizer else None
         self._begin_averages(ema_decays, model.not_averaged)
+        if disc_optimizer:
+            disc_optimizer.waiting = optimizer.waiting
         self.gan_announced = False
         # running statistics with their values before the current step
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] | None = None

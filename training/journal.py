@@ -3,7 +3,7 @@
 | sink | when | what |
 |---|---|---|
 | console, stdout.txt | 5 times an epoch, 30 times in long ones | meters, images/s, MFU, where the time goes |
-| steps.jsonl | at the same steps, and at every `--log_every`th | rates, gradient norm, all metrics |
+| steps.jsonl | at the same steps, and at every `--log_every`th | rates, gradient, metrics, slowest rank |
 | TensorBoard, `AR_iter_*`, `VAE_iter`, `AR_opt_*` | at every `--log_every`th step | the same |
 | log.txt; TensorBoard, `AR_ep_loss`, `VAE_ep` | after every epoch | means of logged steps, validation |
 | TensorBoard, `VAE_pictures`, `VAE_codes` | every `--picture_every` steps, at evaluations | pictures |
@@ -24,6 +24,7 @@ import torch
 
 import dist
 from trainer import StepInfo, Trainer
+from training.pace import Pace
 from training.snapshots import rewind_snapshots
 from utils.ema import SNAPSHOTS
 from utils.log import (
@@ -62,6 +63,7 @@ class Journal:
         self.trainer = trainer
         self.headline = trainer.model.headline  # name in the progress line -> key of the metrics
         self.meters = MetricLogger()
+        self.pace = Pace(trainer.waiting)
         if dist.is_master():
             folder.mkdir(parents=True, exist_ok=True)
             open_logs(folder, tb_dir, header, position)
@@ -112,13 +114,17 @@ class Journal:
         if it not in self.meters.regular_iters and not self.tb.due():
             return
 
-        # The metrics are averaged over all ranks, so every rank takes part.
+        # The metrics are averaged over all ranks, so every rank takes part. The slowest rank is that of the
+        # steps before this one, which has not ended yet.
         values = self.trainer.metrics(info.aux)
+        self.pace.compare()
+        self.meters.notes = self.pace.for_line()
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if info.is_finite:
             self._update_meters(info.grad_norm, finite)
         if dist.is_master():
-            line = dict(step=step, lr=max_lr, wd=max_wd, grad_norm=float(info.grad_norm), **values)
+            line = dict(step=step, lr=max_lr, wd=max_wd, grad_norm=float(info.grad_norm), **values,
+                        **self.pace.for_json())
             if not info.is_finite:
                 line['skipped'] = True
             append_json_line(self.folder / 'steps.jsonl', line)

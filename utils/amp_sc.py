@@ -1,10 +1,11 @@
 """Mixed precision, loss scaling, clipping and accumulation around an optimizer."""
 import math
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import nn
+from torch.autograd import Variable
 
 from utils.machine import cpu_features
 
@@ -66,6 +67,8 @@ class AmpOptimizer:
         n_gradient_accumulation: micro-steps per step; losses are divided by it.
     Attributes:
         moved: whether the last step moved the parameters; a gradient that is not finite moves nothing.
+        waiting: is entered where a backward pass waits for the gradients of other ranks; None measures
+            nothing.
     """
 
     def __init__(self, mixed_precision: int, optimizer: torch.optim.Optimizer, names: list[str],
@@ -74,6 +77,7 @@ class AmpOptimizer:
         self.names = names
         self.paras = paras
         self.moved = True
+        self.waiting: AbstractContextManager | None = None
         self.grad_clip = grad_clip
         self.r_accu = 1 / n_gradient_accumulation
         self.device_type = paras[0].device.type
@@ -98,7 +102,7 @@ class AmpOptimizer:
         if self.scaler:
             loss = self.scaler.scale(loss)
             log2_scale = math.log2(max(self.scaler.get_scale(), 1e-30))
-        loss.backward()
+        self._backward(loss)
         if not stepping:
             return None, log2_scale
 
@@ -120,6 +124,24 @@ class AmpOptimizer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, log2_scale
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """The backward pass, which tells `waiting` where this rank's own part of it ends."""
+        if self.waiting is None:
+            loss.backward()
+            return
+        engine = Variable._execution_engine
+        with ExitStack() as stack:
+            def begin_waiting() -> None:
+                stack.enter_context(self.waiting)
+
+            # The hook of the loss is the first one of all. So what it queues for the end of the pass is
+            # called when this rank's own gradients are done, and before DDP waits for those of other ranks.
+            def queue_first(_: torch.Tensor) -> None:
+                engine.queue_callback(begin_waiting)
+
+            loss.register_hook(queue_first)
+            loss.backward()
 
     def forget(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
         """Set the moments of some rows of a parameter to zero, after these rows were replaced."""

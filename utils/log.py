@@ -28,14 +28,15 @@ OTHER_RANKS_WAIT = 10  # seconds that all ranks but the first wait before they r
 MOST_WAITING = 0.2     # share of the time that a training may wait for data before something is said
 
 
-def setup_logging(output_dir: str | None, is_master: bool) -> None:
+def setup_logging(output_dir: str | None, is_master: bool, rank: int | None = None) -> None:
     """Send messages of the master and warnings of every rank to the console; the master's to stdout.txt, too.
 
     Args:
         output_dir: folder of stdout.txt; None writes none.
         is_master: whether this is the first rank.
+        rank: writes all messages of this rank to rank_<rank>.txt in that folder as well; None does not.
     Raises:
-        ValueError: stdout.txt cannot be written.
+        ValueError: a file cannot be written.
     """
     root = logging.getLogger()
     root.handlers.clear()
@@ -50,6 +51,8 @@ def setup_logging(output_dir: str | None, is_master: bool) -> None:
     handlers: list[logging.Handler] = [console]
     if output_dir and is_master:
         handlers.append(_file_handler(Path(output_dir) / 'stdout.txt'))
+    if output_dir and rank is not None:
+        handlers.append(_file_handler(Path(output_dir) / f'rank_{rank:03d}.txt'))
     for handler in handlers:
         handler.setFormatter(line_format)
         root.addHandler(handler)
@@ -153,6 +156,7 @@ class MetricLogger:
         meters: by name.
         log_iters: iterations of the epoch after which a progress line is written.
         regular_iters: those of them that do not depend on where a start begins.
+        notes: end every progress line.
     """
 
     def __init__(self, delimiter: str = '  '):
@@ -160,6 +164,7 @@ class MetricLogger:
         self.delimiter = delimiter
         self.log_iters = set()
         self.regular_iters: set[int] = set()
+        self.notes: list[str] = []
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         """Show `meter` under `name`, in place of one with the default format."""
@@ -235,6 +240,7 @@ class MetricLogger:
             if flops:
                 parts.append(f'mfu: {flops / seconds / peak_flops:.1%}')
             parts.append(f'data/tokenizer/model: {data:.0%}/{tokenizer:.0%}/{model:.0%}')
+            parts += self.notes
             logger.info(self.delimiter.join(parts))
             if it > start_it and data > MOST_WAITING:
                 on_waiting(data)
