@@ -3,8 +3,8 @@
 Runs without torchrun, too. To resume, run the same command again: training goes on exactly where the newest
 checkpoint in the output folder was saved. `--dry_run` prints every derived value and exits.
 
-Exit codes: 0 done, 1 an error that the last line names, 2 wrong flags, 75 stopped by SIGTERM, SIGUSR1 or
-Ctrl-C after a checkpoint (torchrun itself then ends with 1).
+Exit codes: 0 done, 1 an error that the last line names, 2 wrong flags, 70 nothing moved for `--watchdog`
+minutes, 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C after a checkpoint (torchrun itself then ends with 1).
 """
 import dataclasses
 import json
@@ -39,6 +39,7 @@ from training.data import (
 from training.faults import BadImages, LossSpikes, NotFinite, SkippedSteps
 from training.fid import build_training_fid
 from training.journal import Journal, lines_per_epoch
+from training.life import Heartbeat, History, describe_start, refuse_restart_after_stop
 from training.resume import (
     RunState,
     changed_settings,
@@ -62,6 +63,7 @@ from utils.misc import allow_tf32, mix_seed, seed_everything
 from utils.peak import peak_flops
 from utils.provenance import git_commit, versions
 from utils.stop import Stopped, StopRequest
+from utils.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 NUM_PICTURES = 8  # validation images drawn in TensorBoard
@@ -99,6 +101,7 @@ def train(run: 'Run') -> None:
             # One exchange tells all ranks of a signal to any of them, of images that could not be read, of a
             # checkpoint that could not be written, and of the time by the clock of the first rank.
             heard = run.exchange(damage_B, info)
+            run.note_step(step)
             run.spikes.add(step, heard.loss)
             if heard.has_damage:
                 run.bad_images.add(damage_B)
@@ -168,6 +171,7 @@ class Run:
         self.state = RunState(choose_seed(config, checkpoint.get('run', {}).get('seed')),
                               len(train_sampler(config, len(data.train))))
         self.start = 0, 0  # (epoch, step within it)
+        self.changed: list[str] = []  # settings that differ from those of the checkpoint
         if self.resumed_from:
             check_model(self.resumed_from, checkpoint, config.model)
             check_classes(self.resumed_from, checkpoint, data.classes, config.data_path)
@@ -220,6 +224,14 @@ class Run:
         self.checkpoints = CheckpointWriter(self.folder, config.CHECKPOINT_PREFIX, config.background_save,
                                             config.keep_newest, config.keep_every, config.after_save)
         self.announce()
+
+        # 7. What tells that it lives, and how it starts and ends.
+        self.heartbeat = Heartbeat(self.folder, self.total_steps, steps_per_epoch,
+                                   self.images_per_step, self.steps_done, self.journal.pace)
+        self.history = History(self.folder, self.describe_start())
+        rank = dist.get_rank()
+        self.watchdog = Watchdog(config.watchdog, self.folder / f'stacks_rank_{rank:03d}.txt',
+                                 f'rank {rank} on {dist.host_name()}', self.history.fail)
         self.has_named_waiting = False
         self.began = time.time()
         self.last_save = time.time()
@@ -242,7 +254,24 @@ class Run:
                     len(self.data.train), len(self.data.val), len(self.data.classes),
                     self.state.steps_per_epoch, self.state.seed)
 
+    def describe_start(self) -> dict[str, Any]:
+        """What restarts.jsonl says of this start; every rank calls it."""
+        epoch, step = self.start
+        return dict(
+            resumed_from=self.resumed_from.name if self.resumed_from else None,
+            epoch=epoch,
+            step=step,
+            changed_settings=self.changed,
+            **describe_start(self.journal.pace.hosts),
+            **self.made_with,
+        )
+
     # ------------------------------------------------------------------------------ how far it is
+    @property
+    def images_per_step(self) -> int:
+        """Images of all ranks per optimizer step."""
+        return self.config.micro_batch(dist.get_world_size()) * self.config.accumulate
+
     @property
     def steps_done(self) -> int:
         """Optimizer steps in the checkpoint that this run continues."""
@@ -309,14 +338,15 @@ class Run:
         # After a restart the meters of the epoch take in the rates of the steps before it once more.
         rates = [self.set_rates(begin + it)[1] for it in range(first)]
         meters = self.journal.begin_epoch(begin, rates)
+        timed = self.journal.pace.timed(self.batches)
         batches = meters.log_every(
-            first, last, self.batches, num_lines=lines_per_epoch(self.state.steps_per_epoch),
+            first, last, timed, num_lines=lines_per_epoch(self.state.steps_per_epoch),
             header=f'[Ep]: [{epoch:4d}/{self.config.epochs}]',
             tokenizer_seconds=self.trainer.tokenizer_seconds,
             on_waiting=self.name_waiting,
             take_flops=self.trainer.take_flops,
             peak_flops=self.peak_flops,
-            images_per_iter=self.config.micro_batch(dist.get_world_size()) * self.config.accumulate)
+            images_per_iter=self.images_per_step)
         for it, batch in batches:
             self.journal.tb.set_step(begin + it)
             if not self.state.is_left_out(begin + it):
@@ -373,10 +403,27 @@ class Run:
         """
         _, minutes = self.config.save_steps_minutes
         is_late = bool(minutes) and time.time() - self.last_save >= 60 * minutes
-        *marks, loss = dist.sum_over_ranks(bool(self.stop_request), any(damage_B),
-                                           is_late and dist.is_master(), self.checkpoints.has_failed,
-                                           float(info.loss))
-        return Heard(*map(bool, marks), loss / dist.get_world_size())
+        loss = float(info.loss)
+        is_asked = bool(self.stop_request)
+        with self.trainer.waiting:
+            *marks, sum_of_losses = dist.sum_over_ranks(is_asked, any(damage_B), is_late and dist.is_master(),
+                                                        self.checkpoints.has_failed, loss)
+        return Heard(*map(bool, marks), sum_of_losses / dist.get_world_size())
+
+    def note_step(self, step: int) -> None:
+        """Note that a step is done on all ranks."""
+        self.journal.pace.end_step()
+        self.heartbeat.steps_done = step + 1
+        self.show_life('training', self.step_of_epoch(step) in self.journal.meters.regular_iters)
+
+    def show_life(self, doing: str, is_due: bool = False) -> None:
+        """Tell the watchdog that this rank goes on, and now and then heartbeat.json what it is doing.
+
+        Args:
+            is_due: whether the file is written in any case.
+        """
+        self.watchdog.feed()
+        self.heartbeat.beat(doing, is_due)
 
     # ------------------------------------------------------------------------------ what goes wrong
     def count_skipped(self, epoch: int, step: int, info: StepInfo) -> None:
@@ -442,6 +489,7 @@ class Run:
         self.wait_for_checkpoint()
         name = self.stop_request.signal_name or 'a signal to another process'
         self.journal.tb.close()
+        self.show_life('stopped', is_due=True)
         raise Stopped(f'stopped by {name}; everything is saved in {self.folder}, run the same command again '
                       'to go on')
 
@@ -453,8 +501,7 @@ class Run:
             Stopped: a signal came. The epoch is saved as trained, and the next start validates it.
         """
         begin = time.time()
-        self.trainer.before_evaluation(partial(calibration_images, self.config, self.data.train,
-                                               self.state.seed))
+        self.trainer.before_evaluation(self.images_to_calibrate)
         seed_everything(mix_seed(self.state.seed, 0, dist.get_rank()))  # the same noise at every evaluation
         batches = without_child_signal(self.val_loader, self.config.loader_timeout)
         scores = self.trainer.eval_epoch(self.until_stopped(batches))
@@ -473,10 +520,17 @@ class Run:
                     '  '.join(headline), self.model.selection, self.state.best, seconds)
         return is_best
 
+    def images_to_calibrate(self) -> Iterator[torch.Tensor]:
+        """Training images of this rank, by which a tokenizer is calibrated."""
+        for images_B3HW in calibration_images(self.config, self.data.train, self.state.seed):
+            yield images_B3HW
+            self.show_life('evaluating')
+
     def until_stopped(self, batches: Iterable) -> Iterator:
         """The same batches, as long as no signal has come to this rank; the first one in any case."""
         for batch in batches:
             yield batch
+            self.show_life('evaluating')
             if self.stop_request:
                 return
 
@@ -504,7 +558,8 @@ class Run:
             return
         begin = time.time()
         with self.trainer.averaged():
-            value = self.distance(self.model, self.trainer.optimizer.amp_ctx, self.stop_request)
+            value = self.distance(self.model, self.trainer.optimizer.amp_ctx, self.stop_request,
+                                  after_batch=partial(self.show_life, 'evaluating'))
         if self.is_stopping():
             self.stop()
         logger.info(' [*] [ep%d]  %s: %.4f  cost: %.1fs', epoch, self.distance.name, value,
@@ -521,10 +576,10 @@ class Run:
         if not dist.is_master():
             return
         settings = checkpoint.get('args') or {}
-        changed = changed_settings(self.config, settings, marked_fields(self.config, 'free'), flag_of)
-        if changed:
+        self.changed = changed_settings(self.config, settings, marked_fields(self.config, 'free'), flag_of)
+        if self.changed:
             logger.warning('settings differ from those of the checkpoint, so this goes on as another '
-                           'training: %s', ', '.join(changed))
+                           'training: %s', ', '.join(self.changed))
         if self.steps_done >= self.total_steps:
             logger.warning('nothing left to train: the checkpoint holds %d steps of %d (%d epochs), trained '
                            'on %r; pass another --output_dir for another training', self.steps_done,
@@ -553,6 +608,7 @@ class Run:
         """
         self.compare_weights()
         self.last_save = time.time()
+        self.show_life('saving')
         steps_done = epoch * self.state.steps_per_epoch + step
         self.journal.tb.flush()
 
@@ -564,6 +620,7 @@ class Run:
             self.checkpoints.save(state, steps_done, is_best)
         dist.from_master(write)
         self.has_checkpoint = True
+        self.show_life('saving')
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint is on the disk; every rank calls it.
@@ -586,6 +643,7 @@ class Run:
         if self.state.bad_images:
             logger.warning('%d images could not be read and were replaced:\n%s', len(self.state.bad_images),
                            '\n'.join(self.state.bad_images))
+        self.show_life('done', is_due=True)
         logger.info('done, checkpoints are in %s', self.folder)
 
 
@@ -622,7 +680,7 @@ def train_from_newest(config: TrainConfig, data: Data) -> None:
     while True:
         run = Run(config, data, left_out)
         try:
-            with run.stop_request, run.checkpoints:
+            with run.stop_request, run.history, run.checkpoints, run.watchdog:
                 train(run)
             return
         except NotFinite as failure:
@@ -657,14 +715,16 @@ def main() -> None:
             config.check_batch(world_size)
             print(json.dumps(describe(config, world_size), indent=2))  # noqa: T201
         return
-    dist.initialize()
+    refuse_restart_after_stop(Path(config.output_dir))
+    dist.initialize(timeout=config.timeout)
     setup_logging(None, dist.is_master())
     config.check_batch(dist.get_world_size())
     data = build_data(config)  # nothing is written before the data are found
     with lock_folder(config.output_dir) if dist.is_master() else nullcontext():
         if dist.is_master():
             remove_leftovers(config.output_dir, config.CHECKPOINT_PREFIX)
-        setup_logging(config.output_dir, dist.is_master())
+        rank = dist.get_rank() if config.rank_logs else None
+        setup_logging(config.output_dir, dist.is_master(), rank)
         train_from_newest(config, data)
     dist.finalize()
 

@@ -191,6 +191,30 @@ class TrainConfig:
         500, 'optimizer steps between TensorBoard points', limits=(1, INF), free=True, group='run'
     )
     dry_run: bool = opt(False, 'print every derived value as JSON and exit', group='run')
+    check: bool = opt(
+        False,
+        'run every part of the training once, report speed, memory and hours, and exit without a trace',
+        free=True,
+        group='run',
+    )
+    timeout: int = opt(
+        30,
+        'minutes that ranks wait for each other in a collective before the run ends',
+        limits=(1, INF),
+        free=True,
+        group='run',
+    )
+    watchdog: float = opt(
+        0.0,
+        'minutes without a step or a batch of an evaluation, after which every rank writes what its threads '
+        'do to stacks_rank_NNN.txt and ends with exit code 70; 0 is off',
+        limits=(0, INF),
+        free=True,
+        group='run',
+    )
+    rank_logs: bool = opt(
+        False, 'write what each rank says to rank_NNN.txt in the output folder', free=True, group='run'
+    )
     allow_round: bool = opt(
         False, 'accept a batch size that the ranks cannot share evenly, and round it', group='run'
     )

@@ -5,6 +5,7 @@ curve, and never with the published FID of 50,000 images.
 """
 import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
@@ -42,7 +43,7 @@ class TrainingFID:
         self.name = f'fid_{settings.num_images / 1000:g}k'
 
     def __call__(self, model: ARModel, autocast: AbstractContextManager,
-                 stop_request: Any = False) -> float:
+                 stop_request: Any = False, after_batch: Callable[[], None] = lambda: None) -> float:
         """The distance; every rank calls it, and all get the same number; nan if an image is not finite.
 
         Args:
@@ -50,6 +51,7 @@ class TrainingFID:
             autocast: the precision to sample in.
             stop_request: becomes true when this rank must end soon; all ranks then return nan, this one after
                 its current batch.
+            after_batch: is called after every batch.
         """
         count = self.settings.num_images
         size = self.settings.batch_size
@@ -67,6 +69,7 @@ class TrainingFID:
             is_finite = is_finite and bool(images_B3HW.isfinite().all())
             images_B3HW = images_B3HW.float().nan_to_num() * 2 - 1
             features.add(to_uint8(images_B3HW), first)
+            after_batch()
             if stop_request:
                 is_finite = False
                 break
