@@ -1,7 +1,8 @@
 """Train any model of this project: `torchrun --nproc_per_node=8 train.py --depth=16 --data_path=FOLDER`.
 
 Runs without torchrun, too. To resume, run the same command again: training goes on exactly where the newest
-checkpoint in the output folder was saved. `--dry_run` prints every derived value and exits.
+checkpoint in the output folder was saved. `--dry_run` prints every derived value and exits, `--check` does
+everything once and tells how fast.
 
 Exit codes: 0 done, 1 an error that the last line names, 2 wrong flags, 70 nothing moved for `--watchdog`
 minutes, 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C after a checkpoint (torchrun itself then ends with 1).
@@ -26,6 +27,7 @@ from configs.options import config_text, flag_of, marked_fields
 from models.noise import GlobalBatch
 from trainer import StepInfo, weights_checksum
 from training.build import build_model, build_trainer, count_parameters, lower_tokenizer
+from training.check import check
 from training.data import (
     Data,
     build_data,
@@ -719,6 +721,10 @@ def main() -> None:
     dist.initialize(timeout=config.timeout)
     setup_logging(None, dist.is_master())
     config.check_batch(dist.get_world_size())
+    if config.check:
+        check(config, Run)
+        dist.finalize()
+        return
     data = build_data(config)  # nothing is written before the data are found
     with lock_folder(config.output_dir) if dist.is_master() else nullcontext():
         if dist.is_master():

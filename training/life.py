@@ -17,6 +17,7 @@ from utils.stop import Stopped
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 30
+LONGEST_REASON = 300  # letters of an error in restarts.jsonl; those of torch may hold a trace
 # variables of the environment that a start notes: by the beginning of their names, and by name
 NOTED_PREFIXES = ('NCCL_', 'TORCH_NCCL_', 'GLOO_', 'OMP_')
 NOTED_NAMES = ('CUDA_VISIBLE_DEVICES', 'SLURM_JOB_ID', 'SLURM_RESTART_COUNT', 'TORCHELASTIC_RESTART_COUNT',
@@ -117,7 +118,7 @@ class History:
         elif isinstance(error, KeyboardInterrupt):
             self.fail('interrupted before a checkpoint was saved')
         else:
-            self.fail(one_line(error))
+            self.fail(one_line(error)[:LONGEST_REASON])
 
     def fail(self, reason: str) -> None:
         """Write the line of an end that is no good one."""
