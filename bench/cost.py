@@ -36,6 +36,7 @@ from models.basic_var import num_class_weights
 from models.flexvar import ScheduleSampler
 from models.flowar import annealed_steps, time_grid
 from models.noise import ImageNoise
+from models.recompute import recomputes
 from models.scales import ScaleLayout
 from models.tokenizers.conv import AttnBlock, Decoder, Encoder
 from trainer import GeneratorTrainer
@@ -382,8 +383,7 @@ def row_of_training(preset: str, batch: int) -> dict[str, Any]:
                             published_depths(config))
 
     # The formula leaves out what is computed again.
-    recomputes = getattr(model, 'use_checkpoint', False)
-    cost = count() if recomputes else checked(preset, count, batch * step_flops(config, model))
+    cost = count() if recomputes(model) else checked(preset, count, batch * step_flops(config, model))
     return dict(run=preset, what='training step') | describe(cost, batch) | dict(model=times(cost, batch))
 
 

@@ -33,6 +33,7 @@ from configs import PRESETS, FlowARConfig
 from models import NPP, VAR, VQVAE, ARModel, FlexVAR, FlowAR, VectorQuantizer2, build_loss, build_vae_var
 from models.helpers import filter_top_k_top_p
 from models.noise import ImageNoise
+from models.recompute import set_recompute
 from tests.vectors import (
     VARIANTS,
     GivenNoise,
@@ -495,8 +496,8 @@ def flowar_speed(device: torch.device, batch: int, repeats: int) -> dict[str, di
     model = make_flowar('flowar_l', device)
     quarter = slice(math.ceil(batch / 4))
     _, teacher_BLZ = model.pyramid(latent_BZhw[quarter])
-    for name, use_checkpoint in (('kept', False), ('recomputed', True)):
-        model.use_checkpoint = use_checkpoint
+    for name, what in (('kept', 'none'), ('recomputed', 'block')):
+        set_recompute(model, what)
 
         def trunk_step() -> None:
             """Forward and backward, without an optimizer."""

@@ -83,7 +83,8 @@ class FlowARConfig(CachedConfig):
     proj_dropout: float = opt(0.1, 'dropout after attention and in the MLP of the trunk', limits=(0, 0.999))
     use_checkpoint: bool | None = opt(
         None,
-        'recompute the blocks of the trunk in the backward pass, which saves memory; None does so for huge',
+        'recompute the blocks of the trunk in the backward pass, which saves memory; None does so for huge; '
+        '--act_ckpt=block recomputes those of the flow head, too',
         free=True,
     )
     resume: str = opt(

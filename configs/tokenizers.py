@@ -35,6 +35,12 @@ def as_fraction(value: float, total_steps: int) -> float:
     epochs=40,
     lr_end=0.1,
     schedule='flat',
+    act_ckpt=other(
+        'none',
+        text='activations that the backward pass computes again, which saves memory: none, or those of each '
+        'block of encoder and decoder',
+        choices=('none', 'block'),
+    ),
 )
 class TokenizerConfig(TrainConfig):
     """Losses, discriminator and codebook of any tokenizer; the defaults are those of VQ-16."""

@@ -28,6 +28,7 @@ CROP_KINDS = ('resize', 'adm', 'vae')
 CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm'
 
 LARGEST_WIDTH = 0.288  # of an average of weights: 12 ** -0.5 is a plain mean of all steps
+RECOMPUTED = ('none', 'attention', 'block')
 
 MOST_WORKERS = 16  # loader processes per rank that are started unasked
 
@@ -269,10 +270,19 @@ class TrainConfig:
         group='numerics',
     )
     compile_model: int = opt(0, 'as vfast, for the model', 'tfast', limits=(0, 3), group='numerics')
+    act_ckpt: str = opt(
+        'none',
+        'activations that the backward pass computes again, which saves memory: none, attention (all before '
+        'its output), or block (all of each block)',
+        choices=RECOMPUTED,
+        free=True,
+        group='numerics',
+    )
 
     # fields that follow from others, so that config.yaml leaves them out
     DERIVED: typing.ClassVar[tuple[str, ...]] = ('use_cached',)
     # Settings that some kinds of models have; those without them behave as if they were off.
+    shard = False
     picture_every = 0
     fid_images = 0
     vae_bf16 = 0.0

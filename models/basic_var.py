@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from models.attention import KVCache, Mask, attend
 from models.base import num_weights
 from models.helpers import DropPath, weighted
+from models.recompute import Recomputable
 from models.scales import BlockCausal
 
 MAX_LOG_SCALE = math.log(100)  # of the learnt attention scale
@@ -112,7 +113,7 @@ class SharedAdaLin(nn.Sequential):
         return super().forward(cond_BD).view(len(cond_BD), 1, 6, -1)
 
 
-class AdaLNSelfAttn(nn.Module):
+class AdaLNSelfAttn(Recomputable):
     """Attention and feed-forward, each normalised, modulated by the condition and gated.
 
     Args:
@@ -155,6 +156,10 @@ class AdaLNSelfAttn(nn.Module):
 
     def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: Mask) -> torch.Tensor:
         """x (B, L, C); cond_BD (B, D), or (B, 1, 6, C) with `shared_aln`; attn_bias: see `attend`."""
+        return self.recomputed('block', self.conditioned, x, cond_BD, attn_bias)           # (B, L, C)
+
+    def conditioned(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: Mask) -> torch.Tensor:
+        """What `forward` computes, and computes again in the backward pass where that is asked for."""
         return self.modulated(x, self.modulation(cond_BD), attn_bias)
 
     def modulated(self, x: torch.Tensor, mod_B16C: torch.Tensor, attn_bias: Mask = None) -> torch.Tensor:
@@ -164,11 +169,16 @@ class AdaLNSelfAttn(nn.Module):
         # all blocks, whose rates differ.
         kept_attn_B11 = self.drop_path.weights(x)
         kept_ffn_B11 = self.drop_path.weights(x)
-        # Between the parts the cache grows, or a call follows for every scale.
-        q, k, v = self.before_attention(x, scale1, shift1)
-        out_BLHd = self.attn.attend(q, k, v, attn_bias)
+        out_BLHd = self.recomputed('attention', self.attended, x, scale1, shift1, attn_bias)
         return self.after_attention(x, out_BLHd, (gamma1, kept_attn_B11), (scale2, shift2),
                                     (gamma2, kept_ffn_B11))                                # (B, L, C)
+
+    def attended(self, x: torch.Tensor, scale_B1C: torch.Tensor, shift_B1C: torch.Tensor,
+                 attn_bias: Mask) -> torch.Tensor:
+        """(B, L, H, d): what each head sees, given the tokens as they enter the block."""
+        # Between the two the cache grows, or a call follows for every scale, so they are compiled apart.
+        q, k, v = self.before_attention(x, scale_B1C, shift_B1C)
+        return self.attn.attend(q, k, v, attn_bias)
 
     def before_attention(self, x: torch.Tensor, scale_B1C: torch.Tensor, shift_B1C: torch.Tensor,
                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.attention import KVCache, Mask, attend, compile_around_attention
 from models.base import ARModel, Tokenizer, num_weights
 from models.helpers import drop_labels, guide
 from models.layers import RMSNorm, Rope2d, rotate, sinusoid
 from models.noise import GlobalBatch, Rng, normal_like
+from models.recompute import Recomputable, set_recompute
 from models.sampling import sampling_mode
 from models.scales import ScaleLayout, about_resizing, block_causal, resize_positions, scale_name
 
@@ -127,7 +127,7 @@ class GatedMLP(nn.Module):
         return self.drop(self.fc2(self.drop(hidden)))
 
 
-class ModulatedBlock(nn.Module):
+class ModulatedBlock(Recomputable):
     """x after `attn` and `mlp`, each normalised, scaled and shifted before, gated behind."""
 
     norm: nn.Module
@@ -143,9 +143,14 @@ class ModulatedBlock(nn.Module):
             attn_bias: see `attend`.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
-        q, k, v = self.before_attention(x_BLC, scale1, shift1, positions_L2)
-        out_BLHd = self.attn.attend(q, k, v, attn_bias)
+        out_BLHd = self.recomputed('attention', self.attended, x_BLC, scale1, shift1, positions_L2, attn_bias)
         return self.after_attention(x_BLC, out_BLHd, gamma1, scale2, shift2, gamma2)
+
+    def attended(self, x_BLC: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
+                 positions_L2: torch.Tensor, attn_bias: Mask) -> torch.Tensor:
+        """(B, L, H, d): what each head sees, given the tokens as they enter the block."""
+        q, k, v = self.before_attention(x_BLC, scale, shift, positions_L2)
+        return self.attn.attend(q, k, v, attn_bias)
 
     def before_attention(self, x_BLC: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
                          positions_L2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -178,6 +183,11 @@ class TrunkBlock(ModulatedBlock):
 
     def forward(self, x_BLC: torch.Tensor, cond_BC: torch.Tensor, positions_L2: torch.Tensor,
                 attn_bias: Mask = None) -> torch.Tensor:
+        return self.recomputed('block', self.conditioned, x_BLC, cond_BC, positions_L2, attn_bias)
+
+    def conditioned(self, x_BLC: torch.Tensor, cond_BC: torch.Tensor, positions_L2: torch.Tensor,
+                    attn_bias: Mask) -> torch.Tensor:
+        """What `forward` computes, and computes again in the backward pass where that is asked for."""
         return self.modulated(x_BLC, self.modulation(cond_BC), positions_L2, attn_bias)    # (B, L, C)
 
 
@@ -209,11 +219,16 @@ class AttnMLP(ModulatedBlock):
 
     def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor,
                 keys_values: None, positions_l2: torch.Tensor) -> torch.Tensor:
+        return self.recomputed('block', self.conditioned, x_BlW, t_B1W, c_BlW, positions_l2)
+
+    def conditioned(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor,
+                    positions_l2: torch.Tensor) -> torch.Tensor:
+        """What `forward` computes, and computes again in the backward pass where that is asked for."""
         modulation_BlW = self.ada_lin(F.silu(t_B1W + c_BlW))                               # (B, l, 6 W)
         return self.modulated(x_BlW, modulation_BlW, positions_l2)                         # (B, l, W)
 
 
-class AttnCrossAttnMLP(nn.Module):
+class AttnCrossAttnMLP(Recomputable):
     """The head's second kind of block: time modulates the attention, which cross-attention to z follows."""
 
     def __init__(self, width: int, cond_width: int, num_heads: int):
@@ -233,10 +248,15 @@ class AttnCrossAttnMLP(nn.Module):
 
     def forward(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor,
                 keys_values: KeysValues, positions_l2: torch.Tensor) -> torch.Tensor:
+        return self.recomputed('block', self.conditioned, x_BlW, t_B1W, c_BlW, keys_values, positions_l2)
+
+    def conditioned(self, x_BlW: torch.Tensor, t_B1W: torch.Tensor, c_BlW: torch.Tensor,
+                    keys_values: KeysValues, positions_l2: torch.Tensor) -> torch.Tensor:
+        """What `forward` computes, and computes again in the backward pass where that is asked for."""
         # Self-attention knows the time alone,
         gamma1, scale1, shift1 = self.ada_lin_attn(F.silu(t_B1W)).chunk(3, dim=-1)         # (B, 1, W) each
-        h_BlW = self.norm(x_BlW) * (1 + scale1) + shift1
-        x_BlW = x_BlW + gamma1 * self.attn(h_BlW, positions_l2)                            # (B, l, W)
+        out_BlHd = self.recomputed('attention', self.attended, x_BlW, scale1, shift1, positions_l2)
+        x_BlW = x_BlW + gamma1 * self.attn.project(out_BlHd)                               # (B, l, W)
 
         # cross-attention brings in what the trunk says of all tokens of the scale,
         x_BlW = x_BlW + self.crossattn(self.norm2_1(x_BlW), *keys_values, positions_l2)
@@ -246,6 +266,12 @@ class AttnCrossAttnMLP(nn.Module):
         gamma2, scale2, shift2 = self.ada_lin_mlp(time_and_condition_BlW).chunk(3, dim=-1)  # (B, l, W) each
         h_BlW = self.norm(x_BlW) * (1 + scale2) + shift2
         return x_BlW + gamma2 * self.mlp(h_BlW)                                            # (B, l, W)
+
+    def attended(self, x_BlW: torch.Tensor, scale_B1W: torch.Tensor, shift_B1W: torch.Tensor,
+                 positions_l2: torch.Tensor) -> torch.Tensor:
+        """(B, l, H, d): what each head of the self-attention sees, given the tokens as they enter."""
+        h_BlW = self.norm(x_BlW) * (1 + scale_B1W) + shift_B1W
+        return self.attn.attend(*self.attn.queries_keys_values(h_BlW, positions_l2), attn_bias=None)
 
 
 class TimeEmbedder(nn.Module):
@@ -381,7 +407,8 @@ class FlowAR(ARModel):
         attn_dropout, proj_dropout: of the trunk.
         diffloss_d, diffloss_w, cross: depth, width and kind of the head, see `FlowHead`.
         scale: sides of the scales, coarse to fine; published: powers of two.
-        use_checkpoint: recompute the trunk's blocks in the backward pass, to save memory.
+        use_checkpoint: recompute the trunk's blocks in the backward pass, to save memory; `set_recompute`
+            reaches those of the head, too.
         loss_weighting: a key of `LOSS_WEIGHTS`.
         buffer_size, patch_size: other values than 0 and 1 never worked in the published code.
     Raises:
@@ -441,7 +468,6 @@ class FlowAR(ARModel):
         self.num_classes = num_classes
         self.label_drop_prob = label_drop_prob
         self.loss_weighting = loss_weighting
-        self.use_checkpoint = use_checkpoint
         self.C = encoder_embed_dim
         self.Z = vae_local.channels
         self.layout = ScaleLayout(tuple(scale))
@@ -467,6 +493,9 @@ class FlowAR(ARModel):
         self.decoder_embed = nn.Linear(self.C, self.C)
         self.decoder_blocks = stack(decoder_depth, decoder_num_heads)
         self.decoder_norm = RMSNorm(self.C)
+        if use_checkpoint:
+            set_recompute(self.encoder_blocks, 'block')
+            set_recompute(self.decoder_blocks, 'block')
         self.register_buffer('mask', self.layout.causal_bias()[None, None])  # for its published key alone
 
         # 4. flow head
@@ -586,12 +615,9 @@ class FlowAR(ARModel):
         return x_BlC + self.diffusion_pos_embed_learned[:, span]                           # (B, l, C)
 
     def run(self, blocks: nn.ModuleList, x_BlC: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
-        """`x_BlC` after all blocks, which are recomputed in the backward pass where asked."""
+        """`x_BlC` after all blocks."""
         for block in blocks:
-            if self.use_checkpoint and self.training:
-                x_BlC = checkpoint(block, x_BlC, *args, use_reentrant=False)
-            else:
-                x_BlC = block(x_BlC, *args)
+            x_BlC = block(x_BlC, *args)
         return x_BlC
 
     # ------------------------------------------------------------------------------ sampling

@@ -17,6 +17,7 @@ from models.base import ARModel, Tokenizer, num_weights
 from models.helpers import DropPath, draw_codes, drop_labels, guide, in_chunks, weighted
 from models.layers import RMSNorm, Rope2d, TokenLinear, rotate
 from models.noise import GlobalBatch, Rng
+from models.recompute import Recomputable
 from models.sampling import sampling_mode
 
 
@@ -119,7 +120,7 @@ class FeedForward(nn.Module):
         return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Recomputable):
     """Attention and feed-forward network, each normalised and added."""
 
     def __init__(
@@ -147,13 +148,20 @@ class TransformerBlock(nn.Module):
         return self.attention
 
     def forward(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
+        return self.recomputed('block', self.both_branches, x_BLC, table_2Lp)              # (B, L, C)
+
+    def both_branches(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
+        """What `forward` computes, and computes again in the backward pass where that is asked for."""
         # Which images skip a branch is drawn here: the two parts below are compiled, and one graph serves
         # all blocks, whose rates differ.
         kept_attn_B11 = self.drop_path.weights(x_BLC)
         kept_ffn_B11 = self.drop_path.weights(x_BLC)
-        q, k, v = self.before_attention(x_BLC, table_2Lp)
-        out_BLHd = self.attention.attend(q, k, v)
+        out_BLHd = self.recomputed('attention', self.attended, x_BLC, table_2Lp)
         return self.after_attention(x_BLC, out_BLHd, kept_attn_B11, kept_ffn_B11)          # (B, L, C)
+
+    def attended(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor) -> torch.Tensor:
+        """(B, L, H, d): what each head sees, given the tokens as they enter the block."""
+        return self.attention.attend(*self.before_attention(x_BLC, table_2Lp))
 
     def before_attention(self, x_BLC: torch.Tensor, table_2Lp: torch.Tensor,
                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -17,8 +17,9 @@ OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'hugging
             'tensorboard.summary.writer.record_writer', 'matplotlib.backends.backend_agg',
             'matplotlib.figure', 'sklearn.neural_network', 'yaml'}
 # inside models
-ORDER = ['noise', 'scales', 'attention', 'sampling', 'loading', 'base', 'helpers', 'layers', 'editing',
-         'basic_var', 'tokenizers', 'vqvae', 'quant', 'basic_vae', 'var', 'flexvar', 'flowar', 'npp', '']
+ORDER = ['noise', 'scales', 'attention', 'sampling', 'loading', 'recompute', 'base', 'helpers', 'layers',
+         'editing', 'basic_var', 'tokenizers', 'vqvae', 'quant', 'basic_vae', 'var', 'flexvar', 'flowar',
+         'npp', '']
 
 
 def modules():

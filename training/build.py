@@ -12,6 +12,7 @@ import dist
 from configs import TokenizerConfig, TrainConfig
 from configs.options import COMPILE_MODES, flag_of
 from models import FAMILIES, ARModel, Tokenizer, TokenizerLoss, Trainable, build_loss, build_tokenizer
+from models.recompute import set_recompute
 from trainer import GeneratorTrainer, TokenizerTrainer, Trainer, weights_checksum
 from training.finetune import freeze, take_over
 from utils.amp_sc import AmpOptimizer
@@ -208,6 +209,8 @@ def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Tr
     Raises:
         ValueError: see `build_criterion`.
     """
+    if config.act_ckpt != 'none':
+        set_recompute(model, config.act_ckpt)
     # Compiled in place, so that the keys of weights stay as they are.
     if config.compile_model:
         for part in model.compiled_parts():

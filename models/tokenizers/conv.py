@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from models.attention import attend
 from models.base import at_least_float32
+from models.recompute import Recomputable
 
 NUM_GROUPS = 32
 
@@ -86,7 +87,7 @@ class Upsample2x(nn.Module):
         return self.conv(x)                                                                # (B, out, 2h, 2w)
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(Recomputable):
     """(B, in, h, w) -> (B, out, h, w): two normalised 3x3 convolutions beside a shortcut.
 
     The shortcut is the identity, or a 1x1 convolution where the number of channels changes.
@@ -104,6 +105,10 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.recomputed('block', self.both_branches, x)                             # (B, out, h, w)
+
+    def both_branches(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` computes, and computes again in the backward pass where that is asked for."""
         h = silu(self.norm1(x))
         h = self.conv1(h)                                                                  # (B, out, h, w)
         h = silu(self.norm2(h))
@@ -111,7 +116,7 @@ class ResnetBlock(nn.Module):
         return self.nin_shortcut(x) + h                                                    # (B, out, h, w)
 
 
-class AttnBlock(nn.Module):
+class AttnBlock(Recomputable):
     """(B, C, h, w) -> (B, C, h, w): self-attention of one head over all positions, and a residual."""
 
     def __init__(self, channels: int, fused_qkv: bool):
@@ -127,6 +132,10 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.recomputed('block', self.both_branches, x)                             # (B, C, h, w)
+
+    def both_branches(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` computes, and computes again in the backward pass where that is asked for."""
         h = self.norm(x)
         if self.fused_qkv:
             q, k, v = self.qkv(h).chunk(3, dim=1)                                          # 3 x (B, C, h, w)
