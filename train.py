@@ -64,6 +64,7 @@ from utils.lr_control import lr_wd_annealing
 from utils.misc import allow_tf32, mix_seed, seed_everything
 from utils.peak import peak_flops
 from utils.provenance import git_commit, versions
+from utils.sharding import gathered
 from utils.stop import Stopped, StopRequest
 from utils.watchdog import Watchdog
 
@@ -211,7 +212,8 @@ class Run:
         if self.resumed_from:
             self.resume(checkpoint)
         self.compare_weights()
-        self.distance = build_training_fid(config, self.model, self.val_loader)
+        with gathered(self.model):
+            self.distance = build_training_fid(config, self.model, self.val_loader)
 
         # 6. The logs, rewound to where the checkpoint stands.
         self.made_with = dict(git_commit=git_commit(), versions=versions()) if dist.is_master() else {}
@@ -613,10 +615,11 @@ class Run:
         self.show_life('saving')
         steps_done = epoch * self.state.steps_per_epoch + step
         self.journal.tb.flush()
+        # Where weights are sharded, the first rank gets them from all ranks.
+        trainer_state = self.trainer.state_dict(steps_done / self.total_steps)
 
         def write() -> None:
-            trainer = self.trainer.state_dict(steps_done / self.total_steps)
-            state = dict(epoch=epoch, iter=step, trainer=trainer, args=vars(self.config),
+            state = dict(epoch=epoch, iter=step, trainer=trainer_state, args=vars(self.config),
                          run=vars(self.state), classes=self.data.classes, data=self.described,
                          **self.made_with)
             self.checkpoints.save(state, steps_done, is_best)

@@ -9,8 +9,8 @@ import hashlib
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from models.base import Stopwatch
 from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import save_file
 from utils.ema import PowerEMA, WeightEMA
+from utils.sharding import gathered, is_sharded, local, shard_state, sum_over_shards, whole_state
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +66,19 @@ class Wrapped(nn.Module):
 
 
 def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
-    """`module` under DDP where there is a process group.
+    """`module` under DDP where there is a process group, unless its weights are sharded already.
 
     Args:
         some_unused: whether a step may leave parameters without a gradient.
     """
-    if not dist.initialized():
+    parameter = next(module.parameters())
+    if not dist.initialized() or is_sharded(parameter):
         return module
     # Buffers are equal on all ranks anyway, or differ by design (`rank_local`). Torch >= 2.14 has another
     # name for the flag that exchanges them.
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
     no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
-    device = next(module.parameters()).device
+    device = parameter.device
     device_ids = [device.index] if device.type == 'cuda' else None
     # Gradients live in the buckets that are exchanged: no copy, and no second gradient in memory.
     return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=some_unused,
@@ -84,7 +86,10 @@ def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
 
 
 def accumulating(module: nn.Module, stepping: bool) -> AbstractContextManager:
-    """Inside, ranks exchange gradients on the last micro-step only."""
+    """Inside, ranks exchange gradients on the last micro-step only.
+
+    Sharded gradients are exchanged on each of them: no rank has the memory for all gradients at once.
+    """
     if isinstance(module, DistributedDataParallel) and not stepping:
         return module.no_sync()
     return nullcontext()
@@ -180,9 +185,11 @@ class Trainer:
         """Metrics over a validation set, averaged over the images of all ranks; `count` is their number."""
         raise NotImplementedError
 
-    def averaged(self) -> AbstractContextManager:
-        """Inside, the model has the weights that evaluation uses."""
-        return self.ema.applied() if self.ema else nullcontext()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the weights that evaluation uses, and every rank has all of them."""
+        with self.ema.applied() if self.ema else nullcontext(), gathered(self.model):
+            yield
 
     def before_evaluation(self, training_images: Callable[[], Iterable[torch.Tensor]]) -> None:
         """Calibrate on training images before a validation; each rank gets its part of them."""
@@ -207,17 +214,19 @@ class Trainer:
     def state_dict(self, progress: float = 1.) -> dict[str, Any]:
         """Everything that an exact restart needs, under the published keys where there are any.
 
+        What is sharded becomes whole on the first rank alone. Every rank calls it.
+
         Args:
             progress: share of the optimizer steps already done, in [0, 1].
         """
         state = dict(config=self.model.config_state(progress), training_state=self.model.training_state())
-        state[self.weights_key] = self.model.state_dict()
-        state[self.optimizer_key] = self.optimizer.state_dict()
+        state[self.weights_key] = whole_state(self.model.state_dict())
+        state[self.optimizer_key] = whole_state(self.optimizer.state_dict())
         if self.ema:
-            state[self.ema_key] = self.ema.state_dict()
+            state[self.ema_key] = whole_state(self.ema.state_dict())
             state['ema_updates'] = self.ema.num_updates
         for key, average in self.more_averages.items():
-            state[key] = average.state_dict()
+            state[key] = whole_state(average.state_dict())
         return state
 
     def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
@@ -229,7 +238,8 @@ class Trainer:
         if self.weights_key not in state:
             raise ValueError(f'{source} holds no {type(self.model).__name__} to resume: use another output '
                              'folder')
-        load_weights(self.model, state[self.weights_key], source)
+        weights = shard_state(state[self.weights_key], self.model.state_dict())
+        load_weights(self.model, weights, source)
         self.check_state(state, source)
         self.optimizer.load_state_dict(state[self.optimizer_key])
         if 'training_state' in state:  # absent in published checkpoints
@@ -249,7 +259,7 @@ class Trainer:
 
 
 class GeneratorTrainer(Trainer):
-    """Trains a generator, on one process or under DDP.
+    """Trains a generator, on one process, under DDP, or with weights that are sharded.
 
     Args:
         ema_decays: of the averaged weights, of which evaluation and sampling use the first ones.
@@ -279,7 +289,7 @@ class GeneratorTrainer(Trainer):
         self.model.train()
         # DDP averages the gradients of all ranks while the backward pass runs, on the last micro-step.
         with accumulating(self.loss_module, stepping):
-            with self.optimizer.amp_ctx:
+            with self.optimizer.step_ctx:
                 loss, aux = self.loss_module(images_B3HW, label_B, progress)
             grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
         self.flops += len(label_B) * self.flops_of_image(aux.get('num_tokens', 0))
@@ -555,21 +565,33 @@ class TokenizerTrainer(Trainer):
 def weights_checksum(model: nn.Module) -> str:
     """16 hexadecimal digits that almost surely differ where a bit of a weight or buffer does.
 
-    They are made on the device, with a single copy to the host.
+    They are made on the device, with a single copy to the host. Of sharded weights each copy of the model is
+    counted as one, so that all ranks get what is equal where these copies are.
     """
     sums = []
+    sums_of_shards = []
+    sharded = None
     rank_local = getattr(model, 'rank_local', frozenset())
     for name, value in model.state_dict().items():
         if name in rank_local:
             continue
-        words = value.detach().contiguous().reshape(-1)
-        if words.numel() == 0:
+        words = local(value).detach().contiguous().reshape(-1)
+        if value.numel() == 0:
             continue
         same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()]
         words = words.view(same_size)
         # the sum wraps around at 64 bits; positions count as well, so that swapped values are noticed
         positions = torch.arange(1, 1 + words.numel(), device=words.device)
-        sums.append((words * positions).sum(dtype=torch.int64))
+        total = (words * positions).sum(dtype=torch.int64)
+        if is_sharded(value):
+            sharded = value
+            sums_of_shards.append(total)
+        else:
+            sums.append(total)
+    if sharded is not None:
+        of_shards = torch.stack(sums_of_shards)
+        sum_over_shards(of_shards, sharded)
+        sums += of_shards.unbind()
     values = torch.stack(sums).tolist()
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 

@@ -147,7 +147,7 @@ def training_cost(config: TrainConfig, batch: int, progress: float = 1., depths:
         materialized(model)
         trainer = GeneratorTrainer(model, build_optimizer(config, model, model.no_weight_decay()),
                                    config.ema_decays)
-        trainer.optimizer.amp_ctx = autocast('cpu', PRECISION)
+        trainer.optimizer.step_ctx = autocast('cpu', PRECISION)
         trainer.optimizer.scaler = None
         side = config.image_size
         images = torch.empty(batch, 3, side, side)

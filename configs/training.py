@@ -487,6 +487,19 @@ class GeneratorConfig(TrainConfig):
         limits=(0, 1),
         group='numerics',
     )
+    shard: bool = opt(
+        False,
+        'spread weights, gradients, moments and averages over the ranks (FSDP2), in place of a copy on each',
+        free=True,
+        group='run',
+    )
+    shard_group: int = opt(
+        0,
+        'ranks that share one copy with --shard, such as those of a node; 0 is all of them',
+        limits=(0, INF),
+        free=True,
+        group='run',
+    )
     ema: float | str = opt(
         0.0,
         'decay of averaged weights, for evaluation and sampling; 0 keeps none; of several joined by commas '
@@ -543,6 +556,8 @@ class GeneratorConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.shard_group and not self.shard:
+            raise ValueError('--shard_group goes with --shard=1: pass both, or neither')
         if self.fid_images == 1:
             raise ValueError('--fid_images must be 0 or at least 2, got 1: draw some thousand')
         if bool(self.ema_profiles) != bool(self.ema_snapshot):

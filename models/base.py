@@ -306,6 +306,11 @@ class ARModel(Trainable):
         """
         raise NotImplementedError
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """Modules that are called once per training step and need no weights but their own: where weights are
+        spread over ranks, those of each are gathered when it is called, and all other weights at once."""
+        return []
+
     def training_flops(self, num_tokens: int) -> int:
         """FLOPs of the products of a training image, forward and backward; 0 where nobody has counted them.
 

@@ -586,6 +586,9 @@ class FlexVAR(PublishedNames, ARModel):
         """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
         init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
 
+    def sharded_parts(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def training_flops(self, num_tokens: int) -> int:
         return transformer_flops(self, num_tokens)
 

@@ -752,6 +752,10 @@ class FlowAR(ARModel):
             fitted[name] = resize_positions(state[name], self.layout, theirs)
         return fitted, about_resizing(self.layout, theirs)
 
+    def sharded_parts(self) -> list[nn.Module]:
+        """The blocks of the trunk; the head is called for every scale, and its weights are gathered once."""
+        return [*self.encoder_blocks, *self.decoder_blocks]
+
     def training_flops(self, num_tokens: int) -> int:
         """3 (2 N L + 4 L^2 C depth + 2 M) of the trunk, and three times the forward passes of the head."""
         L = num_tokens

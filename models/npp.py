@@ -463,6 +463,9 @@ class NPP(ARModel):
         """What the weights do not tell."""
         return dict(n_head=self.n_head, n_kv_head=self.n_kv_head, grid=self.grid)
 
+    def sharded_parts(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def training_flops(self, num_tokens: int) -> int:
         """3 (2 N P + 4 P^2 C depth) for P patches, which are the tokens."""
         P = num_tokens

@@ -429,6 +429,9 @@ class VAR(PublishedNames, ARModel):
         }
         return fitted, about_resizing(self.layout, theirs)
 
+    def sharded_parts(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def training_flops(self, num_tokens: int) -> int:
         return transformer_flops(self, num_tokens)
 

@@ -19,6 +19,7 @@ from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import load_file, tokenizer_weights
 from utils.hub import dino_state, fetch, lpips_state
 from utils.lr_control import filter_params
+from utils.sharding import shard
 
 logger = logging.getLogger(__name__)
 
@@ -207,10 +208,13 @@ def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Tr
     """The model with its optimizer, and a tokenizer also with its losses and discriminator.
 
     Raises:
-        ValueError: see `build_criterion`.
+        ValueError: see `build_criterion` and `shard`.
     """
     if config.act_ckpt != 'none':
         set_recompute(model, config.act_ckpt)
+    # Before the optimizer is made, which moves the parameters as they are spread over the ranks.
+    if config.shard:
+        shard(model, model.sharded_parts(), ('training_loss', 'sample'), config.shard_group)
     # Compiled in place, so that the keys of weights stay as they are.
     if config.compile_model:
         for part in model.compiled_parts():

@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd import Variable
 
 from utils.machine import cpu_features
+from utils.sharding import is_sharded, shard_optimizer_state, whole
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of products, by the number of the precision
 MAX_SCALE = 32768.  # as published: a larger float16 loss scale is cut back to this
@@ -16,11 +17,15 @@ BFLOAT16_X86 = ('amx_bf16', 'avx512_bf16')
 BFLOAT16_ARM = ('bf16',)
 
 
-def autocast(device_type: str, precision: int) -> AbstractContextManager:
-    """A context in which products are in float32 (precision 0), float16 (1) or bfloat16 (2)."""
+def autocast(device_type: str, precision: int, keeps_casts: bool = True) -> AbstractContextManager:
+    """A context in which products are in float32 (precision 0), float16 (1) or bfloat16 (2).
+
+    Args:
+        keeps_casts: whether weights are lowered once and kept until the end; else each time they are used.
+    """
     if precision == 0:
         return nullcontext()
-    return torch.autocast(device_type, dtype=DTYPES[precision])
+    return torch.autocast(device_type, dtype=DTYPES[precision], cache_enabled=keeps_casts)
 
 
 def bfloat16_on_cpu() -> tuple[bool, str]:
@@ -66,6 +71,9 @@ class AmpOptimizer:
         grad_clip: largest norm of the gradient; 0 or less only measures the norm.
         n_gradient_accumulation: micro-steps per step; losses are divided by it.
     Attributes:
+        amp_ctx: a context of the precision, for evaluation and sampling.
+        step_ctx: the same for training steps: where weights are sharded, no lowered copy of all of them is
+            kept.
         moved: whether the last step moved the parameters; a gradient that is not finite moves nothing.
         waiting: is entered where a backward pass waits for the gradients of other ranks; None measures
             nothing.
@@ -82,6 +90,9 @@ class AmpOptimizer:
         self.r_accu = 1 / n_gradient_accumulation
         self.device_type = paras[0].device.type
         self.amp_ctx = autocast(self.device_type, mixed_precision)
+        self.step_ctx = self.amp_ctx
+        if is_sharded(paras[0]):
+            self.step_ctx = autocast(self.device_type, mixed_precision, keeps_casts=False)
         self.scaler = None
         if mixed_precision == 1:
             self.scaler = torch.amp.GradScaler(self.device_type, init_scale=2. ** 11, growth_interval=1000)
@@ -110,7 +121,7 @@ class AmpOptimizer:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         max_norm = self.grad_clip if self.grad_clip > 0 else math.inf
-        norm = nn.utils.clip_grad_norm_(self.paras, max_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.paras, max_norm))
 
         # A step whose gradient is nan or infinite is left out in every precision, as loss scaling does it in
         # float16. Ranks have exchanged their gradients before, so all of them leave it out.
@@ -158,6 +169,6 @@ class AmpOptimizer:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state; that of a run in another precision may have no loss scaling."""
-        self.optimizer.load_state_dict(state['optimizer'])
+        self.optimizer.load_state_dict(shard_optimizer_state(state['optimizer'], self.optimizer))
         if self.scaler and 'scaler' in state:
             self.scaler.load_state_dict(state['scaler'])

@@ -6,12 +6,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.sharding import local, shard_state
+
 SNAPSHOTS = 'snapshots'          # the folder, inside an output folder, where averages are stored now and then
 SNAPSHOT_INDEX = 'index.jsonl'   # the list of its files
 
 
 class WeightEMA:
     """Averages the trained parameters; all other entries of the state dict are copied.
+
+    Where weights are sharded, so is their average.
 
     With a warm-up the decay begins small, so that the average is of use from the first steps on: that of
     update t = 0, 1, ... is min(decay, (h + 1) / (h + 10)), where h = t // 2.
@@ -49,10 +53,10 @@ class WeightEMA:
         values = []
         for name, value in self.model.state_dict().items():
             if name in self.averaged:
-                averages.append(self.weights[name])
-                values.append(value)
+                averages.append(local(self.weights[name]))
+                values.append(local(value))
             else:
-                self.weights[name].copy_(value)
+                local(self.weights[name]).copy_(local(value))
         # One call for all parameters: on a GPU a few kernels in place of one for each of them.
         if averages:
             torch._foreach_lerp_(averages, values, 1 - decay)
@@ -61,7 +65,7 @@ class WeightEMA:
     def applied(self) -> Iterator[None]:
         """A context in which the model has the averaged weights, and this average those of the model.
 
-        They change places, so that there is never a third copy of the weights.
+        They change places one after the other, so that there is never a third copy of the weights.
         """
         self._exchange()
         try:
@@ -74,9 +78,11 @@ class WeightEMA:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, tensor in tensors.items():
             if name in self.weights:
-                mine = self.weights[name]
-                self.weights[name] = tensor.data
-                tensor.data = mine
+                mine = local(self.weights[name])
+                theirs = local(tensor.detach())
+                kept = theirs.clone()
+                theirs.copy_(mine)
+                mine.copy_(kept)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged weights, under the model's own keys."""
@@ -89,8 +95,8 @@ class WeightEMA:
             state: averaged weights, from `state_dict`.
             num_updates: number of updates that they are made of, for the warm-up.
         """
-        for name, value in state.items():
-            self.weights[name].copy_(value)
+        for name, value in shard_state(state, self.weights).items():
+            local(self.weights[name]).copy_(local(value))
         self.num_updates = num_updates
 
 
