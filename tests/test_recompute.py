@@ -45,7 +45,8 @@ def test_gradients_of_a_generator_stay_as_they_are(name, overrides, what):
     assert_recomputes(model, lambda: model.training_loss(tokens, label_B)[0], what)
 
 
-@pytest.mark.parametrize('name', [name for name in TOKENIZERS if name != 'patches'])
+@pytest.mark.parametrize('name', ['vqvae', *(pytest.param(name, marks=pytest.mark.slow)
+                                             for name in ('vq16', 'vq8', 'flexvae', 'kl16'))])
 def test_gradients_of_a_tokenizer_stay_as_they_are(name):
     model = TOKENIZERS[name]().train()
     for module in model.modules():
