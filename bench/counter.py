@@ -274,8 +274,13 @@ def fake_tensors() -> Iterator[None]:
     They claim to be on the CPU, where autocast and attention work without a GPU. What CUDA does otherwise is
     counted as on the CPU: its autocast keeps layer norms in float32.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    # Masks are made once and kept: fake ones must not reach real models, nor the other way round.
+    scales.block_causal.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        scales.block_causal.cache_clear()
 
 
 def materialized(module: nn.Module) -> nn.Module:
