@@ -80,8 +80,13 @@ def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
     no_buffers = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
     device = parameter.device
     device_ids = [device.index] if device.type == 'cuda' else None
+    # After its first step DDP would arrange the buckets anew, in the order in which gradients came. From
+    # three ranks on that order decides how sums are rounded, and a restart begins with the first order again.
+    # DDP leaves the buckets alone where it looks for unused parameters. A run with a seed is to be repeatable.
+    keeps_order = torch.backends.cudnn.deterministic and dist.get_world_size() > 2
     # Gradients live in the buckets that are exchanged: no copy, and no second gradient in memory.
-    return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=some_unused,
+    return DistributedDataParallel(module, device_ids=device_ids,
+                                   find_unused_parameters=some_unused or keeps_order,
                                    gradient_as_bucket_view=True, **no_buffers)
 
 
@@ -336,7 +341,7 @@ class GeneratorTrainer(Trainer):
         state = super().state_dict(progress) | dict(vae_local=tokenizer.state_dict(),
                                                     vae_config=tokenizer.config_state(progress))
         if self.profiles:
-            state['ema_profiles'] = {str(profile.width): profile.averaged_weights()
+            state['ema_profiles'] = {str(profile.width): whole_state(profile.averaged_weights())
                                      for profile in self.profiles}
             state['profile_updates'] = self.profiles[0].num_updates
         return state

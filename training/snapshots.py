@@ -13,6 +13,7 @@ from utils.checkpoint import save_file
 from utils.ema import SNAPSHOT_INDEX, SNAPSHOTS, PowerEMA
 from utils.hub import sha256_of
 from utils.log import append_json_line, keep_json_lines, read_json_lines
+from utils.sharding import whole_state
 
 
 def store_snapshots(folder: Path, profiles: Sequence[PowerEMA], steps_done: int) -> None:
@@ -23,12 +24,15 @@ def store_snapshots(folder: Path, profiles: Sequence[PowerEMA], steps_done: int)
         profiles: the averages.
         steps_done: optimizer steps so far, those included that were left out.
     """
+    # Where weights are sharded, the first rank gets them from all ranks.
+    weights = [whole_state(profile.averaged_weights()) for profile in profiles]
+
     def write() -> None:
         place = folder / SNAPSHOTS
         place.mkdir(exist_ok=True)
-        for profile in profiles:
+        for profile, averaged in zip(profiles, weights, strict=True):
             path = place / f'{steps_done:08d}-{profile.width}.pth'
-            save_file(dict(model=profile.averaged_weights()), path)
+            save_file(dict(model=averaged), path)
             # A file counts from its line on, so the line comes last.
             line = dict(step=steps_done, updates=profile.num_updates, width=profile.width, file=path.name,
                         sha256=sha256_of(path))
