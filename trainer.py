@@ -82,7 +82,7 @@ def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
     device_ids = [device.index] if device.type == 'cuda' else None
     # After its first step DDP would arrange the buckets anew, in the order in which gradients came. From
     # three ranks on that order decides how sums are rounded, and a restart begins with the first order again.
-    # DDP leaves the buckets alone where it looks for unused parameters. A run with a seed is to be repeatable.
+    # DDP leaves the buckets alone where it looks for unused parameters. A run with a seed is repeatable.
     keeps_order = torch.backends.cudnn.deterministic and dist.get_world_size() > 2
     # Gradients live in the buckets that are exchanged: no copy, and no second gradient in memory.
     return DistributedDataParallel(module, device_ids=device_ids,
