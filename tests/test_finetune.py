@@ -22,6 +22,7 @@ from tests.runs import (
     saved,
     training,
 )
+from training.finetune import parameters_of
 
 FAMILIES = ('var', 'flexvar', 'flowar', 'npp')
 # names of the parameters that --reset=head,class_emb means
@@ -76,6 +77,8 @@ def test_parts_begin_anew_and_all_else_is_taken_over(started, sources, caplog, m
     for name, value in parameters.items():
         assert torch.equal(value, initial[name]) == (name in anew), name
         assert name in anew or torch.equal(value, given[name]), name
+    chosen = [name for part in fresh.parts for name in parameters_of(fresh, part, 'reset')]
+    assert len(chosen) == len({*chosen}) <= len(parameters)  # parts do not overlap
     line = next(record.getMessage() for record in caplog.records if 'stay as initialised' in record.msg)
     begin = f'{sources[model]}: {len(anew)} parameters ({next(name for name in parameters if name in anew)}, '
     assert line.startswith(begin) and line.endswith(' stay as initialised')

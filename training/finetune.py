@@ -40,7 +40,8 @@ def take_over(model: ARModel, checkpoint: dict[str, Any], source: str, classes: 
 
     # Positions of another pyramid are resized, scale by scale.
     fitted, about_positions = model.fit_positions(state)
-    if about_positions and not fitted.keys() & dict(model.named_parameters()).keys() <= set(anew):
+    learnt = {name for name, _ in model.named_parameters() if name in fitted}
+    if learnt - set(anew):
         log_on_master('%s: %s', source, about_positions)
     state = state | fitted
 
