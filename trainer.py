@@ -130,15 +130,15 @@ class Trainer:
         if dist.get_world_size() > 1:
             optimizer.waiting = self.waiting
 
-    def _begin_averages(self, decays: Sequence[float], copied: Collection[str] = (),
-                        warmup: bool = True) -> None:
+    def _begin_averages(self, decays: Sequence[float], copied: Collection[str] = (), warmup: bool = True,
+                        device: str | None = None) -> None:
         """Average the weights from now on: once DDP has given all ranks those of the first one.
 
         Args:
             decays: of all averages; the first one is used for evaluation.
-            copied, warmup: see `WeightEMA`.
+            copied, warmup, device: see `WeightEMA`.
         """
-        averages = [WeightEMA(self.model, decay, copied, warmup) for decay in decays]
+        averages = [WeightEMA(self.model, decay, copied, warmup, device) for decay in decays]
         if averages:
             self.ema = averages[0]
         self.more_averages = {f'{self.ema_key}_{average.decay}': average for average in averages[1:]}
@@ -268,7 +268,7 @@ class GeneratorTrainer(Trainer):
 
     Args:
         ema_decays: of the averaged weights, of which evaluation and sampling use the first ones.
-        ema_warmup: see `WeightEMA`.
+        ema_warmup, ema_device: see `WeightEMA`.
         profile_widths: of averages by power functions, which nothing here uses.
     Attributes:
         profiles: these averages.
@@ -282,12 +282,13 @@ class GeneratorTrainer(Trainer):
     has_scores_in_every_line = True
 
     def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decays: Sequence[float] = (),
-                 ema_warmup: bool = True, profile_widths: Sequence[float] = ()):
+                 ema_warmup: bool = True, profile_widths: Sequence[float] = (),
+                 ema_device: str | None = None):
         super().__init__(model, optimizer)
         self.loss_module = distributed(Wrapped(model, 'training_loss'))
         self.flops_of_image = functools.lru_cache(model.training_flops)  # by its number of tokens
-        self._begin_averages(ema_decays, warmup=ema_warmup)
-        self.profiles = [PowerEMA(model, width) for width in profile_widths]
+        self._begin_averages(ema_decays, warmup=ema_warmup, device=ema_device)
+        self.profiles = [PowerEMA(model, width, ema_device) for width in profile_widths]
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:

@@ -35,7 +35,7 @@ def as_fraction(value: float, total_steps: int) -> float:
     epochs=40,
     lr_end=0.1,
     schedule='flat',
-    act_ckpt=other(
+    recompute=other(
         'none',
         text='activations that the backward pass computes again, which saves memory: none, or those of each '
         'block of encoder and decoder',

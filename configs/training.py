@@ -270,10 +270,11 @@ class TrainConfig:
         group='numerics',
     )
     compile_model: int = opt(0, 'as vfast, for the model', 'tfast', limits=(0, 3), group='numerics')
-    act_ckpt: str = opt(
+    recompute: str = opt(
         'none',
         'activations that the backward pass computes again, which saves memory: none, attention (all before '
         'its output), or block (all of each block)',
+        'act_ckpt',
         choices=RECOMPUTED,
         free=True,
         group='numerics',
@@ -526,6 +527,13 @@ class GeneratorConfig(TrainConfig):
         free=True,
         group='optimisation',
     )
+    ema_device: str = opt(
+        '',
+        'cpu keeps the averaged weights in the memory of the host; empty on the device of the weights',
+        choices=('', 'cpu'),
+        free=True,
+        group='optimisation',
+    )
     fid_images: int = opt(
         0,
         'images to draw at every evaluation, logged as fid_<n>k; 0 is off',
@@ -558,6 +566,11 @@ class GeneratorConfig(TrainConfig):
         super().__post_init__()
         if self.shard_group and not self.shard:
             raise ValueError('--shard_group goes with --shard=1: pass both, or neither')
+        if self.ema_device and self.shard:
+            raise ValueError(
+                '--ema_device=cpu keeps the averages off the cards, --shard spreads them over the '
+                'cards: leave out one'
+            )
         if self.fid_images == 1:
             raise ValueError('--fid_images must be 0 or at least 2, got 1: draw some thousand')
         if bool(self.ema_profiles) != bool(self.ema_snapshot):

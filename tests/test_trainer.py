@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import VAR
+from tests.runs import assert_equal
 from tests.vectors import (
     assert_within,
     frozen_vqvae,
@@ -19,6 +20,7 @@ from tests.vectors import (
 )
 from trainer import GeneratorTrainer
 from utils.amp_sc import AmpOptimizer
+from utils.ema import WeightEMA
 from utils.lr_control import filter_params, lr_wd_annealing
 
 RUNS = load_json('var/trainer')['runs']
@@ -241,3 +243,18 @@ def test_compiled_training_equals_eager():
             losses[compiled].append(trainer.train_step(*data[i % 3], progress=0.1).loss.item())
         assert list(trainer.state_dict()['var_wo_ddp']) == list(var_state('sep_l2'))
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+def test_an_average_on_the_host_is_the_same_one():
+    """Here both lie on the CPU, so that this shows the arithmetic and that memory is never shared."""
+    data = batches()
+    found = []
+    for device in (None, 'cpu'):
+        trainer = make_trainer(tiny_var('sep_l2'))
+        trainer.ema = WeightEMA(trainer.model, 0.9, device=device)
+        for i in range(3):
+            trainer.train_step(*data[i], progress=0.1)
+        weights = dict(trainer.model.state_dict())
+        assert all(t.data_ptr() != weights[name].data_ptr() for name, t in trainer.ema.weights.items())
+        found.append((trainer.ema.state_dict(), trainer.eval_epoch(data)))
+    assert_equal(*found)

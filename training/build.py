@@ -210,8 +210,8 @@ def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Tr
     Raises:
         ValueError: see `build_criterion` and `shard`.
     """
-    if config.act_ckpt != 'none':
-        set_recompute(model, config.act_ckpt)
+    if config.recompute != 'none':
+        set_recompute(model, config.recompute)
     # Before the optimizer is made, which moves the parameters as they are spread over the ranks.
     if config.shard:
         shard(model, model.sharded_parts(), ('training_loss', 'sample'), config.shard_group)
@@ -224,7 +224,7 @@ def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Tr
     optimizer = build_optimizer(config, model, model.no_weight_decay())
     if isinstance(model, ARModel):
         return GeneratorTrainer(model, optimizer, config.ema_decays, config.ema_warmup,
-                                config.profile_widths)
+                                config.profile_widths, config.ema_device or None)
     criterion = build_criterion(config, total_steps, next(model.parameters()).device)
     disc_optimizer = None
     if criterion.discriminator is not None:

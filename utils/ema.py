@@ -25,17 +25,22 @@ class WeightEMA:
         decay: of the average, per optimizer step.
         copied: names of parameters that are copied instead of averaged.
         warmup: whether the decay begins small, see above.
+        device: where the average lies; None is where the weights lie. On the host it takes no memory of a
+            card, and every update copies the weights there.
     """
 
     def __init__(self, model: nn.Module, decay: float, copied: set[str] = frozenset(),
-                 warmup: bool = True):
+                 warmup: bool = True, device: torch.device | str | None = None):
         self.model = model
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.averaged = trained - set(copied)
-        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.weights = {}
+        for name, value in model.state_dict().items():
+            value = value.detach()
+            self.weights[name] = value.clone() if device is None else value.to(device, copy=True)
 
     def next_decay(self) -> float:
         """The share of the average that the next update keeps."""
@@ -53,8 +58,9 @@ class WeightEMA:
         values = []
         for name, value in self.model.state_dict().items():
             if name in self.averaged:
-                averages.append(local(self.weights[name]))
-                values.append(local(value))
+                average = local(self.weights[name])
+                averages.append(average)
+                values.append(local(value).to(average.device))
             else:
                 local(self.weights[name]).copy_(local(value))
         # One call for all parameters: on a GPU a few kernels in place of one for each of them.
@@ -127,13 +133,13 @@ class PowerEMA(WeightEMA):
     `utils.posthoc_ema`.
 
     Args:
-        model: see `WeightEMA`.
+        model, device: see `WeightEMA`.
         width: standard deviation of the profile as a share of t.
     Source: arXiv 2312.02696, Sec. 3.1.
     """
 
-    def __init__(self, model: nn.Module, width: float):
-        super().__init__(model, decay=0., warmup=False)
+    def __init__(self, model: nn.Module, width: float, device: torch.device | str | None = None):
+        super().__init__(model, decay=0., warmup=False, device=device)
         self.width = width
         self.exponent = exponent_of(width)
 
