@@ -166,8 +166,8 @@ def make_averages(settings: PosthocSettings) -> list[float]:
         save_file(dict(trainer=dict(var_wo_ddp=of_last_step | weights, **beside),
                        classes=checkpoint.get('classes'), args=checkpoint.get('args'), posthoc_ema=made_of),
                   path)
-        logger.info('%s: width %g at step %d, made of %d stored averages, %.2g %% from its profile', path, width,
-                    last['step'], len(lines), 100 * residual)
+        logger.info('%s: width %g at step %d, made of %d stored averages, %.2g %% from its profile', path,
+                    width, last['step'], len(lines), 100 * residual)
         if residual > LARGEST_RESIDUAL:
             logger.warning('width %g cannot be made well of these averages: pass one that is nearer to those '
                            'of --ema_profiles, or train with a smaller --ema_snapshot', width)
