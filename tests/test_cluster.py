@@ -198,7 +198,7 @@ def test_tasks_that_cannot_meet_are_refused(program, task_of_srun):
 
 @pytest.fixture
 def slurm(program, tmp_path, monkeypatch):
-    """A Slurm of two nodes, which both are this machine: starts recipes/slurm.sbatch, and gives signals."""
+    """A Slurm of two nodes, both on this machine: starts recipes/slurm.sbatch, and gives signals."""
     program('scontrol', f"""
 if [ "$1" = requeue ]; then echo "$2" >> {tmp_path}/requeued; else echo 127.0.0.1; fi""")
     program('srun', f"""

@@ -36,7 +36,6 @@ SECONDS_OF_LOADER = 10
 SECONDS_OF_STEPS = 15
 MOST_STEPS = 10
 VALIDATION_BATCHES = 2
-CHECKPOINTS_ON_DISK = 4        # last, previous, best, and the one that is being written
 EXCHANGED_BYTES = dict(cuda=2 ** 28, cpu=2 ** 24)
 EXCHANGES = 5
 SECONDS_UNTIL_SEEN = 10        # in which a shared file system shows a new folder to other nodes
@@ -56,7 +55,8 @@ def check(config: TrainConfig, make_run: Callable[[TrainConfig, Data], Any]) -> 
     try:
         with temporary_folder(Path(config.output_dir)) as folder:
             parts.use(folder)
-            parts.do('data', parts.data, is_local=True)
+            parts.do('data', parts.data)
+            parts.do('images', parts.images, is_local=True)
             parts.do('model', parts.model)
             parts.do('loader', parts.loader, is_local=True)
             parts.do('first step', parts.first_step)
@@ -79,7 +79,7 @@ class Parts:
         self.config = config
         self.make_run = make_run
         self.is_generator = config.model in SAMPLE_CONFIGS
-        self.images: Data | None = None
+        self.sets: Data | None = None
         self.run: Any = None
         self.rows: list[tuple[str, str, str]] = [('part', 'seconds', 'result')]
         # What the length of the whole run follows from, in seconds.
@@ -90,7 +90,7 @@ class Parts:
 
     def use(self, folder: Path) -> None:
         """Let the run write into this folder."""
-        changes: dict[str, Any] = dict(output_dir=str(folder), check=False, save_every='')
+        changes: dict[str, Any] = dict(output_dir=str(folder), check=False, after_save='')
         if self.config.fid_images:  # its reference may be all validation images
             changes['fid_images'] = 0
         self.config = replace(self.config, **changes)
@@ -129,14 +129,19 @@ class Parts:
 
     # ------------------------------------------------------------------------------ data
     def data(self) -> str:
-        """Find the images, and read some of each split."""
-        self.images = build_data(self.config)
-        for split in (self.images.train, self.images.val):
+        """Find the images of both splits."""
+        self.sets = build_data(self.config)
+        return f'{len(self.sets.train)} + {len(self.sets.val)} images of {len(self.sets.classes)} classes'
+
+    def images(self) -> str:
+        """Read some images of each split, other ones on every rank."""
+        num_images = 0
+        for split in (self.sets.train, self.sets.val):
             count = min(IMAGES_TO_READ, len(split))
             for i in range(count):
                 split[(i * len(split) // count + dist.get_rank()) % len(split)]
-        return (f'{len(self.images.train)} + {len(self.images.val)} images of '
-                f'{len(self.images.classes)} classes')
+            num_images += count
+        return f'{num_images} read by every rank'
 
     def loader(self) -> str:
         """Let every rank draw batches for a while, more than its loader processes have ready."""
@@ -154,7 +159,7 @@ class Parts:
     # ------------------------------------------------------------------------------ steps
     def model(self) -> str:
         """Build everything as the run does, which also compares flags, data and tokenizer of all ranks."""
-        self.run = self.make_run(self.config, self.images)
+        self.run = self.make_run(self.config, self.sets)
         return f'{count_parameters(self.run.model) / 1e6:.1f}M parameters, {self.run.device}'
 
     def first_step(self) -> str:
@@ -192,7 +197,7 @@ class Parts:
         images_B3HW, label_B, damage_B = next(self.run.batches)
         self.run.set_rates(step)
         info = self.run.train_step(images_B3HW, label_B, step)
-        self.run.exchange(damage_B)
+        self.run.exchange(damage_B, info)
         if not info.is_finite:
             raise ValueError(f'the loss or the gradient of step {step} is not finite: lower the learning '
                              'rate, or train in float32 or bfloat16')
@@ -227,16 +232,21 @@ class Parts:
         """Write a checkpoint where the run will write its own."""
         began = time.perf_counter()
         self.run.save(0, 1)
-        self.seconds_per_save = time.perf_counter() - began
+        self.seconds_per_save = time.perf_counter() - began  # in the background only the copy is waited for
+        self.run.wait_for_checkpoint()
         folder = Path(self.config.output_dir)
         size, free = dist.from_master(lambda: self._sizes(folder))
-        needed = CHECKPOINTS_ON_DISK * size
-        result = f'{size / 1e9:.3g} GB, {free / 1e9:.4g} GB free'
+
+        # The newest ones, the best one, one that is being written, and those that are kept for good.
+        count = self.config.keep_newest + 2
+        if self.config.keep_every:
+            count += self.run.total_steps // self.config.keep_every
+        needed = count * size
         if free + size < needed:
-            raise ValueError(f'a run needs {needed / 1e9:.3g} GB for {CHECKPOINTS_ON_DISK} checkpoints '
-                             f'(last, previous, best, and one in writing), {str(folder.parent)!r} has '
-                             f'{free / 1e9:.4g} GB free: free some space, or pass another --output_dir')
-        return result
+            raise ValueError(f'the run needs {needed / 1e9:.3g} GB for {count} checkpoints, '
+                             f'{str(folder.parent)!r} has {free / 1e9:.4g} GB free: free some space, or pass '
+                             'another --output_dir')
+        return f'{size / 1e9:.3g} GB, all of them {needed / 1e9:.3g} GB, {free / 1e9:.4g} GB are free'
 
     def _sizes(self, folder: Path) -> tuple[int, int]:
         """Bytes of the checkpoint and of the free space."""
@@ -251,7 +261,7 @@ class Parts:
         gc.collect()
         if dist.get_device().type == 'cuda':
             torch.cuda.empty_cache()
-        self.run = self.make_run(self.config, self.images)
+        self.run = self.make_run(self.config, self.sets)
         if weights_checksum(self.run.model) != expected:
             raise ValueError('the weights that were read are not those that were written: the disk, the '
                              'file system or the memory may be faulty')
@@ -278,8 +288,8 @@ class Parts:
         """Sample as `--fid_images` would; of a tokenizer, show and export what the run does."""
         run = self.run
         if not self.is_generator:
-            count = min(2, len(self.images.val))
-            images = torch.stack([self.images.val[i][0] for i in range(count)])
+            count = min(2, len(self.sets.val))
+            images = torch.stack([self.sets.val[i][0] for i in range(count)])
             run.trainer.pictures(images.to(run.device))
             if dist.is_master():
                 run.trainer.finish(run.folder, self.config.model, has_trained=True)

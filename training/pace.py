@@ -1,7 +1,9 @@
 """How fast each rank is by itself, since the slowest one sets the pace of all.
 
 Gradients are averaged over all ranks, so the steps of every rank last as long as those of the slowest one. A
-rank's own time is that of its steps without the time in which it waits for other ranks.
+rank's own time is that of its steps without the time in which it waits for other ranks, at the end of the
+backward pass and of the step. With sharded weights ranks wait for each other all the way through, so that
+their times hardly differ.
 """
 import time
 from collections.abc import Iterator
