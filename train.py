@@ -452,8 +452,10 @@ class Run:
         Raises:
             NotFinite: this is the last epoch, and its last steps were left out.
         """
-        if epoch + 1 == self.config.epochs and self.skipped.in_a_row > 1:
-            self.skipped.give_up(self.total_steps - 1)
+        last = self.total_steps - 1
+        ends_badly = self.skipped.in_a_row > 1 or self.state.is_left_out(last)
+        if epoch + 1 == self.config.epochs and ends_badly:
+            self.skipped.give_up(last, at_end=True)
 
     def may_restore(self) -> bool:
         """Whether the last checkpoint may be restored after steps that were not finite."""
@@ -690,7 +692,7 @@ def train_from_newest(config: TrainConfig, data: Data) -> None:
             return
         except NotFinite as failure:
             goes_back = failure.at_once and not has_gone_back
-            if not goes_back and not run.may_restore():
+            if not goes_back and (failure.at_end or not run.may_restore()):
                 raise
             logger.warning('%s', failure)
             left_out = list(run.state.left_out)

@@ -197,3 +197,13 @@ def test_a_leap_of_the_loss_is_named_once(caplog):
         for step, loss in enumerate(losses):
             spikes.add(step, loss)
     assert [record.args[0] for record in caplog.records] == [250, 370]
+
+
+def test_a_run_that_ends_among_bad_steps_is_an_error(train_here, tmp_path, monkeypatch, capsys):
+    """No checkpoint is restored where nothing would follow it."""
+    bad_batches(monkeypatch, *range(7, 10))
+    flags = '--ep=2', '--save_every=3', '--max_skipped_steps=3', '--eval_every=9'
+    for _ in range(2):
+        text = message(lambda: train_here(tmp_path, *flags), capsys)
+        assert 'up to step 9 were not finite' in text
+    assert read(tmp_path)['epoch'] < 2

@@ -31,12 +31,14 @@ class NotFinite(ValueError):
     Attributes:
         step: the last of these steps, since the beginning of the training.
         at_once: whether no step since the start was finite; then the checkpoint itself may be at fault.
+        at_end: whether the training ends with them, so that nothing would follow a restored checkpoint.
     """
 
-    def __init__(self, message: str, step: int, at_once: bool):
+    def __init__(self, message: str, step: int, at_once: bool, at_end: bool):
         super().__init__(message)
         self.step = step
         self.at_once = at_once
+        self.at_end = at_end
 
 
 class SkippedSteps:
@@ -100,16 +102,19 @@ class SkippedSteps:
         if self.limit and self.in_a_row >= self.limit:
             self.give_up(step)
 
-    def give_up(self, step: int) -> None:
+    def give_up(self, step: int, at_end: bool = False) -> None:
         """Stop the training because of steps that were not finite, of which `step` is the last.
 
+        Args:
+            at_end: whether it is the last step of the training.
         Raises:
             NotFinite: always.
         """
-        at_once = self.is_resumed and self.in_a_row == self.steps_since_start
-        raise NotFinite(f'the last {self.in_a_row} steps up to step {step} were not finite: '
-                        f'{REMEDIES[self.precision]}, and run again from the last checkpoint, if there is '
-                        'one (--max_skipped_steps is the limit)', step, at_once)
+        at_once = self.is_resumed and 0 < self.in_a_row == self.steps_since_start
+        count = f'the last {self.in_a_row} steps' if self.in_a_row else 'steps'
+        raise NotFinite(f'{count} up to step {step} were not finite: {REMEDIES[self.precision]}, and run '
+                        'again from the last checkpoint, if there is one (--max_skipped_steps is the limit)',
+                        step, at_once, at_end)
 
     def leave_out(self, last: int) -> tuple[int, int]:
         """Note which steps are left out when the last checkpoint is restored.
