@@ -1,7 +1,10 @@
-"""Published checkpoints by name: a local file first, else the model hub through huggingface_hub."""
+"""Weights by name: a local file or folder first, else the model hub through huggingface_hub."""
 import difflib
 import hashlib
 import logging
+import re
+import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +14,49 @@ from utils.checkpoint import load_file
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED = {  # file name -> hub repository
-    **dict.fromkeys(['vae_ch160v4096z32.pth', 'var_d16.pth', 'var_d20.pth', 'var_d24.pth', 'var_d30.pth',
-                     'var_d36.pth'], 'FoundationVision/var'),
+
+class Published(NamedTuple):
+    """A file of weights that the authors of a system have published."""
+    family: str               # key of `models.FAMILIES`
+    repo: str = ''            # hub repository; '' where nobody here has seen one, so that it is not fetched
+    tokenizer: str = ''       # of a generator: the file of the tokenizer that it was trained with
+    preset: str = ''          # of a generator: its sampling preset, which also is its short name
+    revision: str = ''        # commit of the repository; '' takes the newest one
+    sha256: str = ''          # '' where the authors name no digest
+
+
+def _var(preset: str) -> Published:
+    return Published('var', VAR_REPO, 'vae_ch160v4096z32.pth', preset)
+
+
+def _flexvar(preset: str) -> Published:
+    return Published('flexvar', FLEXVAR_REPO, 'FlexVAE.pth', preset)
+
+
+VAR_REPO = 'FoundationVision/var'
+FLEXVAR_REPO = 'jiaosiyu1999/FlexVAR'
+PUBLISHED = {  # by the name of the file
+    'vae_ch160v4096z32.pth': Published('vqvae', VAR_REPO),
+    'var_d16.pth': _var('var_d16'),
+    'var_d20.pth': _var('var_d20'),
+    'var_d24.pth': _var('var_d24'),
+    'var_d30.pth': _var('var_d30'),
+    'var_d36.pth': _var('var_d36_512'),
+    'FlexVAE.pth': Published('flexvae', FLEXVAR_REPO),
     # the number is that of the last epoch, from 0 on
-    **dict.fromkeys(['FlexVAE.pth', 'FlexVARd16-epo179.pth', 'FlexVARd20-epo249.pth',
-                     'FlexVARd24-epo349.pth'], 'jiaosiyu1999/FlexVAR'),
+    'FlexVARd16-epo179.pth': _flexvar('flexvar_d16'),
+    'FlexVARd20-epo249.pth': _flexvar('flexvar_d20'),
+    'FlexVARd24-epo349.pth': _flexvar('flexvar_d24'),
+    'kl16.ckpt': Published('kl16'),
+    'FlowAR-S.pth': Published('flowar', '', 'kl16.ckpt', 'flowar_s'),
+    'FlowAR-L.pth': Published('flowar', '', 'kl16.ckpt', 'flowar_l'),
+    'FlowAR-H.pth': Published('flowar', '', 'kl16.ckpt', 'flowar_h'),
+    'vq_ds16_c2i.pt': Published('vq16'),
+    'c2i_B_256.pt': Published('npp', '', 'vq_ds16_c2i.pt', 'npp_b'),
 }
+SHORT_NAMES = {file.preset: name for name, file in PUBLISHED.items() if file.preset}
+WEIGHT_FILES = ('.pth', '.pt', '.ckpt', '.safetensors', '.bin')
+HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 
 
 def sha256_of(path: str | Path) -> str:
@@ -29,36 +68,131 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def fetch(name: str, sha256: str = '') -> Path:
+# ------------------------------------------------------------------------------------- files and folders
+def locate(source: str | Path, revision: str = '', is_first: bool = True) -> Path:
+    """Local path of the file or folder that a name stands for.
+
+    Args:
+        source: a path; the name of a published file, or its short name, such as 'var_d16'; a repository of
+            the hub, 'owner/name', for a folder of this project; or 'owner/name:FILE' for one file of it.
+        revision: branch, tag or commit of a repository; empty is the newest commit, or the one that the table
+            of published files names.
+        is_first: whether this process asks the hub; the other processes of a node find what it has fetched.
+    Raises:
+        ValueError: there is nothing of that name, or the hub cannot be reached.
+    """
+    name = str(source)
+    repo, _, file = name.partition(':')
+    if Path(name).exists():
+        return Path(name)
+    is_path = name.endswith(WEIGHT_FILES) and not file
+    if not HUB_ID.fullmatch(repo) or is_path:
+        return fetch(name, revision=revision, is_first=is_first)
+    if file:
+        return _hub_file(repo, file, revision, is_first)
+    return _hub_folder(repo, revision, is_first)
+
+
+def fetch(name: str, sha256: str = '', revision: str = '', is_first: bool = True) -> Path:
     """Local path of a checkpoint.
 
     Args:
-        name: a path, or a published name, downloaded into the hub's cache if not in the working directory.
-        sha256: expected digest; empty accepts any.
+        name: a path, or a published or short name, downloaded into the hub's cache if not in the working
+            directory.
+        sha256: expected digest; empty is that of the table of published files, or else accepts any.
+        revision, is_first: see `locate`.
     Raises:
         ValueError: there is no such file and it cannot be downloaded, or its digest differs.
     """
+    if not Path(name).is_file():
+        name = SHORT_NAMES.get(name, name)
     path = Path(name)
+    published = PUBLISHED.get(name)
     if not path.is_file():
-        repo = PUBLISHED.get(name)
-        if repo is None:
-            near = difflib.get_close_matches(path.name, PUBLISHED)
-            published = f', or the name of a published file, such as {", ".join(near)}' if near else ''
-            raise ValueError(f'expected a checkpoint, found no file {name!r}: pass a path{published}')
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import logging as hub_logging
-        hub_logging.set_verbosity_error()  # silences retries
-        try:
-            path = Path(hf_hub_download(repo, name))
-        except Exception as error:  # of many kinds, which all mean that the file is unreachable
-            raise ValueError(f'{name!r} is not in the working directory and cannot be fetched from the hub '
-                             f'repository {repo} ({type(error).__name__}): '
-                             'download it elsewhere and pass its path') from None
-    found = sha256_of(path) if sha256 else ''
-    if found != sha256:
-        raise ValueError(f'{str(path)!r} has SHA-256 {found[:16]}..., expected {sha256[:16]}...: '
+        if published is None:
+            near = difflib.get_close_matches(path.name, [*PUBLISHED, *SHORT_NAMES])
+            names = f', or the name of a published file, such as {", ".join(near)}' if near else ''
+            raise ValueError(f'expected a checkpoint, found no file {name!r}: pass a path{names}')
+        if not published.repo:
+            raise ValueError(f'{name!r} is not in the working directory, and no hub repository of it is '
+                             'known here: download it by the links of its authors, and pass its path')
+        path = _hub_file(published.repo, name, revision or published.revision, is_first)
+    expected = sha256 or (published.sha256 if published else '')
+    found = sha256_of(path) if expected else ''
+    if found != expected:
+        raise ValueError(f'{str(path)!r} has SHA-256 {found[:16]}..., expected {expected[:16]}...: '
                          'download it again')
     return path
+
+
+def _hub_file(repo: str, file: str, revision: str, is_first: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def download() -> str:
+        return hf_hub_download(repo, file, revision=revision or None, local_files_only=not is_first)
+
+    return _from_hub(download, f'{file!r} is not in the working directory and cannot be fetched from the hub '
+                               f'repository {repo}')
+
+
+def _hub_folder(repo: str, revision: str, is_first: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # The weights of other programs, which may lie beside ours, are not needed.
+    names = ['config.json', 'README.md', 'model.safetensors', 'tokenizer.safetensors']
+
+    def download() -> str:
+        return snapshot_download(repo, revision=revision or None, allow_patterns=names,
+                                 local_files_only=not is_first)
+
+    return _from_hub(download, f'{repo!r} is no local path, and cannot be fetched as a repository of the hub')
+
+
+def _from_hub(download: Callable[[], str], failure: str) -> Path:
+    """The path that a download returns; its errors become one line."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging as hub_logging
+    hub_logging.set_verbosity_error()  # silences retries
+    try:
+        return Path(download())
+    except Exception as error:  # of many kinds, which all mean that the file is unreachable
+        offline = ', since HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else ''
+        raise ValueError(f'{failure} ({type(error).__name__}{offline}): download it elsewhere and pass '
+                         'its path') from None
+
+
+def upload(repo: str, write: Callable[[Path], None], private: bool = False, keep: Collection[str] = (),
+           message: str = 'Upload weights') -> str:
+    """Upload a folder as one commit of a repository of the hub, which is made if it does not exist.
+
+    Args:
+        repo: 'owner/name'.
+        write: writes the files of the folder into an empty one.
+        private: of a repository that is made.
+        keep: files that stay as they are in the repository if it has them.
+        message: of the commit.
+    Returns:
+        The address of the commit.
+    Raises:
+        ValueError: `repo` is no such name, or the hub refuses or cannot be reached.
+    """
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"expected a repository of the hub, such as 'owner/name', got {repo!r}: pass one")
+    from huggingface_hub import HfApi
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            kept = [name for name in keep if api.file_exists(repo, name)]
+            commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message,
+                                       ignore_patterns=kept)
+        except Exception as error:  # of many kinds: no token, no right, no network
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(f'cannot upload to the hub repository {repo} ({type(error).__name__}: '
+                             f'{reason}): log in by the command hf auth login, and check the name and the '
+                             'network') from None
+    return str(getattr(commit, 'commit_url', commit))
 
 
 # ------------------------------------------------------------------------------------- networks of losses
