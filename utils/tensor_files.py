@@ -166,6 +166,28 @@ def save_file(content: Any, path: str | os.PathLike) -> None:
     sync_folder(Path(path).parent)
 
 
+def save_safetensors(state: dict[str, torch.Tensor], path: str | os.PathLike) -> str:
+    """Write flat weights as safetensors, whole or not at all; equal weights give equal bytes.
+
+    Returns:
+        The SHA-256 of the file.
+    Raises:
+        OSError: the disk is full or not writable; what was at `path` before is intact.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file as save
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    try:
+        with atomic_path(path) as temporary:
+            save(tensors, temporary, metadata=dict(format='pt'))
+            with temporary.open('rb') as file:
+                _, digest = _digests(file, 0)
+    except SafetensorError as error:
+        raise OSError(f'could not write {os.fspath(path)!r} ({error}): free some space') from error
+    sync_folder(Path(path).parent)
+    return digest
+
+
 # ---------------------------------------------------------------------------------------------- reading
 def load_file(path: str | os.PathLike, verify: bool | None = None) -> dict[str, Any]:
     """The dict in a file of torch or safetensors, whatever its name ends with, on the CPU.
