@@ -1,5 +1,6 @@
 """Public names of the models, and the table from which `train.py` and `sample.py` build any of them."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ __all__ = ['FAMILIES', 'LPIPS', 'NPP', 'VAR', 'VARHF', 'VQVAE', 'VQ_8', 'VQ_16',
            'CodeUsage', 'Family', 'FlexVAE', 'FlexVAR', 'FlowAR', 'Reconstruction', 'Tokenizer',
            'TokenizerLoss', 'Trainable', 'VQModel', 'VQ_models', 'VectorQuantizer2', 'build_flexvar',
            'build_generator', 'build_loss', 'build_tokenizer', 'build_vae_var', 'differing_parameters',
-           'load_weights', 'read_kwargs']
+           'families_of', 'load_weights', 'name_of', 'read_kwargs']
 
 State = dict[str, torch.Tensor]
 
@@ -47,6 +48,34 @@ FAMILIES = {
 }
 
 
+def families_of(state: State, among: Iterable[str] | None = None) -> list[str]:
+    """The names of all families whose weights have the keys and shapes of `state`, the likeliest one first.
+
+    Released weights of a FlexVAE have the keys of a VQ-16, so that there may be several names.
+
+    Args:
+        among: the names that come into question; None tries all, generators first.
+    """
+    found = []
+    for name in FAMILIES if among is None else among:
+        with suppress(ValueError):
+            read_kwargs(FAMILIES[name].model, state, name)
+            found.append(name)
+    return found
+
+
+def name_of(model: Trainable) -> str:
+    """The name of the family of a model.
+
+    Raises:
+        ValueError: its class is of no family.
+    """
+    for name, family in FAMILIES.items():
+        if type(model) is family.model:
+            return name
+    raise ValueError(f'expected a model of a family ({", ".join(FAMILIES)}), got a {type(model).__name__}')
+
+
 def build_tokenizer(cls: type[Tokenizer], state: State, source: str, device: torch.device | str,
                     **kwargs: Any) -> Tokenizer:
     """A frozen tokenizer with the weights of `state`, whose shapes decide the architecture.
@@ -66,14 +95,15 @@ def build_tokenizer(cls: type[Tokenizer], state: State, source: str, device: tor
     return tokenizer.eval().requires_grad_(False)
 
 
-def build_generator(name: str, state: State, tokenizer_state: State, source: str,
+def build_generator(name: str, state: State, tokenizer_state: State | Tokenizer, source: str,
                     device: torch.device | str, tokenizer_config: dict[str, Any] | None = None,
                     config: dict[str, Any] | None = None) -> ARModel:
     """A trained generator with its tokenizer, in eval mode; the weights' shapes decide the architecture.
 
     Args:
         name: a key of `FAMILIES`.
-        state, tokenizer_state: flat weights of both.
+        state: flat weights of the generator.
+        tokenizer_state: flat weights of the tokenizer, or the tokenizer itself.
         tokenizer_config, config: what the weights of both do not tell, see `config_state`.
         source: where the weights come from, for error messages.
     Raises:
@@ -87,8 +117,13 @@ def build_generator(name: str, state: State, tokenizer_state: State, source: str
     kwargs = read_kwargs(cls, state, source) | cls.kwargs_from_config(config or {})
     codes = {attribute: kwargs.pop(attribute) for attribute in ('vocab_size', 'channels')
              if attribute in kwargs}
-    tokenizer = build_tokenizer(tokenizer_class, tokenizer_state, f'the tokenizer of {source}', device,
-                                **(tokenizer_config or {}) | cls.tokenizer_kwargs(kwargs))
+    of_tokenizer = cls.tokenizer_kwargs(kwargs)
+    if isinstance(tokenizer_state, Tokenizer):
+        tokenizer = tokenizer_state
+        _check_tokenizer(tokenizer, tokenizer_class, of_tokenizer, source)
+    else:
+        tokenizer = build_tokenizer(tokenizer_class, tokenizer_state, f'the tokenizer of {source}', device,
+                                    **(tokenizer_config or {}) | of_tokenizer)
     for attribute, value in codes.items():
         if getattr(tokenizer, attribute) != value:
             raise ValueError(f'{source} needs a tokenizer with {attribute}={value}, '
@@ -97,6 +132,19 @@ def build_generator(name: str, state: State, tokenizer_state: State, source: str
         model = cls(tokenizer, **kwargs)
     load_weights(model, state, source)
     return model.eval()
+
+
+def _check_tokenizer(tokenizer: Tokenizer, cls: type[Tokenizer], expected: dict[str, Any],
+                     source: str) -> None:
+    """Make sure that a tokenizer is of this class and has these settings."""
+    if not isinstance(tokenizer, cls):
+        raise ValueError(f'{source} needs a {cls.__name__}, got a {type(tokenizer).__name__}: '
+                         'pass the tokenizer it was trained with')
+    settings = tokenizer.config_state(1.)
+    for name, value in expected.items():
+        if settings[name] != list(value):
+            raise ValueError(f'{source} needs a tokenizer with {name}={list(value)}, got {settings[name]}: '
+                             'pass the tokenizer it was trained with')
 
 
 def build_loss(*, perceptual: str, lpips_files: tuple[State, str] | None, discriminator: str,
