@@ -273,7 +273,7 @@ class FlowARSampleConfig(SampleConfig):
             guidance=self.cfg,
             guidance_until=self.guidance,
             num_steps=self.upper_steps,
-            lower_steps=self.lower_steps,
+            lower_steps=self.flow_lower_steps or None,  # those of num_steps
         )
 
 
