@@ -28,12 +28,12 @@ from configs.options import COMPILE_MODES, flag_of, marked_fields, parse_flags
 from evaluation.features import load_network
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
-from models import ARModel, build_generator, differing_parameters
-from models.noise import ImageNoise
-from utils.amp_sc import autocast, note_on_bfloat16
-from utils.checkpoint import atomic_path, load_on_all_ranks, lock_folder, model_weights, tokenizer_weights
+from models import ARModel
+from pipeline import build, draw, read, to_bytes
+from utils.amp_sc import note_on_bfloat16
+from utils.checkpoint import atomic_path, lock_folder
 from utils.files import read_json
-from utils.hub import fetch, sha256_of
+from utils.hub import sha256_of
 from utils.image_sets import read_labels, shuffled, write_npz
 from utils.image_store import STORES, ImageStore
 from utils.log import one_line_errors, progress_bar, setup_logging
@@ -157,70 +157,19 @@ def load_generator(
     Raises:
         ValueError: a file cannot be read, or does not hold such weights.
     """
-    paths = dict(ckpt=fetch(ckpt))
-    if vae_ckpt:
-        paths['vae_ckpt'] = fetch(vae_ckpt)
-    files = {}
-    digests = {}
-    for flag, path in paths.items():
-        files[flag], digests[flag] = load_on_all_ranks(path)
-    checkpoint = files['ckpt']
-    trainer = checkpoint.get('trainer', {})
-
-    # The tokenizer is the one that training used, which --weights says nothing about. A bare file of its
-    # weights does not hold its settings, so the generator's checkpoint fills them in.
-    tokenizer_state, tokenizer_config = tokenizer_weights(files.get('vae_ckpt', checkpoint))
-    tokenizer_config = trainer.get('vae_config', {}) | tokenizer_config
-
-    prefer_ema = weights == 'ema'
-    average = '' if weights in ('ema', 'raw') else weights
-    generator = build_generator(
-        model,
-        model_weights(checkpoint, prefer_ema, average),
-        tokenizer_state,
-        str(paths['ckpt']),
-        device,
-        tokenizer_config,
-        trainer.get('config'),
-    )
-    check_same_codes(generator, trainer.get('vae_local', {}), ckpt, vae_ckpt)
+    contents = read(ckpt, model, vae_ckpt or None, weights)
+    if contents.generator is None:
+        raise ValueError(f'{ckpt!r} holds a tokenizer: pass the weights of a generator')
+    generator = build(contents, device)
     if compiled:
         generator.compile_sampling(mode=COMPILE_MODES[compiled])
-
-    has_ema = any(key in trainer or key in checkpoint for key in ('var_ema', 'model_ema', 'ema'))
+    has_names = len(contents.classes) == generator.num_classes
     origin = dict(
-        weights=average or ('ema' if prefer_ema and has_ema else 'raw'),
-        weights_sha256=digests,
-        classes=class_names(checkpoint, generator.num_classes),
+        weights=contents.weights,
+        weights_sha256=contents.digests,
+        classes=contents.classes if has_names else (),
     )
     return generator, origin
-
-
-def check_same_codes(generator: ARModel, trained_with: dict[str, Any], ckpt: str, vae_ckpt: str) -> None:
-    """Make sure that the generator predicts codes, or latents, of the tokenizer that it was trained with.
-
-    A different decoder is fine: the decoder may have been trained further for the same codes.
-
-    Args:
-        trained_with: weights of the tokenizer in the generator's own file; {} if that file has none.
-        ckpt: the file of the generator, for the error.
-        vae_ckpt: the file of the tokenizer, for the error.
-    Raises:
-        ValueError: the encoder or the codebook differs.
-    """
-    for name in differing_parameters(generator.tokenizer, trained_with):
-        if name.startswith(('encoder.', 'quant_conv.', 'quantize.')):
-            raise ValueError(f'{ckpt!r} was trained on the codes of another tokenizer than {vae_ckpt!r} '
-                             f'({name} differs): pass the tokenizer of its training, or --vae_ckpt= without '
-                             'a value for the one inside that file')
-
-
-def class_names(checkpoint: dict[str, Any], num_classes: int) -> tuple[str, ...]:
-    """The names of all classes in the order of their ids; () if the checkpoint does not have them."""
-    names = checkpoint.get('classes')
-    if not isinstance(names, list | tuple) or len(names) != num_classes:
-        return ()
-    return tuple(str(name) for name in names)
 
 
 def image_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
@@ -347,7 +296,6 @@ def sample_missing(model: ARModel, config: SampleConfig, store: ImageStore, labe
     dist.barrier()
 
 
-@torch.inference_mode()
 def sample_batch(model: ARModel, config: SampleConfig, index_B: range, label_B: np.ndarray) -> np.ndarray:
     """The images of these indices, uint8 (B, H, W, 3).
 
@@ -361,22 +309,8 @@ def sample_batch(model: ARModel, config: SampleConfig, index_B: range, label_B: 
     num_more = max(config.fixed_batch - len(index_B), 0)
     labels = [*label_B.tolist(), *[0] * num_more]
 
-    # The noise of an image is a function of (seed, index), so it is the same in any batch on any rank.
-    noise = ImageNoise(config.seed, range(index_B.start, index_B.stop + num_more))
-    with autocast(model.device.type, config.precision):
-        images_B3HW = model.sample(labels, rng=noise, **config.sample_kwargs())[:len(index_B)]
-
-    # Rounding to 8 bits would turn nan into some colour.
-    is_finite_B = images_B3HW.isfinite().flatten(1).all(1)
-    if not is_finite_B.all():
-        bad = index_B[is_finite_B.int().argmin().item()]
-        raise ValueError(f'expected finite pixels, image {bad} has nan or infinite ones: '
-                         'the weights are damaged, or float16 overflows (pass --fp16=0 or 2)')
-
-    # Rounded as torchvision's save_image does it.
-    images_u8 = images_B3HW.float().mul(255).add(0.5).floor().clamp(0, 255).byte()
-    images_BHW3 = images_u8.permute(0, 2, 3, 1).contiguous()
-    return images_BHW3.cpu().numpy()
+    images_B3HW = draw(model, config.seed, index_B, labels, config.precision, config.sample_kwargs())
+    return to_bytes(images_B3HW)
 
 
 # ---------------------------------------------------------------------------------------------- the npz

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'utils.doctor', 'utils.pack_data', 'utils.check_data',
-           'utils.posthoc_ema'}
-LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'evaluation'}, {'trainer'}, {'training'}]
-OPTIONAL = {'safetensors.torch', 'sklearn.datasets', 'huggingface_hub', 'huggingface_hub.utils',
-            'torch.utils.tensorboard', 'torch_fidelity.feature_extractor_inceptionv3',
-            'tensorboard.backend.event_processing.event_file_loader', 'tensorboard.compat.proto.event_pb2',
-            'tensorboard.summary.writer.record_writer', 'matplotlib.backends.backend_agg',
-            'matplotlib.figure', 'sklearn.neural_network', 'yaml'}
+ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'export', 'utils.doctor', 'utils.pack_data',
+           'utils.check_data', 'utils.posthoc_ema'}
+LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'pipeline'}, {'evaluation'}, {'trainer'}, {'training'}]
+OPTIONAL = {'safetensors', 'safetensors.torch', 'sklearn.datasets', 'huggingface_hub',
+            'huggingface_hub.utils', 'torch.utils.tensorboard',
+            'torch_fidelity.feature_extractor_inceptionv3',
+            'tensorboard.backend.event_processing.event_file_loader',
+            'tensorboard.compat.proto.event_pb2', 'tensorboard.summary.writer.record_writer',
+            'matplotlib.backends.backend_agg', 'matplotlib.figure', 'sklearn.neural_network', 'yaml'}
 # inside models
 ORDER = ['noise', 'scales', 'attention', 'sampling', 'loading', 'recompute', 'base', 'helpers', 'layers',
          'editing', 'basic_var', 'tokenizers', 'vqvae', 'quant', 'basic_vae', 'var', 'flexvar', 'flowar',
@@ -89,7 +90,8 @@ def state():
     patched = [vars(c).get('reset_parameters') for c in classes]
     return patched, torch.get_rng_state().tolist(), random.getstate()
 before, printer = state(), print
-for module in ('dist', 'models', 'utils.data', 'trainer', 'evaluation.score', 'train', 'sample', 'evaluate'):
+for module in ('dist', 'models', 'utils.data', 'trainer', 'evaluation.score', 'pipeline', 'train', 'sample',
+               'evaluate', 'export'):
     importlib.import_module(module)
     assert before == state() and print is printer and not logging.root.handlers, module
     assert not torch.cuda.is_initialized(), module

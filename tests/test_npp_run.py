@@ -270,7 +270,7 @@ def test_files_that_do_not_fit(made, stops, ours, var, tmp_path):
     torch.save(VQModel(200, 4, net='tiny').state_dict(), other)
     for flags, words in (
             ([f'--ckpt={ours}', '--gpt_model=GPT-B'], ['GPT-B has 12 blocks of width 768, ', ' 1 of 64']),
-            ([f'--ckpt={bare}'], ['the tokenizer of', 'bare.pth holds no VQModel weights']),
+            ([f'--ckpt={bare}'], ["bare.pth' holds a generator without its tokenizer", 'of the vq16']),
             ([f'--ckpt={bare}', f'--vq_ckpt={other}'], ['needs a tokenizer with vocab_size=300, got 200']),
             ([f'--ckpt={var}', f'--vq_ckpt={made[1]}'], ['var.pth holds no NPP weights']),
             ([f'--ckpt={ours}', f'--vq_ckpt={var}'], ['VQModel weights'])):

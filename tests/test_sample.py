@@ -171,13 +171,13 @@ def test_manifest_names_all_that_repeats_the_file(sample_here, tmp_path, weights
 
 def test_manifest_is_of_the_file_that_was_loaded(sample_here, tmp_path, weights, monkeypatch):
     """A training replaces the checkpoint when it has just been loaded."""
-    path, build = tmp_path / 'ckpt.pth', sample.build_generator
+    path, build = tmp_path / 'ckpt.pth', sample.build
     shutil.copy(weights[0], path)
 
     def replace_and_build(*args):
         shutil.copy(weights[1], tmp_path / 'new.pth').rename(path)
         return build(*args)
-    monkeypatch.setattr(sample, 'build_generator', replace_and_build)
+    monkeypatch.setattr(sample, 'build', replace_and_build)
     sample_here(tmp_path / 'a', f'--ckpt={path}', '--num_images=2')
     manifest = json.loads((tmp_path / 'a.json').read_text())
     assert manifest['weights_sha256'] == dict(ckpt=sha256_of(weights[0]))
