@@ -24,7 +24,9 @@ import torch
 import dist
 from configs import TrainConfig, parse_training
 from configs.options import config_text, flag_of, marked_fields
+from models import ARModel
 from models.noise import GlobalBatch
+from pipeline import Pipeline, Pretrained, training_of
 from trainer import StepInfo, weights_checksum
 from training.build import build_model, build_trainer, count_parameters, lower_tokenizer
 from training.check import check
@@ -643,7 +645,10 @@ class Run:
         self.wait_for_checkpoint()
         if not dist.is_master():
             return
-        self.trainer.finish(self.folder, self.config.model, self.steps_done < self.total_steps)
+        has_trained = self.steps_done < self.total_steps
+        self.trainer.finish(self.folder, self.config.model, has_trained)
+        if self.config.export:
+            self.export(has_trained)
         if self.state.skipped_steps:
             logger.warning('%d of %d steps were not finite and left out (see not_finite.jsonl)',
                            self.state.skipped_steps, self.total_steps)
@@ -652,6 +657,26 @@ class Run:
                            '\n'.join(self.state.bad_images))
         self.show_life('done', is_due=True)
         logger.info('done, checkpoints are in %s', self.folder)
+
+
+    def export(self, has_trained: bool) -> None:
+        """Write the weights that sampling uses as a folder for `pipeline.load`; the first rank calls it.
+
+        Args:
+            has_trained: whether this start has moved the weights; else only a missing folder is written.
+        """
+        folder = self.folder / 'model'
+        if (folder / 'config.json').exists() and not has_trained:
+            return
+        training = training_of(dict(epoch=self.config.epochs, iter=0, args=vars(self.config),
+                                    **self.made_with))
+        about = dict(weights='ema' if self.trainer.ema else 'raw', training=training)
+        with self.trainer.averaged():
+            if isinstance(self.model, ARModel):
+                Pipeline(self.model, classes=self.data.classes, **about).save_pretrained(folder)
+            else:
+                Pretrained(self.model, **about).save_pretrained(folder)
+        logger.info('%s is for pipeline.load, and for the hub', folder)
 
 
 def choose_seed(config: TrainConfig, saved: int | None) -> int:

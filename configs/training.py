@@ -165,6 +165,12 @@ class TrainConfig:
         per_node=True,
         group='run',
     )
+    export: bool = opt(
+        False,
+        'at the end, write the folder "model" beside the checkpoints, which pipeline.load and the hub read',
+        free=True,
+        group='run',
+    )
     max_skipped_steps: int = opt(
         10,
         'after so many steps in a row whose loss or gradient is not finite, which leave the weights as they '

@@ -16,7 +16,7 @@ import pipeline
 import sample
 from models import VQVAE, name_of
 from pipeline import Pipeline, Pretrained, load
-from tests.runs import TINY_VQVAE, assert_equal, on_two_ranks
+from tests.runs import TINY_VQVAE, VAR_FLAGS, VQVAE_FLAGS, assert_equal, on_two_ranks
 from tests.test_checkpoint import Harmful
 from tests.test_contract import GENERATORS, TOKENIZERS, frozen
 from utils import hub
@@ -249,6 +249,24 @@ def test_sample_takes_folders(root, tmp_path, here):
         here(sample, '--model=flexvar', f'--ckpt={root / ckpt}', f'--output={tmp_path / output}',
              '--num_images=3')
     assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
+
+
+@pytest.mark.parametrize('base', [VAR_FLAGS, *slow(VQVAE_FLAGS)], ids=['var', 'vqvae'])
+def test_a_training_leaves_the_folder_of_its_checkpoint(train_here, tmp_path, base):
+    run = train_here(tmp_path / 'run', '--ep=1', '--ema=0.9', '--export=1', base=base)
+    prefix = 'ar' if base is VAR_FLAGS else 'vae'
+    load(run / f'{prefix}-ckpt-last.pth').save_pretrained(tmp_path / 'again')
+    for file in {path.name for path in (run / 'model').glob('*.safetensors')}:
+        assert (run / 'model' / file).read_bytes() == (tmp_path / 'again' / file).read_bytes()
+    configs = []
+    for folder in (run / 'model', tmp_path / 'again'):
+        config = json.loads((folder / 'config.json').read_text())
+        config['training'] = {name: config['training'][name] for name in ('settings', 'git_commit', 'epoch')}
+        configs.append(config)
+    assert configs[0] == configs[1] and configs[0]['weights'] == 'ema'
+    written = (run / 'model' / 'config.json').stat().st_mtime_ns
+    train_here(tmp_path / 'run', '--ep=1', '--ema=0.9', '--export=1', base=base)
+    assert (run / 'model' / 'config.json').stat().st_mtime_ns == written
 
 
 # ---------------------------------------------------------------------------------------------- errors
