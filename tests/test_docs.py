@@ -9,6 +9,7 @@ import pytest
 import evaluate
 from configs import parse_sampling, parse_training
 from configs.options import make_parser
+from export import ExportSettings
 from extract import ExtractSettings
 from tests.runs import REPO
 
@@ -53,8 +54,12 @@ def parse_extraction(argv: list[str]) -> None:
     ExtractSettings(**make_parser(ExtractSettings, 'extract.py', '').parse(argv))
 
 
+def parse_export(argv: list[str]) -> None:
+    ExportSettings(**make_parser(ExportSettings, 'export.py', '').parse(argv))
+
+
 PARSERS = {'train.py': parse_training, 'sample.py': parse_sampling, 'extract.py': parse_extraction,
-           'evaluate.py': parse_evaluation}
+           'evaluate.py': parse_evaluation, 'export.py': parse_export}
 
 
 def test_readme_is_short():
