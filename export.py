@@ -12,7 +12,8 @@ import torch
 import dist
 from configs.options import check_values, expand_paths, make_parser, opt
 from pipeline import load
-from utils.log import one_line_errors, setup_logging
+from utils.console import one_line_errors
+from utils.log import setup_logging
 
 logger = logging.getLogger(__name__)
 

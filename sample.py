@@ -19,12 +19,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from configs import SampleConfig, parse_sampling
+from configs.options import COMPILE_MODES, flag_of, marked_fields, parse_flags
+from utils.console import announce, one_line_errors
+
+if __name__ == '__main__':
+    # Wrong flags and missing files are answered now: the imports below take seconds.
+    with one_line_errors('sample.py'):
+        command = parse_sampling(sys.argv[1:])
+        command.require_files()
+    announce('sample.py', 'loading torch and the weights')
+
 import numpy as np
 import torch
 
 import dist
-from configs import SampleConfig, parse_sampling
-from configs.options import COMPILE_MODES, flag_of, marked_fields, parse_flags
 from evaluation.features import load_network
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
@@ -36,7 +45,7 @@ from utils.files import read_json
 from utils.hub import sha256_of
 from utils.image_sets import read_labels, shuffled, write_npz
 from utils.image_store import STORES, ImageStore
-from utils.log import one_line_errors, progress_bar, setup_logging
+from utils.log import progress_bar, setup_logging
 from utils.misc import allow_tf32
 from utils.provenance import device_name, git_commit, versions
 
@@ -456,9 +465,9 @@ def load_for(job: SampleConfig, hashes: dict[str, str] | None = None) -> tuple[A
     return model, origin
 
 
-def main() -> None:
-    """Run the job, or the sweep, of the command line."""
-    config = parse_sampling(sys.argv[1:])
+def main(config: SampleConfig | None = None) -> None:
+    """Run a job or a sweep; None takes that of the command line."""
+    config = config or parse_sampling(sys.argv[1:])
     dist.initialize()
     setup_logging(None, dist.is_master())
     if config.sweep:
@@ -470,4 +479,4 @@ def main() -> None:
 
 if __name__ == '__main__':
     with one_line_errors('sample.py'):
-        main()
+        main(command)

@@ -19,11 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from configs import TrainConfig, parse_training
+from configs.options import config_text, flag_of, marked_fields
+from utils.console import announce, one_line_errors
+
+if __name__ == '__main__':
+    # Wrong flags and missing files are answered now: the imports below take seconds.
+    with one_line_errors('train.py'):
+        command = parse_training(sys.argv[1:])
+        command.require_files()
+    announce('train.py', 'loading torch, the data and the model')
+
 import torch
 
 import dist
-from configs import TrainConfig, parse_training
-from configs.options import config_text, flag_of, marked_fields
 from models import ARModel
 from models.noise import GlobalBatch
 from pipeline import Pipeline, Pretrained, training_of
@@ -61,7 +70,7 @@ from utils.checkpoint import lock_folder, remove_leftovers
 from utils.data import name_of
 from utils.files import write_text
 from utils.loading import without_child_signal
-from utils.log import one_line_errors, setup_logging
+from utils.log import setup_logging
 from utils.lr_control import lr_wd_annealing
 from utils.misc import allow_tf32, mix_seed, seed_everything
 from utils.peak import peak_flops
@@ -739,8 +748,9 @@ def describe(config: TrainConfig, world_size: int) -> dict[str, Any]:
     return settings | config.derived(world_size) | dict(num_parameters=count_parameters(model))
 
 
-def main() -> None:
-    config = parse_training(sys.argv[1:])
+def main(config: TrainConfig | None = None) -> None:
+    """Train, or print what `--dry_run` asks for; None takes the config of the command line."""
+    config = config or parse_training(sys.argv[1:])
     if config.dry_run:
         world_size = int(os.environ.get('WORLD_SIZE', 1))
         if int(os.environ.get('RANK', 0)) == 0:
@@ -767,4 +777,4 @@ def main() -> None:
 
 if __name__ == '__main__':
     with one_line_errors('train.py'):
-        main()
+        main(command)

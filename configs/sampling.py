@@ -19,6 +19,7 @@ from configs.options import (
     marked_fields,
     opt,
 )
+from utils.console import require_weights
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,16 @@ class SampleConfig:
             if not settings.get(name):
                 settings.pop(name, None)
         return settings
+
+    def require_files(self) -> None:
+        """Make sure that the files of weights are there, where they were given by their paths.
+
+        Raises:
+            ValueError: one is not.
+        """
+        if not self.sweep:  # which may be one over files
+            require_weights(self.ckpt)
+            require_weights(self.vae_ckpt)
 
     def sample_kwargs(self) -> dict[str, Any]:
         """Arguments of the model's `sample`, beside labels and rng."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.options import INF, REPO, check_values, expand_paths, flag_of, ints, numbers_of, opt
+from utils.console import require_data, require_weights
 from utils.machine import automatic_workers, workers_note
 
 PATCH_NUMS = {
@@ -298,6 +299,7 @@ class TrainConfig:
     ema = 0.0
     ema_snapshot = 0
     train_only = ''
+    init_from = ''
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
@@ -321,6 +323,17 @@ class TrainConfig:
                 f'--{flag_of(self, "ema")} must be one decay, or several that differ and are not 0, '
                 f'got {self.ema}'
             )
+
+    def require_files(self) -> None:
+        """Make sure that folders and files to read are there; what they hold is looked at later.
+
+        Raises:
+            ValueError: one is not.
+        """
+        if not self.dry_run:
+            if not self.cached_path:
+                require_data(self.data_path)
+            require_weights(self.init_from)
 
     # ------------------------------------------------------------------------------ what follows
     local_out_dir_path = property(lambda self: self.output_dir)
@@ -594,6 +607,11 @@ class GeneratorConfig(TrainConfig):
     def profile_widths(self) -> tuple[float, ...]:
         """Widths of the averages that are stored now and then."""
         return numbers_of(self.ema_profiles)
+
+    def require_files(self) -> None:
+        super().require_files()
+        if not self.dry_run:
+            require_weights(self.vae_ckpt)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +16,10 @@ import numpy as np
 import torch
 
 import dist
-from configs.options import opt
 from evaluation.classifiers import Classifier, load_classifier
-from evaluation.features import DeviceSettings, rank_range, read_ahead
-from evaluation.score import check_output, read_manifest, refuse_overwriting, write_json
+from evaluation.features import rank_range, read_ahead, torch_device
+from evaluation.score import check_output, read_manifest, write_json
+from evaluation.settings import ClassifierSettings, ClassifySettings, RejectSettings
 from utils.hub import sha256_of
 from utils.image_sets import NUM_READERS, ImageSet, open_images, read_labels, shuffled, write_npz
 from utils.image_store import map_ahead
@@ -28,24 +27,6 @@ from utils.log import progress_bar
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ClassifierSettings(DeviceSettings):
-    """The classifier of a command, and how it runs."""
-
-    classifier: str = opt('', 'classification model of torchvision, such as convnext_base or swin_v2_b; '
-                              'or digits, which needs no file, for digits alone')
-    classifier_weights: str = opt('', "its weights; empty takes the published ones from torch's hub folder",
-                                  path=True)
-    download: bool = opt(False, 'fetch the published weights if they are not there')
-    labels: str = opt('', 'class of every image: .npy, or .txt with one per line; empty takes those beside '
-                            'the images', path=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.classifier:
-            raise ValueError('expected a classifier: pass --classifier=NAME, such as convnext_base')
 
 
 # ---------------------------------------------------------------------------------------------- judgement
@@ -98,7 +79,7 @@ def load(settings: ClassifierSettings, labels_N: np.ndarray) -> Classifier:
     """
     def load_here(is_first: bool) -> Classifier:
         may_download = is_first and settings.download
-        return load_classifier(settings.classifier, settings.classifier_weights, settings.torch_device,
+        return load_classifier(settings.classifier, settings.classifier_weights, torch_device(settings),
                                may_download)
 
     classifier = dist.first_of_node_first(load_here)
@@ -180,22 +161,6 @@ def line(scores: dict[str, float]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- accuracy
-@dataclass(frozen=True)
-class ClassifySettings(ClassifierSettings):
-    """Settings of `evaluate.py classify-eval`."""
-
-    sample: str = opt('', 'images: npz or folder of PNG files', positional=True, path=True)
-    json: str = opt('', 'file for scores, those of each class, hashes and versions', path=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.sample:
-            raise ValueError('expected SAMPLE: evaluate.py classify-eval FOLDER_OR_NPZ --classifier=NAME')
-        if self.json:
-            inputs = [self.sample, self.labels] if self.labels else [self.sample]
-            refuse_overwriting(self.json, *inputs)
-
-
 def evaluate_classify(settings: ClassifySettings) -> str | None:
     """`evaluate.py classify-eval`: the text for the reader on the master, None on the other ranks.
 
@@ -241,7 +206,7 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
             warnings=images.warnings,
             settings=dataclasses.asdict(settings),
             versions=versions(),
-            device=device_name(settings.torch_device),
+            device=device_name(torch_device(settings)),
             world_size=dist.get_world_size(),
             seconds=round(time.time() - begin, 1),
         )
@@ -261,42 +226,6 @@ def evaluate_classify(settings: ClassifySettings) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------- rejection
-@dataclass(frozen=True)
-class RejectSettings(ClassifierSettings):
-    """Settings of `evaluate.py reject`."""
-
-    images: str = opt('', 'candidates: npz or folder of PNG files', positional=True, path=True)
-    output: str = opt('', 'npz to write; its manifest lies beside it', positional=True, path=True)
-    n_keep: int = opt(50, 'images to keep of each class')
-    ratio: int = opt(2, 'candidates per kept image, the first ones of each class; 0 takes all')
-    threshold: float | None = opt(None, 'keep the first candidates with log p(y|x) of at least this, in '
-                                        'place of the best; those after the last kept one do not count')
-    seed: int = opt(0, 'of the order of what is kept', limits=(0, 2 ** 63 - 1))
-    no_shuffle: bool = opt(False, 'keep the order of the candidates; the Inception Score needs a mixed one')
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not (self.images and self.output):
-            raise ValueError('expected IN and OUT: evaluate.py reject FOLDER_OR_NPZ OUT.npz '
-                             '--classifier=NAME')
-        if self.classifier == 'inception_v3':
-            raise ValueError('the classifier must not be the network of the scores, got inception_v3: '
-                             'pass another one, such as convnext_base')
-        source = str(Path(self.images).resolve())
-        target = str(Path(self.output).resolve())
-        if not target.endswith('.npz') or target.removesuffix('.npz') == source.removesuffix('.npz'):
-            raise ValueError(f'expected an npz of another name than {self.images}, got {self.output}: '
-                             'pass another OUT.npz')
-        if self.n_keep < 1:
-            raise ValueError(f'--n_keep must be at least 1, got {self.n_keep}')
-        if self.ratio < 0:
-            raise ValueError(f'--ratio must be at least 0, got {self.ratio}')
-        if self.threshold is not None and not self.threshold <= 0:
-            raise ValueError(f'--threshold is a log-probability, at most 0, got {self.threshold:g}')
-        if self.seed >= 2 ** 32:
-            raise ValueError(f'--seed must be below 2**32, got {self.seed}')
-
-
 def candidates_of(labels_N: np.ndarray, n_keep: int, ratio: int) -> dict[int, np.ndarray]:
     """Indices of the candidates of each class, in the order of the file.
 

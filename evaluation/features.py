@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +19,27 @@ import numpy as np
 import torch
 
 import dist
-from configs.options import INF, REPO, check_values, expand_paths, opt
 from evaluation.digits_features import DigitsFeatures
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import FeatureStatistics, InceptionScore
+from evaluation.settings import DeviceSettings, FeatureSettings
 from utils.image_sets import ImageSet
 from utils.log import progress_bar
 
 logger = logging.getLogger(__name__)
-NETWORKS = ('inception', 'digits')
 MAX_ODD_FRACTION = 0.01  # of constant or repeated images; a set with more of them gets a warning
 
 
-@dataclass(frozen=True)
-class DeviceSettings:
-    """Where a command runs."""
+def torch_device(settings: DeviceSettings) -> torch.device:
+    """The device of a command on this rank.
 
-    batch_size: int = opt(64, 'images per batch and rank', 'bs', limits=(1, INF))
-    device: str = opt('', 'cpu or cuda; empty takes cuda where there is one', choices=('', 'cpu', 'cuda'))
-
-    def __post_init__(self):
-        expand_paths(self)
-        check_values(self)
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device of this rank.
-
-        Raises:
-            ValueError: CUDA was asked for, and there is none.
-        """
-        here = dist.get_device()
-        if self.device == 'cuda' and here.type != 'cuda':
-            raise ValueError('--device=cuda, but torch finds no CUDA device: leave it out')
-        return torch.device('cpu') if self.device == 'cpu' else here
-
-
-@dataclass(frozen=True)
-class FeatureSettings(DeviceSettings):
-    """The feature network of a command, and how it runs."""
-
-    features: str = opt('inception', 'network: inception, or digits, which needs no file, for digits alone',
-                        choices=NETWORKS)
-    inception_weights: str = opt('', 'its published weights; empty searches $INCEPTION_WEIGHTS, the cache, '
-                                     "torch's hub folder, then downloads", path=True)
-    allow_unverified_weights: bool = opt(False, 'accept other weights: the scores compare with nothing')
-    offline: bool = opt(False, 'never download')
-    cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references',
-                     path=True)
-    dtype: str = opt('float32', 'of the network: float32 or float64', choices=('float32', 'float64'))
+    Raises:
+        ValueError: CUDA was asked for, and there is none.
+    """
+    here = dist.get_device()
+    if settings.device == 'cuda' and here.type != 'cuda':
+        raise ValueError('--device=cuda, but torch finds no CUDA device: leave it out')
+    return torch.device('cpu') if settings.device == 'cpu' else here
 
 
 def load_network(settings: FeatureSettings) -> Any:
@@ -79,11 +50,11 @@ def load_network(settings: FeatureSettings) -> Any:
         ValueError: the weights are damaged or not the published ones.
     """
     if settings.features == 'digits':
-        return DigitsFeatures(settings.torch_device)
+        return DigitsFeatures(torch_device(settings))
 
     def load(is_first: bool) -> InceptionFeatures:
         may_download = is_first and not settings.offline
-        return InceptionFeatures(settings.inception_weights, settings.torch_device,
+        return InceptionFeatures(settings.inception_weights, torch_device(settings),
                                  settings.allow_unverified_weights, settings.cache, may_download,
                                  settings.dtype)
 
@@ -302,7 +273,7 @@ def extract(image_set: ImageSet, network: Any, settings: FeatureSettings, split_
     Raises:
         ValueError: an image cannot be read, or gives features that are not finite.
     """
-    device = settings.torch_device
+    device = torch_device(settings)
     begin, end = rank_range(image_set.count)
     num_rows = end - begin if keep_rows else 0
     features = FeatureSet(network, image_set.count, device, split_size, num_rows)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from evaluation.settings import VARIABLE
 from utils.checkpoint import atomic_path, load_with_digest
 from utils.files import take_lock
 from utils.hub import sha256_of
@@ -30,7 +31,6 @@ WEIGHTS = {  # the same file under its two published names -> where it can be do
 }
 NUM_BYTES = 95_628_359
 SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
-VARIABLE = 'INCEPTION_WEIGHTS'  # environment variable that names the file
 NUM_FEATURES = 2048
 SPATIAL_CHANNELS = 7            # of the 17x17 map that sFID compares
 CPU_BATCH = 16                  # images at once on a CPU: more are slower there and need more memory

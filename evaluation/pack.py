@@ -1,37 +1,19 @@
 """Files for `evaluate.py REF SAMPLE`: statistics of images (`stats`), and images as one npz (`pack`)."""
 import logging
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 import dist
-from configs.options import INF, check_values, expand_paths, opt
-from configs.training import VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
-from evaluation.features import FeatureSettings, extract, load_network
+from evaluation.features import extract, load_network
 from evaluation.metrics import to_uint8
-from evaluation.score import check_output, refuse_overwriting
+from evaluation.score import check_output
+from evaluation.settings import PackSettings, StatsSettings
 from utils.checkpoint import atomic_path
 from utils.data import build_transforms, open_split
 from utils.image_sets import NUM_READERS, open_images, pack_folder, shuffled, write_npz
 from utils.image_store import map_ahead
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StatsSettings(FeatureSettings):
-    """Settings of `evaluate.py stats`."""
-
-    images: str = opt('', 'npz or folder of PNG files', positional=True, path=True)
-    output: str = opt('', 'npz to write', positional=True, path=True)
-    keep_images: bool = opt(False, 'store the images, too, as precision and recall need')
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not (self.images and self.output):
-            raise ValueError('expected INPUT and OUTPUT: evaluate.py stats FOLDER_OR_NPZ OUT.npz')
-        refuse_overwriting(self.output, self.images)
 
 
 def evaluate_stats(settings: StatsSettings) -> None:
@@ -59,37 +41,6 @@ def evaluate_stats(settings: StatsSettings) -> None:
             logger.warning(note)
         logger.info('statistics of %d images are in %s', images.count, settings.output)
     dist.barrier()
-
-
-@dataclass(frozen=True)
-class PackSettings:
-    """Settings of `evaluate.py pack`."""
-
-    folder: str = opt('', 'PNG files and, where known, labels.npy; or, with --image_size, a data set',
-                      positional=True, path=True)
-    output: str = opt('', 'npz to write', positional=True, path=True)
-    count: int | None = opt(None, 'number of images that the folder must hold; None takes what is there',
-                            limits=(1, INF))
-    seed: int = opt(0, 'of the order', limits=(0, 2 ** 63 - 1))
-    no_shuffle: bool = opt(False, 'keep the order of names; the Inception Score needs a mixed one')
-    allow_jpeg: bool = opt(False, 'accept JPEG files, whose losses change FID')
-    image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
-                                       'of this side as the references of ADM', limits=(1, INF))
-    split: str = opt('val', 'of the data set: val or train', choices=('val', 'train'))
-    val_split: float = opt(0.0, 'of the data set, as for train.py: ' + VAL_SPLIT_HELP,
-                           limits=VAL_SPLIT_LIMITS)
-    exif: bool = opt(True, 'turn the images of a data set as their EXIF orientation says, as in training')
-
-    def __post_init__(self):
-        expand_paths(self)
-        if not (self.folder and self.output):
-            raise ValueError('expected FOLDER and OUTPUT: evaluate.py pack FOLDER OUT.npz')
-        check_values(self)
-        if self.seed >= 2 ** 32:
-            raise ValueError(f'--seed must be below 2**32, got {self.seed}')
-        # FOLDER.npz is where the images of FOLDER belong; anything else must not be in the way.
-        if Path(self.output).resolve() != Path(f'{self.folder}.npz').resolve():
-            refuse_overwriting(self.output, self.folder)
 
 
 def evaluate_pack(settings: PackSettings) -> None:

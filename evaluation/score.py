@@ -18,68 +18,26 @@ import numpy as np
 import torch
 
 import dist
-from configs.options import INF, opt
 from evaluation.features import (
     FeatureSet,
-    FeatureSettings,
     extract,
     load_network,
     read_cache,
+    torch_device,
     write_cache,
 )
 from evaluation.inception import SHA256
 from evaluation.metrics import frechet_distance, read_statistics
 from evaluation.precision_recall import precision_recall
+from evaluation.settings import SCORES, STANDARD_COUNT, ScoreSettings, manifest_of
 from utils.files import write_text
 from utils.hub import sha256_of
-from utils.image_sets import SUFFIXES, ImageSet, npz_keys, open_images
+from utils.image_sets import ImageSet, npz_keys, open_images
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
-STANDARD_COUNT = 50_000
-METRICS = {'is': 'Inception Score', 'fid': 'FID', 'sfid': 'sFID', 'precision': 'Precision',
-           'recall': 'Recall'}  # in the original's order and words
 STATISTICS = {'': ('mu', 'sigma'), '_s': ('mu_s', 'sigma_s')}  # suffix -> mean and covariance in a file
 CACHE_VERSION = 2  # raise it when extraction changes, so that features in the cache are computed again
-
-
-@dataclass(frozen=True)
-class ScoreSettings(FeatureSettings):
-    """Settings of `evaluate.py REF SAMPLE`."""
-
-    ref: str = opt('', 'reference: npz or folder of PNG files', positional=True, path=True)
-    sample: str = opt('', 'images to score: npz or folder of PNG files', positional=True, path=True)
-    metrics: str = opt('', f'{",".join(METRICS)} or some of them; empty takes all that the files allow')
-    pr_mode: str = opt('adm', 'precision and recall: adm (float16 as the original) or fp32',
-                       choices=('adm', 'fp32'))
-    fd_method: str = opt('eigh', 'Frechet distance: eigh, or scipy (sqrtm as the original)',
-                         choices=('eigh', 'scipy'))
-    split_size: int = opt(5000, 'images per chunk of the Inception Score', limits=(1, INF))
-    expected_count: int = opt(STANDARD_COUNT, 'number of images that the sample must hold', limits=(1, INF))
-    allow_any_count: bool = opt(False, 'score any number of images')
-    json: str = opt('', 'file for scores, settings, hashes and versions', path=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        for value, what in ((self.ref, 'reference'), (self.sample, 'sample')):
-            if not value:
-                raise ValueError(f'expected REF and SAMPLE, got no {what}: evaluate.py REF.npz SAMPLE.npz, '
-                                 'or one of the commands that --help lists')
-        unknown = sorted(set(self.wanted) - set(METRICS))
-        if unknown:
-            raise ValueError(f'--metrics must be of {", ".join(METRICS)}, got {", ".join(unknown)}')
-        if self.json:
-            refuse_overwriting(self.json, self.ref, self.sample)
-        if self.features == 'digits' and self.metrics and 'sfid' in self.wanted:
-            raise ValueError('--metrics asks for sfid, but the digits network has no spatial features: '
-                             'leave it out')
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """Names of the metrics that were asked for."""
-        if not self.metrics:
-            return tuple(METRICS)
-        return tuple(self.metrics.replace(' ', '').split(','))
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -121,7 +79,7 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     ref = open_set(settings.ref, needs_images=False)
     sample = open_set(settings.sample, needs_images=False)
     unavailable = unavailable_metrics(settings, ref, sample)
-    wanted = [name for name in METRICS if name in settings.wanted and name not in unavailable]
+    wanted = [name for name in SCORES if name in settings.wanted and name not in unavailable]
     notes = check_count(settings, sample)
 
     # Precision and recall compare single images; FID needs images only where no statistics are stored.
@@ -176,7 +134,7 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
         network=dict(name=network.name, digest=network.digest, published=network.digest == SHA256),
         settings=dataclasses.asdict(settings),
         versions=versions(),
-        device=device_name(settings.torch_device),
+        device=device_name(torch_device(settings)),
         world_size=dist.get_world_size(),
         seconds=round(time.time() - begin, 1),
     )
@@ -237,12 +195,6 @@ def open_set(path: str, needs_images: bool) -> ScoredSide:
     has_images = 'arr_0' in keys or 'mu' not in keys or needs_images
     images = open_images(path) if has_images else None
     return ScoredSide(Path(path), images, keys)
-
-
-def manifest_of(path: Path) -> Path:
-    """Where sample.py describes a file or folder of images."""
-    path = path.absolute()
-    return path.with_name(f'{path.name.removesuffix(".npz")}.json')
 
 
 def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
@@ -443,7 +395,7 @@ def compute(
 
     # Precision and recall come last, as they take longest.
     if ref_rows is not None:
-        both = precision_recall(ref_rows, features.rows_NF, settings.pr_mode, device=settings.torch_device)
+        both = precision_recall(ref_rows, features.rows_NF, settings.pr_mode, device=torch_device(settings))
         for name in ('precision', 'recall'):
             if name in wanted:
                 scores[name] = getattr(both, name)
@@ -476,30 +428,13 @@ def text_report(report: dict[str, Any]) -> str:
         f'{"features":10} {network["name"]} {network["digest"][:8]} ({published}), {settings["dtype"]}, '
         f'precision and recall {settings["pr_mode"]}, distance by {settings["fd_method"]}',
     ]
-    for name, words in METRICS.items():
+    for name, words in SCORES.items():
         if name in report['scores']:
             lines.append(f'{words}: {report["scores"][name]:.6g}')
         elif name in report['unavailable']:
             lines.append(f'{words}: not available, {report["unavailable"][name]}')
     lines += [f'warning: {note}' for note in report['warnings']]
     return '\n'.join(lines)
-
-
-def refuse_overwriting(output: str, *inputs: str) -> None:
-    """Make sure that writing a result destroys neither an input, nor a file of an input folder or manifest.
-
-    Raises:
-        ValueError: the result would be written over one of them.
-    """
-    target = Path(output).resolve()
-    for path in map(Path, inputs):
-        is_image = target.parent == path.resolve() and target.suffix.lower() in (*SUFFIXES, '.npy')
-        manifest = manifest_of(path)
-        described_npz = manifest.with_suffix('.npz')
-        taken = (path.resolve(), manifest.resolve(), described_npz.resolve())
-        if is_image or target in taken:
-            raise ValueError(f'expected a file of its own for the result, got {output}, which is or '
-                             f'describes {path}: pass another name')
 
 
 def check_output(path: str | Path) -> None:

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,102 +18,29 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
-from configs.options import INF, check_values, check_weights, expand_paths, ints, opt
-from configs.training import PATCH_NUMS, VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
-from evaluation.features import FeatureSettings
-from evaluation.inception import NUM_FEATURES, VARIABLE, InceptionFeatures
+from configs.options import ints
+from configs.training import PATCH_NUMS
+from evaluation.inception import NUM_FEATURES, InceptionFeatures
 from evaluation.metrics import SSIM_DEFINITIONS, read_statistics, to_uint8
 from evaluation.pairs import PairScores
 from evaluation.pictures import reconstruction_rows, save_png, usage_heat_map
 from evaluation.score import write_json
+from evaluation.settings import TokenizerSettings
 from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer
 from utils.amp_sc import autocast
 from utils.checkpoint import load_on_all_ranks, tokenizer_weights
 from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
 from utils.data_sampler import EvalDistributedSampler
 from utils.hub import fetch, lpips_state
-from utils.machine import automatic_workers
 from utils.misc import allow_tf32
 from utils.provenance import device_name, versions
 
 logger = logging.getLogger(__name__)
 TOKENIZERS = {name: family.model for name, family in FAMILIES.items() if family.tokenizer is None}
-METRICS = ('psnr', 'ssim', 'lpips', 'rfid', 'usage')
 NUM_PICTURES = 8
 
 Network = Callable[..., torch.Tensor]
 Statistics = tuple[torch.Tensor, torch.Tensor]  # mean and covariance of features
-
-
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """Settings of `evaluate.py tokenizer`."""
-
-    ckpt: str = opt('', 'weights: a checkpoint of train.py, a released file, or a published name', path=True)
-    model: str = opt('', f'{", ".join(TOKENIZERS)}; empty recognises the weights, but a released flexvae, '
-                         'whose keys are those of a vq16', choices=('', *TOKENIZERS))
-    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step; '
-                              'ema_0.9999: those of that decay, after the first one of several')
-    pn: str = opt('', 'sides of the code maps of a vqvae, as in training; empty takes what the file says')
-    data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"', path=True)
-    split: str = opt('val', 'val or train', choices=('val', 'train'))
-    val_split: float = opt(0.0, 'as for train.py, ' + VAL_SPLIT_HELP, limits=VAL_SPLIT_LIMITS)
-    exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
-    num_images: int | None = opt(None, 'images, evenly spread over the split; None takes all',
-                                 limits=(1, INF))
-    image_size: int | None = opt(None, 'side of the centre crops; None takes what the pyramid fixes, 32 for '
-                                       'digits and toy, else 256', limits=(1, INF))
-    metrics: str = opt('', f'{", ".join(METRICS)} joined by ","; empty takes all that is possible here')
-    ssim: str = opt('gauss11', 'definition of SSIM: ' + ', '.join(SSIM_DEFINITIONS),
-                    choices=(*SSIM_DEFINITIONS,))
-    lpips_net: str = opt('vgg', 'network of LPIPS: vgg or alex', choices=('vgg', 'alex'))
-    lpips_vgg: str = opt('', "LPIPS: torchvision's weights of the network", path=True)
-    lpips_lin: str = opt('', 'LPIPS: linear heads, version 0.1', path=True)
-    lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin', path=True)
-    allow_download: bool = opt(False, 'LPIPS: fetch missing files')
-    inception_weights: str = opt('', f'rFID: its weights; empty tries ${VARIABLE}, --cache and the hub cache',
-                                 path=True)
-    cache: str = opt(FeatureSettings.cache, 'rFID: folder for its weights', path=True)
-    allow_unverified_weights: bool = opt(False, 'rFID: accept other weights than the published ones')
-    reference: str = opt('', 'rFID: also against these statistics, an npz with mu and sigma', path=True)
-    precision: int = opt(0, 'of the tokenizer: 0 float32, 1 float16, 2 bfloat16', 'fp16', limits=(0, 2))
-    tf32: bool = opt(False, 'allow TF32 products in the tokenizer on CUDA')
-    batch_size: int = opt(32, 'images per batch and rank', 'bs', limits=(1, INF))
-    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, up to 4; 0 loads in the main '
-                           'process', limits=(-1, INF))
-    json: str = opt('', 'file for every value with its definition, the settings, versions and hashes',
-                    path=True)
-    pictures: str = opt('', 'folder for reconstructions.png and code_usage.png', path=True)
-
-    def __post_init__(self):
-        expand_paths(self)
-        check_values(self)
-        check_weights(self.weights, 'weights')
-        if self.workers < 0:
-            batch_bytes = self.batch_size * 3 * (self.image_size or 256) ** 2 * 4
-            object.__setattr__(self, 'workers', automatic_workers(4, batch_bytes))
-        if not self.ckpt:
-            raise ValueError('expected the weights of a tokenizer: pass --ckpt=FILE')
-        if not self.data_path:
-            raise ValueError('expected images: pass --data_path=ROOT with ROOT/val, or digits, or toy')
-        unknown = sorted(set(self.wanted) - set(METRICS))
-        if unknown:
-            raise ValueError(f'--metrics must be of {", ".join(METRICS)}, got {", ".join(unknown)}')
-        if self.pn:
-            ints(self.pn)
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """Names of the metrics that were asked for."""
-        if not self.metrics:
-            return METRICS
-        return tuple(self.metrics.replace(' ', '').split(','))
-
-    def insists_on(self, metric: str) -> bool:
-        """Whether the user asked for a metric by its name or by its files, so that it may not be skipped."""
-        files = dict(lpips=(self.lpips_vgg, self.lpips_lin, self.lpips_path),
-                     rfid=(self.inception_weights, self.reference))
-        return bool(self.metrics) or any(files[metric])
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -2,15 +2,16 @@
 import importlib
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-import evaluate
 from configs import parse_sampling, parse_training
+from configs.extraction import parse_extraction
 from configs.options import make_parser
+from evaluation.settings import parse_evaluation
 from export import ExportSettings
-from extract import ExtractSettings
 from tests.runs import REPO
 
 PAGES = [REPO / 'README.md', *sorted((REPO / 'docs').glob('*.md'))]
@@ -44,22 +45,12 @@ COMMANDS = [pytest.param(words, id=f'{name_of(page)}-{i}')
             for page in PAGES for i, words in enumerate(commands_of(page))]
 
 
-def parse_evaluation(argv: list[str]) -> None:
-    name = argv[0] if argv[0] in evaluate.COMMANDS else ''
-    settings = evaluate.COMMANDS.get(name, evaluate.SCORE).settings
-    settings(**make_parser(settings, 'evaluate.py', '').parse(argv[1:] if name else argv))
-
-
-def parse_extraction(argv: list[str]) -> None:
-    ExtractSettings(**make_parser(ExtractSettings, 'extract.py', '').parse(argv))
-
-
 def parse_export(argv: list[str]) -> None:
     ExportSettings(**make_parser(ExportSettings, 'export.py', '').parse(argv))
 
 
 PARSERS = {'train.py': parse_training, 'sample.py': parse_sampling, 'extract.py': parse_extraction,
-           'evaluate.py': parse_evaluation, 'export.py': parse_export}
+           'evaluate.py': partial(parse_evaluation, text=''), 'export.py': parse_export}
 
 
 def test_readme_is_short():

@@ -23,6 +23,7 @@ from evaluation.features import Inspection
 from evaluation.inception import Outputs
 from evaluation.metrics import to_uint8
 from evaluation.score import ScoreSettings, score_images
+from evaluation.settings import COMMANDS, SCORES
 from tests.runs import kept_logging, launch
 from utils import provenance
 from utils.data import build_dataset
@@ -43,7 +44,7 @@ def run(monkeypatch, tmp_path, capsys):
     def call(*argv):
         path = tmp_path / 'report.json'
         path.unlink(missing_ok=True)
-        scoring = str(argv[0]) not in evaluate.COMMANDS
+        scoring = str(argv[0]) not in COMMANDS
         argv = [f'--json={path}'] * scoring + [str(arg) for arg in argv]  # a later one wins
         monkeypatch.setattr(sys, 'argv', ['evaluate.py', *argv])
         with one_line_errors('evaluate.py', exit_code=2):
@@ -153,7 +154,7 @@ def test_report_equals_that_of_the_original(run, tmp_path, monkeypatch, case):
     for name, count in zip(('precision', 'recall'), counts, strict=True):
         assert abs(scores[name] - expected[name]) <= 2 / count
     lines = [line.partition(':')[0] for line in printed.splitlines()]
-    assert [line for line in lines if line in command.METRICS.values()] == list(command.METRICS.values())
+    assert [line for line in lines if line in SCORES.values()] == list(SCORES.values())
 
 
 # ---------------------------------------------------------------------------------------------- ranks

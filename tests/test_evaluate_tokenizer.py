@@ -12,6 +12,7 @@ import dist
 import evaluate
 from evaluation import tokenizer as command
 from evaluation.metrics import psnr, ssim, to_uint8
+from evaluation.settings import COMMANDS
 from models import LPIPS, VQVAE, AutoencoderKL, FlexVAE, VQModel
 from tests.runs import TINY_VQVAE, kept_logging, launch
 from utils.data import build_dataset
@@ -267,7 +268,7 @@ def test_commands_are_named(monkeypatch, capsys):
         evaluate.main()
     printed = capsys.readouterr().out
     assert '--pr_mode' in printed and all(f'evaluate.py {name} ' in printed or name in printed
-                                          for name in evaluate.COMMANDS)
+                                          for name in COMMANDS)
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'tokeniser', '--ckpt=a.pth'])
     with pytest.raises(SystemExit, match='2'):
         evaluate.main()

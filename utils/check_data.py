@@ -20,7 +20,8 @@ from utils.data import ListedImages, files_below, open_split
 from utils.files import write_text
 from utils.images import ImageError
 from utils.loading import without_child_signal
-from utils.log import one_line_errors, progress_bar, setup_logging
+from utils.console import one_line_errors
+from utils.log import progress_bar, setup_logging
 from utils.machine import available_cpus
 
 IMAGES_PER_BATCH = 32  # of a loader process, which then reports them

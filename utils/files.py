@@ -14,6 +14,7 @@ from typing import IO, Any
 logger = logging.getLogger(__name__)
 
 HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what lockf raises there
+SUFFIXES = ('.png', '.jpg', '.jpeg')  # of the images of a set
 MAX_JSON_BYTES = 2 ** 28  # a list of 50,000 labels has 300 kB
 
 

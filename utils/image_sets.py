@@ -20,12 +20,12 @@ import numpy as np
 from PIL import Image
 
 from utils.checkpoint import atomic_path
+from utils.files import SUFFIXES
 from utils.hub import sha256_of
 from utils.image_store import map_ahead
 from utils.images import is_data, is_regular, reason_of
 from utils.machine import available_cpus
 
-SUFFIXES = ('.png', '.jpg', '.jpeg')
 NUM_READERS = min(8, available_cpus())  # threads that decode files
 CONVERSIONS = {  # kind of file -> what its pixels become, for warnings; RGB stays as it is
     'JPEG': 'lossy, which changes FID',

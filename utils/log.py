@@ -5,12 +5,10 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,12 @@ import torch
 from tqdm import tqdm
 
 from utils.checkpoint import atomic_path
+from utils.console import logger as console_logger
+from utils.console import one_line_errors  # noqa: F401  known by this path, too
 from utils.files import write_text
 from utils.provenance import unusable_gpu
-from utils.stop import Stopped
 
 logger = logging.getLogger(__name__)
-OTHER_RANKS_WAIT = 10  # seconds that all ranks but the first wait before they report an error, too
 MOST_WAITING = 0.2     # share of the time that a training may wait for data before something is said
 
 
@@ -77,9 +75,9 @@ def _file_handler(path: Path) -> logging.Handler:
         raise ValueError(f'cannot write to {str(path)!r} ({error.strerror or error}): free some space, '
                          'change its permissions, or pass another output folder') from None
 
-    # Tracebacks of `one_line_errors` are debug messages of this module; those of other modules are noise.
+    # Tracebacks of `one_line_errors` are debug messages; those of other modules are noise.
     def is_wanted(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.DEBUG or record.name == __name__
+        return record.levelno > logging.DEBUG or record.name == console_logger.name
 
     handler.addFilter(is_wanted)
     return handler
@@ -424,50 +422,3 @@ def keep_events(folder: Path, is_kept: Callable[[str, int], bool]) -> None:
         if kept.getvalue() != path.read_bytes():
             with atomic_path(path) as temporary:
                 temporary.write_bytes(kept.getvalue())
-
-
-@contextmanager
-def one_line_errors(program: str, exit_code: int = 1) -> Iterator[None]:
-    """Report an error that a user can mend in one line, and exit; the traceback goes to stdout.txt.
-
-    Under torchrun the first rank reports first, and the launcher then ends the other ranks before they report
-    the same error.
-
-    Args:
-        program: begins the line.
-        exit_code: for errors that have no exit code of their own.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(f'{program}: interrupted; run the same command again to go on')
-    except Stopped as stop:
-        if int(os.environ.get('RANK', 0)) == 0:
-            sys.stderr.write(f'{program}: {stop}\n')
-        raise SystemExit(stop.exit_code) from None
-    except (ValueError, OSError) as error:
-        logger.debug('', exc_info=True)
-        message = one_line(error)
-        if int(os.environ.get('RANK', 0)) > 0:
-            time.sleep(OTHER_RANKS_WAIT)
-        stop = SystemExit(f'{program}: {message}')
-        code = getattr(error, 'exit_code', exit_code)
-        # Python prints the message of a SystemExit itself, but then exits with code 1.
-        if code != 1:
-            sys.stderr.write(f'{stop}\n')
-            stop.code = code
-        raise stop from None
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error as one line that names the file, if there is one."""
-    # An error of a loader process has its traceback in front, and the names of its kinds.
-    text = str(error).strip()
-    if ' in DataLoader worker process ' in text:
-        text = text[text.rfind('\n') + 1:]
-    text = re.sub(r'^([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception): ', '', ' '.join(text.split()))
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        # In place of "[Errno 28] No space left on device: 'file'".
-        return (f'cannot use {os.fsdecode(error.filename)!r} ({error.strerror}): check the path, its '
-                'permissions and the free space')
-    return text or type(error).__name__

@@ -24,7 +24,8 @@ from utils.files import atomic_path, lock_folder, sync_folder
 from utils.image_sets import NUM_READERS
 from utils.image_store import map_ahead
 from utils.images import is_regular
-from utils.log import one_line_errors, progress_bar, setup_logging
+from utils.console import one_line_errors
+from utils.log import progress_bar, setup_logging
 from utils.shards import BEGUN, INDEX, ShardIndex, read_index
 
 logger = logging.getLogger(__name__)

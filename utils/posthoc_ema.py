@@ -19,7 +19,8 @@ from configs.options import INF, check_values, expand_paths, make_parser, number
 from configs.training import LARGEST_WIDTH
 from utils.checkpoint import load_with_digest, model_weights, newest_checkpoint, save_file
 from utils.ema import SNAPSHOT_INDEX, SNAPSHOTS, exponent_of
-from utils.log import one_line_errors, read_json_lines, setup_logging
+from utils.console import one_line_errors
+from utils.log import read_json_lines, setup_logging
 
 logger = logging.getLogger(__name__)
 LARGEST_RESIDUAL = 0.05  # from which on an average is not what it is called

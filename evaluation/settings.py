@@ -1,0 +1,386 @@
+"""Commands of `evaluate.py`: the settings of each, and its command line.
+
+Torch is not imported here, so that wrong flags and missing files are answered at once.
+"""
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.options import INF, REPO, check_values, check_weights, expand_paths, ints, make_parser, opt
+from configs.tokenizers import CONFIGS as TOKENIZERS
+from configs.training import VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
+from utils.console import require_data, require_weights
+from utils.files import SUFFIXES
+from utils.machine import automatic_workers
+
+NETWORKS = ('inception', 'digits')
+STANDARD_COUNT = 50_000
+SCORES = {'is': 'Inception Score', 'fid': 'FID', 'sfid': 'sFID', 'precision': 'Precision',
+          'recall': 'Recall'}  # in the original's order and words
+TOKENIZER_SCORES = ('psnr', 'ssim', 'lpips', 'rfid', 'usage')
+SSIM_KINDS = ('gauss11', 'uniform7', 'llamagen')
+VARIABLE = 'INCEPTION_WEIGHTS'  # environment variable that names the file of the Inception network
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """Where a command runs."""
+
+    batch_size: int = opt(64, 'images per batch and rank', 'bs', limits=(1, INF))
+    device: str = opt('', 'cpu or cuda; empty takes cuda where there is one', choices=('', 'cpu', 'cuda'))
+
+    def __post_init__(self):
+        expand_paths(self)
+        check_values(self)
+
+    def require_files(self) -> None:
+        """Make sure that the files to read are there; what they hold is looked at later.
+
+        Raises:
+            ValueError: one is not.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FeatureSettings(DeviceSettings):
+    """The feature network of a command, and how it runs."""
+
+    features: str = opt('inception', 'network: inception, or digits, which needs no file, for digits alone',
+                        choices=NETWORKS)
+    inception_weights: str = opt('', 'its published weights; empty searches $INCEPTION_WEIGHTS, the cache, '
+                                     "torch's hub folder, then downloads", path=True)
+    allow_unverified_weights: bool = opt(False, 'accept other weights: the scores compare with nothing')
+    offline: bool = opt(False, 'never download')
+    cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references',
+                     path=True)
+    dtype: str = opt('float32', 'of the network: float32 or float64', choices=('float32', 'float64'))
+
+
+@dataclass(frozen=True)
+class ScoreSettings(FeatureSettings):
+    """Settings of `evaluate.py REF SAMPLE`."""
+
+    ref: str = opt('', 'reference: npz or folder of PNG files', positional=True, path=True)
+    sample: str = opt('', 'images to score: npz or folder of PNG files', positional=True, path=True)
+    metrics: str = opt('', f'{",".join(SCORES)} or some of them; empty takes all that the files allow')
+    pr_mode: str = opt('adm', 'precision and recall: adm (float16 as the original) or fp32',
+                       choices=('adm', 'fp32'))
+    fd_method: str = opt('eigh', 'Frechet distance: eigh, or scipy (sqrtm as the original)',
+                         choices=('eigh', 'scipy'))
+    split_size: int = opt(5000, 'images per chunk of the Inception Score', limits=(1, INF))
+    expected_count: int = opt(STANDARD_COUNT, 'number of images that the sample must hold', limits=(1, INF))
+    allow_any_count: bool = opt(False, 'score any number of images')
+    json: str = opt('', 'file for scores, settings, hashes and versions', path=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for value, what in ((self.ref, 'reference'), (self.sample, 'sample')):
+            if not value:
+                raise ValueError(f'expected REF and SAMPLE, got no {what}: evaluate.py REF.npz SAMPLE.npz, '
+                                 'or one of the commands that --help lists')
+        unknown = sorted(set(self.wanted) - set(SCORES))
+        if unknown:
+            raise ValueError(f'--metrics must be of {", ".join(SCORES)}, got {", ".join(unknown)}')
+        if self.json:
+            refuse_overwriting(self.json, self.ref, self.sample)
+        if self.features == 'digits' and self.metrics and 'sfid' in self.wanted:
+            raise ValueError('--metrics asks for sfid, but the digits network has no spatial features: '
+                             'leave it out')
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the metrics that were asked for."""
+        if not self.metrics:
+            return tuple(SCORES)
+        return tuple(self.metrics.replace(' ', '').split(','))
+
+    def require_files(self) -> None:
+        require_images(self.ref)
+        require_images(self.sample)
+
+
+@dataclass(frozen=True)
+class StatsSettings(FeatureSettings):
+    """Settings of `evaluate.py stats`."""
+
+    images: str = opt('', 'npz or folder of PNG files', positional=True, path=True)
+    output: str = opt('', 'npz to write', positional=True, path=True)
+    keep_images: bool = opt(False, 'store the images, too, as precision and recall need')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.images and self.output):
+            raise ValueError('expected INPUT and OUTPUT: evaluate.py stats FOLDER_OR_NPZ OUT.npz')
+        refuse_overwriting(self.output, self.images)
+
+    def require_files(self) -> None:
+        require_images(self.images)
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """Settings of `evaluate.py pack`."""
+
+    folder: str = opt('', 'PNG files and, where known, labels.npy; or, with --image_size, a data set',
+                      positional=True, path=True)
+    output: str = opt('', 'npz to write', positional=True, path=True)
+    count: int | None = opt(None, 'number of images that the folder must hold; None takes what is there',
+                            limits=(1, INF))
+    seed: int = opt(0, 'of the order', limits=(0, 2 ** 63 - 1))
+    no_shuffle: bool = opt(False, 'keep the order of names; the Inception Score needs a mixed one')
+    allow_jpeg: bool = opt(False, 'accept JPEG files, whose losses change FID')
+    image_size: int | None = opt(None, 'FOLDER is a data set of train.py, its images are cropped to squares '
+                                       'of this side as the references of ADM', limits=(1, INF))
+    split: str = opt('val', 'of the data set: val or train', choices=('val', 'train'))
+    val_split: float = opt(0.0, 'of the data set, as for train.py: ' + VAL_SPLIT_HELP,
+                           limits=VAL_SPLIT_LIMITS)
+    exif: bool = opt(True, 'turn the images of a data set as their EXIF orientation says, as in training')
+
+    def __post_init__(self):
+        expand_paths(self)
+        if not (self.folder and self.output):
+            raise ValueError('expected FOLDER and OUTPUT: evaluate.py pack FOLDER OUT.npz')
+        check_values(self)
+        if self.seed >= 2 ** 32:
+            raise ValueError(f'--seed must be below 2**32, got {self.seed}')
+        # FOLDER.npz is where the images of FOLDER belong; anything else must not be in the way.
+        if Path(self.output).resolve() != Path(f'{self.folder}.npz').resolve():
+            refuse_overwriting(self.output, self.folder)
+
+    def require_files(self) -> None:
+        """As of the other commands."""
+        require_images(self.folder)
+
+
+@dataclass(frozen=True)
+class ClassifierSettings(DeviceSettings):
+    """The classifier of a command, and how it runs."""
+
+    classifier: str = opt('', 'classification model of torchvision, such as convnext_base or swin_v2_b; '
+                              'or digits, which needs no file, for digits alone')
+    classifier_weights: str = opt('', "its weights; empty takes the published ones from torch's hub folder",
+                                  path=True)
+    download: bool = opt(False, 'fetch the published weights if they are not there')
+    labels: str = opt('', 'class of every image: .npy, or .txt with one per line; empty takes those beside '
+                            'the images', path=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.classifier:
+            raise ValueError('expected a classifier: pass --classifier=NAME, such as convnext_base')
+
+
+@dataclass(frozen=True)
+class ClassifySettings(ClassifierSettings):
+    """Settings of `evaluate.py classify-eval`."""
+
+    sample: str = opt('', 'images: npz or folder of PNG files', positional=True, path=True)
+    json: str = opt('', 'file for scores, those of each class, hashes and versions', path=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.sample:
+            raise ValueError('expected SAMPLE: evaluate.py classify-eval FOLDER_OR_NPZ --classifier=NAME')
+        if self.json:
+            inputs = [self.sample, self.labels] if self.labels else [self.sample]
+            refuse_overwriting(self.json, *inputs)
+
+    def require_files(self) -> None:
+        require_images(self.sample)
+
+
+@dataclass(frozen=True)
+class RejectSettings(ClassifierSettings):
+    """Settings of `evaluate.py reject`."""
+
+    images: str = opt('', 'candidates: npz or folder of PNG files', positional=True, path=True)
+    output: str = opt('', 'npz to write; its manifest lies beside it', positional=True, path=True)
+    n_keep: int = opt(50, 'images to keep of each class')
+    ratio: int = opt(2, 'candidates per kept image, the first ones of each class; 0 takes all')
+    threshold: float | None = opt(None, 'keep the first candidates with log p(y|x) of at least this, in '
+                                        'place of the best; those after the last kept one do not count')
+    seed: int = opt(0, 'of the order of what is kept', limits=(0, 2 ** 63 - 1))
+    no_shuffle: bool = opt(False, 'keep the order of the candidates; the Inception Score needs a mixed one')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.images and self.output):
+            raise ValueError('expected IN and OUT: evaluate.py reject FOLDER_OR_NPZ OUT.npz '
+                             '--classifier=NAME')
+        if self.classifier == 'inception_v3':
+            raise ValueError('the classifier must not be the network of the scores, got inception_v3: '
+                             'pass another one, such as convnext_base')
+        source = str(Path(self.images).resolve())
+        target = str(Path(self.output).resolve())
+        if not target.endswith('.npz') or target.removesuffix('.npz') == source.removesuffix('.npz'):
+            raise ValueError(f'expected an npz of another name than {self.images}, got {self.output}: '
+                             'pass another OUT.npz')
+        if self.n_keep < 1:
+            raise ValueError(f'--n_keep must be at least 1, got {self.n_keep}')
+        if self.ratio < 0:
+            raise ValueError(f'--ratio must be at least 0, got {self.ratio}')
+        if self.threshold is not None and not self.threshold <= 0:
+            raise ValueError(f'--threshold is a log-probability, at most 0, got {self.threshold:g}')
+        if self.seed >= 2 ** 32:
+            raise ValueError(f'--seed must be below 2**32, got {self.seed}')
+
+    def require_files(self) -> None:
+        require_images(self.images)
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Settings of `evaluate.py tokenizer`."""
+
+    ckpt: str = opt('', 'weights: a checkpoint of train.py, a released file, or a published name', path=True)
+    model: str = opt('', f'{", ".join(TOKENIZERS)}; empty recognises the weights, but a released flexvae, '
+                         'whose keys are those of a vq16', choices=('', *TOKENIZERS))
+    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step; '
+                              'ema_0.9999: those of that decay, after the first one of several')
+    pn: str = opt('', 'sides of the code maps of a vqvae, as in training; empty takes what the file says')
+    data_path: str = opt('', 'root with <split>/<class>/<image>, or "digits" or "toy"', path=True)
+    split: str = opt('val', 'val or train', choices=('val', 'train'))
+    val_split: float = opt(0.0, 'as for train.py, ' + VAL_SPLIT_HELP, limits=VAL_SPLIT_LIMITS)
+    exif: bool = opt(True, 'turn images as their EXIF orientation says, as in training')
+    num_images: int | None = opt(None, 'images, evenly spread over the split; None takes all',
+                                 limits=(1, INF))
+    image_size: int | None = opt(None, 'side of the centre crops; None takes what the pyramid fixes, 32 for '
+                                       'digits and toy, else 256', limits=(1, INF))
+    metrics: str = opt('', f'{", ".join(TOKENIZER_SCORES)} joined by ","; empty takes all that is possible '
+                           'here')
+    ssim: str = opt('gauss11', 'definition of SSIM: ' + ', '.join(SSIM_KINDS), choices=SSIM_KINDS)
+    lpips_net: str = opt('vgg', 'network of LPIPS: vgg or alex', choices=('vgg', 'alex'))
+    lpips_vgg: str = opt('', "LPIPS: torchvision's weights of the network", path=True)
+    lpips_lin: str = opt('', 'LPIPS: linear heads, version 0.1', path=True)
+    lpips_path: str = opt('', 'LPIPS: both in one file, in place of lpips_vgg and lpips_lin', path=True)
+    allow_download: bool = opt(False, 'LPIPS: fetch missing files')
+    inception_weights: str = opt('', f'rFID: its weights; empty tries ${VARIABLE}, --cache and the hub cache',
+                                 path=True)
+    cache: str = opt(FeatureSettings.cache, 'rFID: folder for its weights', path=True)
+    allow_unverified_weights: bool = opt(False, 'rFID: accept other weights than the published ones')
+    reference: str = opt('', 'rFID: also against these statistics, an npz with mu and sigma', path=True)
+    precision: int = opt(0, 'of the tokenizer: 0 float32, 1 float16, 2 bfloat16', 'fp16', limits=(0, 2))
+    tf32: bool = opt(False, 'allow TF32 products in the tokenizer on CUDA')
+    batch_size: int = opt(32, 'images per batch and rank', 'bs', limits=(1, INF))
+    workers: int = opt(-1, 'loader processes per rank; -1 is automatic, up to 4; 0 loads in the main '
+                           'process', limits=(-1, INF))
+    json: str = opt('', 'file for every value with its definition, the settings, versions and hashes',
+                    path=True)
+    pictures: str = opt('', 'folder for reconstructions.png and code_usage.png', path=True)
+
+    def __post_init__(self):
+        expand_paths(self)
+        check_values(self)
+        check_weights(self.weights, 'weights')
+        if self.workers < 0:
+            batch_bytes = self.batch_size * 3 * (self.image_size or 256) ** 2 * 4
+            object.__setattr__(self, 'workers', automatic_workers(4, batch_bytes))
+        if not self.ckpt:
+            raise ValueError('expected the weights of a tokenizer: pass --ckpt=FILE')
+        if not self.data_path:
+            raise ValueError('expected images: pass --data_path=ROOT with ROOT/val, or digits, or toy')
+        unknown = sorted(set(self.wanted) - set(TOKENIZER_SCORES))
+        if unknown:
+            raise ValueError(f'--metrics must be of {", ".join(TOKENIZER_SCORES)}, got {", ".join(unknown)}')
+        if self.pn:
+            ints(self.pn)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the metrics that were asked for."""
+        if not self.metrics:
+            return TOKENIZER_SCORES
+        return tuple(self.metrics.replace(' ', '').split(','))
+
+    def insists_on(self, metric: str) -> bool:
+        """Whether the user asked for a metric by its name or by its files, so that it may not be skipped."""
+        files = dict(lpips=(self.lpips_vgg, self.lpips_lin, self.lpips_path),
+                     rfid=(self.inception_weights, self.reference))
+        return bool(self.metrics) or any(files[metric])
+
+    def require_files(self) -> None:
+        """As of the other commands."""
+        require_weights(self.ckpt)
+        require_data(self.data_path)
+
+
+class Command(NamedTuple):
+    """A command of `evaluate.py`."""
+    settings: type    # dataclass of its flags
+    description: str  # for --help
+
+
+SCORE = Command(ScoreSettings, 'Score images against a reference, as the evaluator of ADM.')
+TOKENIZER = Command(TokenizerSettings, 'Rate the reconstructions of a tokenizer, and how it uses its codes.')
+COMMANDS = {
+    'stats': Command(StatsSettings, 'Write the statistics of images, as a reference.'),
+    'pack': Command(PackSettings, 'Pack a folder of images into one npz.'),
+    'classify-eval': Command(ClassifySettings, 'Rate images by a classifier.'),
+    'reject': Command(RejectSettings, 'Rejection sampling by a classifier.'),
+    'tokenizer': TOKENIZER,
+    'reconstruct-eval': TOKENIZER,
+}
+
+
+def parse_evaluation(argv: list[str], text: str) -> Any:
+    """The settings of a command line, of the class of its command; without a command's name, score images.
+
+    Args:
+        text: for --help: a summary and, after an empty line, all commands.
+    """
+    if not argv or argv[0] in ('-h', '--help'):
+        summary, commands = text.split('\n\n', 1)
+        make_parser(ScoreSettings, 'evaluate.py', summary).print_help()
+        sys.stdout.write(f'\n{commands}\n')
+        sys.exit(0 if argv else 2)
+    name = argv[0] if argv[0] in COMMANDS else ''
+    command = COMMANDS.get(name, SCORE)
+    parser = make_parser(command.settings, f'evaluate.py {name}'.strip(), command.description)
+
+    # A misspelt command would be taken for the path of a reference.
+    meant = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0.7)
+    if not name and meant and not Path(argv[0]).exists():
+        parser.error(f'expected REF or a command, got {argv[0]!r}: the nearest command is {meant[0]}')
+    try:
+        values = parser.parse(argv[1:] if name else argv)
+        return command.settings(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# ---------------------------------------------------------------------------------------------- files
+def require_images(path: str) -> None:
+    """Make sure that a file or folder of images is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not Path(path).exists():
+        raise ValueError(f'expected an npz file or a folder of images, found nothing at {path}: '
+                         'check the path')
+
+
+def manifest_of(path: Path) -> Path:
+    """Where sample.py describes a file or folder of images."""
+    path = path.absolute()
+    return path.with_name(f'{path.name.removesuffix(".npz")}.json')
+
+
+def refuse_overwriting(output: str, *inputs: str) -> None:
+    """Make sure that writing a result destroys neither an input, nor a file of an input folder or manifest.
+
+    Raises:
+        ValueError: the result would be written over one of them.
+    """
+    target = Path(output).resolve()
+    for path in map(Path, inputs):
+        is_image = target.parent == path.resolve() and target.suffix.lower() in (*SUFFIXES, '.npy')
+        manifest = manifest_of(path)
+        described_npz = manifest.with_suffix('.npz')
+        taken = (path.resolve(), manifest.resolve(), described_npz.resolve())
+        if is_image or target in taken:
+            raise ValueError(f'expected a file of its own for the result, got {output}, which is or '
+                             f'describes {path}: pass another name')
