@@ -70,7 +70,7 @@ from utils.checkpoint import lock_folder, remove_leftovers
 from utils.data import name_of
 from utils.files import write_text
 from utils.loading import without_child_signal
-from utils.log import setup_logging
+from utils.log import LEGEND, setup_logging
 from utils.lr_control import lr_wd_annealing
 from utils.misc import allow_tf32, mix_seed, seed_everything
 from utils.peak import peak_flops
@@ -268,6 +268,9 @@ class Run:
                     self.config.model, count_parameters(self.model) / 1e6, self.device, world_size,
                     len(self.data.train), len(self.data.val), len(self.data.classes),
                     self.state.steps_per_epoch, self.state.seed)
+        if self.model.legend:
+            logger.info('in the progress line, %s', self.model.legend)
+        logger.info('%s', LEGEND)
 
     def describe_start(self) -> dict[str, Any]:
         """What restarts.jsonl says of this start; every rank calls it."""
@@ -361,11 +364,18 @@ class Run:
             on_waiting=self.name_waiting,
             take_flops=self.trainer.take_flops,
             peak_flops=self.peak_flops,
+            seconds_left=lambda it: self.seconds_left(begin + it),
             images_per_iter=self.images_per_step)
         for it, batch in batches:
             self.journal.tb.set_step(begin + it)
             if not self.state.is_left_out(begin + it):
                 yield begin + it, batch
+
+    def seconds_left(self, step: int) -> float:
+        """Estimate of the seconds until the end of the run after a step, by the steps, evaluations and
+        checkpoints of this start."""
+        steps_here = step + 1 - self.steps_done
+        return (time.time() - self.began) / steps_here * (self.total_steps - step - 1)
 
     def name_waiting(self, share: float) -> None:
         """Say, once in a start, that much of the time is spent on waiting for data, and what helps."""

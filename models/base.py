@@ -61,6 +61,7 @@ class Trainable(nn.Module):
     """What the trainers and `train.py` know of a model, generator or tokenizer alike."""
 
     headline: dict[str, str] = {}  # name in the progress line -> key of the metrics
+    legend: str = ''               # what these names mean, for people who read the line
     selection: str = ''            # key of the metrics whose lowest value marks the best checkpoint
     rank_local: frozenset[str] = frozenset()  # keys of the state dict that differ between ranks by design
 

@@ -136,6 +136,8 @@ class FlexVAR(PublishedNames, ARModel):
     """
 
     headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
+    legend = ('Lm is the cross-entropy of all codes, Accm the percentage of them that are right, Lt and Acct '
+              'are those of the finest map')
     selection = 'L_tail'
     parts = PARTS
 

@@ -421,6 +421,7 @@ class FlowAR(ARModel):
         'huge': dict(width=1536, depth=15, num_heads=16, cross=True),
     }
     headline = {'L': 'L_mean', 'Lt': 'L_tail'}
+    legend = 'L is the squared error of the velocity over all scales, Lt that of the finest scale'
     selection = 'L_mean'
     parts = dict(
         class_emb=('class_emb.*',),

@@ -206,6 +206,7 @@ class NPP(ARModel):
         'GPT-7B': dict(n_layer=32, n_head=32, dim=4096),
     }
     headline = {'L': 'L_mean', 'Acc': 'acc_mean'}
+    legend = 'L is the cross-entropy of the codes, Acc the percentage of them that are right'
     selection = 'L_mean'
     class_table = 'cls_embedding.embedding_table.weight'
     parts = dict(

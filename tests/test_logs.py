@@ -51,6 +51,15 @@ def test_progress_is_printed(folder):
     assert '[*] [ep1]  (val 8)' in text
 
 
+def test_the_progress_line_is_explained_and_names_the_end_of_the_run(folder):
+    """The last step of an epoch has no time left in it, that of the last epoch none in the whole run."""
+    text = (folder / 'stdout.txt').read_text()
+    lines = re.findall(r'\[Ep\]: \[ +(\d)/3\] \[4/5\]  eta: 0:00:00  whole run: (\d+:\d\d:\d\d)', text)
+    assert [epoch for epoch, _ in lines] == ['0', '1', '2']
+    assert lines[-1][1] == '0:00:00'
+    assert text.index('Lm is the cross-entropy') < text.index('tnm the norm') < text.index('[Ep]:')
+
+
 def test_tensorboard_has_the_published_tags(folder):
     events = EventAccumulator(str(next(folder.glob('tb-VARd1__pn1_2_4*')))).Reload()
     assert {'AR_iter_loss/z_voc_usage', 'AR_iter_loss/acc_4', 'AR_iter_loss/L_16', 'AR_iter_schedule/prog_si',

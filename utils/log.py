@@ -23,6 +23,10 @@ from utils.files import write_text
 from utils.provenance import unusable_gpu
 
 logger = logging.getLogger(__name__)
+LEGEND = ('eta is the time until the end of the epoch, whole run that until the end of the training, tlr the '
+          'learning rate, tnm the norm of the gradient before clipping, time and data the seconds of a step '
+          'and of its waiting for images, mfu the used share of what the device can compute; '
+          'data/tokenizer/model are shares of the time; "x (y)" is a value and its mean in this epoch')
 MOST_WAITING = 0.2     # share of the time that a training may wait for data before something is said
 
 
@@ -178,6 +182,7 @@ class MetricLogger:
                   images_per_iter: int = 0, tokenizer_seconds: Callable[[], float] = lambda: 0.,
                   on_waiting: Callable[[float], None] = lambda share: None,
                   take_flops: Callable[[], float] = lambda: 0., peak_flops: float = math.inf,
+                  seconds_left: Callable[[int], float] | None = None,
                   ) -> Iterator[tuple[int, Any]]:
         """Yield (iteration, item), and write a progress line at evenly spaced iterations.
 
@@ -197,6 +202,8 @@ class MetricLogger:
                 data, where it is above `MOST_WAITING`; not at the first line, when loaders have just begun.
             take_flops: gives the FLOPs of the model's products since its last call, on this rank.
             peak_flops: FLOP/s of this rank's device.
+            seconds_left: gives the estimate of the seconds until the end of the run after an iteration, which
+                the line shows beside the one for this epoch; None shows none.
         """
         # Evenly spaced over the epoch, so that they are the same if it is done by several starts.
         self.regular_iters = set(np.linspace(0, max_iters - 1, num_lines, dtype=int).tolist())
@@ -228,6 +235,8 @@ class MetricLogger:
             tokenizer = min(tokenizer_seconds() / seconds, 1.)
             model = max(1 - data - tokenizer, 0)
             parts = [f'{header} [{it:{width}d}/{max_iters}]', f'eta: {eta}']
+            if seconds_left:
+                parts.append(f'whole run: {datetime.timedelta(seconds=round(seconds_left(it)))}')
             parts += [f'{name}: {meter}' for name, meter in self.meters.items()]
             parts += [
                 f'time: {seconds / num_iters:.3f}',

@@ -133,6 +133,8 @@ class AutoencoderKL(Tokenizer):
 
     measured_settings = ('scaling_factor',)
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'kl': 'kl'}
+    legend = ('rec is the loss of the reconstruction, lat the weighted KL divergence, psnr the PSNR of '
+              'the reconstruction in dB, kl the KL divergence of an image in nats')
     vocab_size = None
     needs_calibration = True
 

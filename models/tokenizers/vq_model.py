@@ -170,6 +170,8 @@ class VQModel(Tokenizer):
 
     built_settings = ('codebook_l2_norm',)
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'use': 'usage'}
+    legend = ('rec is the loss of the reconstruction, lat that of the codes, psnr the PSNR of the '
+              'reconstruction in dB, use the share of the codebook that is used')
     rank_local = frozenset({'quantize.codebook_used'})  # the latest codes of this rank, as published
 
     def __init__(

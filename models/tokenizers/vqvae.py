@@ -46,6 +46,8 @@ class VQVAE(Tokenizer):
 
     built_settings = ('v_patch_nums', 'using_znorm')
     headline = {'rec': 'rec_loss', 'lat': 'latent_loss', 'psnr': 'psnr', 'use': 'usage'}
+    legend = ('rec is the loss of the reconstruction, lat that of the codes, psnr the PSNR of the '
+              'reconstruction in dB, use the share of the codebook that is used')
 
     def __init__(
         self,
