@@ -1,7 +1,8 @@
 """Sample class-balanced images: `torchrun --nproc_per_node=8 sample.py --preset=var_d16`.
 
 Runs without torchrun, too. Writes one PNG per image (or raw pieces), then `<output>.npz` (arr_0 uint8 NHWC in
-random order, arr_1 labels; any FID evaluator reads it) and `<output>.json`, the manifest. Image i depends on
+random order, arr_1 labels; any FID evaluator reads it), `<output>.png`, which shows the first images of each
+class, and `<output>.json`, the manifest. Image i depends on
 the settings, the seed and i alone: not on ranks or restarts, nor on batches but for rounding, which
 `--fixed_bs` makes the same, too. A killed job continues by the same command. `--sweep` does this for every
 combination of some settings and scores each.
@@ -35,6 +36,7 @@ import torch
 
 import dist
 from evaluation.features import load_network
+from evaluation.pictures import save_contact_sheet
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
 from evaluation.sweep import ScoreTable
 from models import ARModel
@@ -50,6 +52,9 @@ from utils.misc import allow_tf32
 from utils.provenance import device_name, git_commit, versions
 
 logger = logging.getLogger(__name__)
+MAX_NAMES = 100     # of classes, in a message
+SHEET_ROWS = 16     # classes in the picture of the first images
+SHEET_COLUMNS = 16  # images of each of them
 # What the manifest says about how the images follow from the settings. A folder is continued only if it says
 # the same, so the text keeps the name that utils.image_sets had in earlier versions.
 RULES = dict(
@@ -84,7 +89,7 @@ def sample(config: SampleConfig) -> Path:
     if config.fixed_batch not in (0, config.batch_size):
         logger.info('--bs=%d is not used, since --fixed_bs=%d decides the batch: pass a smaller --fixed_bs '
                     'if memory is short, or a larger one for speed', config.batch_size, config.fixed_batch)
-    labels_N = image_labels(config, model.num_classes)
+    labels_N = image_labels(config, model.num_classes, origin['classes'])
     description = describe(config, origin, labels_N)
     extent = dict(num_images=config.num_images, shuffle=config.shuffle)
     folder = Path(config.output)
@@ -97,6 +102,8 @@ def sample(config: SampleConfig) -> Path:
         is_complete = False
         if dist.is_master():
             # The folder belongs to these settings alone, so that images of two jobs never mix.
+            if config.overwrite:
+                remove_other_job(folder, description)
             stored_N = store.stored(config.num_images)
             is_empty = not (stored_N.any() or npz_path.exists())
             begin_or_continue(folder / 'settings.json', description, is_empty)
@@ -115,6 +122,8 @@ def sample(config: SampleConfig) -> Path:
 
         # All ranks sample; then the master packs. The manifest is written last, as the mark of a whole npz.
         sample_missing(model, config, store, labels_N)
+        if dist.is_master() and config.sheet:
+            draw_sheet(config, store, labels_N, origin['classes'])
         if dist.is_master() and config.pack:
             pack(config, store, labels_N, npz_path)
             manifest = description | extent | dict(
@@ -181,11 +190,14 @@ def load_generator(
     return generator, origin
 
 
-def image_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
+def image_labels(config: SampleConfig, num_classes: int, names: Sequence[str] = ()) -> np.ndarray:
     """(N,) int64 class of every image: from a file, at random, or the classes in turn.
 
+    Args:
+        names: of all classes, if they are known.
     Raises:
-        ValueError: the file cannot be read, has another number of labels, or has one that is no class.
+        ValueError: the file cannot be read, has another number of labels, or has one that is no class; or a
+            class is unknown.
     """
     if config.labels == 'random':
         generator = np.random.RandomState(config.seed % 2 ** 32)  # numpy takes seeds of 32 bits
@@ -194,12 +206,44 @@ def image_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
         labels_N = read_labels(config.labels, config.num_images)
     else:
         # In turn, so that every class has as many images as every other one, or one more.
-        class_ids = np.array(config.class_ids or range(num_classes), dtype=np.int64)
+        if config.classes and not config.class_ids:
+            chosen = ids_of_names(config.classes, names)
+        else:
+            chosen = config.class_ids or range(num_classes)
+        class_ids = np.array(chosen, dtype=np.int64)
         labels_N = class_ids[np.arange(config.num_images) % len(class_ids)]
     if labels_N.min() < 0 or labels_N.max() > num_classes:
         raise ValueError(f'labels must be classes 0..{num_classes - 1}, or {num_classes} for none, got '
                          f'{labels_N.min()}..{labels_N.max()}: correct --classes or --labels')
     return labels_N
+
+
+def ids_of_names(text: str, names: Sequence[str]) -> list[int]:
+    """Ids of the classes whose names stand in a text, joined by "_", which a name may hold itself.
+
+    Args:
+        names: of all classes; () if they are unknown.
+    Raises:
+        ValueError: a name is unknown.
+    """
+    if not names:
+        raise ValueError(f'--classes={text} gives names, and the checkpoint holds none: pass class ids, such '
+                         'as --classes=0_7')
+    ids = []
+    words = text.split('_')
+    while words:
+        # The longest name that the text goes on with: of "red_cat" and "red", the first.
+        for length in range(len(words), 0, -1):
+            name = '_'.join(words[:length])
+            if name in names:
+                break
+        else:
+            known = ', '.join(names[:MAX_NAMES]) + (', ...' if len(names) > MAX_NAMES else '')
+            raise ValueError(f'--classes={text}: expected names of classes, got {"_".join(words)!r}; the '
+                             f'checkpoint knows {known}')
+        ids.append(names.index(name))
+        words = words[length:]
+    return ids
 
 
 def describe(config: SampleConfig, origin: dict[str, Any], labels_N: np.ndarray) -> dict[str, Any]:
@@ -251,6 +295,26 @@ def begin_or_continue(path: Path, description: dict[str, Any], is_empty: bool) -
             raise ValueError(f'{folder!r} was begun with other settings or weights ({names}; see {path.name} '
                              'there): pass another --output, or remove the folder')
     write_json(path, description)
+
+
+def remove_other_job(folder: Path, description: dict[str, Any]) -> None:
+    """Remove images, npz, picture and manifest of a job with other settings; of these settings, keep all.
+
+    Files that no job has left are not touched.
+    """
+    try:
+        if read_json(folder / 'settings.json') == description:
+            return
+    except (FileNotFoundError, ValueError):
+        return  # nobody knows whose images these are
+    beside = [folder.with_name(f'{folder.name}{suffix}') for suffix in ('.json', '.npz', '.png')]
+    for path in (*beside, folder / 'labels.npy'):
+        path.unlink(missing_ok=True)
+    for store in STORES.values():
+        store(folder).clear()
+    # It goes last: after a kill in between, the rest is still known to be of that job.
+    (folder / 'settings.json').unlink()
+    logger.info('removed what an earlier job with other settings had left in %s', folder)
 
 
 def differing_names(begun_with: dict[str, Any], description: dict[str, Any]) -> list[str]:
@@ -340,6 +404,29 @@ def pack(config: SampleConfig, store: ImageStore, labels_N: np.ndarray, npz_path
     write_npz(npz_path, store.read(order), count, height, width, labels_N[order])
 
 
+def draw_sheet(config: SampleConfig, store: ImageStore, labels_N: np.ndarray, names: Sequence[str]) -> None:
+    """Write `<output>.png`: the first images of each class, or of some classes if there are many."""
+    stored_N = store.stored(config.num_images)
+    labels = np.unique(labels_N[stored_N])
+    if not len(labels):
+        return  # on a folder that only other nodes see
+    if len(labels) > SHEET_ROWS:
+        labels = labels[np.linspace(0, len(labels) - 1, SHEET_ROWS, dtype=int)]
+
+    # Few classes have several rows each.
+    rows = []
+    rows_per_class = max(SHEET_ROWS // 2 // len(labels), 1)
+    for label in labels:
+        index_N = np.flatnonzero(stored_N & (labels_N == label))
+        for row in range(rows_per_class):
+            first = row * SHEET_COLUMNS
+            rows.append([store.get(i) for i in index_N[first:first + SHEET_COLUMNS]])
+    path = Path(config.output).with_name(f'{Path(config.output).name}.png')
+    save_contact_sheet(path, [row for row in rows if row])
+    shown = [names[label] if label < len(names) else str(label) for label in labels.tolist()]
+    logger.info('%s shows the first images of each class, from top to bottom: %s', path, ', '.join(shown))
+
+
 def class_names_of(labels_N: np.ndarray, classes: Sequence[str]) -> dict[str, dict[int, str]]:
     """The manifest's entry `classes`, the names of the sampled classes by id; {} if the names are unknown."""
     if not classes:
@@ -409,8 +496,8 @@ def sweep(config: SampleConfig) -> None:
         # sampling.
         for combination in combinations:
             job = dataclasses.replace(config.at(combination), fixed_batch=0)
-            model, _ = load_for(job, hashes)
-            labels_N = image_labels(job, model.num_classes)
+            model, origin = load_for(job, hashes)
+            labels_N = image_labels(job, model.num_classes, origin['classes'])
             sample_batch(model, job, range(1), labels_N[:1])
 
         for combination in combinations:

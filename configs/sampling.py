@@ -58,7 +58,11 @@ class SampleConfig:
     num_images: int = opt(
         50_000, 'images, spread evenly over the classes', limits=(1, INF), free=True, group='most used'
     )
-    classes: str = opt('', 'class ids joined by "_"; empty takes all', group='most used')
+    classes: str = opt(
+        '',
+        'class ids, or names of classes that the checkpoint knows, joined by "_"; empty takes all',
+        group='most used',
+    )
     labels: str = opt(
         '', 'class of every image: .npy, or .txt with one per line, or random', path=True, group='run'
     )
@@ -103,6 +107,15 @@ class SampleConfig:
         group='run',
     )
     pack: bool = opt(True, 'pack the images into an npz with a manifest', free=True, group='run')
+    sheet: bool = opt(
+        True, 'leave the first images of each class as one picture, <output>.png', free=True, group='run'
+    )
+    overwrite: bool = opt(
+        False,
+        'remove what a job with other settings has left in the output folder, in place of refusing it',
+        free=True,
+        group='most used',
+    )
     shuffle: int = opt(
         0,
         'seed of the order in the npz; -1 packs by image index',
@@ -137,7 +150,7 @@ class SampleConfig:
         check_weights(self.weights, flag_of(self, 'weights'))
         if not Path(self.output).name:
             raise ValueError(f'--output must name a folder, got {self.output!r}: pass one')
-        if not re.fullmatch(r'|[0-9]{1,9}(_[0-9]{1,9})*', self.classes):
+        if re.fullmatch(r'[0-9_]+', self.classes) and not self.class_ids:
             raise ValueError(f'--classes must be class ids joined by "_", such as 0_7, got {self.classes!r}')
         if self.num_images > 1_000_000:
             raise ValueError(
@@ -158,7 +171,10 @@ class SampleConfig:
 
     @property
     def class_ids(self) -> tuple[int, ...]:
-        return tuple(map(int, self.classes.split('_'))) if self.classes else ()
+        """Ids of the classes; () where none are given, or names in their place."""
+        if not re.fullmatch(r'[0-9]{1,9}(_[0-9]{1,9})*', self.classes):
+            return ()
+        return tuple(map(int, self.classes.split('_')))
 
     @property
     def images_per_batch(self) -> int:

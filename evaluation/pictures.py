@@ -1,9 +1,10 @@
-"""Pictures of what a tokenizer does: rows of reconstructions, and how often each code is used.
+"""Pictures: what a tokenizer does, by rows of reconstructions and by the use of the codes; contact sheets.
 
 Letters: B batch, V vocabulary, 3HW image. Pictures are uint8 (3, H, W).
 """
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from utils.checkpoint import atomic_path
 COLUMNS = 1024   # at most
 ROW_HEIGHT = 24  # of a scale
 GAP = 2          # between two scales
+SHEET_SIDE = 2048  # of a contact sheet, in pixels, at most
 HEAT = ((13, 8, 60), (134, 20, 130), (233, 98, 60), (252, 240, 150))  # rare to frequent; unused is black
 
 
@@ -67,6 +69,29 @@ def usage_heat_map(counts: dict[str, torch.Tensor]) -> torch.Tensor:
     rgb_3KV = rgb_3KV.repeat_interleave(COLUMNS // rgb_3KV.shape[2], 2)
     rows = rgb_3KV[:, :, None].expand(-1, -1, ROW_HEIGHT, -1)
     return F.pad(rows, (0, 0, 0, GAP), value=255).flatten(1, 2)[:, :-GAP]
+
+
+def save_contact_sheet(path: str | Path, rows: list[list[np.ndarray]]) -> None:
+    """Write rows of images of one size as a picture; they are made smaller where it would be very large.
+
+    Args:
+        rows: uint8 (H, W, 3) images; a row may be shorter than others.
+    """
+    height, width, _ = rows[0][0].shape
+    num_columns = max(len(row) for row in rows)
+    scale = min(1, SHEET_SIDE / (num_columns * width), SHEET_SIDE / (len(rows) * height))
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    step_x = size[0] + GAP
+    step_y = size[1] + GAP
+    sheet = Image.new('RGB', (num_columns * step_x - GAP, len(rows) * step_y - GAP), 'white')
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            tile = Image.fromarray(image)
+            if scale < 1:
+                tile = tile.resize(size, Image.Resampling.LANCZOS)
+            sheet.paste(tile, (x * step_x, y * step_y))
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format='PNG')
 
 
 def save_png(path: str | Path, image_3HW: torch.Tensor) -> None:

@@ -423,7 +423,7 @@ def test_sampling_needs_a_checkpoint_alone(model, preset):
 def test_bad_sampling_flags(capsys):
     assert '--ckpt' in fails([], capsys, parse_sampling)
     assert '--seed' in fails(['--ckpt=x', '--seed=-1'], capsys, parse_sampling)
-    assert '--classes' in fails(['--ckpt=x', '--classes=x'], capsys, parse_sampling)
+    assert '--classes' in fails(['--ckpt=x', '--classes=1__2'], capsys, parse_sampling)
     assert '--cfg' in fails(['--ckpt=x', '--cfg=nan'], capsys, parse_sampling)
     assert '--top_p' in fails(['--ckpt=x', '--top_p=1.5'], capsys, parse_sampling)
     assert '--top_k' in fails(['--ckpt=x', '--topk=1'], capsys, parse_sampling)

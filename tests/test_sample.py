@@ -13,6 +13,7 @@ from PIL import Image
 
 import sample
 from configs import parse_sampling
+from evaluation.pictures import save_contact_sheet
 from evaluation.score import ScoreSettings, score_images
 from models import VAR, VQVAE
 from tests.runs import TINY_VQVAE, kept_logging, kill_tree, launch, make_tokenizer, same_images, start
@@ -97,6 +98,70 @@ def test_complete_jobs_are_left_alone(sample_here, tmp_path, monkeypatch, form):
     else:
         with pytest.raises(TypeError):
             sample_here(tmp_path / 'a', '--format=npz')
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+@pytest.fixture(scope='module')
+def named(weights):
+    """The checkpoint of `weights` with names of its classes, of which two begin alike."""
+    path = weights[0].with_name('named.pth')
+    content = torch.load(weights[0], weights_only=True) | dict(classes=['red', 'red_cat', 'dog', '7'])
+    torch.save(content, path)
+    return path
+
+
+def test_classes_by_name(sample_here, tmp_path, named):
+    by_id = sample_here(tmp_path / 'a', f'--ckpt={named}', '--classes=1_2_0')
+    by_name = sample_here(tmp_path / 'b', f'--ckpt={named}', '--classes=red_cat_dog_red')
+    assert np.array_equal(by_id, by_name)
+    for text in ('red_cow', 'Dog'):
+        with pytest.raises(SystemExit, match='the checkpoint knows red, red_cat, dog, 7'):
+            sample_here(tmp_path / 'c', f'--ckpt={named}', f'--classes={text}')
+
+
+def test_names_need_a_checkpoint_that_has_them(sample_here, tmp_path):
+    with pytest.raises(SystemExit, match='the checkpoint holds none: pass class ids'):
+        sample_here(tmp_path / 'a', '--classes=dog')
+
+
+@pytest.mark.parametrize('form', ['png', 'npz'])
+def test_a_contact_sheet_shows_the_first_images_of_each_class(sample_here, tmp_path, form):
+    images = sample_here(tmp_path / 'a', '--classes=3_1', f'--format={form}')
+    sheet = np.asarray(Image.open(tmp_path / 'a.png'))
+    assert sheet.shape == (2 * 16 + 2, 10 * 16 + 9 * 2, 3)
+    for row, first in enumerate((1, 0)):  # class 1 above class 3
+        for column in range(10):
+            tile = sheet[18 * row:18 * row + 16, 18 * column:18 * column + 16]
+            assert np.array_equal(tile, images[first + 2 * column])
+    sample_here(tmp_path / 'b', '--sheet=0')
+    assert not (tmp_path / 'b.png').exists()
+
+
+def test_a_contact_sheet_is_never_large(tmp_path):
+    rows = [[np.full((256, 512, 3), 10 * row, np.uint8)] * 16 for row in range(16)]
+    save_contact_sheet(tmp_path / 'a.png', rows)
+    sheet = Image.open(tmp_path / 'a.png')
+    assert max(sheet.size) <= 2048 + 16 * 2
+    assert sheet.getpixel((5, sheet.height - 5)) == (150, 150, 150)
+
+
+def test_overwriting_replaces_a_job_and_nothing_else(sample_here, tmp_path):
+    folder = tmp_path / 'a'
+    sample_here(folder, '--seed=1')
+    (folder / 'notes.png').write_bytes(b'mine')
+    with pytest.raises(SystemExit, match='other settings'):
+        sample_here(folder, '--seed=2')
+    fewer = sample_here(folder, '--seed=2', '--overwrite', '--num_images=8')
+    assert {path.name for path in folder.glob('*.png')} == {'notes.png', *(f'{i:06d}.png' for i in range(8))}
+    assert np.array_equal(fewer, sample_here(tmp_path / 'b', '--seed=2', '--num_images=8'))
+
+    # The same job again removes nothing; images of unknown settings are refused as ever.
+    before = (folder / '000000.png').stat().st_mtime_ns
+    sample_here(folder, '--seed=2', '--overwrite')
+    assert (folder / '000000.png').stat().st_mtime_ns == before
+    (folder / 'settings.json').unlink()
+    with pytest.raises(SystemExit, match='unknown settings'):
+        sample_here(folder, '--seed=3', '--overwrite')
 
 
 def test_npz_without_png_files_is_the_same_file(sample_here, tmp_path):

@@ -66,6 +66,10 @@ class ImageStore:
     def discard(self) -> None:
         """Remove the files that are of no use once all images are packed."""
 
+    def clear(self) -> None:
+        """Remove all images."""
+        raise NotImplementedError
+
     def read(self, order: Iterable[int]) -> Iterator[np.ndarray]:
         """Images in this order, read ahead."""
         return map_ahead(self.get, order, self.num_threads)
@@ -124,6 +128,11 @@ class PngStore(ImageStore):
                              f'({reason_of(error)}): remove the file and run the same command '
                              'again') from None
 
+    def clear(self) -> None:
+        for path in self.folder.glob('*.png'):
+            if re.fullmatch('[0-9]{6,}', path.stem):
+                path.unlink()
+
     def _path(self, i: int) -> Path:
         return self.folder / f'{i:06d}.png'
 
@@ -170,6 +179,9 @@ class PieceStore(ImageStore):
                              'remove the file and run the same command again') from None
 
     def discard(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         for path in self.folder.glob('pixels-*.npy'):
             path.unlink()
 
