@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.options import INF, check_values, expand_paths, make_parser, opt
 from configs.training import VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
+from utils.console import one_line_errors
 from utils.data import ListedImages, files_below, open_split
 from utils.files import write_text
 from utils.images import ImageError
 from utils.loading import without_child_signal
-from utils.console import one_line_errors
 from utils.log import progress_bar, setup_logging
 from utils.machine import available_cpus
 

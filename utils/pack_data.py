@@ -19,12 +19,12 @@ import numpy as np
 
 from configs.options import INF, check_values, expand_paths, make_parser, opt
 from configs.training import VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
+from utils.console import one_line_errors
 from utils.data import ClassFolders, ListedImages, describe_data, open_both
 from utils.files import atomic_path, lock_folder, sync_folder
 from utils.image_sets import NUM_READERS
 from utils.image_store import map_ahead
 from utils.images import is_regular
-from utils.console import one_line_errors
 from utils.log import progress_bar, setup_logging
 from utils.shards import BEGUN, INDEX, ShardIndex, read_index
 

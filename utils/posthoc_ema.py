@@ -18,8 +18,8 @@ import torch
 from configs.options import INF, check_values, expand_paths, make_parser, numbers_of, opt
 from configs.training import LARGEST_WIDTH
 from utils.checkpoint import load_with_digest, model_weights, newest_checkpoint, save_file
-from utils.ema import SNAPSHOT_INDEX, SNAPSHOTS, exponent_of
 from utils.console import one_line_errors
+from utils.ema import SNAPSHOT_INDEX, SNAPSHOTS, exponent_of
 from utils.log import read_json_lines, setup_logging
 
 logger = logging.getLogger(__name__)
