@@ -27,7 +27,7 @@ from models.noise import ImageNoise
 from trainer import weights_checksum
 from training.build import count_parameters
 from training.data import Data, build_data
-from utils.log import one_line
+from utils.console import one_line
 
 logger = logging.getLogger(__name__)
 IMAGES_TO_READ = 8     # of each split, by every rank

@@ -11,8 +11,9 @@ from typing import Any
 
 import dist
 from training.pace import Pace
+from utils.console import one_line
 from utils.files import write_text
-from utils.log import append_json_line, one_line, read_json_lines
+from utils.log import append_json_line, read_json_lines
 from utils.stop import Stopped
 
 logger = logging.getLogger(__name__)
