@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from evaluation.pairs import PairScores
 from evaluation.pictures import reconstruction_rows, save_png, usage_heat_map
 from evaluation.score import write_json
 from evaluation.settings import TokenizerSettings
-from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer
+from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer, families_of
 from utils.amp_sc import autocast
 from utils.checkpoint import load_on_all_ranks, tokenizer_weights
 from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
@@ -138,10 +137,9 @@ def recognise(model: str, checkpoint: dict[str, Any], state: dict[str, torch.Ten
         raise ValueError(f'{source} was trained with --model={trained}, got --model={model}: leave it out')
     if name in TOKENIZERS:
         return TOKENIZERS[name]
-    for cls in TOKENIZERS.values():
-        with suppress(KeyError, ValueError, IndexError):
-            cls.kwargs_from_state_dict(state)
-            return cls
+    found = families_of(state, TOKENIZERS)
+    if found:
+        return TOKENIZERS[found[0]]
     raise ValueError(f'{source} holds weights of no known tokenizer ({", ".join(TOKENIZERS)}): '
                      'pass the checkpoint of a tokenizer or of a generator trained here')
 
