@@ -613,6 +613,8 @@ class Pipeline(Pretrained):
                                  f'{", ".join(near)}; there are {", ".join(known)}')
             if isinstance(known[name], int | float) and not _is_finite_number(value):
                 raise ValueError(f'{name} must be a finite number, got {value!r}: pass one')
+            if isinstance(known[name], int) and not isinstance(value, int):
+                raise ValueError(f'{name} must be an integer, got {value!r}: pass one')
         # What sample.py calls by another name or understands otherwise, the model checks itself.
         cls = SAMPLE_CONFIGS[self.family]
         same = {f.name for f in dataclasses.fields(cls)} - {'guidance'}

@@ -525,7 +525,8 @@ def test_outputs_are_the_same_images(root):
     (0, dict(top_q=3), "unknown option 'top_q' of var: the nearest one is top_p"),
     (0, dict(top_k=-1), 'top_k must be at least 0'), (0, dict(top_p=2.), 'top_p must be in'),
     (0, dict(guidance=float('nan')), 'guidance must be a finite number'),
-    (0, dict(top_k='9'), 'top_k must be a finite number')])
+    (0, dict(top_k='9'), 'top_k must be a finite number'),
+    (0, dict(top_k=2.5), 'top_k must be an integer')])
 def test_calls_that_cannot_be_are_told_in_one_line(root, labels, kwargs, words):
     pipe = load(root / 'var')
     with pytest.raises(ValueError, match=words) as stop:

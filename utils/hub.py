@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from utils.checkpoint import load_file
+from utils.model_folder import FILES
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +139,9 @@ def _hub_file(repo: str, file: str, revision: str, is_first: bool) -> Path:
 def _hub_folder(repo: str, revision: str, is_first: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    # The weights of other programs, which may lie beside ours, are not needed.
-    names = ['config.json', 'README.md', 'model.safetensors', 'tokenizer.safetensors']
-
     def download() -> str:
-        return snapshot_download(repo, revision=revision or None, allow_patterns=names,
+        # The weights of other programs, which may lie beside ours, are not needed.
+        return snapshot_download(repo, revision=revision or None, allow_patterns=[*FILES],
                                  local_files_only=not is_first)
 
     return _from_hub(download, f'{repo!r} is no local path, and cannot be fetched as a repository of the hub')

@@ -22,6 +22,7 @@ CONFIG = 'config.json'
 MODEL = 'model.safetensors'
 TOKENIZER = 'tokenizer.safetensors'
 CARD = 'README.md'
+FILES = (CONFIG, MODEL, TOKENIZER, CARD)
 FORMAT = 1  # of config.json
 
 State = dict[str, torch.Tensor]
