@@ -139,6 +139,7 @@ def test_averages_are_stored_and_change_nothing_else(train_here, profiled, tmp_p
     assert_equal(last, checkpoint['trainer']['ema_profiles']['0.1'])
 
 
+@pytest.mark.slow
 def test_a_killed_training_stores_the_same_averages(train_here, profiled, tmp_path):
     """What is later than the checkpoint is removed; the same steps then write the same bytes."""
     flags = '--ep=2', '--save_every=3', *PROFILES
@@ -204,6 +205,7 @@ def test_bad_requests_are_one_line(profiled, tmp_path, change, words):
 
 
 # ---------------------------------------------------------------------------------------------- several
+@pytest.mark.slow
 def test_several_averages_are_those_of_single_ones(train_here, tmp_path, capsys):
     """The first one is evaluated, and has the published key and the settings of a single one."""
     flags = '--ep=1', '--ema_warmup=0'
@@ -240,6 +242,7 @@ def test_several_averages_go_on_exactly(train_here, tmp_path):
     assert {'var_ema', 'var_ema_0.5', 'var_ema_0.99'} <= {*whole['trainer']}
 
 
+@pytest.mark.slow
 def test_a_tokenizer_has_several_averages(train_here, tmp_path):
     train_here(tmp_path, '--ep=1', '--ema=0.9,0.05', base=VQVAE_FLAGS)  # smaller than the warm-up's
     checkpoint = read(tmp_path, 'vae-ckpt-last.pth')

@@ -38,6 +38,7 @@ def test_a_generator_passes_beside_its_own_checkpoints(train_here, tmp_path, cap
     assert table['whole run'].startswith('150 steps take about ')
 
 
+@pytest.mark.slow
 def test_a_tokenizer_passes_on_two_ranks(data, tmp_path):
     folder = tmp_path / 'not' / 'there'
     flags = [f'--data_path={data[0]}', *VQVAE_FLAGS, '--check', f'--output_dir={folder}']

@@ -53,6 +53,7 @@ def slow_forward():
     VAR.training_loss = slower
 
 
+@pytest.mark.slow
 def test_the_slowest_rank_is_named_and_every_rank_keeps_its_words(data, tmp_path):
     """Steps of both ranks last equally long, since each waits for the gradients of the other."""
     folder = tmp_path / 'run'

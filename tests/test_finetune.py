@@ -223,6 +223,7 @@ def test_frozen_parts_stay_and_the_others_move(families, sources, here, tmp_path
     assert len(moments) == len(trained)  # AdamW knows the others not
 
 
+@pytest.mark.slow
 def test_a_frozen_training_is_exact_after_a_restart_and_with_micro_steps(families, sources, here, tmp_path):
     flags = (f'--init_from={sources["var"]}', '--freeze=trunk,word_embed.bias', '--steps=4', '--ema=0.9',
              '--save_every=1')

@@ -81,6 +81,7 @@ def test_a_cache_that_would_take_too_much_is_refused(root, data, tmp_path, monke
     assert '--cached_path holds tokens already: leave out one' in text
 
 
+@pytest.mark.slow
 def test_a_training_with_a_cache_equals_one_without(root, data, tmp_path, train_here):
     flags = f'--data_path={root}', '--ep=2'
     plain = read(train_here(tmp_path / 'plain', *flags))

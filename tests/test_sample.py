@@ -583,6 +583,7 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_sweep_scores_every_combination_and_resumes(sample_here, tmp_path, monkeypatch):
     reference = np.random.RandomState(0).randint(0, 256, (30, 16, 16, 3), np.uint8)
     np.savez(tmp_path / 'ref.npz', arr_0=reference)
