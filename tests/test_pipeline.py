@@ -344,7 +344,7 @@ def test_malformed_folders_are_told_in_one_line(folder, monkeypatch, kind):
     ('output', {}, 'pass a checkpoint in it, such as ar-ckpt-last.pth'),
     ('text.pth', {}, 'text, not weights'),
     ('other.pth', {}, 'holds weights of no known model'),
-    ('var.pth', dict(weights='best'), "must be ema or raw"),
+    ('var.pth', dict(weights='best'), 'must be ema or raw'),
     ('var.pth', dict(dtype=torch.int8), 'dtype must be torch.float32'),
     ('var.pth', dict(model='vqgan'), 'expected a family'),
     ('var.pth', dict(model='npp'), 'holds no NPP weights'),

@@ -154,7 +154,8 @@ def bad_batches(monkeypatch, *steps):
     monkeypatch.setattr(train.Run, 'train_step', patched)
 
 
-@pytest.mark.parametrize('precision', [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2))])
+@pytest.mark.parametrize('precision', [0, pytest.param(1, marks=pytest.mark.slow),
+                                       pytest.param(2, marks=pytest.mark.slow)])
 def test_bad_batches_are_gone_past(data, train_here, tmp_path, monkeypatch, precision):
     flags = ('--ep=3', '--save_every=3', '--max_skipped_steps=2', '--log_every=1', '--eval_every=9',
              f'--fp16={precision}')
