@@ -491,7 +491,7 @@ def test_flowar_presets_are_the_published_commands(preset, num_step, cfg, guidan
     by_flags = parse_sampling([*argv, *command.split()])
     by_preset = parse_sampling([*argv, f'--preset={preset}', '--eval_bsz=256'])
     assert by_flags == dataclasses.replace(by_preset, source='', fixed_batch=0)
-    expected = dict(guidance=cfg, guidance_until=guidance, num_steps=num_step, lower_steps=num_step)
+    expected = dict(guidance=cfg, guidance_until=guidance, num_steps=num_step, lower_steps=None)
     assert by_preset.sample_kwargs() == expected
     annealed = parse_sampling([*argv, f'--preset={preset}', '--flow_upper_steps', '50',
                                     '--flow_lower_steps=15'])
