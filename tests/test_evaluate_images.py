@@ -515,9 +515,10 @@ def test_missing_inception_weights_exit_with_3(files):
              f'--json={files / "out.json"}', f'--cache={files / "cache"}', '--metrics=fid']
     process = launch('evaluate.py', flags, check=False)
     assert process.returncode == 3 and process.stdout == ''
-    error = process.stderr.splitlines()
-    assert len(error) == 1 and 'INCEPTION_WEIGHTS' in error[0] and str(files / 'cache') in error[0]
-    assert 'checkpoints' in error[0] and '6726825d' in error[0]
+    begun, error = process.stderr.splitlines()
+    assert begun == 'evaluate.py: loading torch and the images'
+    assert 'INCEPTION_WEIGHTS' in error and str(files / 'cache') in error
+    assert 'checkpoints' in error and '6726825d' in error
     assert {path.name for path in files.iterdir()} == {'ref.npz', 'sample.npz'}
 
 

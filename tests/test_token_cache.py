@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_tensor
 import extract
 import train
 from configs import parse_training
+from configs.options import make_parser
 from models import VQVAE, AutoencoderKL, VQModel
 from tests.runs import (
     CACHE_FLAG,
@@ -495,7 +496,7 @@ def caches(families, tmp_path_factory):
     """Complete caches by (model, layout); tests copy them before they change anything."""
     root = tmp_path_factory.mktemp('caches')
     for model, layout in LAYOUTS:
-        settings = extract.make_parser(extract.ExtractSettings, 'extract.py', '').parse(
+        settings = make_parser(extract.ExtractSettings, 'extract.py', '').parse(
             extraction(families[model], root / f'{model}_{layout}', f'--layout={layout}', model=model))
         extract.extract(extract.ExtractSettings(**settings))
     return root
@@ -539,7 +540,7 @@ def test_packed_caches_that_do_not_fit(families, caches, stops, tmp_path, change
 def pyramids(families, tmp_path_factory):
     """Complete caches of VAR and FlexVAR by model."""
     root = tmp_path_factory.mktemp('pyramids')
-    parser = extract.make_parser(extract.ExtractSettings, 'extract.py', '')
+    parser = make_parser(extract.ExtractSettings, 'extract.py', '')
     for model in ('var', 'flexvar'):
         flags = extraction(families[model], root / model, model=model)
         extract.extract(extract.ExtractSettings(**parser.parse(flags)))
