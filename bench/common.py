@@ -363,7 +363,8 @@ def report_header(module: str, device: torch.device) -> dict[str, Any]:
     Args:
         module: name of the benchmark, as after `python -m bench.`
     """
-    flags = [word for word in sys.argv[1:] if not word.startswith('--out=')]  # where it goes changes nothing
+    # Where results go changes nothing.
+    flags = [word for word in sys.argv[1:] if not word.startswith(('--out=', '--plot='))]
     return dict(
         command=' '.join(['python', '-m', f'bench.{module}', *flags]),
         device=device_name(device),
