@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import dist
-from configs.options import check_values, expand_paths, make_parser, opt
+from configs.options import check_values, check_weights, expand_paths, make_parser, opt
 from pipeline import load
 from utils.console import one_line_errors
 from utils.log import setup_logging
@@ -29,8 +29,8 @@ class ExportSettings:
                          'vae_ckpt', path=True)
     model: str = opt('', 'family, where the file does not tell it; the family of a tokenizer takes that one '
                          'alone out of a checkpoint of a generator')
-    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step',
-                       choices=('ema', 'raw'))
+    weights: str = opt('ema', 'ema: averaged weights where the file has them; raw: those of the last step; '
+                              'ema_0.9999: one of several averages')
     dtype: str = opt('float32', "of the generator's weights in the file",
                      choices=('float32', 'float16', 'bfloat16'))
     push: str = opt('', 'repository of the hub to upload to, owner/name')
@@ -39,6 +39,7 @@ class ExportSettings:
     def __post_init__(self):
         expand_paths(self)
         check_values(self)
+        check_weights(self.weights, 'weights')
         if not self.ckpt:
             raise ValueError('expected weights: pass CKPT and FOLDER')
         if not (self.folder or self.push):

@@ -94,7 +94,7 @@ def test_checkpoints_tell_their_family(root, tmp_path, name, is_named):
     assert_equal(pipe.tokenizer.state_dict(), made(name).tokenizer.state_dict())
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', ['var', 'npp', *slow('flexvar', 'flowar')])
 def test_released_files_take_their_tokenizer(tmp_path, monkeypatch, name):
     """By path, as a module, or by the name under which it is published."""
     model = made(name)
@@ -485,16 +485,16 @@ def test_images_are_those_of_a_job_of_sample(root, tmp_path, here, name):
     """With the same settings and batches to the last bit, and with other batches but for rounding."""
     options, flags = OPTIONS[name]
     here(sample, f'--model={name}', f'--ckpt={root / name}.pth', f'--output={tmp_path / "out"}', '--seed=5',
-         '--num_images=7', '--bs=3', '--classes=4_1', '--shuffle=-1', *flags)
+         '--num_images=5', '--bs=3', '--classes=4_1', '--shuffle=-1', *flags)
     with np.load(tmp_path / 'out.npz') as archive:
         expected, label_N = archive['arr_0'], archive['arr_1']
     pipe = load(root / name)
-    assert pipe.label_ids([4, 'bee'], 7) == label_N.tolist()
-    images = pipe([4, 'bee'], num_images=7, seed=5, batch_size=3, output='np', **options)
-    assert np.array_equal(images, expected) and len(np.unique(images.reshape(7, -1), axis=0)) == 7
-    other = pipe([4, 'bee'], num_images=7, seed=5, batch_size=7, output='np', **options)
+    assert pipe.label_ids([4, 'bee'], 5) == label_N.tolist()
+    images = pipe([4, 'bee'], num_images=5, seed=5, batch_size=3, output='np', **options)
+    assert np.array_equal(images, expected) and len(np.unique(images.reshape(5, -1), axis=0)) == 5
+    other = pipe([4, 'bee'], num_images=5, seed=5, batch_size=5, output='np', **options)
     assert np.abs(other.astype(int) - expected).max() <= 1
-    assert not np.array_equal(pipe([4, 1], num_images=7, seed=6, output='np', **options), expected)
+    assert not np.array_equal(pipe([4], seed=6, output='np', **options), expected[:1])
 
 
 @pytest.mark.parametrize('name', FAMILIES)

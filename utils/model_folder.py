@@ -159,7 +159,8 @@ def model_card(name: str, config: dict[str, Any], facts: dict[str, str]) -> str:
     else:
         what = f'An image tokenizer of the family `{tag}`.'
         example = f'tokenizer = load({name!r}).model'
-    facts = facts | dict(weights='averaged' if config['weights'] == 'ema' else 'of the last step')
+    kind = 'of the last step' if config['weights'] == 'raw' else f'averaged ({config["weights"]})'
+    facts = facts | dict(weights=kind)
     sections = [_table('Facts', facts)]
     if config['sampling']:
         sections.append(_table('Sampling', config['sampling']))
