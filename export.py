@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import dist
-from configs.options import check_values, check_weights, expand_paths, make_parser, opt
+from configs.options import check_values, check_weights, expand_paths, opt, parse_settings
 from pipeline import load
 from utils.console import one_line_errors
 from utils.log import setup_logging
@@ -64,12 +64,8 @@ def export(settings: ExportSettings) -> None:
 
 def main() -> None:
     """Export what the command line says."""
-    parser = make_parser(ExportSettings, 'export.py', 'Turn weights into a folder for the hub.')
-    values = parser.parse(sys.argv[1:])
-    try:
-        settings = ExportSettings(**values)
-    except ValueError as error:
-        parser.error(str(error))
+    settings = parse_settings(ExportSettings, sys.argv[1:], 'export.py',
+                              'Turn weights into a folder for the hub.')
     setup_logging(None, dist.is_master())
     export(settings)
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from configs import CONFIGS
 from configs import FAMILIES as GENERATORS
-from configs.options import INF, check_values, expand_paths, ints, make_parser, opt
+from configs.options import INF, check_values, expand_paths, ints, opt, parse_settings
 from configs.training import CROP_KINDS, CROPS, PATCH_NUMS, VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
 from utils.console import require_data, require_weights
 from utils.machine import automatic_workers
@@ -131,9 +131,4 @@ class ExtractSettings:
 
 def parse_extraction(argv: list[str], prog: str = 'extract.py') -> ExtractSettings:
     """The settings of a command line."""
-    parser = make_parser(ExtractSettings, prog, 'Encode a data set once.')
-    values = parser.parse(argv)
-    try:
-        return ExtractSettings(**values)
-    except ValueError as error:
-        parser.error(str(error))
+    return parse_settings(ExtractSettings, argv, prog, 'Encode a data set once.')

@@ -391,6 +391,19 @@ class OneLineParser(argparse.ArgumentParser):
         return vars(values)
 
 
+def parse_settings(cls: type, argv: list[str], prog: str, description: str) -> Any:
+    """The settings of a command line, an object of a dataclass of `opt` fields.
+
+    Wrong flags and values end the program in one line, with exit code 2.
+    """
+    parser = make_parser(cls, prog, description)
+    values = parser.parse(argv)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def parse_flags(cls: type, name: str, text: str) -> dict[str, Any]:
     """Flags of a command that are themselves the value of the flag `name`, by field.
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs import parse_sampling, parse_training
 from configs.extraction import parse_extraction
-from configs.options import make_parser
+from configs.options import parse_settings
 from evaluation.settings import parse_evaluation
 from export import ExportSettings
 from tests.runs import REPO
@@ -46,7 +46,7 @@ COMMANDS = [pytest.param(words, id=f'{name_of(page)}-{i}')
 
 
 def parse_export(argv: list[str]) -> None:
-    ExportSettings(**make_parser(ExportSettings, 'export.py', '').parse(argv))
+    parse_settings(ExportSettings, argv, 'export.py', '')
 
 
 PARSERS = {'train.py': parse_training, 'sample.py': parse_sampling, 'extract.py': parse_extraction,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader, Dataset
 
-from configs.options import INF, check_values, expand_paths, make_parser, opt
+from configs.options import INF, check_values, expand_paths, opt, parse_settings
 from configs.training import VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
 from utils.console import one_line_errors
 from utils.data import ListedImages, files_below, open_split
@@ -153,12 +153,7 @@ def left_out(images: Dataset) -> list[str]:
 
 def main() -> None:
     """Check the data set of the command line."""
-    parser = make_parser(CheckSettings, 'check_data', 'Read every image of a data set.')
-    values = parser.parse(sys.argv[1:])
-    try:
-        settings = CheckSettings(**values)
-    except ValueError as error:
-        parser.error(str(error))
+    settings = parse_settings(CheckSettings, sys.argv[1:], 'check_data', 'Read every image of a data set.')
     setup_logging(None, is_master=True)
     begin = time.time()
     found = check(settings)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.options import INF, check_values, expand_paths, make_parser, opt
+from configs.options import INF, check_values, expand_paths, opt, parse_settings
 from configs.training import VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
 from utils.console import one_line_errors
 from utils.data import ClassFolders, ListedImages, describe_data, open_both
@@ -255,12 +255,7 @@ def padded(size: int, block: int) -> int:
 
 def main() -> None:
     """Pack the data set of the command line."""
-    parser = make_parser(PackSettings, 'pack_data', 'Pack a data set into tar files.')
-    values = parser.parse(sys.argv[1:])
-    try:
-        settings = PackSettings(**values)
-    except ValueError as error:
-        parser.error(str(error))
+    settings = parse_settings(PackSettings, sys.argv[1:], 'pack_data', 'Pack a data set into tar files.')
     setup_logging(None, is_master=True)
     pack(settings)
 
