@@ -128,9 +128,9 @@ class SkippedSteps:
             The first and the last step that are left out.
         """
         first = max(last + 1 - 2 * self.in_a_row, 0)
-        logger.warning('the last checkpoint is restored, and steps %d to %d are left out; left_out.jsonl '
-                       'names the images of those that were not finite', first, last)
         if dist.is_master():
+            logger.warning('the last checkpoint is restored, and steps %d to %d are left out; left_out.jsonl '
+                           'names the images of those that were not finite', first, last)
             append_json_line(self.folder / 'left_out.jsonl',
                              dict(first=first, last=last, images=self.suspects))
         return first, last
@@ -153,7 +153,7 @@ class LossSpikes:
         self.quiet_until = 0
 
     def add(self, step: int, loss: float) -> None:
-        """Take in the loss of a step, and log a line if it leaps.
+        """Take in the loss of a step, and log a line if it leaps; the first rank alone does.
 
         Args:
             step: since the beginning of the training.
@@ -166,8 +166,9 @@ class LossSpikes:
             middle = statistics.median(self.losses)
             deviation = 1.4826 * statistics.median(abs(before - middle) for before in self.losses)
             if loss > middle + self.DEVIATIONS * deviation and loss > self.RATIO * middle > 0:
-                logger.warning('the loss leaps at step %d: %.4g, and the median of the %d steps before is '
-                               '%.4g', step, loss, self.WINDOW, middle)
+                if dist.is_master():
+                    logger.warning('the loss leaps at step %d: %.4g, and the median of the %d steps before '
+                                   'is %.4g', step, loss, self.WINDOW, middle)
                 self.quiet_until = step + self.WINDOW
         self.losses.append(loss)
 
