@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from utils.checkpoint import load_file
+from utils.console import WEIGHT_FILES
 from utils.model_folder import FILES
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,6 @@ PUBLISHED = {  # by the name of the file
     'c2i_B_256.pt': Published('npp', '', 'vq_ds16_c2i.pt', 'npp_b'),
 }
 SHORT_NAMES = {file.preset: name for name, file in PUBLISHED.items() if file.preset}
-WEIGHT_FILES = ('.pth', '.pt', '.ckpt', '.safetensors', '.bin')
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 
 
