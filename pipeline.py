@@ -39,7 +39,7 @@ from models import (
 from models.loading import read_kwargs
 from models.noise import ImageNoise
 from utils.amp_sc import DTYPES, autocast
-from utils.checkpoint import load_on_all_ranks, model_weights, tokenizer_weights
+from utils.checkpoint import kind_of_weights, load_on_all_ranks, model_weights, tokenizer_weights
 from utils.hub import PUBLISHED, locate, upload
 from utils.log import progress_bar
 from utils.model_folder import (
@@ -210,24 +210,20 @@ def _require_pyramid(tokenizer: Part) -> None:
 def _read_file(path: Path, model: str, weights: str) -> Contents:
     """The contents of a file of weights, of which a generator lacks its tokenizer still."""
     checkpoint, digest = load_on_all_ranks(path)
-    prefer_ema = weights == 'ema'
-    average = '' if weights in ('ema', 'raw') else weights
     family = _family_in(checkpoint, path, model)
     trainer = checkpoint.get('trainer', {})
     is_generator = FAMILIES[family].tokenizer is not None
-    holders = trainer.keys() | checkpoint.keys()
-    averages = {'var_ema', 'model_ema', 'ema'} if is_generator else {'vae_ema', 'ema'}
     about = dict(
-        weights=average or ('ema' if prefer_ema and averages & holders else 'raw'),
+        weights=kind_of_weights(checkpoint, weights, is_generator),
         digests=dict(ckpt=digest),
         training=training_of(checkpoint) | dict(file=path.name, file_sha256=digest),
     )
     if not is_generator:
-        state, config = tokenizer_weights(checkpoint, prefer_ema, average)
+        state, config = tokenizer_weights(checkpoint, weights)
         return Contents(None, Part(family, state, config, str(path)), classes=(), sampling={}, **about)
 
     config = trainer.get('config')
-    state = model_weights(checkpoint, prefer_ema, average)
+    state = model_weights(checkpoint, weights)
     read_kwargs(FAMILIES[family].model, state, str(path))  # refuses weights of another family
     generator = Part(family, state, config if isinstance(config, dict) else {}, str(path))
 

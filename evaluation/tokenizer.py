@@ -27,7 +27,7 @@ from evaluation.score import write_json
 from evaluation.settings import TokenizerSettings
 from models import FAMILIES, LPIPS, VQVAE, CodeUsage, Tokenizer, build_tokenizer, families_of
 from utils.amp_sc import autocast
-from utils.checkpoint import load_on_all_ranks, tokenizer_weights
+from utils.checkpoint import kind_of_weights, load_on_all_ranks, tokenizer_weights
 from utils.data import EMBEDDED, EMBEDDED_SIZE, build_transforms, open_split
 from utils.data_sampler import EvalDistributedSampler
 from utils.hub import fetch, lpips_state
@@ -154,9 +154,7 @@ def load_tokenizer(settings: TokenizerSettings, device: torch.device) -> tuple[T
     """
     path = fetch(settings.ckpt)
     checkpoint, digest = load_on_all_ranks(path)
-    prefer_ema = settings.weights == 'ema'
-    average = '' if settings.weights in ('ema', 'raw') else settings.weights
-    state, config = tokenizer_weights(checkpoint, prefer_ema, average)
+    state, config = tokenizer_weights(checkpoint, settings.weights)
     cls = recognise(settings.model, checkpoint, state, str(path))
 
     # Released files have no settings, so a pyramid may have to come from --pn.
@@ -169,12 +167,10 @@ def load_tokenizer(settings: TokenizerSettings, device: torch.device) -> tuple[T
     if counters is not None and not settings.pn and len(counters) != len(tokenizer.quantize.v_patch_nums):
         raise ValueError(f'{path} does not tell the sides of its {len(counters)} code maps: pass --pn')
 
-    holders = checkpoint.keys() | checkpoint.get('trainer', {}).keys()
-    is_averaged = prefer_ema and bool({'vae_ema', 'ema'} & holders)
     source = dict(
         file=str(path),
         model=cls.__name__,
-        weights=average or ('ema' if is_averaged else 'raw'),
+        weights=kind_of_weights(checkpoint, settings.weights, is_generator=False),
         sha256=digest,
     )
     return tokenizer, source

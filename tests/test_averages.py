@@ -249,7 +249,7 @@ def test_a_tokenizer_has_several_averages(train_here, tmp_path):
     found = [checkpoint['trainer'][key]['decoder.conv_out.weight']
              for key in ('vae_wo_ddp', 'vae_ema', 'vae_ema_0.05')]
     assert len({weight.sum().item() for weight in found}) == 3
-    state, _ = tokenizer_weights(checkpoint, average='ema_0.05')
+    state, _ = tokenizer_weights(checkpoint, 'ema_0.05')
     assert torch.equal(state['decoder.conv_out.weight'], found[2])
 
 

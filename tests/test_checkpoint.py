@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.runs import REPO
+from training.saving import CheckpointWriter
 from utils import tensor_files
 from utils.checkpoint import (
     UnusableFile,
@@ -29,7 +30,6 @@ from utils.checkpoint import (
     model_weights,
     newest_checkpoint,
     remove_leftovers,
-    save_checkpoint,
     save_file,
     set_aside,
     tokenizer_weights,
@@ -51,6 +51,11 @@ def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def save_checkpoint(state, folder, prefix, is_best=False):
+    """As a training saves, without its thread."""
+    CheckpointWriter(folder, prefix, in_background=False).save(state, state['iter'], is_best)
 
 
 @pytest.fixture

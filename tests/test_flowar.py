@@ -410,7 +410,7 @@ def test_published_layouts(tmp_path, layout):
     content = dict(flat=state, model=dict(model=state, model_ema=other, epoch=1),
                    model_ema=dict(model=other, model_ema=state, epoch=1))[layout]
     torch.save(content, tmp_path / 'file.pth')
-    weights = model_weights(load_file(tmp_path / 'file.pth'), prefer_ema=layout != 'model')
+    weights = model_weights(load_file(tmp_path / 'file.pth'), 'raw' if layout == 'model' else 'ema')
     loaded = build_generator('flowar', weights, tokenizer.state_dict(), 'a file', 'cpu')
     assert not loaded.training
     options = dict(guidance=2., num_steps=2)

@@ -23,9 +23,9 @@ from utils.tensor_files import (
     write_signed,
 )
 
-__all__ = ['Newest', 'UnusableFile', 'atomic_path', 'first_not_finite', 'load_file', 'load_on_all_ranks',
-           'load_with_digest', 'lock_folder', 'model_weights', 'newest_checkpoint', 'remove_leftovers',
-           'require_finite', 'save_checkpoint', 'save_file', 'set_aside', 'tokenizer_weights',
+__all__ = ['Newest', 'UnusableFile', 'atomic_path', 'first_not_finite', 'kind_of_weights', 'load_file',
+           'load_on_all_ranks', 'load_with_digest', 'lock_folder', 'model_weights', 'newest_checkpoint',
+           'remove_leftovers', 'require_finite', 'save_file', 'set_aside', 'tokenizer_weights',
            'write_checkpoint']
 
 logger = logging.getLogger(__name__)
@@ -35,18 +35,6 @@ COUNTER = 'n_averaged'  # a key of torch's AveragedModel beside its weights, who
 
 
 # ---------------------------------------------------------------------------------------------- writing
-def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike, prefix: str,
-                    is_best: bool = False) -> None:
-    """Check the state of a training, and write it as its newest checkpoint; see `write_checkpoint`.
-
-    Raises:
-        OSError: the disk is full or not writable; every older file is intact.
-        ValueError: a tensor of the state holds nan or an infinite number; nothing is written.
-    """
-    require_finite(state)
-    write_checkpoint(state, folder, prefix, is_best)
-
-
 def require_finite(state: dict[str, Any]) -> None:
     """Make sure that a checkpoint of nan never replaces a good one: no start could continue from it.
 
@@ -262,27 +250,38 @@ def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def model_weights(checkpoint: dict[str, Any], prefer_ema: bool = True,
-                  average: str = '') -> dict[str, torch.Tensor]:
+def model_weights(checkpoint: dict[str, Any], weights: str = 'ema') -> dict[str, torch.Tensor]:
     """The flat weights of a generator: from a checkpoint of ours or upstream's, or from a released file.
 
     Args:
-        prefer_ema: whether to take averaged weights where the file has them.
-        average: one of several averages by its name, such as ema_0.9999; '' takes the first one.
+        weights: 'ema' for averaged weights where the file has them, 'raw' for those of the last step, or one
+            of several averages by its name, such as 'ema_0.9999'.
     Raises:
         ValueError: the file has no such average.
     """
     trainer = checkpoint.get('trainer', {})
-    if average:
-        return _named_average(trainer, 'var_', average)
+    if weights not in ('ema', 'raw'):
+        return _named_average(trainer, 'var_', weights)
     places = [(trainer, 'var_wo_ddp'), (checkpoint, 'model'), (checkpoint, 'module'),
               (checkpoint, 'state_dict')]
-    if prefer_ema:
+    if weights == 'ema':
         places = [(trainer, 'var_ema'), (checkpoint, 'model_ema'), (checkpoint, 'ema'), *places]
     for holder, key in places:
         if _holds_weights(holder, key):
             return without_prefix(holder[key])
     return without_prefix(checkpoint)
+
+
+def kind_of_weights(checkpoint: dict[str, Any], weights: str, is_generator: bool) -> str:
+    """The kind of the weights that `model_weights` or `tokenizer_weights` takes: 'raw' without an average.
+
+    Args:
+        weights: what is asked for, see `model_weights`.
+        is_generator: whether `model_weights` reads the file.
+    """
+    averages = {'var_ema', 'model_ema', 'ema'} if is_generator else {'vae_ema', 'ema'}
+    has_average = averages & (checkpoint.keys() | checkpoint.get('trainer', {}).keys())
+    return 'raw' if weights == 'ema' and not has_average else weights
 
 
 def _named_average(trainer: dict[str, Any], prefix: str, name: str) -> dict[str, torch.Tensor]:
@@ -300,13 +299,12 @@ def _holds_weights(holder: dict[str, Any], key: str) -> bool:
 
 def tokenizer_weights(
     checkpoint: dict[str, Any],
-    prefer_ema: bool = True,
-    average: str = '',
+    weights: str = 'ema',
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tokenizer of a checkpoint of ours (its own or a generator's) or upstream's, or of a released file.
 
     Args:
-        prefer_ema, average: see `model_weights`.
+        weights: see `model_weights`.
     Returns:
         The flat weights, and settings of the architecture that weights do not show; {} in files of others.
     Raises:
@@ -314,10 +312,10 @@ def tokenizer_weights(
     """
     trainer = checkpoint.get('trainer', {})
     trainer_config = trainer.get('config') if 'vae_wo_ddp' in trainer else trainer.get('vae_config')
-    if average:
-        return _named_average(trainer, 'vae_', average), trainer_config
+    if weights not in ('ema', 'raw'):
+        return _named_average(trainer, 'vae_', weights), trainer_config
     keys = ['vae_wo_ddp', 'vae_local', 'model', 'module', 'state_dict']
-    if prefer_ema:
+    if weights == 'ema':
         keys = ['vae_ema', 'ema', *keys]
     for holder, config in ((trainer, trainer_config), (checkpoint, checkpoint.get('config'))):
         for key in keys:

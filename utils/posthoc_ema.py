@@ -157,7 +157,7 @@ def make_averages(settings: PosthocSettings) -> list[float]:
     if not checkpoint:
         raise ValueError(f'expected a checkpoint in {settings.run!r}, which holds the tokenizer: pass the '
                          'output folder of a training')
-    of_last_step = model_weights(checkpoint, prefer_ema=False)
+    of_last_step = model_weights(checkpoint, 'raw')
     beside = {name: checkpoint['trainer'][name] for name in ('config', 'vae_local', 'vae_config')
               if name in checkpoint['trainer']}
     for width, (_, residual), weights in zip(settings.widths, found, sums, strict=True):
