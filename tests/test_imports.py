@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'export', 'utils.doctor', 'utils.pack_data',
-           'utils.check_data', 'utils.posthoc_ema'}
+ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'export', 'hubconf', 'utils.doctor', 'utils.curves',
+           'utils.pack_data', 'utils.check_data', 'utils.posthoc_ema'}
 LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'pipeline'}, {'evaluation'}, {'trainer'}, {'training'}]
 OPTIONAL = {'safetensors', 'safetensors.torch', 'sklearn.datasets', 'huggingface_hub',
             'huggingface_hub.utils', 'torch.utils.tensorboard',
             'torch_fidelity.feature_extractor_inceptionv3',
             'tensorboard.backend.event_processing.event_file_loader',
             'tensorboard.compat.proto.event_pb2', 'tensorboard.summary.writer.record_writer',
-            'matplotlib.backends.backend_agg', 'matplotlib.figure', 'sklearn.neural_network', 'yaml'}
+            'wandb', 'matplotlib.backends.backend_agg', 'matplotlib.figure', 'sklearn.neural_network', 'yaml'}
 # inside models
 ORDER = ['noise', 'scales', 'attention', 'sampling', 'loading', 'recompute', 'base', 'helpers', 'layers',
          'editing', 'basic_var', 'tokenizers', 'vqvae', 'quant', 'basic_vae', 'var', 'flexvar', 'flowar',
@@ -102,9 +102,49 @@ for module in ('dist', 'models', 'utils.data', 'trainer', 'evaluation.score', 'p
     assert (run.returncode, run.stdout, run.stderr) == (0, '', '')
 
 
+def test_systems_without_the_locks_and_signals_of_unix_can_import_all(tmp_path):
+    """As on Windows; a folder is then used without a lock, and that is said."""
+    code = '''
+import importlib, logging, os, signal, sys
+sys.modules['fcntl'] = sys.modules['resource'] = None
+for module, name in ((signal, 'SIGUSR1'), (signal, 'SIGHUP'), (signal, 'SIGKILL'), (os, 'sched_getaffinity'),
+                     (os, 'fork')):
+    delattr(module, name)
+for module in ('train', 'sample', 'evaluate', 'extract', 'export', 'pipeline', 'utils.doctor'):
+    importlib.import_module(module)
+from utils.files import lock_folder
+from utils.machine import available_cpus
+from utils.stop import StopRequest
+with StopRequest(), lock_folder(sys.argv[1]):
+    print(available_cpus() > 0)
+'''
+    run = subprocess.run([sys.executable, '-c', code, str(tmp_path)], cwd=REPO, text=True,
+                         capture_output=True, check=False)
+    assert (run.returncode, run.stdout) == (0, 'True\n'), run.stderr
+    assert 'has no locks (not on this system)' in run.stderr
+
+
 def test_an_installation_has_every_module():
     tomllib = pytest.importorskip('tomllib')  # since Python 3.11
     settings = tomllib.loads((REPO / 'pyproject.toml').read_text())['tool']['setuptools']
     packages = {path.parent.name for path in REPO.glob('*/__init__.py')} - {'tests'}
-    assert {*settings['py-modules']} == {path.stem for path in REPO.glob('*.py')}
+    # torch.hub reads hubconf.py in the repository itself.
+    assert {*settings['py-modules']} == {path.stem for path in REPO.glob('*.py')} - {'hubconf'}
     assert {name.removesuffix('*') for name in settings['packages']['find']['include']} == packages
+
+
+def test_tested_versions_are_within_the_bounds():
+    """constraints.txt pins every package of the requirement files, inside its bounds."""
+    packaging = pytest.importorskip('packaging.requirements')
+    pinned = {}
+    for line in (REPO / 'constraints.txt').read_text().splitlines():
+        name, _, version = line.partition('==')
+        pinned[name.lower().replace('_', '-')] = version
+    for file in ('requirements.txt', 'requirements-eval.txt', 'requirements-dev.txt'):
+        for line in (REPO / file).read_text().splitlines():
+            text = line.partition('#')[0].strip()
+            if text and not text.startswith('-r'):
+                requirement = packaging.Requirement(text)
+                version = pinned[requirement.name.lower().replace('_', '-')]
+                assert version in requirement.specifier, text
+                assert '<' in str(requirement.specifier), f'{text} has no upper bound'

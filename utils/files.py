@@ -1,6 +1,5 @@
 """Files of any kind: written whole or not at all, and folders that one run at a time may write into."""
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -10,6 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +149,9 @@ def take_lock(lock: IO, name: str | os.PathLike, wait: bool) -> bool:
     Raises:
         OSError: reading or writing failed for another reason.
     """
+    if fcntl is None:
+        _warn_of_no_locks(name, 'not on this system')
+        return True
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -152,9 +159,14 @@ def take_lock(lock: IO, name: str | os.PathLike, wait: bool) -> bool:
     except OSError as error:
         if error.errno not in HAS_NO_LOCKS:
             raise
-        logger.warning('the file system of %r has no locks (%s): two runs that write there at once would not '
-                       'be noticed, so make sure that there is one', str(name), error.strerror)
+        _warn_of_no_locks(name, error.strerror)
     return True
+
+
+def _warn_of_no_locks(name: str | os.PathLike, reason: str) -> None:
+    """Say that nothing keeps two runs apart."""
+    logger.warning('the file system of %r has no locks (%s): two runs that write there at once would not '
+                   'be noticed, so make sure that there is one', str(name), reason)
 
 
 def _holder(lock: IO) -> str:
