@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs import TrainConfig, parse_training
+from configs import SAMPLE_CONFIGS, TrainConfig, parse_training
 from configs.options import config_text, flag_of, marked_fields
 from utils.console import announce, one_line_errors
 
@@ -34,7 +34,7 @@ import torch
 
 import dist
 from models import ARModel
-from models.noise import GlobalBatch
+from models.noise import GlobalBatch, ImageNoise
 from pipeline import Pipeline, Pretrained, training_of
 from trainer import StepInfo, weights_checksum
 from training.build import build_model, build_trainer, count_parameters, lower_tokenizer
@@ -231,7 +231,7 @@ class Run:
         header = dict(name=config.exp_name, cmd=' '.join(sys.argv[1:]), seed=self.state.seed,
                       args=vars(config), **self.made_with)
         self.journal = Journal(self.folder, self.folder / config.run_name(world_size), self.trainer,
-                               config.log_every, header,
+                               config, header,
                                (self.steps_done, self.state.epochs_ended) if self.resumed_from else None)
         if dist.is_master():
             path = self.folder / 'config.yaml'
@@ -540,6 +540,8 @@ class Run:
         self.state.best = min(self.state.best, score)
         if self.config.picture_every:
             self.show_pictures(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
+        if self.config.tb and self.config.tb_samples:
+            self.show_samples(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
         headline = [f'{name}: {scores[key]:.4f}' for name, key in self.model.headline.items()
                     if key in scores]
         seconds = time.time() - begin
@@ -569,6 +571,19 @@ class Run:
         count = min(NUM_PICTURES, len(val_set))
         images = torch.stack([val_set[i * len(val_set) // count][0] for i in range(count)])
         self.journal.pictures(images.to(self.device), step)
+
+    def show_samples(self, step: int) -> None:
+        """Samples of the same noise and classes in TensorBoard, after `step` steps; every rank calls it."""
+        count = self.config.tb_samples
+        labels = [i % self.model.num_classes for i in range(count)]
+        settings = SAMPLE_CONFIGS[self.config.model](model=self.config.model, ckpt='in training')
+        with self.trainer.averaged():  # every rank takes part, where weights are sharded
+            if dist.is_master():
+                noise = ImageNoise(0, range(count))
+                with torch.no_grad(), self.trainer.optimizer.amp_ctx:
+                    images_B3HW = self.model.sample(labels, rng=noise, **settings.sample_kwargs())
+                self.journal.samples(images_B3HW.float().clamp(0, 1), step)
+        self.show_life('evaluating')
 
     def measure_missing_distance(self) -> None:
         """Draw the distance of the last epoch, where a start was killed before it was done."""

@@ -1,5 +1,6 @@
 """Settings that several kinds of trainings share."""
 
+import importlib.util
 import re
 import typing
 from dataclasses import dataclass
@@ -198,6 +199,10 @@ class TrainConfig:
     log_every: int = opt(
         500, 'optimizer steps between TensorBoard points', limits=(1, INF), free=True, group='run'
     )
+    tb: bool = opt(True, 'write TensorBoard files', free=True, group='run')
+    wandb: str = opt(
+        '', 'project of Weights & Biases that gets what TensorBoard gets', free=True, group='run'
+    )
     dry_run: bool = opt(False, 'print every derived value as JSON and exit', group='run')
     check: bool = opt(
         False,
@@ -292,6 +297,7 @@ class TrainConfig:
     # Settings that some kinds of models have; those without them behave as if they were off.
     shard = False
     picture_every = 0
+    tb_samples = 0
     fid_images = 0
     vae_bf16 = 0.0
     cached_path = ''
@@ -318,6 +324,10 @@ class TrainConfig:
             raise ValueError(
                 f'--save_every must be a number of steps ("500") or minutes ("20m"), got {self.save_every!r}'
             )
+        if self.wandb and not self.tb:
+            raise ValueError('--wandb sends what TensorBoard gets, and --tb=0 writes nothing: leave out one')
+        if self.wandb and importlib.util.find_spec('wandb') is None:
+            raise ValueError('--wandb needs a package: pip install wandb')
         if len({*self.ema_decays}) < len(self.ema_decays) or 0 in self.ema_decays:
             raise ValueError(
                 f'--{flag_of(self, "ema")} must be one decay, or several that differ and are not 0, '
@@ -552,6 +562,13 @@ class GeneratorConfig(TrainConfig):
         choices=('', 'cpu'),
         free=True,
         group='optimisation',
+    )
+    tb_samples: int = opt(
+        8,
+        'samples of fixed noise in TensorBoard at every evaluation',
+        limits=(0, 1024),
+        free=True,
+        group='run',
     )
     fid_images: int = opt(
         0,

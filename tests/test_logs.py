@@ -1,14 +1,19 @@
 """What a training leaves to read: log.txt, stdout.txt, TensorBoard, the checkpoint, and the first loss."""
+import importlib.util
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import parse_training
 from tests.runs import CLASSES, VQVAE_FLAGS, epochs_of, read
 from training.data import waiting_note
 from utils import log
+from utils.curves import draw, read_curves, short_names
 
 
 @pytest.fixture(scope='module')
@@ -103,3 +108,68 @@ def test_waiting_for_data_is_named_once(train_here, tmp_path, monkeypatch):
 def test_what_helps_against_waiting(flags, remedies):
     config = parse_training(['--bs=64', *flags])
     assert waiting_note(config, 0.347, num_cpus=8) == f'waiting for data takes 35% of the time: {remedies}'
+
+
+# ---------------------------------------------------------------------------------------------- TensorBoard
+def test_samples_settings_and_times_are_in_tensorboard(folder):
+    """Samples at both evaluations, of other weights: other pictures of the same noise."""
+    [events] = [EventAccumulator(str(path), size_guidance={'images': 0}).Reload()
+                for path in folder.glob('tb-*')]
+    first, last = events.Images('AR_samples')
+    assert first.step < last.step and first.encoded_image_string != last.encoded_image_string
+    assert '| depth | 1 |' in events.Tensors('settings/text_summary')[0].tensor_proto.string_val[0].decode()
+    shares = [events.Scalars(f'AR_time/{name}') for name in ('data', 'tokenizer', 'model')]
+    assert sum(share[-1].value for share in shares) == pytest.approx(1, abs=1e-5)
+    assert 0 < events.Scalars('AR_time/mfu')[-1].value < 1
+
+
+def test_without_tensorboard_nothing_else_changes(folder, train_here, tmp_path):
+    """Samples draw no random numbers of the training."""
+    tokenizer = folder.parent / 'vae' / 'vae-ckpt-best.pth'
+    train_here(tmp_path, f'--vae_ckpt={tokenizer}', '--ep=3', '--eval_every=2', '--fp16=2', '--tb=0')
+    assert not list(tmp_path.glob('tb-*'))
+    assert [line['L_mean'] for line in epochs_of(tmp_path)] == [line['L_mean'] for line in epochs_of(folder)]
+
+
+def test_wandb_gets_what_tensorboard_gets(monkeypatch, tmp_path):
+    """The same run for all starts of a training."""
+    calls = []
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **options: calls.append(options)))
+    for name in ('a', 'b', 'a'):
+        log.mirror_in_wandb('digits', name, tmp_path / name, dict(depth=1))
+    ids = [call.pop('id') for call in calls]
+    assert ids[0] == ids[2] != ids[1]
+    assert calls[0] == dict(project='digits', name='a', resume='allow', dir=str(tmp_path / 'a'),
+                            config=dict(depth=1), sync_tensorboard=True)
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (['--wandb=digits'], '--wandb needs a package: pip install wandb'),
+    (['--wandb=digits', '--tb=0'], '--wandb sends what TensorBoard gets'),
+])
+def test_wandb_is_refused_in_one_line(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit):
+        parse_training(['--data_path=digits', *flags])
+    assert capsys.readouterr().err.startswith(f'train.py: {message}')
+
+
+# ---------------------------------------------------------------------------------------------- curves
+def test_curves_have_each_evaluation_once(folder):
+    curves = read_curves(folder)
+    steps = [line['it'] for line in epochs_of(folder)]
+    assert curves['L_mean'].steps == steps
+    assert curves['vL_mean'].steps == steps[1:]
+    assert 'lr' not in curves and 'vL_tail' in curves
+
+
+def test_curves_of_runs_are_drawn_side_by_side(folder, tmp_path):
+    draw([folder, folder.parent / 'vae'], tmp_path / 'curves.png')
+    with Image.open(tmp_path / 'curves.png') as picture:
+        assert picture.size[0] > 1000  # three panels in a row
+    assert short_names([folder, folder.parent / 'vae']) == ['var', 'vae']
+
+
+def test_folders_without_a_log_have_no_curves(tmp_path):
+    with pytest.raises(ValueError, match='expected the log of a training'):
+        read_curves(tmp_path)

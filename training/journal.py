@@ -6,7 +6,10 @@
 | steps.jsonl | at the same steps, and at every `--log_every`th | rates, gradient, metrics, slowest rank |
 | TensorBoard, `AR_iter_*`, `VAE_iter`, `AR_opt_*` | at every `--log_every`th step | the same |
 | log.txt; TensorBoard, `AR_ep_loss`, `VAE_ep` | after every epoch | means of logged steps, validation |
+| TensorBoard, `AR_time` | after every epoch | where the time went at its end, MFU |
 | TensorBoard, `VAE_pictures`, `VAE_codes` | every `--picture_every` steps, at evaluations | pictures |
+| TensorBoard, `AR_samples` | at evaluations | `--tb_samples` images of the same noise |
+| TensorBoard, `settings` | at the beginning | all settings |
 
 Lines and points are written before the checkpoint that covers them, so that a kill never loses one. A start
 removes the lines and points that are later than the checkpoint which it continues from, since it repeats
@@ -21,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.utils import make_grid
 
 import dist
+from configs import TrainConfig
 from trainer import StepInfo, Trainer
 from training.pace import Pace
 from training.snapshots import rewind_snapshots
@@ -34,12 +39,14 @@ from utils.log import (
     append_json_line,
     keep_events,
     keep_json_lines,
+    mirror_in_wandb,
     read_json_lines,
 )
 
 logger = logging.getLogger(__name__)
-EPOCH_HEADS = ('AR_ep_loss/', 'AR_z_burnout/', 'VAE_ep/')  # tags whose points are counted in epochs
-PICTURE_HEADS = ('VAE_pictures/', 'VAE_codes/')            # tags of pictures and histograms
+# Tags whose points are counted in epochs, and those of pictures and histograms.
+EPOCH_HEADS = ('AR_ep_loss/', 'AR_z_burnout/', 'AR_time/', 'VAE_ep/')
+PICTURE_HEADS = ('VAE_pictures/', 'VAE_codes/', 'AR_samples')
 LINES_PER_EPOCH = 5
 LINES_PER_LONG_EPOCH = 30
 LONG_EPOCH = 8000  # an epoch with more steps is a long one
@@ -52,13 +59,13 @@ class Journal:
         folder: where log.txt and steps.jsonl are.
         tb_dir: where the TensorBoard files are.
         trainer: its metrics are logged.
-        every: steps between two points in TensorBoard.
+        config: `log_every`, the steps between two points in TensorBoard; `tb` and `wandb`.
         header: the first line of log.txt; its entry `args` holds the settings.
         position: (steps, epochs) that are done in the checkpoint of this start; None without a checkpoint.
     """
 
-    def __init__(self, folder: Path, tb_dir: Path, trainer: Trainer, every: int, header: dict[str, Any],
-                 position: tuple[int, int] | None):
+    def __init__(self, folder: Path, tb_dir: Path, trainer: Trainer, config: TrainConfig,
+                 header: dict[str, Any], position: tuple[int, int] | None):
         self.folder = folder
         self.trainer = trainer
         self.headline = trainer.model.headline  # name in the progress line -> key of the metrics
@@ -67,11 +74,15 @@ class Journal:
         if dist.is_master():
             folder.mkdir(parents=True, exist_ok=True)
             open_logs(folder, tb_dir, header, position)
+            if config.wandb:
+                mirror_in_wandb(config.wandb, config.exp_name, folder, header['args'])
         self.tb = TensorboardLogger(
-            str(tb_dir) if dist.is_master() else None,
+            str(tb_dir) if dist.is_master() and config.tb else None,
             filename_suffix=time.strftime('__%m%d_%H%M'),
-            every=every,
+            every=config.log_every,
         )
+        if position is None:
+            self.tb.log_text('settings', in_markdown(header['args']), step=0)
 
     # ------------------------------------------------------------------------------ steps
     def begin_epoch(self, begin: int, rates: list[float]) -> MetricLogger:
@@ -170,6 +181,16 @@ class Journal:
         for tag, counts in self.trainer.histograms().items():
             self.tb.log_tensor_as_distri(tag, counts, step)
 
+    def samples(self, images_B3HW: torch.Tensor, step: int) -> None:
+        """Write samples as one picture; the first rank calls it.
+
+        Args:
+            images_B3HW: samples in [0, 1].
+            step: number of steps that are done.
+        """
+        rows = math.ceil(len(images_B3HW) ** 0.5)
+        self.tb.log_image('AR_samples', make_grid(images_B3HW, nrow=rows, padding=2, pad_value=1.), step)
+
     # ------------------------------------------------------------------------------ epochs
     def after_epoch(self, epoch: int, num_epochs: int, steps_done: int, validation: dict[str, float],
                     is_evaluated: bool, weight_decay: float, remaining: float) -> None:
@@ -201,6 +222,7 @@ class Journal:
         new_scores = scores if is_evaluated else {}
         self.tb.update(self.trainer.epoch_tag, step=epoch + 1, **train, **new_scores)
         self.tb.update('AR_z_burnout', step=epoch + 1, rest_hours=remaining / 3600)
+        self.tb.update('AR_time', step=epoch + 1, **self.meters.shares)
         self.tb.flush()
         line = dict(
             it=steps_done,
@@ -239,6 +261,12 @@ class Journal:
         self.tb.flush()
         line = {'it': steps_done, 'ep': f'{epoch + 1}/{num_epochs}', name: value}
         append_json_line(self.folder / 'log.txt', line)
+
+
+def in_markdown(settings: dict[str, Any]) -> str:
+    """A table of settings as TensorBoard shows it."""
+    rows = [f'| {name} | {value} |' for name, value in settings.items()]
+    return '\n'.join(['| setting | value |', '|---|---|', *rows])
 
 
 def lines_per_epoch(steps: int) -> int:

@@ -1,5 +1,6 @@
 """Logs of a run: the console and stdout.txt, progress lines, meters, TensorBoard, and their repair."""
 import datetime
+import hashlib
 import io
 import json
 import logging
@@ -159,6 +160,7 @@ class MetricLogger:
         log_iters: iterations of the epoch after which a progress line is written.
         regular_iters: those of them that do not depend on where a start begins.
         notes: end every progress line.
+        shares: of the time up to the last progress line that data, tokenizer and model took, and `mfu`.
     """
 
     def __init__(self, delimiter: str = '  '):
@@ -167,6 +169,7 @@ class MetricLogger:
         self.log_iters = set()
         self.regular_iters: set[int] = set()
         self.notes: list[str] = []
+        self.shares: dict[str, float] = {}
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         """Show `meter` under `name`, in place of one with the default format."""
@@ -243,9 +246,12 @@ class MetricLogger:
                 f'data: {data_seconds / num_iters:.3f}',
                 f'images/s: {images_per_iter * num_iters / seconds:.1f}',
             ]
+            self.shares = dict(data=data, tokenizer=tokenizer, model=model)
             flops = take_flops()
             if flops:
-                parts.append(f'mfu: {flops / seconds / peak_flops:.1%}')
+                mfu = flops / seconds / peak_flops
+                self.shares['mfu'] = mfu
+                parts.append(f'mfu: {mfu:.1%}')
             parts.append(f'data/tokenizer/model: {data:.0%}/{tokenizer:.0%}/{model:.0%}')
             parts += self.notes
             logger.info(self.delimiter.join(parts))
@@ -307,6 +313,11 @@ class TensorboardLogger:
         if self.writer is not None:
             self.writer.add_image(tag, image_chw, self.step if step is None else step)
 
+    def log_text(self, tag: str, text: str, step: int | None = None) -> None:
+        """Write a text in Markdown; without `step` at the current step."""
+        if self.writer is not None:
+            self.writer.add_text(tag, text, self.step if step is None else step)
+
     def flush(self) -> None:
         """Make sure that all points are in the file."""
         if self.writer is not None:
@@ -316,6 +327,22 @@ class TensorboardLogger:
         """End the file."""
         if self.writer is not None:
             self.writer.close()
+
+
+def mirror_in_wandb(project: str, name: str, folder: Path, settings: dict[str, Any]) -> None:
+    """Send what TensorBoard files will get to Weights & Biases, too; to be called before they are opened.
+
+    All starts of a training continue one run there, which is known by the path of its folder. Without a
+    network, `WANDB_MODE=offline` keeps everything in `folder` for `wandb sync`.
+
+    Args:
+        project: of Weights & Biases. name: of the run there. folder: of the output.
+        settings: of the training.
+    """
+    import wandb
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    wandb.init(project=project, name=name, id=run_id, resume='allow', dir=str(folder), config=settings,
+               sync_tensorboard=True)
 
 
 def progress_bar(total: int, text: str, unit: str = 'image') -> tqdm:
