@@ -461,9 +461,11 @@ class Run:
         if info.is_finite:
             return
         self.journal.show_skipped(self.state.skipped_steps)
-        sampler = train_sampler(self.config, len(self.data.train))
-        images = sampler.epoch_batches(epoch)[self.step_of_epoch(step)]
-        self.skipped.report(epoch, step, info, [name_of(self.data.train, image) for image in images])
+        num_images = len(self.data.train)
+        sampler = train_sampler(self.config, num_images)
+        numbers = sampler.epoch_batches(epoch)[self.step_of_epoch(step)]
+        names = [name_of(self.data.train, number % num_images) for number in numbers]
+        self.skipped.report(epoch, step, info, names)
 
     def require_finite_end(self, epoch: int) -> None:
         """Do not end as if all were well, with the weights that made the last steps overflow.

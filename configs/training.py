@@ -87,6 +87,13 @@ class TrainConfig:
         free=True,
         group='data',
     )
+    repeat: int = opt(
+        1,
+        'passes over the training images that make an epoch: of a few hundred images one takes a moment, and '
+        'every epoch ends with a checkpoint',
+        limits=(1, INF),
+        group='data',
+    )
     max_bad_images: int = opt(
         100,
         'training images that may be unreadable: each is replaced by another one and named; more end the run',

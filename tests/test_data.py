@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
 
+from configs import parse_training
 from tests.vectors import assert_within, load_json, load_tensors, needs_rng
+from training.data import build_data, train_sampler
 from utils.data import (
     AdmRandomCrop,
     ClassFolders,
@@ -207,6 +209,23 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, num_workers
     before = torch.get_rng_state()
     KeyedAugmentation(dataset, seed=7)[keys[0]]
     assert torch.equal(before, torch.get_rng_state()) and state.shape == before.shape
+
+
+def test_an_epoch_may_be_several_passes(tmp_path):
+    """`--repeat` shows every image so many times an epoch, each time with other random numbers."""
+    folder = str(write_images(tmp_path))
+    config = parse_training([f'--data_path={folder}', '--pn=1_2', '--patch_size=8', '--hflip=1', '--bs=4',
+                             '--mid_reso=1.5', '--repeat=3', '--workers=0'])
+    data = build_data(config)
+    sampler = train_sampler(config, len(data.train))
+    numbers = [number for batch in sampler.epoch_batches(epoch=0) for number in batch]
+    assert sorted(numbers[:18]) == [*range(18)]
+
+    # Image 2, in two of the passes.
+    keyed = KeyedAugmentation(data.train, seed=7)
+    image, label = keyed[0, 2]
+    again, same_label = keyed[0, 2 + 6]
+    assert label == same_label and not torch.equal(image, again)
 
 
 @pytest.mark.parametrize(('crop', 'mid_reso'), [('resize', 1.5), ('adm', 1.25)])

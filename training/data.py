@@ -102,14 +102,15 @@ def train_sampler(config: TrainConfig, num_images: int,
                   start: tuple[int, int] = (0, 0)) -> DistInfiniteBatchSampler:
     """The images that this rank sees at every step, from `start` = (epoch, step) on.
 
-    A batch holds the images of all micro-steps of one optimizer step on this rank.
+    A batch holds the images of all micro-steps of one optimizer step on this rank. Where an epoch is several
+    passes over the images, each has a number for every pass: i, i + num_images, and so on.
     """
     world_size = dist.get_world_size()
     epoch, step = start
     return DistInfiniteBatchSampler(
         world_size,
         dist.get_rank(),
-        num_images,
+        num_images * config.repeat,
         glb_batch_size=config.micro_batch(world_size) * config.accumulate,
         same_seed_for_all_ranks=config.same_seed_for_all_ranks,
         fill_last=True,

@@ -733,7 +733,8 @@ def keyed_random(*keys: int) -> Iterator[None]:
 class KeyedAugmentation(Dataset):
     """Items by (epoch, index), whose random transforms depend on (seed, epoch, index) alone.
 
-    So augmentation is the same for any number of workers and ranks, and after any restart.
+    So augmentation is the same for any number of workers and ranks, and after any restart. An index beyond
+    the last image counts on from the first one: the same images, with other random numbers.
 
     Args:
         dataset: its items are (image, label).
@@ -755,11 +756,12 @@ class KeyedAugmentation(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
+        image_index = index % len(self.dataset)
         if not self.replace_damaged:
-            return self._item(index, epoch, index)
+            return self._item(image_index, epoch, index)
         damage = ''
         for attempt in range(MAX_REPLACEMENTS):
-            chosen = index
+            chosen = image_index
             if attempt > 0:
                 chosen = mix_seed(self.seed, epoch, index, attempt) % len(self.dataset)
             try:
