@@ -24,7 +24,8 @@ def without_torch(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'extract.py', 'evaluate.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'extract.py', 'evaluate.py',
+                                    '-m recipes.photos'])
 def test_help_needs_no_torch(without_torch, script):
     code, output, errors = without_torch(f'{script} --help')
     assert (code, errors) == (0, '')
@@ -39,7 +40,10 @@ def test_help_needs_no_torch(without_torch, script):
     ('extract.py --vae_path=/nowhere.pth --cached_path=OUT', 1, "no file '/nowhere.pth'"),
     ('evaluate.py stat', 2, 'the nearest command is stats'),
     ('evaluate.py /nowhere.npz /nowhere', 2, 'found nothing at /nowhere.npz'),
-    ('evaluate.py tokenizer --ckpt=/nowhere.pth --data_path=toy', 2, "no file '/nowhere.pth'")])
+    ('evaluate.py tokenizer --ckpt=/nowhere.pth --data_path=toy', 2, "no file '/nowhere.pth'"),
+    ('-m recipes.photos /nowhere', 2, "a folder of photos, found none at '/nowhere'"),
+    ('-m recipes.photos docs', 1, 'expected at least 2 photos'),
+    ('-m recipes.photos docs --size=50', 2, '--size must be one of')])
 def test_a_wrong_command_needs_no_torch(without_torch, command, exit_code, words):
     code, _, errors = without_torch(command)
     assert code == exit_code
