@@ -768,6 +768,9 @@ class AdaLNConfig(PyramidConfig, CachedConfig):
     depth: int = opt(
         16, 'transformer blocks; heads = depth, width = 64 * depth', limits=(1, INF), group='most used'
     )
+    width: int = opt(
+        0, 'another width than 64 * depth, a multiple of the depth; 0 is the published one', limits=(0, INF)
+    )
     shared_aln: bool = opt(False, 'one AdaLN projection for all blocks', 'saln')
     attn_l2_norm: bool = opt(True, 'unit queries and keys with a learnt scale', 'anorm')
     flash: bool = opt(True, 'use flash-attn or xformers where installed and suitable', 'fuse')
@@ -780,8 +783,21 @@ class AdaLNConfig(PyramidConfig, CachedConfig):
     init_adaln_gamma: float = opt(1e-5, 'multiplier of the AdaLN gamma weights', 'alng')
     label_smooth: float = opt(0.0, 'label smoothing', 'ls', limits=(0, 0.999))
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % self.depth:
+            raise ValueError(
+                f'--width must be a multiple of --depth={self.depth}, the number of heads, got {self.width}: '
+                f'pass --width={max(self.width // self.depth, 1) * self.depth}'
+            )
+        if self.width and not self.attn_l2_norm:
+            raise ValueError(
+                '--width needs --anorm=1, since weights without it do not tell their number of heads: '
+                'leave out one of them'
+            )
+
     def model_size(self) -> dict[str, Any]:
-        return dict(depth=self.depth)
+        return dict(depth=self.depth, width=self.width)
 
     def model_kwargs(self, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
         return dict(
@@ -803,7 +819,7 @@ class AdaLNConfig(PyramidConfig, CachedConfig):
 
     def derived(self, world_size: int) -> dict[str, Any]:
         kwargs = self.model_kwargs(1, 1)
-        std = (1 / (3 * 64 * self.depth)) ** 0.5
+        std = (1 / (3 * (self.width or 64 * self.depth))) ** 0.5
         return super().derived(world_size) | dict(
             drop_path_rate=kwargs['drop_path_rate'], init_std=self.init_std if self.init_std >= 0 else std
         )

@@ -336,9 +336,13 @@ NO_WEIGHT_DECAY = frozenset({
     'lvl_embed', 'gamma', 'beta', 'ada_gss', 'moe_bias', 'scale_mul'})
 
 
-def kwargs_from_depth(depth: int) -> dict[str, Any]:
-    """Sizes that follow from the depth in every published VAR and FlexVAR."""
-    return dict(depth=depth, embed_dim=64 * depth, num_heads=depth)
+def kwargs_from_depth(depth: int, width: int = 0) -> dict[str, Any]:
+    """Sizes that follow from the depth, as in every published VAR and FlexVAR.
+
+    Args:
+        width: another one than the published 64 * depth; as many heads share it. 0 takes the published one.
+    """
+    return dict(depth=depth, embed_dim=width or 64 * depth, num_heads=depth)
 
 
 def published_sizes(depth: int) -> dict[str, Any]:
