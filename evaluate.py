@@ -5,6 +5,7 @@
     evaluate.py pack FOLDER OUT.npz    PNG files as one npz, shuffled
     evaluate.py classify-eval SAMPLE   how often a classifier sees the requested class
     evaluate.py reject IN OUT.npz      keep the images of each class that a classifier is surest of
+    evaluate.py scaling FOLDER         scaling laws of trainings of several depths
     evaluate.py tokenizer --ckpt=FILE  PSNR, SSIM, LPIPS, rFID and code usage (also: reconstruct-eval)
 
 Exit codes: 0 done, 2 wrong usage or input, 3 weights of a feature network or classifier are missing; torchrun
@@ -17,6 +18,7 @@ from evaluation.settings import (
     ClassifySettings,
     PackSettings,
     RejectSettings,
+    ScalingSettings,
     ScoreSettings,
     StatsSettings,
     TokenizerSettings,
@@ -34,6 +36,7 @@ if __name__ == '__main__':
 import dist
 from evaluation.classify import evaluate_classify, evaluate_reject
 from evaluation.pack import evaluate_pack, evaluate_stats
+from evaluation.scaling_laws import evaluate_scaling
 from evaluation.score import evaluate_images
 from evaluation.tokenizer import evaluate_tokenizer
 from utils.log import setup_logging
@@ -45,6 +48,7 @@ FUNCTIONS = {
     PackSettings: evaluate_pack,
     ClassifySettings: evaluate_classify,
     RejectSettings: evaluate_reject,
+    ScalingSettings: evaluate_scaling,
     TokenizerSettings: evaluate_tokenizer,
 }
 

@@ -307,6 +307,30 @@ class TokenizerSettings:
         require_data(self.data_path)
 
 
+@dataclass(frozen=True)
+class ScalingSettings:
+    """Settings of `evaluate.py scaling`."""
+
+    runs: str = opt('', 'folder with an output folder of train.py for each training', positional=True,
+                    path=True)
+    draws: int = opt(1000, 'bootstrap draws for the intervals', limits=(1, INF))
+    seed: int = opt(0, 'of these draws', limits=(0, 2 ** 63 - 1))
+    json: str = opt('', 'file for trainings, laws and intervals', path=True)
+    plot: str = opt('', 'PNG file for the plot', path=True)
+
+    def __post_init__(self):
+        expand_paths(self)
+        check_values(self)
+        if not self.runs:
+            raise ValueError('expected FOLDER: evaluate.py scaling FOLDER, where FOLDER/*/log.txt are the '
+                             'logs of trainings of several depths')
+
+    def require_files(self) -> None:
+        """As of the other commands."""
+        if not Path(self.runs).is_dir():
+            raise ValueError(f'expected a folder of trainings, found none at {self.runs}: check the path')
+
+
 class Command(NamedTuple):
     """A command of `evaluate.py`."""
     settings: type    # dataclass of its flags
@@ -320,6 +344,7 @@ COMMANDS = {
     'pack': Command(PackSettings, 'Pack a folder of images into one npz.'),
     'classify-eval': Command(ClassifySettings, 'Rate images by a classifier.'),
     'reject': Command(RejectSettings, 'Rejection sampling by a classifier.'),
+    'scaling': Command(ScalingSettings, 'Fit scaling laws to trainings of several depths.'),
     'tokenizer': TOKENIZER,
     'reconstruct-eval': TOKENIZER,
 }

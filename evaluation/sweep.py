@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from evaluation.pictures import new_figure, save_figure
 from utils.checkpoint import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -54,20 +55,15 @@ class ScoreTable:
 
     def plot(self) -> None:
         """Draw `<output>.png`: a panel per score over the first setting, a line per value of the rest."""
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            logger.warning('%s has all scores; the plot needs pip install matplotlib', self.csv)
-            return
         first, *others = self.settings
         scores = [name for name in PLOTTED if all(row.get(name) for row in self.rows)]
         if not scores:
             return
+        figure = new_figure(4 * len(scores), 3.4)
+        if figure is None:
+            logger.warning('%s has all scores; the plot needs pip install matplotlib', self.csv)
+            return
 
-        # Agg draws without a screen.
-        figure = Figure(figsize=(4 * len(scores), 3.4), dpi=120, layout='constrained')
-        FigureCanvasAgg(figure)
         lines: dict[str, list[dict[str, str]]] = {}
         for row in self.rows:
             label = ', '.join(f'{name} {row[name]}' for name in others)
@@ -82,8 +78,7 @@ class ScoreTable:
             axis.grid(alpha=0.3)
         if others:
             axis.legend(fontsize='x-small')
-        with atomic_path(self.png) as temporary:
-            figure.savefig(temporary, format='png')
+        save_figure(self.png, figure)
 
 
 def axis_value(text: str) -> float | str:
