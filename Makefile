@@ -2,13 +2,14 @@
 # make demo-flexvar: the same with FlexVAR, at several numbers of steps, sizes and shapes
 # make demo-flowar: the same with FlowAR, two weightings of its loss compared
 # make demo-npp: the same with NPP, against next-token training of at least equal time
+# make demo-scaling: VARs of five depths, and the laws that their losses and errors follow
 # make bench: the product against the published way of computing, on this machine, into bench/results
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-flexvar demo-flowar demo-npp test test-slow lint bench
-demo demo-flexvar demo-flowar demo-npp:
+.PHONY: demo demo-flexvar demo-flowar demo-npp demo-scaling test test-slow lint bench
+demo demo-flexvar demo-flowar demo-npp demo-scaling:
 	began=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/ready && PYTHON=$(CURDIR)/$(BIN)/python BEGAN=$$began bash recipes/$(subst -,_,$@).sh
 
 test: $(VENV)/ready
