@@ -1,17 +1,27 @@
-"""The demo: its commands parse, its scores mean what they say, and (slow) all of it meets its bars."""
+"""The demos: their commands parse, their scores mean what they say, and (slow) all of it meets its bars.
+
+The notebooks run on what the demos have trained, and show what is stored in them.
+"""
+import base64
 import dataclasses
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
+from PIL import Image
 
 from bench import common, demo_flexvar_report, demo_flowar_report, demo_npp_report, demo_var_report
 from configs import parse_sampling, parse_training
+from configs.extraction import parse_extraction
 from configs.options import make_parser
 from extract import ExtractSettings
 from tests.test_imports import REPO
@@ -108,6 +118,30 @@ def test_npp_commands_parse_and_fit_together():
         config.check_batch(world_size=2)
 
 
+def test_scaling_commands_parse_and_fit_together():
+    """At least five depths, which differ in nothing but their size, on the tokenizer of the first demo."""
+    scripts, flags = zip(*((script, rest) for script, *rest in commands('demo_scaling.sh')), strict=True)
+    assert scripts[:3] == ('train.py', 'extract.py', 'extract.py') and set(scripts[3:]) == {'train.py'}
+    vqvae, *ladder = [parse_training(rest) for script, rest in zip(scripts, flags, strict=True)
+                      if script == 'train.py']
+    assert len(ladder) >= 5
+    of_demo = parse_training(commands('demo.sh')[0][1:])
+    assert dataclasses.replace(vqvae, output_dir=of_demo.output_dir) == of_demo
+    train_codes, val_codes = map(parse_extraction, flags[1:3])
+    assert (train_codes.split, val_codes.split) == ('train', 'val')
+    first = ladder[0]
+    for config in ladder:
+        of_first = dict(depth=first.depth, width=first.width, output_dir=first.output_dir)
+        assert dataclasses.replace(config, **of_first) == first, 'they differ in nothing else'
+        assert config.width == config.depth * first.width and not config.hflip
+        assert config.cached_path == train_codes.cached_path == 'out/codes'
+        assert config.cached_val_path == val_codes.cached_path
+        assert config.patch_nums == train_codes.patch_nums == vqvae.patch_nums
+        assert Path(config.vae_ckpt).parent == Path(vqvae.output_dir)
+        config.check_batch(world_size=2)
+    assert len({config.output_dir for config in ladder}) == len(ladder)
+
+
 @pytest.mark.parametrize(('epochs', 'expected'), [
     (4, [(10., 5.), (30., 3.)]), (5, [(10., 5.), (30., 3.), (40., 2.)])])
 def test_npp_curves_are_by_the_cost_of_each_phase(tmp_path, epochs, expected):
@@ -156,6 +190,52 @@ def test_curves_of_logs_with_rare_validations(tmp_path):
     assert (tmp_path / 'curves.png').stat().st_size > 10_000
 
 
+def assert_notebook_shows_what_is_stored(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a notebook in a kernel on the demos in this folder; it must show what is stored in it.
+
+    Another processor rounds otherwise, so that a training ends elsewhere: pictures have the same sizes and
+    show as much, and words are the same, but for the digits of numbers, which differ by a tenth at most.
+    """
+    monkeypatch.setenv('PYTHONPATH', str(REPO))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    for variable in ('CKPT', 'VAE_CKPT', 'IMAGE', 'LABEL'):
+        monkeypatch.delenv(variable, raising=False)
+    stored = nbformat.read(REPO / name, as_version=4)
+    executed = nbformat.read(REPO / name, as_version=4)
+    NotebookClient(executed, timeout=300, resources=dict(metadata=dict(path=str(folder)))).execute()
+    for cell, expected in zip(executed.cells, stored.cells, strict=True):
+        # Warnings of packages depend on what is installed, and are not stored.
+        outputs = [output for output in cell.get('outputs', []) if output.get('name') != 'stderr']
+        assert_same_outputs(outputs, expected.get('outputs', []))
+
+
+def assert_same_outputs(outputs: list, expected: list) -> None:
+    assert [output.output_type for output in outputs] == [output.output_type for output in expected]
+    for output, stored in zip(outputs, expected, strict=True):
+        if output.output_type == 'stream':
+            words, numbers = words_and_numbers(output.text)
+            expected_words, expected_numbers = words_and_numbers(stored.text)
+            assert words == expected_words
+            assert numbers == pytest.approx(expected_numbers, rel=0.1, abs=0.02)
+        elif 'image/png' in stored.data:
+            picture = pixels_of(output)
+            stored_picture = pixels_of(stored)
+            assert picture.shape == stored_picture.shape
+            assert picture.std() == pytest.approx(stored_picture.std(), rel=0.2)
+
+
+def pixels_of(output: dict) -> np.ndarray:
+    """The picture of an output."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data['image/png']))).convert('RGB'))
+
+
+def words_and_numbers(text: str) -> tuple[list[str], list[float]]:
+    """A text without its numbers, and these."""
+    number = r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?'
+    words = re.sub(number, '#', text).split()
+    return words, [float(found.replace(',', '')) for found in re.findall(number, text)]
+
+
 def run_demo(script: str, folder: Path, bars: dict[str, float], pictures: tuple[str, ...]) -> dict:
     """The report of a demo, which meets its bars and leaves its pictures."""
     env = {**os.environ, 'PYTHON': sys.executable, 'OUT': str(folder)}
@@ -169,17 +249,41 @@ def run_demo(script: str, folder: Path, bars: dict[str, float], pictures: tuple[
 
 
 @pytest.mark.slow
-def test_demo_meets_its_bars(tmp_path):
-    report = run_demo('demo.sh', tmp_path, demo_var_report.BARS,
+def test_demo_meets_its_bars(tmp_path, monkeypatch):
+    report = run_demo('demo.sh', tmp_path / 'local_output' / 'demo', demo_var_report.BARS,
                       ('samples.png', 'reconstructions.png', 'curves.png'))
     assert report['num_samples'] >= 1000
+    assert_notebook_shows_what_is_stored('demo_sample.ipynb', tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_flexvar_demo_meets_its_bars(tmp_path):
-    report = run_demo('demo_flexvar.sh', tmp_path, demo_flexvar_report.BARS,
+def test_flexvar_demo_meets_its_bars(tmp_path, monkeypatch):
+    report = run_demo('demo_flexvar.sh', tmp_path / 'local_output' / 'demo_flexvar', demo_flexvar_report.BARS,
                       ('samples.png', 'inpainted.png', 'reconstructions.png', 'curves.png'))
     assert report['num_samples']['samples'] >= 1000
+    assert_notebook_shows_what_is_stored('demo_zero_shot_edit.ipynb', tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_scaling_notebook_shows_what_is_stored(tmp_path, monkeypatch):
+    assert_notebook_shows_what_is_stored('demo_scaling_laws.ipynb', tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_scaling_demo_resumes_and_fits(tmp_path):
+    """A ladder of one epoch each; the same command again trains nothing, and fits the same laws."""
+    env = {**os.environ, 'PYTHON': sys.executable, 'OUT': str(tmp_path / 'ladder'),
+           'TOKENIZER': str(tmp_path / 'vqvae'), 'DEPTHS': '1 2 3 4', 'EPOCHS': '2', 'TOKENIZER_STEPS': '45'}
+    reports = []
+    for _ in range(2):
+        subprocess.run(['bash', str(REPO / 'recipes' / 'demo_scaling.sh')], env=env, check=True)
+        reports.append((tmp_path / 'ladder' / 'scaling.json').read_text())
+    assert reports[0] == reports[1]
+    assert [run['depth'] for run in json.loads(reports[0])['runs']] == [1, 2, 3, 4]
+    assert (tmp_path / 'ladder' / 'scaling.png').stat().st_size > 20_000
+    for depth in range(1, 5):
+        log = (tmp_path / 'ladder' / f'd{depth}' / 'log.txt').read_text()
+        assert log.count('"ep": "1/2"') == 1
 
 
 @pytest.mark.slow
