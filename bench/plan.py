@@ -1,7 +1,9 @@
 """Plans a published training on N cards: hours, memory, communication and checkpoints.
 
     python -m bench.plan --preset=var_d30 --cards=8 --card=H100-SXM
+    python -m bench.plan --memory
 
+The second command prints the memory of published sizes, sharded or not (see `bench.memory_model`).
 Everything printed is a model, not a measurement: counts of the real code on fake tensors (see `bench.cost`),
 divided by the figures of datasheets. Real trainings are slower, and take some memory more for the context of
 CUDA, work space and fragments.
@@ -17,6 +19,7 @@ import torch
 from bench.common import report_header, write_json
 from bench.cost import build_on_meta, published_config, published_depths, training_cost
 from bench.counter import CARDS, LAUNCH_SECONDS, Card, Cost, extrapolated, seconds_on
+from bench.memory_model import SIZES, print_table
 from configs import PRESETS, TrainConfig
 from models import NPP, ARModel, FlowAR
 from training.build import count_parameters
@@ -204,8 +207,14 @@ def main() -> None:
     parser.add_argument('--per_node', type=int, default=8, help='cards of one machine')
     parser.add_argument('--node_link', type=float, default=50., help='GB/s of a card to other machines')
     parser.add_argument('--disk', type=float, default=1., help='GB/s of writing checkpoints')
+    parser.add_argument('--memory', action='store_true', help='print the memory of published sizes')
+    parser.add_argument('--sizes', nargs='+', default=SIZES, help='for --memory')
+    parser.add_argument('--images', type=int, default=16, help='of a micro-step on one card, for --memory')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()
+    if args.memory:
+        print_table(args.sizes, args.images)
+        return
     try:
         preset = preset_named(args.preset)
         found = plan(preset, args.cards, args.card, args.per_node, args.node_link * 1e9, args.disk * 1e9)
