@@ -28,12 +28,11 @@ from bench.counter import (
     materialized,
     seconds_on,
 )
-from bench.flexvar_throughput import FixedSchedule
 from configs import PRESETS, SAMPLE_PRESETS, SampleConfig, TrainConfig, parse_sampling, parse_training
 from models import FAMILIES, NPP, VAR, ARModel, FlexVAR, FlowAR, Tokenizer
 from models.base import num_weights
 from models.basic_var import num_class_weights
-from models.flexvar import ScheduleSampler
+from models.flexvar import FixedSchedule, ScheduleSampler
 from models.flowar import annealed_steps, time_grid
 from models.noise import ImageNoise
 from models.recompute import recomputes
@@ -140,8 +139,7 @@ def training_cost(config: TrainConfig, batch: int, progress: float = 1., depths:
         kwargs = dict(attn_dropout=0.) | kwargs
     model = build_on_meta(config, depths, **kwargs)
     if isinstance(model, FlexVAR):
-        model.schedule = FixedSchedule()
-        model.schedule.sides = typical_pyramid(model.patch_nums)
+        model.schedule = FixedSchedule(typical_pyramid(model.patch_nums))
     with fake_tensors():
         materialized(model.tokenizer)
         materialized(model)

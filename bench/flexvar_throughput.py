@@ -17,22 +17,11 @@ import torch
 
 from bench.common import default_device, report_header, seconds_of, write_report
 from models import FlexVAE, FlexVAR
-from models.flexvar import ScheduleSampler
+from models.flexvar import FixedSchedule, ScheduleSampler
 from models.scales import ScaleLayout, block_causal
 from trainer import GeneratorTrainer
 from utils.amp_sc import AmpOptimizer
 from utils.lr_control import filter_params
-
-
-class FixedSchedule:
-    """Takes the place of a `ScheduleSampler` and always gives the pyramid in `sides`."""
-
-    def __init__(self):
-        self.sides: tuple[int, ...] = ()
-
-    def draw(self) -> tuple[int, ...]:
-        """Sides of the pyramid, coarse to fine."""
-        return self.sides
 
 
 def make_trainer(device: torch.device, depth: int, compiled: bool) -> GeneratorTrainer:

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from bench.cost import PRECISION, build_on_meta, published_config, published_depths, typical_pyramid
 from bench.counter import Cost, cost_of, extrapolated, fake_tensors, materialized
-from bench.flexvar_throughput import FixedSchedule
 from configs import PRESETS, SAMPLE_PRESETS, TrainConfig
 from models import ARModel, FlexVAR
+from models.flexvar import FixedSchedule
 from models.recompute import set_recompute
 from training.build import count_parameters
 from utils.amp_sc import autocast
@@ -106,8 +106,7 @@ def step_bytes(make: Callable[..., ARModel], depths: Sequence[int], batch: int, 
         if recompute is not None:
             set_recompute(model, recompute)
         if isinstance(model, FlexVAR):
-            model.schedule = FixedSchedule()
-            model.schedule.sides = typical_pyramid(model.patch_nums)
+            model.schedule = FixedSchedule(typical_pyramid(model.patch_nums))
         with fake_tensors(), norms_in_float32():
             materialized(model.tokenizer)
             materialized(model)

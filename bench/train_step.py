@@ -24,9 +24,9 @@ from bench.common import (
     write_report,
 )
 from bench.cost import encode_flops
-from bench.flexvar_throughput import FixedSchedule
 from bench.sampling import PATCH_NUMS, make_flexvar, make_flowar, make_npp, make_var
 from models import ARModel
+from models.flexvar import FixedSchedule
 from models.helpers import DropPath
 from trainer import GeneratorTrainer
 from utils.amp_sc import DTYPES, AmpOptimizer
@@ -67,8 +67,7 @@ def cases(device: torch.device, depth: int, batch: int) -> Iterator[Case]:
                encode_flops(model.tokenizer, SIDE))
 
     model = to_device(make_flexvar(depth), device)
-    model.schedule = FixedSchedule()
-    model.schedule.sides = PATCH_NUMS
+    model.schedule = FixedSchedule(PATCH_NUMS)
     yield Case(f'FlexVAR depth {depth}', model, inputs,
                partial(reference.loss_flexvar, model, patch_nums=PATCH_NUMS), 1.,
                encode_flops(model.tokenizer, SIDE, PATCH_NUMS))

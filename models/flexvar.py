@@ -101,6 +101,17 @@ class ScheduleSampler:
         return [*first, *sorted(inner), last]
 
 
+@dataclass
+class FixedSchedule:
+    """Takes the place of a `ScheduleSampler` and gives the same pyramid at every step."""
+
+    sides: tuple[int, ...] = ()
+
+    def draw(self) -> tuple[int, ...]:
+        """Sides of the pyramid, coarse to fine."""
+        return self.sides
+
+
 class ScaleStep(NamedTuple):
     """What sampling one scale produced."""
     k: int

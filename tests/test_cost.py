@@ -30,11 +30,11 @@ from bench.counter import (
     seconds_on,
     under_one_mask,
 )
-from bench.flexvar_throughput import FixedSchedule
 from bench.plan import checkpoints, exchange, phases_of, plan, preset_named
 from configs import PRESETS, parse_training
 from models import NPP, VAR, VQVAE, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel
 from models.attention import KVCache
+from models.flexvar import FixedSchedule
 from models.noise import ImageNoise
 from trainer import GeneratorTrainer
 from training.build import build_optimizer, count_parameters
@@ -207,8 +207,7 @@ def given_sides(model):
     """Sides that a FlexVAR encodes; it draws these alone here."""
     if not isinstance(model, FlexVAR):
         return ()
-    model.schedule = FixedSchedule()
-    model.schedule.sides = PATCH_NUMS
+    model.schedule = FixedSchedule(PATCH_NUMS)
     return (PATCH_NUMS,)
 
 

@@ -6,10 +6,10 @@ import torch
 
 from bench.cost import build_on_meta, published_config, typical_pyramid
 from bench.counter import cost_of
-from bench.flexvar_throughput import FixedSchedule
 from bench.memory_model import gathered_bytes, memory_of, norms_in_float32, step_bytes
 from configs import parse_training
 from models import NPP, VAR, VQVAE, FlexVAE, FlexVAR, VQModel
+from models.flexvar import FixedSchedule
 from models.recompute import set_recompute
 from trainer import GeneratorTrainer
 from training.build import build_optimizer, count_parameters
@@ -40,8 +40,7 @@ def measured_bytes(model, batch, recompute, precision):
     """(tensors between two steps with gradients, what a further step allocates) of a real training."""
     set_recompute(model, recompute)
     if isinstance(model, FlexVAR):
-        model.schedule = FixedSchedule()
-        model.schedule.sides = typical_pyramid(model.patch_nums)
+        model.schedule = FixedSchedule(typical_pyramid(model.patch_nums))
     optimizer = build_optimizer(parse_training(['--model=var']), model, model.no_weight_decay())
     trainer = GeneratorTrainer(model, optimizer, ema_decay=0.9)
     optimizer.step_ctx = autocast('cpu', precision)
