@@ -88,7 +88,7 @@ def rows_of_sources(root: Path, count: int, repeats: int) -> list[dict[str, Any]
         _, folder, _ = build_dataset(str(root), SIDE, mid_reso=MID_RESO)
         _, tar, _ = build_dataset(packed, SIDE, mid_reso=MID_RESO)
         memory, = cached_in_memory(folder)
-        ways = {'folder': reads(folder), 'tar files': reads(tar), 'memory': reads(memory)}
+        ways = {'the folder': reads(folder), 'tar files': reads(tar), 'memory': reads(memory)}
         times: dict[str, list[float]] = {name: [] for name in ways}
         for run in ways.values():
             run()
@@ -102,7 +102,7 @@ def rows_of_sources(root: Path, count: int, repeats: int) -> list[dict[str, Any]
             name=f'the same from {name}, in turns; ratio to the folder',
             product_seconds=four_digits(median),
             images_per_second_per_core=four_digits(count / median),
-        ) | ratio_row(times['folder'], seconds))
+        ) | ratio_row(times['the folder'], seconds))
     return rows
 
 
