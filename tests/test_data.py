@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder
 
 from configs import parse_training
+from tests.runs import CLASSES, make_folder, read, same_weights
 from tests.vectors import assert_within, load_json, load_tensors, needs_rng
 from training.data import build_data, train_sampler
 from utils.data import (
@@ -657,6 +658,24 @@ def test_images_without_class_folders_are_one_class(tmp_path, caplog):
         for split in ('train', 'val')]
     train_set = open_split(str(tmp_path), 'train')
     assert train_set.names() == [f'{i}.png' for i in range(5)] and train_set.targets == [0] * 5
+
+
+def test_a_folder_of_images_trains_without_classes(train_here, tmp_path):
+    """Once the images are sorted into train/ and val/ like that, it is the same training without the flag."""
+    images = make_folder(tmp_path / 'made') / 'train'
+    for path in sorted(images.glob('*/*.png')):
+        path.rename(images / path.name)
+    for name in CLASSES:
+        (images / name).rmdir()
+    flat = read(train_here(tmp_path / 'flat', f'--data_path={images}', '--val_split=0.2', '--ep=1'))
+    assert flat['classes'] == ['images']
+    assert [flat['data'][split]['count'] for split in ('train', 'val')] == [32, 8]
+    for split, names in zip(('train', 'val'), open_both(str(images), val_split=0.2), strict=True):
+        (tmp_path / 'sorted' / split).mkdir(parents=True)
+        for name in names.names():
+            shutil.copy(images / name, tmp_path / 'sorted' / split)
+    by_hand = read(train_here(tmp_path / 'by_hand', f'--data_path={tmp_path / "sorted"}', '--ep=1'))
+    assert same_weights(by_hand, flat) and by_hand['data'] == flat['data'] and by_hand['run'] == flat['run']
 
 
 @pytest.mark.parametrize(('folders', 'words'), [
