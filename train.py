@@ -37,6 +37,7 @@ from models import ARModel
 from models.noise import GlobalBatch, ImageNoise
 from pipeline import Pipeline, Pretrained, training_of
 from trainer import StepInfo, weights_checksum
+from training.auto_batch import fit_batch
 from training.build import build_model, build_trainer, count_parameters, lower_tokenizer
 from training.check import check
 from training.data import (
@@ -178,10 +179,14 @@ class Run:
             raise ValueError(f'--num_classes={config.num_classes}, but {config.data_path} holds '
                              f'{len(data.classes)} classes: correct one of them')
 
-        # 2. The newest checkpoint, the same one on every rank, if it is of this training.
+        # 2. The newest checkpoint, the same one on every rank, if it is of this training;
+        #    and how many images of a step fit into memory at a time.
         chosen = choose_checkpoint(self.folder, f'{config.CHECKPOINT_PREFIX}*.pth')
         self.resumed_from = chosen.path
         checkpoint = chosen.content
+        if config.auto_batch:
+            saved = checkpoint.get('args') or {}
+            self.config = config = fit_batch(config, len(data.classes), saved)
         self.state = RunState(choose_seed(config, checkpoint.get('run', {}).get('seed')),
                               len(train_sampler(config, len(data.train))))
         self.start = 0, 0  # (epoch, step within it)

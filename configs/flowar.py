@@ -1,6 +1,7 @@
 """FlowAR: settings of its training and sampling, and the published runs."""
 
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -157,6 +158,12 @@ class FlowARConfig(CachedConfig):
 
     def local_batch(self, world_size: int) -> int:
         return self.images_per_rank or super().local_batch(world_size)
+
+    def in_micro_steps(self, accumulate: int, world_size: int) -> 'FlowARConfig':
+        if not self.images_per_rank:
+            return super().in_micro_steps(accumulate, world_size)
+        images_per_rank = self.images_per_rank * self.accumulate // accumulate
+        return replace(self, accumulate=accumulate, images_per_rank=images_per_rank)
 
     def peak_lr(self, world_size: int) -> float:
         return super().peak_lr(world_size) if self.lr is None else self.lr

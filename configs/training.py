@@ -3,7 +3,7 @@
 import importlib.util
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.options import INF, REPO, check_values, expand_paths, flag_of, ints, numbers_of, opt
@@ -303,6 +303,7 @@ class TrainConfig:
     DERIVED: typing.ClassVar[tuple[str, ...]] = ('use_cached',)
     # Settings that some kinds of models have; those without them behave as if they were off.
     shard = False
+    auto_batch = False
     picture_every = 0
     tb_samples = 0
     fid_images = 0
@@ -367,6 +368,15 @@ class TrainConfig:
     def micro_batch(self, world_size: int) -> int:
         """Images of all ranks per micro-step (published: glb_batch_size)."""
         return self.local_batch(world_size) * world_size
+
+    def in_micro_steps(self, accumulate: int, world_size: int) -> 'TrainConfig':
+        """The same images per optimizer step, split into another number of micro-steps.
+
+        Args:
+            accumulate: a divisor of the images per rank and optimizer step.
+        """
+        images_per_step = self.micro_batch(world_size) * self.accumulate
+        return replace(self, accumulate=accumulate, images_per_step=images_per_step)
 
     def check_batch(self, world_size: int) -> None:
         """Make sure that the batch can be shared.
@@ -523,6 +533,13 @@ class GeneratorConfig(TrainConfig):
         '0 encodes in float32',
         limits=(0, 1),
         group='numerics',
+    )
+    auto_batch: bool = opt(
+        False,
+        'find by trial steps how many images fit into memory at a time, and take the fewest micro-steps: '
+        '--ac follows, and the images per optimizer step stay',
+        free=True,
+        group='optimisation',
     )
     shard: bool = opt(
         False,

@@ -307,6 +307,10 @@ class ARModel(Trainable):
         """
         raise NotImplementedError
 
+    def take_largest_steps(self) -> None:
+        """From now on let every step at progress 1 take as much memory as any step of a training may; for
+        trials, by which nothing is trained."""
+
     def sharded_parts(self) -> list[nn.Module]:
         """Modules that are called once per training step and need no weights but their own: where weights are
         spread over ranks, those of each are gathered when it is called, and all other weights at once."""

@@ -599,6 +599,9 @@ class FlexVAR(PublishedNames, ARModel):
         """See `init_transformer`; pos_start and pos_1LC stay as constructed. The model has no convolution."""
         init_transformer(self, init_adaln, init_adaln_gamma, init_head, init_std)
 
+    def take_largest_steps(self) -> None:
+        self.schedule = FixedSchedule(self.patch_nums)  # no drawn pyramid has more tokens
+
     def sharded_parts(self) -> list[nn.Module]:
         return list(self.blocks)
 

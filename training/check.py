@@ -160,6 +160,11 @@ class Parts:
     def model(self) -> str:
         """Build everything as the run does, which also compares flags, data and tokenizer of all ranks."""
         self.run = self.make_run(self.config, self.sets)
+        # Micro-steps that were found by trial are kept.
+        if self.config.auto_batch:
+            accumulate = self.run.config.accumulate
+            self.config = self.config.in_micro_steps(accumulate, dist.get_world_size())
+            self.config = replace(self.config, auto_batch=False)
         return f'{count_parameters(self.run.model) / 1e6:.1f}M parameters, {self.run.device}'
 
     def first_step(self) -> str:

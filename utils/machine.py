@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = '/dev/shm'  # where loader processes put their batches
@@ -17,6 +18,8 @@ CPU_INFO = Path('/proc/cpuinfo')
 BOOT_ID = Path('/proc/sys/kernel/random/boot_id')
 PROCESS_NAMES = Path('/proc/self/ns/pid')  # a link to what tells containers apart
 MEMORY_INFO = Path('/proc/meminfo')
+PROCESS_STATUS = Path('/proc/self/status')
+PROCESS_REFERENCES = Path('/proc/self/clear_refs')
 
 
 def local_ranks() -> int:
@@ -135,10 +138,17 @@ def free_memory() -> int | None:
 
 def _available_memory() -> Iterator[int]:
     """What the machine itself has available."""
-    words = _words(MEMORY_INFO)
-    if 'MemAvailable:' in words[:-1]:
-        number = words[words.index('MemAvailable:') + 1]
-        yield int(number) * 1024
+    available = _bytes_in(MEMORY_INFO, 'MemAvailable:')
+    if available is not None:
+        yield available
+
+
+def _bytes_in(table: Path, name: str) -> int | None:
+    """The number of kB behind a name in a table of Linux, in bytes; None if it is not there."""
+    words = _words(table)
+    if name not in words[:-1]:
+        return None
+    return int(words[words.index(name) + 1]) * 1024
 
 
 def _memory_left_by_groups() -> Iterator[int]:
@@ -155,6 +165,22 @@ def _memory_left_by_groups() -> Iterator[int]:
         statistics = _words(folder / 'memory.stat')
         kept = dict(zip(statistics[::2], statistics[1::2], strict=False)).get(kept_name, '0')
         yield int(limit[0]) - int(used[0]) + int(kept)
+
+
+def process_memory() -> int | None:
+    """Bytes of memory that this process has now; None on other systems than Linux."""
+    return _bytes_in(PROCESS_STATUS, 'VmRSS:')
+
+
+def peak_memory() -> int | None:
+    """Most bytes that this process has had since `forget_peak_memory`; None on other systems than Linux."""
+    return _bytes_in(PROCESS_STATUS, 'VmHWM:')
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew; where the system refuses that, it goes on as it was."""
+    with suppress(OSError):
+        PROCESS_REFERENCES.write_text('5')  # see proc_pid_clear_refs(5)
 
 
 # ---------------------------------------------------------------------------------------------- loaders
