@@ -1,8 +1,8 @@
 """Peak memory of a training step on one card: a formula whose coefficients are counted, not guessed.
 
     memory = resident + gathered + step
-    resident = (4 weights + 4 gradients + 8 moments + 4 average) bytes per parameter, divided by the ranks
-               that share a copy; and 4 bytes per parameter of the frozen tokenizer
+    resident = (4 weights + 4 gradients + 8 moments + 4 for each average) bytes per parameter, divided by the
+               ranks that share a copy; and 4 bytes per parameter of the frozen tokenizer
     gathered = what a rank holds of the weights and gradients of others while it needs them, where sharded
     step     = max(encoding, c + a * (depth - 2)), everything else that forward and backward pass allocate
 
@@ -37,7 +37,7 @@ class Memory(NamedTuple):
     weights: float
     gradients: float
     moments: float    # of AdamW
-    average: float    # of the weights
+    averages: float   # of the weights
     tokenizer: float  # weights of the frozen one
     gathered: float   # weights and gradients of other ranks
     step: float       # activations, logits, what is computed on the way
@@ -82,7 +82,8 @@ def loss_peak(model: ARModel, tokens: torch.Tensor, label_B: torch.Tensor, preci
             loss, _ = model.training_loss(tokens, label_B)
         loss.backward()
 
-    cost_of(step)  # makes the gradients
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     return cost_of(step)
 
 
@@ -132,13 +133,13 @@ def gathered_bytes(model: ARModel) -> float:
     return FLOAT32 * (2 * of_rest + 4 * max(of_parts, default=0))
 
 
-def memory_of(model: ARModel, step: float, has_average: bool, ranks: int = 1) -> Memory:
+def memory_of(model: ARModel, step: float, num_averages: int, ranks: int = 1) -> Memory:
     """All memory of one card.
 
     Args:
         model: on 'meta'.
         step: of `step_bytes`.
-        has_average: whether the weights are averaged.
+        num_averages: of the weights.
         ranks: that share a copy of the weights; 1 is a copy on each, as under DDP.
     """
     share = FLOAT32 * count_parameters(model) / ranks
@@ -146,7 +147,7 @@ def memory_of(model: ARModel, step: float, has_average: bool, ranks: int = 1) ->
         weights=share,
         gradients=share,
         moments=2 * share,
-        average=share if has_average else 0,
+        averages=num_averages * share,
         tokenizer=FLOAT32 * count_parameters(model.tokenizer),
         gathered=gathered_bytes(model) if ranks > 1 else 0,
         step=step,
@@ -183,7 +184,7 @@ def rows_of(names: Sequence[str], batch: int) -> Iterator[tuple[str, int, dict[t
         for layout, ranks in LAYOUTS.items():
             for recompute in ('none', 'block'):
                 step = steps[recompute, ranks > 1]
-                found[layout, recompute] = memory_of(model, step, bool(config.ema), ranks)
+                found[layout, recompute] = memory_of(model, step, len(config.ema_decays), ranks)
         yield name, count_parameters(model), found
 
 

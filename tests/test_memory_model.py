@@ -3,81 +3,117 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
+import dist
 from bench.cost import build_on_meta, published_config, typical_pyramid
-from bench.counter import cost_of
 from bench.memory_model import gathered_bytes, memory_of, norms_in_float32, step_bytes
 from configs import parse_training
-from models import NPP, VAR, VQVAE, FlexVAE, FlexVAR, VQModel
+from models import NPP, VAR, VQVAE, AutoencoderKL, FlexVAE, FlexVAR, FlowAR, VQModel
 from models.flexvar import FixedSchedule
-from models.recompute import set_recompute
-from trainer import GeneratorTrainer
-from training.build import build_optimizer, count_parameters
-from utils.amp_sc import autocast
+from tests.runs import on_two_ranks
+from training.build import build_trainer, count_parameters
 
 SIDE = 48  # pixels; the tokenizers below have a stride of 8
+BATCH = 5
+TOLERANCE = 0.1
 PATCH_NUMS = (1, 2, 3, 4, 6)
-SIZES = dict(num_classes=4, embed_dim=64, num_heads=2, patch_nums=PATCH_NUMS, attn_l2_norm=True,
+ADALN = dict(num_classes=4, embed_dim=64, num_heads=2, patch_nums=PATCH_NUMS, attn_l2_norm=True,
              drop_path_rate=0.1)
+DEPTHS = {'var': (6,), 'flexvar': (6,), 'npp': (6,), 'flowar': (5, 4), 'flowar with cross-attention': (5, 4)}
 
 
-def frozen(model):
+def make(name, *depths):
+    """A small model whose stacks have these depths."""
+    if name == 'var':
+        model = VAR(VQVAE(32, 8, net='tiny', v_patch_nums=PATCH_NUMS), depth=depths[0], **ADALN)
+    elif name == 'flexvar':
+        model = FlexVAR(FlexVAE(32, 8, z_channels=16, net='tiny'), depth=depths[0], **ADALN)
+        model.schedule = FixedSchedule(typical_pyramid(model.patch_nums))
+    elif name == 'npp':
+        model = NPP(VQModel(32, 8, z_channels=16, net='tiny'), dim=64, n_layer=depths[0], n_head=2, grid=6)
+    else:
+        model = FlowAR(AutoencoderKL(4, net='tiny'), num_classes=4, encoder_embed_dim=64,
+                       encoder_depth=depths[0], encoder_num_heads=2, decoder_embed_dim=64, decoder_depth=1,
+                       decoder_num_heads=2, diffloss_d=depths[1], diffloss_w=64, scale=(1, 2, 3, 6),
+                       cross=name != 'flowar')
     model.tokenizer.eval().requires_grad_(False)
     return model
 
 
-MODELS = dict(  # a model of these depths, and depths to measure
-    var=(lambda depth: frozen(VAR(VQVAE(32, 8, net='tiny', v_patch_nums=PATCH_NUMS), depth=depth, **SIZES)),
-         (6,)),
-    flexvar=(lambda depth: frozen(FlexVAR(FlexVAE(32, 8, z_channels=16, net='tiny'), depth=depth, **SIZES)),
-             (6,)),
-    npp=(lambda depth: frozen(NPP(VQModel(32, 8, z_channels=16, net='tiny'), dim=64, n_layer=depth, n_head=2,
-                                  grid=6)), (6,)),
-)
+def formula(name, recompute, precision, ranks=1):
+    """Bytes of one rank."""
+    def on_meta(*depths):
+        with torch.device('meta'):
+            return make(name, *depths)
+
+    step = step_bytes(on_meta, DEPTHS[name], BATCH, SIDE, recompute, precision, keeps_casts=ranks == 1)
+    return memory_of(on_meta(*DEPTHS[name]), step, num_averages=1, ranks=ranks).total
 
 
-def measured_bytes(model, batch, recompute, precision):
-    """(tensors between two steps with gradients, what a further step allocates) of a real training."""
-    set_recompute(model, recompute)
-    if isinstance(model, FlexVAR):
-        model.schedule = FixedSchedule(typical_pyramid(model.patch_nums))
-    optimizer = build_optimizer(parse_training(['--model=var']), model, model.no_weight_decay())
-    trainer = GeneratorTrainer(model, optimizer, ema_decay=0.9)
-    optimizer.step_ctx = autocast('cpu', precision)
-    images_B3HW = torch.rand(batch, 3, SIDE, SIDE) * 2 - 1
-    label_B = torch.arange(batch) % 4
-    trainer.train_step(images_B3HW, label_B, 1.)                  # makes the moments
-    trainer.train_step(images_B3HW, label_B, 1., stepping=False)  # makes gradients, as DDP has them always
-    parameters = list(model.parameters())
-    moments = [value for values in optimizer.optimizer.state.values() for value in values.values()]
-    tensors = [*parameters, *(parameter.grad for parameter in parameters), *moments,
-               *(trainer.ema.weights[name] for name, _ in model.named_parameters()),
-               *model.tokenizer.parameters()]
-    step = cost_of(lambda: trainer.train_step(images_B3HW, label_B, 1., stepping=False))
-    return sum(t.nbytes for t in tensors), step.peak_bytes
+def measured(name, recompute, precision, shard=False):
+    """Most bytes that torch's allocator had given out at a time in a micro-step of a real training.
+
+    The optimizer has its moments by then, and there are the gradients of the micro-step before.
+    """
+    config = parse_training([f'--model={name.split()[0]}', '--ema=0.9', f'--act_ckpt={recompute}',
+                             f'--fp16={precision}', f'--shard={shard}'])
+    images_B3HW = torch.rand(BATCH, 3, SIDE, SIDE) * 2 - 1
+    label_B = torch.arange(BATCH) % 4
+    as_on_cuda = norms_in_float32() if precision else nullcontext()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record, as_on_cuda:
+        trainer = build_trainer(config, make(name, *DEPTHS[name]), total_steps=1)
+        for stepping in (True, False):
+            trainer.train_step(images_B3HW, label_B, 1., stepping)
+        with record_function('measured'):
+            trainer.train_step(images_B3HW, label_B, 1., stepping=False)
+    return peak_of(record)
 
 
-CASES = [(name, recompute, precision) for name in MODELS for recompute in ('none', 'attention', 'block')
+def peak_of(record):
+    """The largest sum of allocations since the region 'measured' began; all before it count, too."""
+    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    given_out = peak = 0
+    has_begun = False
+    for event in events:
+        has_begun = has_begun or event.name() == 'measured'
+        if event.name() == '[memory]':
+            given_out += event.nbytes()
+        if has_begun:
+            peak = max(peak, given_out)
+    return peak
+
+
+FAST = [('npp', 'none', 0), ('flowar with cross-attention', 'block', 0)]
+CASES = [(name, recompute, precision) for name in DEPTHS for recompute in ('none', 'attention', 'block')
          for precision in (0, 2)]
-FAST = [('npp', 'none', 0), ('npp', 'block', 0)]
 
 
 @pytest.mark.parametrize(('name', 'recompute', 'precision'), [
     case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES])
 def test_formula_gives_what_is_measured(name, recompute, precision):
-    make, depths = MODELS[name]
-    batch = 5
+    expected = measured(name, recompute, precision)
+    assert formula(name, recompute, precision) == pytest.approx(expected, rel=TOLERANCE)
 
-    def on_meta(*shallow):
-        with torch.device('meta'):
-            return make(*shallow)
 
-    step = step_bytes(on_meta, depths, batch, SIDE, recompute, precision)
-    formula = memory_of(on_meta(*depths), step, has_average=True)
-    with norms_in_float32() if precision else nullcontext():
-        between, peak = measured_bytes(make(*depths), batch, recompute, precision)
-    assert formula.total - formula.step == pytest.approx(between, rel=0.01)
-    assert formula.step == pytest.approx(peak, rel=0.1)
+def rank_main(rank, folder, cases, shard):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank,
+                                         world_size=2)
+    peaks = [measured(*case, shard=shard) for case in cases]
+    if rank == 0:
+        torch.save(peaks, f'{folder}/peaks.pt')
+    dist.finalize()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shard', [False, True])
+def test_formula_gives_what_is_measured_on_two_ranks(tmp_path, shard):
+    """With copies of the weights, and with weights that are spread over both."""
+    cases = [(name, recompute, 0) for name in DEPTHS for recompute in ('none', 'attention', 'block')]
+    on_two_ranks(rank_main, str(tmp_path), cases, shard)
+    for case, expected in zip(cases, torch.load(tmp_path / 'peaks.pt'), strict=True):
+        assert formula(*case, ranks=2 if shard else 1) == pytest.approx(expected, rel=TOLERANCE), case
 
 
 def test_a_rank_gathers_two_blocks_and_all_else():
@@ -86,7 +122,7 @@ def test_a_rank_gathers_two_blocks_and_all_else():
     block = count_parameters(model.blocks[0])
     rest = count_parameters(model) - 16 * block
     assert gathered_bytes(model) == 4 * (2 * rest + 4 * block)
-    one, eight, many = (memory_of(model, 0, True, ranks) for ranks in (1, 8, 64))
+    one, eight, many = (memory_of(model, 0, num_averages=1, ranks=ranks) for ranks in (1, 8, 64))
     assert one.gathered == 0 and eight.gathered == many.gathered > 0
     assert one.moments == 8 * eight.moments == 64 * many.moments
     assert one.tokenizer == many.tokenizer
