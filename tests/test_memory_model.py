@@ -84,7 +84,7 @@ def peak_of(record):
     return peak
 
 
-FAST = [('npp', 'none', 0), ('flowar with cross-attention', 'block', 0)]
+FAST = [('var', 'attention', 0), ('npp', 'block', 0)]
 CASES = [(name, recompute, precision) for name in DEPTHS for recompute in ('none', 'attention', 'block')
          for precision in (0, 2)]
 
