@@ -5,6 +5,7 @@ gathered when it is called, and again for its backward pass, whose gradients are
 Everything here leaves tensors that are not sharded as they are, so that callers need not ask.
 """
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,8 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], methods: Iterable[str], 
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for name in methods:
         register_fsdp_forward_method(model, name)
+    # Views are among what a loss hands to metrics, and nobody changes them in place.
+    warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view tensor')
     logger.info('each of %d copies of the weights is spread over %d ranks',
                 dist.get_world_size() // mesh.size(mesh.ndim - 1), mesh.size(mesh.ndim - 1))
 
