@@ -4,7 +4,7 @@ Letters: B batch, 3HW image.
 """
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -416,6 +416,19 @@ class ARModel(Trainable):
         """Every initialisation rule of the paper, in one place."""
         raise NotImplementedError
 
+    @property
+    def native_side(self) -> int:
+        """Pixels per side of the images that `sample` draws where it is told no size."""
+        raise NotImplementedError
+
     def sample(self, labels: Any, *, guidance: float, rng: Any, **options) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1]; `guidance` is s of `guide`, 1 is off."""
         raise NotImplementedError
+
+    def growing(self, labels: Any, *, guidance: float, rng: Any, **options) -> Iterator[torch.Tensor]:
+        """What `sample` draws, as it grows: images in [0, 1] after each scale.
+
+        The last ones are those of `sample`; earlier ones may be smaller, and a model without scales has none.
+        Until it is exhausted or closed, the model keeps a cache and serves nothing else.
+        """
+        yield self.sample(labels, guidance=guidance, rng=rng, **options)

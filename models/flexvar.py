@@ -336,6 +336,10 @@ class FlexVAR(PublishedNames, ARModel):
         compile_around_attention(self.blocks, dynamic=True, **options)
 
     # ------------------------------------------------------------------------------ sampling
+    @property
+    def native_side(self) -> int:
+        return self.patch_nums[-1] * self.tokenizer.stride
+
     @torch.no_grad()
     def sample_scales(
         self,
@@ -477,21 +481,42 @@ class FlexVAR(PublishedNames, ARModel):
         Raises:
             ValueError: `image_size` is no multiple of the tokenizer's stride.
         """
+        options = self._scale_options(guidance, infer_patch_nums, image_size, **options)
+        pixels = self._pixels(self.as_labels(labels, len(labels), rng), rng=rng, **options)
+        return pixels.clamp_(-1, 1).add_(1).mul_(0.5)
+
+    @torch.no_grad()
+    def growing(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 3.5, rng: Rng = None,
+                infer_patch_nums: Sequence[Side] | None = None, image_size: tuple[int, int] | None = None,
+                **options: Any) -> Iterator[torch.Tensor]:
+        """Images (B, 3, h, w) in [0, 1] of the map of each scale, at its own size; see `sample`."""
+        options = self._scale_options(guidance, infer_patch_nums, image_size, **options)
+        label_B = self.as_labels(labels, len(labels), rng)
+        finite_B = torch.ones_like(label_B, dtype=torch.bool)
+        for step in self.sample_scales(label_B, rng=rng, **options):
+            finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
+            yield self._decoded(step, finite_B).clamp_(-1, 1).add_(1).mul_(0.5)
+
+    def _scale_options(self, guidance: float, infer_patch_nums: Sequence[Side] | None,
+                       image_size: tuple[int, int] | None, **options: Any) -> dict[str, Any]:
+        """Options of `sample_scales` from those of `sample`."""
         if image_size is not None:
             base = self.patch_nums if infer_patch_nums is None else infer_patch_nums
             infer_patch_nums = rect_schedule(base, *self.tokenizer.map_size(*image_size))
         cfg = guidance if options.get('used_llamagen_cfg', False) else guidance - 1
-        pixels = self._pixels(self.as_labels(labels, len(labels), rng), rng=rng, cfg=cfg,
-                              infer_patch_nums=infer_patch_nums, **options)
-        return pixels.clamp_(-1, 1).add_(1).mul_(0.5)
+        return dict(cfg=cfg, infer_patch_nums=infer_patch_nums, **options)
 
     @torch.no_grad()
     def _pixels(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
         finite_B = torch.ones_like(label_B, dtype=torch.bool)
         for step in self.sample_scales(label_B, **options):
             finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
-        last_BZhw = self.tokenizer.quantize.embed(step.idx_Bl, step.size)
-        return mark_damaged(self.tokenizer.pixels(last_BZhw), finite_B)
+        return self._decoded(step, finite_B)
+
+    def _decoded(self, step: ScaleStep, finite_B: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, h, w) of the map of a scale, not clamped, nan where logits were not finite."""
+        code_BZhw = self.tokenizer.quantize.embed(step.idx_Bl, step.size)
+        return mark_damaged(self.tokenizer.pixels(code_BZhw), finite_B)
 
     # ------------------------------------------------------------------------------ image to image
     def keep_masks(self, mask_B1HW: torch.Tensor, sizes: Sequence[tuple[int, int]],

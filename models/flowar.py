@@ -622,6 +622,10 @@ class FlowAR(ARModel):
         return x_BlC
 
     # ------------------------------------------------------------------------------ sampling
+    @property
+    def native_side(self) -> int:
+        return self.layout.patch_nums[-1] * self.tokenizer.stride
+
     @torch.no_grad()
     def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1., guidance_until: float = 0.9,
                       num_steps: int = 25, lower_steps: int | None = None,
@@ -713,6 +717,14 @@ class FlowAR(ARModel):
         for step in self.sample_scales(label_B, cfg=guidance, rng=rng, **options):
             latent = step.latent_BZnn
         return self.tokenizer.decode(latent).add(1).mul(0.5)
+
+    @torch.no_grad()
+    def growing(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 1., rng: Rng = None,
+                **options: Any) -> Iterator[torch.Tensor]:
+        """Images (B, 3, h, w) in [0, 1] of the latent of each scale, at its own size; see `sample`."""
+        label_B = self.as_labels(labels, len(labels), rng)
+        for step in self.sample_scales(label_B, cfg=guidance, rng=rng, **options):
+            yield self.tokenizer.decode(step.latent_BZnn).add(1).mul(0.5)
 
     # ------------------------------------------------------------------------------ metrics
     @torch.no_grad()

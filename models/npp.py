@@ -356,6 +356,10 @@ class NPP(ARModel):
         return F.pad(table_2Np, (0, 0, 1, 0))  # a row of zeros before all others
 
     # ------------------------------------------------------------------------------ sampling
+    @property
+    def native_side(self) -> int:
+        return self.grid * self.tokenizer.stride
+
     @torch.no_grad()
     def sample_tokens(self, label_B: torch.Tensor, *, guidance: float = 1., cfg_interval: int = -1,
                       temperature: float = 1., top_k: int = 0, top_p: float = 1., greedy: bool = False,

@@ -242,6 +242,10 @@ class VAR(PublishedNames, ARModel):
         compile_around_attention(self.blocks, **options)
 
     # ------------------------------------------------------------------------------ sampling
+    @property
+    def native_side(self) -> int:
+        return self.patch_nums[-1] * self.tokenizer.stride
+
     @torch.no_grad()
     def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
                       more_smooth: bool = False, rng: Rng = None,
@@ -334,9 +338,22 @@ class VAR(PublishedNames, ARModel):
     def _images(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
         finite_B = torch.ones_like(label_B, dtype=torch.bool)
         for step in self.sample_scales(label_B, **options):
-            f_hat = step.f_hat
             finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
-        return mark_damaged(self.tokenizer.fhat_to_img(f_hat).add_(1).mul_(0.5), finite_B)
+        return self._decoded(step, finite_B)
+
+    @torch.no_grad()
+    def growing(self, labels: torch.Tensor | Sequence[int], *, guidance: float = 2.5, rng: Rng = None,
+                **options: Any) -> Iterator[torch.Tensor]:
+        """Images (B, 3, H, W) in [0, 1] of the sum after each scale; see `sample`."""
+        label_B = self.as_labels(labels, len(labels), rng)
+        finite_B = torch.ones_like(label_B, dtype=torch.bool)
+        for step in self.sample_scales(label_B, cfg=guidance - 1, rng=rng, **options):
+            finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
+            yield self._decoded(step, finite_B)
+
+    def _decoded(self, step: ScaleStep, finite_B: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1] of the sum after a scale, nan where logits were not finite."""
+        return mark_damaged(self.tokenizer.fhat_to_img(step.f_hat).add_(1).mul_(0.5), finite_B)
 
     # ------------------------------------------------------------------------------ editing
     def edit(self, images_B3HW: torch.Tensor, keep: torch.Tensor, labels: int | Sequence[int] | torch.Tensor,

@@ -46,6 +46,10 @@ class Histogram(ARModel):
     def metrics(self, aux: dict[str, Any]) -> dict[str, torch.Tensor]:
         return dict(L_mean=aux['loss'])
 
+    @property
+    def native_side(self) -> int:
+        return self.grid * self.tokenizer.stride
+
     @torch.no_grad()
     def sample(self, labels: Any, *, guidance: float, rng: Any, **options) -> torch.Tensor:
         label_B = self.as_labels(labels, len(labels), rng)

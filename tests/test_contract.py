@@ -258,6 +258,11 @@ def test_samples_are_images(generator):
     assert 0 <= images.min() < images.max() <= 1
 
 
+def test_samples_have_the_native_side(generator):
+    _, model = generator
+    assert model.sample([1], guidance=1., rng=ImageNoise(0, [0])).shape[2:] == (model.native_side,) * 2
+
+
 def test_samples_repeat_with_their_generator(generator):
     name, model = generator
 
@@ -325,6 +330,20 @@ def test_an_error_while_sampling_leaves_no_trace(name, training):
         model.sample([1, 4], rng=noise, **row.options)
     assert any(cache is not None for cache in noise.caches)
     assert_untouched(model, training, expected, name)
+
+
+def test_growing_ends_at_the_sample(generator):
+    """Bit for bit; images before are in [0, 1], too, and one that is left in the middle leaves no trace."""
+    name, model = generator
+    options = GENERATORS[name].options
+    expected = draw(name, model, [1, 4], [0, 1])
+    *before, last = model.growing([1, 4], rng=ImageNoise(1, [0, 1]), **options)
+    assert torch.equal(last, expected)
+    assert all(len(images) == 2 and 0 <= images.min() < images.max() <= 1 for images in before)
+    begun = model.growing([1, 4], rng=ImageNoise(1, [0, 1]), **options)
+    next(begun)
+    begun.close()
+    assert_untouched(model, False, expected, name)
 
 
 @pytest.mark.parametrize('training', [False, True])
