@@ -99,7 +99,8 @@ def load(
     built = build(contents, device)
     if dtype is not None:
         _cast(built, dtype)
-    about = dict(classes=contents.classes, weights=contents.weights, training=contents.training)
+    about = dict(classes=contents.classes, weights=contents.weights, training=contents.training,
+                 digests=contents.digests)
     if isinstance(built, Tokenizer):
         return Pretrained(built, **about)
     return Pipeline(built, **about, sampling=contents.sampling)
@@ -373,18 +374,21 @@ class Pretrained:
         weights: 'ema' if they are averaged, else 'raw'.
         sampling: options of `sample` that suit a generator; None takes the defaults of its family.
         training: where the weights come from, for config.json and the card.
+        digests: SHA-256 of the files of weights, by the flag of sample.py that names them.
     Raises:
         ValueError: the model is of no family, or there are names of other than all classes.
     """
 
     def __init__(self, model: Trainable, *, classes: Sequence[str] = (), weights: str = 'raw',
-                 sampling: dict[str, Any] | None = None, training: dict[str, Any] | None = None):
+                 sampling: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
+                 digests: dict[str, str] | None = None):
         self.model = model
         self.family = name_of(model)
         self.classes = tuple(classes)
         self.weights = weights
         self.sampling = sampling or {}
         self.training = training or {}
+        self.digests = digests or {}
 
     @staticmethod
     def from_pretrained(source: str | Path, revision: str = '', **kwargs: Any) -> 'Pretrained':
@@ -433,7 +437,7 @@ class Pretrained:
         weights = {TOKENIZER: self.tokenizer.state_dict()}
         if self.model is not self.tokenizer:
             weights[MODEL] = self._weights_in(dtype)
-        card = model_card(name, config, self._facts())
+        card = model_card(name, config, self.facts())
         write_model_folder(folder, config, weights, card)
 
     def _weights_in(self, dtype: torch.dtype | None) -> State:
@@ -454,8 +458,8 @@ class Pretrained:
         return config | dict(classes=list(self.classes), weights=self.weights, sampling=self.sampling,
                              training=self.training)
 
-    def _facts(self) -> dict[str, str]:
-        """What the card tells of the model, by name."""
+    def facts(self) -> dict[str, str]:
+        """Sizes of the model and its tokenizer, by name, as the card tells them."""
         facts = {}
         if self.model is not self.tokenizer:
             facts = {'generator': _size_of(self.model), 'classes': str(self.model.num_classes)}

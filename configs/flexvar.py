@@ -80,6 +80,7 @@ class FlexVARSampleConfig(SampleConfig):
     CKPT_HINT: typing.ClassVar[str] = (
         ', one of your own or a published one, which --preset=flexvar_d16, flexvar_d20 and flexvar_d24 name'
     )
+    CHANGE_NOTHING: typing.ClassVar[tuple[str, ...]] = ('depth',)
 
     depth: int | None = opt(
         None, 'blocks of the generator, for a check; None takes those of the file', limits=(1, INF), free=True

@@ -233,6 +233,7 @@ class FlowARSampleConfig(SampleConfig):
             'it is read from the files of weights',
         ),
     }
+    CHANGE_NOTHING: typing.ClassVar[tuple[str, ...]] = ('temperature', 'cfg_schedule')
 
     guidance: float = opt(0.9, 'guide at times from 0 to this one; how strongly is --cfg')
     num_step: int = opt(25, 'steps of the flow head per scale; an odd number makes one less')

@@ -220,6 +220,7 @@ class NPPSampleConfig(SampleConfig):
             'it is read from the files of weights',
         ),
     }
+    CHANGE_NOTHING: typing.ClassVar[tuple[str, ...]] = ('gpt_model',)
 
     gpt_model: str = opt(
         '', 'size of the generator, for a check; empty takes that of the file', choices=('', *GPT_SIZES)

@@ -141,6 +141,7 @@ class SampleConfig:
 
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
     CKPT_HINT: typing.ClassVar[str] = ''  # where such a file is to be had
+    CHANGE_NOTHING: typing.ClassVar[tuple[str, ...]] = ()  # settings that change no image: for checks
 
     def __post_init__(self):
         expand_paths(self)
