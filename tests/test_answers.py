@@ -24,7 +24,7 @@ def without_torch(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'extract.py', 'evaluate.py',
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'extract.py', 'evaluate.py', 'app.py',
                                     '-m recipes.photos'])
 def test_help_needs_no_torch(without_torch, script):
     code, output, errors = without_torch(f'{script} --help')
@@ -37,6 +37,8 @@ def test_help_needs_no_torch(without_torch, script):
     ('train.py --data_path=/nowhere', 1, "a data set in '/nowhere'"),
     ('train.py --model=npp --data_path=digits --vq_ckpt=/nowhere.pt', 1, "no file '/nowhere.pt'"),
     ('sample.py --ckpt=/nowhere.pth', 1, "no file '/nowhere.pth'"),
+    ('app.py --prot=80', 2, 'the nearest flag is --port'),
+    ('app.py --listen', 2, 'pass --auth=FILE'),
     ('extract.py --vae_path=/nowhere.pth --cached_path=OUT', 1, "no file '/nowhere.pth'"),
     ('evaluate.py stat', 2, 'the nearest command is stats'),
     ('evaluate.py /nowhere.npz /nowhere', 2, 'found nothing at /nowhere.npz'),

@@ -13,6 +13,7 @@ from configs.options import parse_settings
 from evaluation.settings import parse_evaluation
 from export import ExportSettings
 from tests.runs import REPO
+from web.settings import parse_app
 
 PAGES = [REPO / 'README.md', *sorted((REPO / 'docs').glob('*.md'))]
 MOST_BYTES = 9 * 1024  # of README
@@ -50,7 +51,7 @@ def parse_export(argv: list[str]) -> None:
 
 
 PARSERS = {'train.py': parse_training, 'sample.py': parse_sampling, 'extract.py': parse_extraction,
-           'evaluate.py': partial(parse_evaluation, text=''), 'export.py': parse_export}
+           'evaluate.py': partial(parse_evaluation, text=''), 'export.py': parse_export, 'app.py': parse_app}
 
 
 def test_readme_is_short():

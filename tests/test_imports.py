@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'export', 'hubconf', 'utils.doctor', 'utils.curves',
-           'utils.pack_data', 'utils.check_data', 'utils.posthoc_ema'}
-LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'pipeline'}, {'evaluation'}, {'trainer'}, {'training'}]
+ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'export', 'app', 'hubconf', 'utils.doctor',
+           'utils.curves', 'utils.pack_data', 'utils.check_data', 'utils.posthoc_ema'}
+LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'pipeline'}, {'evaluation'}, {'trainer'}, {'training'},
+          {'web'}]
 OPTIONAL = {'safetensors', 'safetensors.torch', 'sklearn.datasets', 'huggingface_hub',
             'huggingface_hub.utils', 'torch.utils.tensorboard',
             'torch_fidelity.feature_extractor_inceptionv3',
@@ -25,7 +26,8 @@ ORDER = ['noise', 'scales', 'attention', 'sampling', 'loading', 'recompute', 'ba
 
 def modules():
     files = [*REPO.glob('*.py'), *REPO.glob('models/**/*.py'), *REPO.glob('utils/*.py'),
-             *REPO.glob('configs/*.py'), *REPO.glob('evaluation/*.py'), *REPO.glob('training/*.py')]
+             *REPO.glob('configs/*.py'), *REPO.glob('evaluation/*.py'), *REPO.glob('training/*.py'),
+             *REPO.glob('web/*.py')]
     for path in files:
         name = '.'.join(path.relative_to(REPO).with_suffix('').parts).removesuffix('.__init__')
         yield name, ast.parse(path.read_text())

@@ -1,0 +1,1 @@
+"""The web page of app.py: what it draws, and how it is laid out."""

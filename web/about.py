@@ -1,0 +1,57 @@
+"""What the page says about the weights it draws with, as a table."""
+import re
+from pathlib import Path
+
+from models import Tokenizer
+from utils.hub import PUBLISHED
+from utils.model_folder import CARD
+from utils.provenance import versions
+from web.studio import Studio
+
+LICENCE_LINE = re.compile(r'^license: *(\S+)', re.MULTILINE)  # of a model card
+
+
+def about(studio: Studio) -> str:
+    """Files with their digests, sizes, training, settings to begin with and licences, in Markdown."""
+    lines = ['| | |', '|---|---|']
+    lines += [f'| {name} | {value} |' for name, value in facts_of(studio).items()]
+    return '\n'.join(lines)
+
+
+def facts_of(studio: Studio) -> dict[str, str]:
+    """What is known of the weights and of this program, by name."""
+    loaded = studio.loaded
+    facts = {'weights': f'`{studio.source}`', 'family': loaded.family}
+    for flag, digest in loaded.digests.items():
+        facts[f'SHA-256 of {flag}'] = f'`{digest}`'
+    facts |= loaded.facts()
+    is_last = loaded.weights == 'raw'
+    facts['kind of weights'] = 'of the last step' if is_last else f'averaged ({loaded.weights})'
+    facts['pixels'] = f'{studio.side}x{studio.side}'
+    if not isinstance(studio.model, Tokenizer):
+        facts['settings to begin with'] = ', '.join(f'{one.flag} {one.value}' for one in studio.controls)
+    training = loaded.training
+    for name in ('epoch', 'git_commit'):
+        if name in training:
+            facts[f'{name.replace("_", " ")} of the training'] = str(training[name])
+    facts['runs on'] = studio.device
+    facts['versions'] = ', '.join(f'{name} {version}' for name, version in versions().items() if version)
+    facts['licence of the program'] = 'MIT'
+    facts['licence of the weights'] = licence_of(studio.path)
+    return facts
+
+
+def licence_of(path: Path) -> str:
+    """The licence of weights, as far as their files tell it.
+
+    Args:
+        path: file or folder of the weights.
+    """
+    card = path / CARD
+    if card.is_file():
+        named = LICENCE_LINE.search(card.read_text(encoding='utf-8', errors='replace'))
+        return named[1] if named else 'its model card names none: ask its owner'
+    published = PUBLISHED.get(path.name)
+    if published:
+        return f'that of their authors{f", see {published.repo} on the hub" if published.repo else ""}'
+    return 'the file names none: it belongs to whoever trained it, and its data may have terms of their own'
