@@ -3,6 +3,7 @@
 Everything that is drawn is drawn in web.studio; here are widgets and the wires between them.
 """
 import functools
+import html
 import inspect
 import logging
 import random
@@ -64,7 +65,8 @@ def _as_shown(error: Exception) -> gr.Error:
     else:
         logger.error('a job of the page failed', exc_info=error)
         text = f'The job failed ({type(error).__name__}): the terminal of app.py says more.'
-    return gr.Error(text, title='Not drawn', print_exception=False)
+    # The page would take what somebody has entered for HTML.
+    return gr.Error(html.escape(text, quote=False), title='Not drawn', print_exception=False)
 
 
 # ---------------------------------------------------------------------------------------------- the page
