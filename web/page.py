@@ -31,6 +31,7 @@ FONTS = ['system-ui', 'sans-serif']
 FIXED_FONTS = ['ui-monospace', 'monospace']
 STYLE = '''
 .squares img { image-rendering: pixelated; }
+.grid-wrap { min-height: 0 !important; }
 footer { display: none; }
 '''
 
@@ -109,7 +110,7 @@ class Page:
             with gr.Tab('Compare', id='compare'):
                 self.build_compare()
         if studio.can_edit:
-            with gr.Tab('Edit', id='edit'):
+            with gr.Tab('Edit', id='edit') as self.edit_tab:
                 self.build_edit()
         if studio.is_flexible:
             with gr.Tab('Refine', id='refine'):
@@ -161,7 +162,7 @@ class Page:
         gallery = gr.Gallery(label='images', columns=4, object_fit='contain', format='png', interactive=False,
                              height='auto', elem_classes=self.look, buttons=['download', 'fullscreen'])
         command = gr.Code(label='the same on the command line', language='shell', interactive=False,
-                          wrap_lines=True)
+                          wrap_lines=True, lines=1)
 
         self.drawn = gr.State([])
         self.chosen = gr.State(0)
@@ -203,11 +204,11 @@ class Page:
         button = gr.Button('Compare', variant='primary')
         rows = []
         for _ in range(MOST_VALUES):
-            rows.append(gr.Gallery(visible=False, columns=MOST_PER_ROW, object_fit='contain', format='png',
-                                   interactive=False, height='auto', elem_classes=self.look,
-                                   buttons=['download', 'fullscreen']))
+            rows.append(gr.Gallery(visible=False, columns=MOST_PER_ROW, fit_columns=False,
+                                   object_fit='contain', format='png', interactive=False, height='auto',
+                                   elem_classes=self.look, buttons=['download', 'fullscreen']))
         command = gr.Code(label='the same on the command line', language='shell', interactive=False,
-                          wrap_lines=True)
+                          wrap_lines=True, lines=1)
         self.on(button.click, self.compare,
                 [setting, values, classes, num_images, self.seed, *self.entries], [*rows, command], 'compare')
 
@@ -352,6 +353,8 @@ class Page:
         for view in self.views:
             self.on(view.upload, self.upload, view, shown)
         if self.studio.can_edit:
+            # An editor takes no image while its tab is hidden.
+            self.on(self.edit_tab.select, self.show_editor, self.picture, self.editor)
             self.on(self.take.click, self.take_drawn, [self.drawn, self.chosen], [*shown, self.tabs])
         for button, image in getattr(self, 'continue_with', []):
             self.on(button.click, self.show, image, shown)
@@ -375,10 +378,16 @@ class Page:
         views = []
         for view in self.views:
             if isinstance(view, gr.ImageEditor):
-                views.append(dict(background=self.enlarged(picture), layers=[], composite=None))
+                views.append(self.show_editor(picture))
             else:
-                views.append(picture)
+                views.append(self.enlarged(picture))
         return picture, *views
+
+    def show_editor(self, picture: np.ndarray | None) -> dict[str, Any] | None:
+        """The picture in the editor, without paint."""
+        if picture is None:
+            return None
+        return dict(background=self.enlarged(picture), layers=[], composite=None)
 
     @staticmethod
     def require_picture(picture: np.ndarray | None) -> np.ndarray:
