@@ -123,8 +123,8 @@ def rank_main(rank, folder, cases, shard):
 def test_formula_gives_what_is_measured_on_two_ranks(tmp_path, shard):
     """With copies of the weights, and with weights that are spread over both.
 
-    For a FlowAR that is spread and recomputed the formula is an upper limit, a fifth too high: gradients of its
-    flow head come after the peak.
+    For a FlowAR that is spread and recomputed the formula is an upper limit, a fifth too high: gradients of
+    its flow head come after the peak.
     """
     cases = [(name, recompute, 0) for name in DEPTHS for recompute in ('none', 'attention', 'block')
              if not (shard and name.startswith('flowar') and recompute == 'block')]
