@@ -290,7 +290,7 @@ class Page:
         """Draw the fine scales of the picture again."""
         picture = self.require_picture(picture)
         job = self.studio.job(entered, seed)
-        return self.studio.refine(picture, job, label, int(start), int(size or 0))
+        return self.enlarged(self.studio.refine(picture, job, label, int(start), int(size or 0)))
 
     def build_expand(self) -> None:
         """A larger canvas around an image is drawn."""
@@ -315,7 +315,8 @@ class Page:
         """Draw around the picture."""
         picture = self.require_picture(picture)
         job = self.studio.job(entered, seed)
-        return self.studio.expand(picture, job, label, int(height or 0), int(width or 0), paste)
+        expanded = self.studio.expand(picture, job, label, int(height or 0), int(width or 0), paste)
+        return self.enlarged(expanded)
 
     # ------------------------------------------------------------------------------ reconstruct
     def build_reconstruct(self) -> None:
