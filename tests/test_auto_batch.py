@@ -77,24 +77,27 @@ def counted(monkeypatch):
     monkeypatch.setattr(auto_batch, 'memory_of_rank', lambda _: PLENTY)
 
 
-def plant(monkeypatch, config, fitting, too_many):
-    """Let a rank have the memory for one number of images at a time, and not for another one."""
-    trials = Trials(config, num_classes=4)
-    limit = (trials.peak(fitting) + trials.peak(too_many)) / 2
-    monkeypatch.setattr(auto_batch, 'memory_of_rank', lambda _: limit / MOST_USED)
+def gib_an_image(self, num_images, stepping=False):
+    """Stands for `Trials._peak_here`: a trial step takes 1 GiB for each image."""
+    self._micro_step(num_images, stepping)
+    return num_images * GIB
 
 
-def test_a_training_that_does_not_fit_is_split(train_here, data, tmp_path, monkeypatch, counted, capsys):
+def plant(monkeypatch, num_images):
+    """Let this process have the memory for so many images at a time."""
+    monkeypatch.setattr(Trials, '_peak_here', gib_an_image)
+    monkeypatch.setattr(auto_batch, 'memory_of_rank', lambda _: (num_images + 0.5) * GIB / MOST_USED)
+
+
+def test_a_training_that_does_not_fit_is_split(train_here, tmp_path, monkeypatch, capsys):
     """It is the training with that --ac to the last bit, and keeps it when it goes on with more memory."""
-    flags = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS]
-    plant(monkeypatch, parse_training(flags), 2, 4)
+    plant(monkeypatch, 2)
     auto = train_here(tmp_path / 'auto', '--ep=1', '--auto_batch')
     line, = re.findall(r'--auto_batch: .*', capsys.readouterr().out)
-    assert re.fullmatch(r'--auto_batch: 2 images at a time fit \(peak \d+\.\d of \d+\.\d GiB\): '
-                        r'--bs=8 --ac=4', line)
+    assert line == '--auto_batch: 2 images at a time fit (peak 2.0 of 2.7 GiB): --bs=8 --ac=4'
     assert read(auto)['args']['accumulate'] == 4 and read(auto)['args']['images_per_step'] == 8
 
-    monkeypatch.setattr(auto_batch, 'memory_of_rank', lambda _: PLENTY)
+    plant(monkeypatch, 8)
     train_here(auto, '--ep=2', '--sche=flat', '--wp=1', '--auto_batch')
     assert '--auto_batch:' not in capsys.readouterr().out
     by_hand = tmp_path / 'by_hand'
@@ -137,12 +140,8 @@ def test_every_family_is_tried_at_its_largest_step(whole_training, tmp_path, cou
 
 # ---------------------------------------------------------------------------------------------- ranks
 def little_memory_on_rank_1():
-    """Trial steps take 1 GiB an image; rank 0 has room for four, rank 1 for two."""
-    def peak_here(self, num_images, stepping=False):
-        self._micro_step(num_images, stepping)
-        return num_images * GIB
-
-    Trials._peak_here = peak_here
+    """Rank 0 has room for four images, rank 1 for two."""
+    Trials._peak_here = gib_an_image
     auto_batch.memory_of_rank = lambda _: (2.5 if auto_batch.dist.get_rank() else 5) * GIB / MOST_USED
 
 

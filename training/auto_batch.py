@@ -162,7 +162,6 @@ class Trials:
         Args:
             stepping: whether the optimizer moves after it.
         """
-        gc.collect()
         forget_peak(self.device)
         try:
             self._micro_step(num_images, stepping)
@@ -207,6 +206,7 @@ def memory_of_rank(device: torch.device) -> int:
 def forget_peak(device: torch.device) -> None:
     """Let `peak_since` begin anew."""
     if device.type == 'cuda':
+        gc.collect()  # a step that found no memory may have left tensors
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
