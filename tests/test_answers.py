@@ -44,8 +44,8 @@ def test_help_needs_no_torch(without_torch, script):
     ('evaluate.py /nowhere.npz /nowhere', 2, 'found nothing at /nowhere.npz'),
     ('evaluate.py tokenizer --ckpt=/nowhere.pth --data_path=toy', 2, "no file '/nowhere.pth'"),
     ('-m recipes.photos /nowhere', 2, "a folder of photos, found none at '/nowhere'"),
-    ('-m recipes.photos docs', 1, 'expected at least 2 photos'),
-    ('-m recipes.photos docs --size=50', 2, '--size must be one of')])
+    ('-m recipes.photos configs', 1, 'expected at least 2 photos'),
+    ('-m recipes.photos configs --size=50', 2, '--size must be one of')])
 def test_a_wrong_command_needs_no_torch(without_torch, command, exit_code, words):
     code, _, errors = without_torch(command)
     assert code == exit_code

@@ -89,6 +89,7 @@ def plant(monkeypatch, num_images):
     monkeypatch.setattr(auto_batch, 'memory_of_rank', lambda _: (num_images + 0.5) * GIB / MOST_USED)
 
 
+@pytest.mark.slow
 def test_a_training_that_does_not_fit_is_split(train_here, tmp_path, monkeypatch, capsys):
     """It is the training with that --ac to the last bit, and keeps it when it goes on with more memory."""
     plant(monkeypatch, 2)

@@ -137,6 +137,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_within_the_step(data, tmp_p
     assert read(tmp_path)['epoch'] + read(tmp_path)['iter'] > 0
 
 
+@pytest.mark.slow
 def test_ranks_end_with_their_launcher(data, tmp_path):
     flags = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, f'--output_dir={tmp_path}',
              '--ep=400']
@@ -172,6 +173,7 @@ def impatient():
     resume.WAIT_SECONDS = 1
 
 
+@pytest.mark.slow
 def test_a_node_without_the_checkpoint_ends_the_run_in_a_line(train_here, data, tmp_path, monkeypatch):
     train_here(tmp_path / 'first', '--ep=1')
     before = (tmp_path / 'first' / 'ar-ckpt-last.pth').read_bytes()
@@ -258,6 +260,7 @@ def test_variables_of_a_launcher_that_do_not_fit(monkeypatch, variables, words):
         dist.initialize()
 
 
+@pytest.mark.slow
 def test_left_over_variables_and_a_taken_port_are_named():
     code = '''
 import socket, sys
@@ -435,6 +438,7 @@ def test_a_kill_before_the_first_checkpoint_leaves_no_trace(train_here, tmp_path
     assert len(lines_of(tmp_path / 'log.txt')) == 2
 
 
+@pytest.mark.slow
 def test_torn_lines_of_logs_are_left_out(train_here, tmp_path):
     flags = '--eval_every=1', '--fid_images=8', '--fid_features=digits', '--fid_flags=--top_k=8'
     train_here(tmp_path, '--ep=1', *flags)

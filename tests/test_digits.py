@@ -65,6 +65,7 @@ def test_enlarging_and_batching_change_nothing(features):
             torch.testing.assert_close(joined, getattr(whole, name)[:128], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_start_fits_the_same_weights(features):
     torch.manual_seed(1)
     np.random.seed(1)

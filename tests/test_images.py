@@ -426,6 +426,7 @@ def test_every_crop_of_a_thin_image(size):
         check(view)
 
 
+@pytest.mark.slow
 def test_memory_of_thin_images(tmp_path):
     """The whole image, enlarged, would have gigabytes."""
     Image.new('RGB', (30000, 1)).save(tmp_path / 'thin.png')

@@ -104,6 +104,7 @@ for module in ('dist', 'models', 'utils.data', 'trainer', 'evaluation.score', 'p
     assert (run.returncode, run.stdout, run.stderr) == (0, '', '')
 
 
+@pytest.mark.slow
 def test_systems_without_the_locks_and_signals_of_unix_can_import_all(tmp_path):
     """As on Windows; a folder is then used without a lock, and that is said."""
     code = '''

@@ -148,6 +148,7 @@ def test_network_runs_in_full_precision_and_the_caller_does_not(features):
 
 
 # ---------------------------------------------------------------------------------------------- files
+@pytest.mark.slow
 def test_weights_with_counters_and_in_float64(tmp_path, features):
     """Saved networks have num_batches_tracked and versions of layers, the published file has neither."""
     path, images = tmp_path / 'saved.pth', noise_u8(1, 3, 16, 16)

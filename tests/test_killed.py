@@ -57,6 +57,7 @@ def test_killed_training_with_workers_goes_on(data, tmp_path):
     assert_continues(data, tmp_path / 'straight', folder, 1, '--workers=2')
 
 
+@pytest.mark.slow
 def test_killed_training_of_two_processes_goes_on(data, tmp_path):
     folder = tmp_path / 'killed'
     process = start('train.py', long_training(data, folder), nproc=2)

@@ -228,7 +228,7 @@ class LiveViews(Dataset):
         return images[view], label
 
 
-@pytest.mark.parametrize('model', ['var', 'flexvar'])
+@pytest.mark.parametrize('model', [pytest.param('var', marks=pytest.mark.slow), 'flexvar'])
 def test_training_on_stored_crops_is_training_on_these_crops(families, here, tmp_path, model):
     """Every loss, metric, weight and score is equal to the last bit, whatever validation reads."""
     made = families[model]

@@ -76,6 +76,7 @@ def test_two_processes_draw_the_same_distance(folder, data, tmp_path):
     assert curve_of(tmp_path)[-1] == pytest.approx(curve_of(folder)[-1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_distance_of_continuous_codes_changes_nothing(whole_training, trained_folder, here, tmp_path,
                                                       random_features):
     here(train, *whole_training('flowar', tmp_path, '--fid_images=8', '--fid_features=digits',
