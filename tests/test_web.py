@@ -244,6 +244,7 @@ def test_lists_of_values():
     ('flexvar', {}, dict(infer_patch_nums='1_200'), 'at most 1024 pixels per side, got 1600'),
     ('flexvar', {}, dict(infer_patch_nums='_'.join('1' * 90) + '_4'), 'at most 64 scales'),
     ('flexvar', {}, dict(infer_patch_nums='1_' * 150), 'at most 200 letters'),
+    ('flexvar', {}, dict(infer_patch_nums='1' + '_60' * 45), 'at most 65,536 codes'),
     ('flexvar', dict(num_images=5), dict(size='1024'), 'at most 4 images of 1024 pixels'),
     ('npp', {}, dict(image_size_eval=9999), 'at most 1024 pixels'),
     ('flowar', {}, dict(num_step=1000), 'at most 250 steps, got 1000')])

@@ -5,6 +5,7 @@
 
 WEB_PICTURES names a folder for pictures of the page.
 """
+import asyncio
 import os
 import shutil
 import socket
@@ -21,7 +22,8 @@ from PIL import Image
 from tests.runs import REPO, environment, kill_tree
 from tests.test_pipeline import made, write_checkpoint
 
-pytest.importorskip('gradio', reason='the page needs requirements-web.txt')
+gradio = pytest.importorskip('gradio', reason='the page needs requirements-web.txt')
+page = pytest.importorskip('web.page')
 playwright = pytest.importorskip('playwright.sync_api', reason='the browser is driven by playwright')
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 pytestmark = [pytest.mark.slow,
@@ -217,3 +219,12 @@ def test_flexvar_refines_and_expands(visit):
         # The picture itself is one, the result another.
         there.page.locator('img[src*="/file="]').locator('visible=true').nth(1).wait_for()
         there.keep(name)
+
+
+def test_views_take_no_addresses():
+    """Gradio itself would fetch one, for anybody who reaches the page."""
+    view = page.without_addresses(gradio.Image(type='filepath'))
+    with gradio.Blocks():
+        for address in ('http://127.0.0.1:9/a.png', 'HTTPS://example.org/a.png'):
+            with pytest.raises(ValueError, match='expected an uploaded image, got an address'):
+                asyncio.run(view.async_move_resource_to_block_cache(address))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from utils.console import one_line
 from web.about import about
-from web.controls import MOST_VALUES, Control, command_of
+from web.controls import LONGEST_TEXT, MOST_VALUES, Control, command_of
 from web.studio import LONGEST_SIDE, MOST_IMAGES, Drawn, Studio, painted
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ class Page:
             # What every tab may show: the picture that somebody has chosen, of the size that is drawn.
             self.picture = gr.State(None)
             self.views: list[gr.Image | gr.ImageEditor] = []
+            # Buttons, and what each of them shows in every tab.
+            self.continue_with: list[tuple[gr.Button, gr.State]] = []
             with gr.Row():
                 if studio.is_generator:
                     with gr.Column(scale=1, min_width=260):
@@ -197,7 +199,8 @@ class Page:
         with gr.Row():
             flags = [(control.flag, i) for i, control in enumerate(self.studio.controls)]
             setting = gr.Dropdown(flags, value=0, label='setting')
-            values = gr.Textbox('0 1.5 4', label=f'values, at most {MOST_VALUES}', max_length=200)
+            values = gr.Textbox('0 1.5 4', label=f'values, at most {MOST_VALUES}',
+                                max_length=LONGEST_TEXT)
         with gr.Row():
             classes = self.class_menu('classes, in turn; none are all', several=True)
             num_images = gr.Slider(1, MOST_PER_ROW, 4, step=1, label='images of each')
@@ -244,7 +247,7 @@ class Page:
                     format='png',
                     buttons=['fullscreen'],
                 )
-                self.views.append(self.editor)
+                self.views.append(without_addresses(self.editor))
             with gr.Column():
                 slider = gr.ImageSlider(label='before and after', interactive=False, format='png',
                                         height=side + 120, buttons=['download', 'fullscreen'])
@@ -257,7 +260,7 @@ class Page:
         self.edited = gr.State(None)
         self.on(button.click, self.edit, [self.picture, self.editor, label, paste, self.seed, *self.entries],
                 [slider, self.edited], 'edit')
-        self.continue_with = [(go_on, self.edited)]
+        self.continue_with.append((go_on, self.edited))
 
     def edit(self, picture: np.ndarray | None, editor: dict[str, Any], label: int, paste: bool, seed: float,
              *entered: Any) -> tuple:
@@ -345,8 +348,9 @@ class Page:
     # ------------------------------------------------------------------------------ pictures
     def picture_view(self) -> gr.Image:
         """Where the chosen picture is shown, and another one can be put."""
-        return gr.Image(label='image', type='filepath', sources=['upload', 'clipboard'], format='png',
+        view = gr.Image(label='image', type='filepath', sources=['upload', 'clipboard'], format='png',
                         elem_classes=self.look, buttons=['fullscreen'])
+        return without_addresses(view)
 
     def wire_pictures(self) -> None:
         """A picture that is chosen anywhere is shown in every tab."""
@@ -357,13 +361,15 @@ class Page:
             # An editor takes no image while its tab is hidden.
             self.on(self.edit_tab.select, self.show_editor, self.picture, self.editor)
             self.on(self.take.click, self.take_drawn, [self.drawn, self.chosen], [*shown, self.tabs])
-        for button, image in getattr(self, 'continue_with', []):
+        for button, image in self.continue_with:
             self.on(button.click, self.show, image, shown)
 
     def upload(self, given: Any) -> tuple:
         """Show an image that somebody has uploaded, in an editor or as a file."""
         if isinstance(given, dict):
-            return self.show(self.studio.fitted(given['background'].convert('RGB')))
+            painted_on = given['background'].convert('RGBA')
+            ground = Image.new('RGBA', painted_on.size, 'white')
+            return self.show(self.studio.fitted(Image.alpha_composite(ground, painted_on).convert('RGB')))
         return self.show(self.studio.open(given))
 
     def take_drawn(self, drawn: list[np.ndarray], chosen: int) -> tuple:
@@ -403,7 +409,21 @@ class Page:
 
     def enlarged(self, image_HW3: np.ndarray) -> np.ndarray:
         """An image whose pixels are squares, so that a small one is large enough to look at."""
-        return image_HW3.repeat(self.zoom, 0).repeat(self.zoom, 1)
+        zoom = max(SHOWN_SIDE // max(image_HW3.shape[:2]), 1)
+        return image_HW3.repeat(zoom, 0).repeat(zoom, 1)
+
+
+def without_addresses(view: gr.components.Component) -> gr.components.Component:
+    """The same view, which takes uploaded files alone: gradio would fetch any address that is sent to it."""
+    move = view.async_move_resource_to_block_cache
+
+    async def move_file(path: Any) -> str | None:
+        if str(path).lower().startswith(('http:', 'https:')):
+            raise ValueError('expected an uploaded image, got an address: upload the image')
+        return await move(path)
+
+    view.async_move_resource_to_block_cache = move_file
+    return view
 
 
 def _widget(control: Control) -> gr.components.Component:
@@ -414,7 +434,7 @@ def _widget(control: Control) -> gr.components.Component:
     if control.choices:
         return gr.Dropdown(list(control.choices), **shared)
     if control.kind is str:
-        return gr.Textbox(max_length=200, **shared)
+        return gr.Textbox(max_length=LONGEST_TEXT, **shared)
     return gr.Number(precision=0 if control.kind is int else None, **shared)
 
 

@@ -30,6 +30,7 @@ MOST_IMAGES = 16                # of a job
 LONGEST_SIDE = 1024             # of an image, in pixels
 MOST_PIXELS = 16 * 512 ** 2     # of all images of a job
 MOST_SCALES = 64                # of a pyramid
+MOST_CODES = 2 ** 16            # of all images and scales of a job: their keys and values are kept
 MOST_STEPS = 250                # of a flow head at a scale
 LARGEST_SEED = 2 ** 53 - 1      # that a browser can tell from the next one
 TOKENIZER_SIDE = 256            # pixels of an image that is shown to a tokenizer without a generator
@@ -211,6 +212,12 @@ class Studio:
         if job.num_images > most_images:
             raise ValueError(f'the page draws at most {most_images} images of {longest} pixels per side, got '
                              f'{job.num_images}: enter fewer')
+        # The sides are stretched to the size that is drawn.
+        last = max(sides, default=1) * self.loaded.tokenizer.stride
+        num_codes = job.num_images * sum((side * longest / last) ** 2 for side in sides)
+        if num_codes > MOST_CODES:
+            raise ValueError(f'the page draws at most {MOST_CODES:,} codes at a time, got {num_codes:,.0f}: '
+                             'enter fewer scales or images')
 
     # ------------------------------------------------------------------------------ drawing
     def sample(self, job: SampleConfig) -> Iterator[Drawn]:
