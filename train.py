@@ -186,7 +186,8 @@ class Run:
         checkpoint = chosen.content
         if config.auto_batch:
             saved = checkpoint.get('args') or {}
-            self.config = config = fit_batch(config, len(data.classes), saved)
+            self.config = config = fit_batch(config, len(data.classes), saved,
+                                             checkpoint.get('world_size'))
         self.state = RunState(choose_seed(config, checkpoint.get('run', {}).get('seed')),
                               len(train_sampler(config, len(data.train))))
         self.start = 0, 0  # (epoch, step within it)
@@ -666,7 +667,7 @@ class Run:
         def write() -> None:
             state = dict(epoch=epoch, iter=step, trainer=trainer_state, args=vars(self.config),
                          run=vars(self.state), classes=self.data.classes, data=self.described,
-                         **self.made_with)
+                         world_size=dist.get_world_size(), **self.made_with)
             self.checkpoints.save(state, steps_done, is_best)
         dist.from_master(write)
         self.has_checkpoint = True
@@ -698,7 +699,6 @@ class Run:
                            '\n'.join(self.state.bad_images))
         self.show_life('done', is_due=True)
         logger.info('done, checkpoints are in %s', self.folder)
-
 
     def export(self, has_trained: bool) -> None:
         """Write the weights that sampling uses as a folder for `pipeline.load`; the first rank calls it.

@@ -1,5 +1,4 @@
 """`--auto_batch` finds how many images fit at a time, and leaves the batch of the optimizer as it is."""
-import json
 import re
 
 import pytest
@@ -112,9 +111,8 @@ def test_another_number_of_ranks_tries_anew(data, tmp_path, monkeypatch):
     config = parse_training([f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, '--auto_batch',
                              f'--output_dir={tmp_path}'])
     for ranks_before, expected in ((1, 4), (2, 1)):
-        (tmp_path / 'restarts.jsonl').write_text(json.dumps(dict(world_size=ranks_before)) + '\n')
-        assert fit_batch(config, 4, dict(accumulate=4)).accumulate == expected
-    assert fit_batch(config, 4, dict(accumulate=3)).accumulate == 1  # --bs is another one now
+        assert fit_batch(config, 4, dict(accumulate=4), ranks_before).accumulate == expected
+    assert fit_batch(config, 4, dict(accumulate=3), 1).accumulate == 1  # --bs is another one now
 
 
 def test_what_a_step_takes_is_seen_on_this_machine(data, tmp_path, capsys):
@@ -127,7 +125,7 @@ def test_what_a_step_takes_is_seen_on_this_machine(data, tmp_path, capsys):
     assert auto_batch.peak_since(device) < auto_batch.memory_of_rank(device)
     config = parse_training([f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, '--auto_batch',
                              f'--output_dir={tmp_path}'])
-    assert fit_batch(config, 4, {}) == config
+    assert fit_batch(config, 4, {}, None) == config
 
 
 @pytest.mark.slow

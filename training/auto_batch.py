@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from configs import GeneratorConfig
 from configs.options import flag_of
 from models.noise import GlobalBatch
 from training.build import build_model, build_trainer
-from training.life import last_world_size
 from utils.machine import forget_peak_memory, free_memory, local_ranks, peak_memory, process_memory
 
 logger = logging.getLogger(__name__)
@@ -27,7 +25,8 @@ MOST_USED = 0.92
 GIB = 2 ** 30
 
 
-def fit_batch(config: GeneratorConfig, num_classes: int, saved: dict[str, Any]) -> GeneratorConfig:
+def fit_batch(config: GeneratorConfig, num_classes: int, saved: dict[str, Any],
+              ranks_before: int | None) -> GeneratorConfig:
     """The config in as few micro-steps as fit into memory, and as it is otherwise; every rank calls it.
 
     A run that goes on with as many ranks keeps the micro-steps of its checkpoint: their sums are rounded in
@@ -36,17 +35,21 @@ def fit_batch(config: GeneratorConfig, num_classes: int, saved: dict[str, Any]) 
     Args:
         num_classes: of the data set.
         saved: settings of the checkpoint that the run goes on from; {} if it begins.
+        ranks_before: of the start that wrote this checkpoint; None if it does not say.
     Raises:
         ValueError: not even one image at a time fits, or the system does not tell how much memory there is.
     """
     world_size = dist.get_world_size()
     num_images = config.local_batch(world_size) * config.accumulate
     kept = saved.get('accumulate', 0)
-    ranks_before = dist.from_master(lambda: last_world_size(Path(config.output_dir)))
     if kept and num_images % kept == 0 and ranks_before == world_size:
         return config.in_micro_steps(kept, world_size)
 
-    trials = Trials(config, num_classes)
+    try:
+        trials = Trials(config, num_classes)
+    except torch.OutOfMemoryError:
+        raise ValueError(f'the weights, gradients and averages do not fit into {MOST_USED:.0%} of the memory '
+                         f'of {dist.get_device()}: pass --shard=1 on several GPUs') from None
     try:
         at_a_time, peak = largest_that_fits(num_images, trials.peak, MOST_USED * trials.memory)
     finally:

@@ -167,13 +167,6 @@ def this_launcher() -> str:
     return f'{dist.host_name()}:{os.getppid()}'
 
 
-def last_world_size(folder: Path) -> int | None:
-    """Number of ranks of the last start in an output folder; None if there was none."""
-    lines = read_json_lines(folder / 'restarts.jsonl')
-    world_sizes = [line['world_size'] for line in lines if 'world_size' in line]
-    return world_sizes[-1] if world_sizes else None
-
-
 def refuse_restart_after_stop(folder: Path) -> None:
     """Do not begin again where torchrun restarts a training that a signal has stopped.
 
