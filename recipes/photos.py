@@ -37,7 +37,7 @@ from utils.images import ImageError, is_data, read_image
 from utils.machine import available_cpus
 from utils.stop import Stopped, StopRequest
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')  # of photos
+PHOTO_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')  # of photos
 STRIDE = 8             # pixels per side of a code
 SIZES = tuple(STRIDE * side for side in SMALL_PYRAMIDS)
 MARGIN = 1.125         # shorter side of a copy over the side of the crops that training takes of it
@@ -204,7 +204,7 @@ def find_photos(folder: Path) -> Photos:
     others: Counter[str] = Counter()
     classes: dict[str, list[Path]] = {}
     for path in sorted(files_below(folder)):
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in PHOTO_SUFFIXES:
             others[path.suffix.lower() or 'without suffix'] += 1
             continue
         below = path.relative_to(folder)
@@ -218,7 +218,7 @@ def find_photos(folder: Path) -> Photos:
     if max(map(len, classes.values())) < 2:
         found = ', '.join(f'{count} {suffix}' for suffix, count in others.most_common(5))
         raise ValueError(f'expected at least 2 photos of a class in {str(folder)!r}, found {photos.count}'
-                         f'{f" and {found}" if found else ""}: images end with {", ".join(SUFFIXES)}')
+                         f'{f" and {found}" if found else ""}: images end with {", ".join(PHOTO_SUFFIXES)}')
     return photos
 
 
@@ -496,7 +496,9 @@ def command_for_more(photos: Photos, out: Path) -> list[str]:
     """The command that draws more pictures, as a person would type it here."""
     flags = [*sampling_flags(), '--num_images=100', '--seed=1', f'--output={shown(out / "more")}']
     if len(photos.classes) > 1:
-        flags.append(f'--classes={next(iter(photos.classes))}')
+        # A name that is a number would be read as the number of another class.
+        first = next(iter(photos.classes))
+        flags.append(f'--classes={first if first.isalpha() else 0}')
     return ['python', shown(REPO / 'sample.py'), f'--ckpt={shown(out / "generator" / "ar-ckpt-last.pth")}',
             *flags]
 
@@ -533,7 +535,7 @@ class Progress:
             beat = read_json(self.path)
             step = beat['step']
             steps_left = beat['total_steps'] - step
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, KeyError):
             return
         if self.first_step is None:
             self.first_step = self.last_step = step
@@ -556,13 +558,19 @@ def run(command: list[str], progress: Progress | None = None) -> None:
     with tempfile.TemporaryFile() as errors, StopRequest() as stop:
         process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=errors)
         is_told = False
-        while process.poll() is None:
-            if stop and not is_told:
+        try:
+            while process.poll() is None:
+                if stop and not is_told:
+                    process.terminate()
+                    is_told = True
+                if progress:
+                    progress.show()
+                time.sleep(0.2)
+        finally:
+            # An error here, such as a closed terminal, must not leave the training alone.
+            if process.poll() is None:
                 process.terminate()
-                is_told = True
-            if progress:
-                progress.show()
-            time.sleep(0.2)
+                process.wait()
         errors.seek(0)
         lines = errors.read().decode(errors='replace').strip().splitlines()
     if stop:
