@@ -143,6 +143,17 @@ def test_wandb_gets_what_tensorboard_gets(monkeypatch, tmp_path):
                             config=dict(depth=1), sync_tensorboard=True)
 
 
+def test_wandb_without_a_login_is_told_in_one_line(monkeypatch, tmp_path):
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error('no API key\nconfigured')
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init, Error=Error))
+    with pytest.raises(ValueError, match=r'cannot begin a run \(no API key configured\): log in'):
+        log.mirror_in_wandb('digits', 'a', tmp_path, {})
+
+
 @pytest.mark.parametrize(('flags', 'message'), [
     (['--wandb=digits'], '--wandb needs a package: pip install wandb'),
     (['--wandb=digits', '--tb=0'], '--wandb sends what TensorBoard gets'),
@@ -161,6 +172,13 @@ def test_curves_have_each_evaluation_once(folder):
     assert curves['L_mean'].steps == steps
     assert curves['vL_mean'].steps == steps[1:]
     assert 'lr' not in curves and 'vL_tail' in curves
+
+
+def test_an_evaluation_with_one_score_as_before_is_kept(tmp_path):
+    """A line without a new evaluation repeats all scores, not one of them."""
+    lines = [dict(it=i, loss=1., vloss=loss, vacc=0.5) for i, loss in ((1, 3.), (2, 3.), (3, 2.))]
+    (tmp_path / 'log.txt').write_text('\n'.join(map(json.dumps, lines)))
+    assert read_curves(tmp_path)['vacc'].steps == [1, 3]
 
 
 def test_curves_of_runs_are_drawn_side_by_side(folder, tmp_path):

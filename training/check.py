@@ -90,7 +90,7 @@ class Parts:
 
     def use(self, folder: Path) -> None:
         """Let the run write into this folder."""
-        changes: dict[str, Any] = dict(output_dir=str(folder), check=False, after_save='')
+        changes: dict[str, Any] = dict(output_dir=str(folder), check=False, after_save='', wandb='')
         if self.config.fid_images:  # its reference may be all validation images
             changes['fid_images'] = 0
         self.config = replace(self.config, **changes)

@@ -188,8 +188,9 @@ class Journal:
             images_B3HW: samples in [0, 1].
             step: number of steps that are done.
         """
-        rows = math.ceil(len(images_B3HW) ** 0.5)
-        self.tb.log_image('AR_samples', make_grid(images_B3HW, nrow=rows, padding=2, pad_value=1.), step)
+        num_columns = math.ceil(len(images_B3HW) ** 0.5)
+        picture = make_grid(images_B3HW, nrow=num_columns, padding=2, pad_value=1.)
+        self.tb.log_image('AR_samples', picture, step)
 
     # ------------------------------------------------------------------------------ epochs
     def after_epoch(self, epoch: int, num_epochs: int, steps_done: int, validation: dict[str, float],

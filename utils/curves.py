@@ -42,18 +42,20 @@ def read_curves(run: Path) -> dict[str, Curve]:
     path = run / 'log.txt' if run.is_dir() else run
     lines = read_json_lines(path)
     curves: dict[str, Curve] = {}
+    last_scores: dict[str, float] = {}
     for line in lines:
         measures = {name: value for name, value in line.items()
                     if name not in OTHER_NUMBERS and isinstance(value, int | float)}
         step = line.get('it')
         if not isinstance(step, int):
             continue
+        # A line repeats the scores of the last evaluation until there are new ones.
+        scores = {name: value for name, value in measures.items() if name.startswith('v')}
+        is_repeated = scores == last_scores
+        last_scores = scores or last_scores
         for name, value in measures.items():
-            curve = curves.setdefault(name, Curve([], []))
-            # A line repeats the scores of the last evaluation until there are new ones.
-            is_repeated = name.startswith('v') and curve.values and curve.values[-1] == value
-            if not is_repeated:
-                curve.add(step, value)
+            if not (is_repeated and name in scores):
+                curves.setdefault(name, Curve([], [])).add(step, value)
     if not curves:
         raise ValueError('expected the log of a training with at least one epoch, found none in '
                          f'{str(path)!r}: pass the output folder of a run')
@@ -69,8 +71,11 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     Raises:
         ValueError: see `read_curves`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('curves need a package: pip install matplotlib') from None
     curves = {run: read_curves(run) for run in runs}
     names = sorted({name for found in curves.values() for name in found})
     panels = [name for name in names if not (name.startswith('v') and name[1:] in names)]

@@ -338,11 +338,18 @@ def mirror_in_wandb(project: str, name: str, folder: Path, settings: dict[str, A
     Args:
         project: of Weights & Biases. name: of the run there. folder: of the output.
         settings: of the training.
+    Raises:
+        ValueError: a run cannot begin, for want of a login or of a network.
     """
     import wandb
     run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    wandb.init(project=project, name=name, id=run_id, resume='allow', dir=str(folder), config=settings,
-               sync_tensorboard=True)
+    try:
+        wandb.init(project=project, name=name, id=run_id, resume='allow', dir=str(folder), config=settings,
+                   sync_tensorboard=True)
+    except wandb.Error as error:
+        message = ' '.join(str(error).split())
+        raise ValueError(f'--wandb cannot begin a run ({message}): log in by wandb login, or set '
+                         'WANDB_MODE=offline') from None
 
 
 def progress_bar(total: int, text: str, unit: str = 'image') -> tqdm:
