@@ -590,7 +590,7 @@ class GeneratorConfig(TrainConfig):
     tb_samples: int = opt(
         8,
         'samples of fixed noise in TensorBoard at every evaluation',
-        limits=(0, 1024),
+        limits=(0, 64),
         free=True,
         group='run',
     )
@@ -626,6 +626,11 @@ class GeneratorConfig(TrainConfig):
         super().__post_init__()
         if self.shard_group and not self.shard:
             raise ValueError('--shard_group goes with --shard=1: pass both, or neither')
+        if self.export and self.shard:
+            raise ValueError(
+                '--export=1 writes whole weights, which no card has with --shard=1: leave it out, and run '
+                'python export.py CKPT FOLDER afterwards'
+            )
         if self.ema_device and self.shard:
             raise ValueError(
                 '--ema_device=cpu keeps the averages off the cards, --shard spreads them over the '

@@ -128,3 +128,5 @@ def test_groups_must_divide_the_ranks(monkeypatch):
         device_mesh('cpu', 3)
     with pytest.raises(ValueError, match='--shard_group goes with --shard=1'):
         VARConfig(shard_group=8)
+    with pytest.raises(ValueError, match='run python export'):
+        VARConfig(shard=True, export=True)
