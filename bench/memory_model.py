@@ -143,12 +143,12 @@ def memory_of(model: ARModel, step: float, num_averages: int, ranks: int = 1) ->
         num_averages: of the weights.
         ranks: that share a copy of the weights; 1 is a copy on each, as under DDP.
     """
-    share = FLOAT32 * count_parameters(model) / ranks
+    bytes_per_rank = FLOAT32 * count_parameters(model) / ranks
     return Memory(
-        weights=share,
-        gradients=share,
-        moments=2 * share,
-        averages=num_averages * share,
+        weights=bytes_per_rank,
+        gradients=bytes_per_rank,
+        moments=2 * bytes_per_rank,
+        averages=num_averages * bytes_per_rank,
         tokenizer=FLOAT32 * count_parameters(model.tokenizer),
         gathered=gathered_bytes(model) if ranks > 1 else 0,
         step=step,

@@ -44,6 +44,7 @@ LOGGED = dict(loss_last='vL_tail', loss_all='vL_mean', error_last='vacc_tail', e
 AXES = dict(parameters='parameters N', compute='compute C [FLOPs]')
 INTERVAL = (2.5, 97.5)  # percentiles between which 95 % of the bootstrap draws lie
 LEAST_RUNS = 4          # a line and a floor are three numbers
+LEAST_POINTS = 4        # of a front, as well
 ALPHAS = (-4., -1e-3)   # exponents among which that of a law with a floor is searched
 NUM_ALPHAS = 128        # candidates at first, in equal ratios
 ROUNDS = 4              # of the search; each one looks between the neighbours of the best candidate
@@ -129,7 +130,7 @@ def read_run(path: Path) -> Run | None:
         ValueError: it cannot be counted.
     """
     header, *lines = read_json_lines(path) or [{}]
-    settings = header.get('args', {})
+    settings = header.get('args', {}) | dict(wandb='')  # this machine may not have its package
     if settings.get('model') != 'var':
         return None
     known = [field.name for field in dataclasses.fields(VARConfig)]
@@ -365,7 +366,7 @@ def law_of_compute(curves: list[tuple[np.ndarray, np.ndarray]], has_floor: bool,
     floors = []
     for chosen in rng.integers(len(curves), size=(draws, len(curves))):
         x_P, y_P = pareto_front([curves[i] for i in sorted(set(chosen.tolist()))])
-        if len(x_P) < LEAST_RUNS:
+        if len(x_P) < LEAST_POINTS:
             continue
         drawn = fit_power_law(x_P, y_P, has_floor)
         alphas.append(drawn.alpha)
@@ -470,7 +471,7 @@ def draw_laws(runs: list[Run], laws: Laws) -> Any:
         # At the end of each training, over its size.
         upper = panels[0, column]
         for i, run in enumerate(runs):
-            upper.plot(run.parameters, run.scores[score][-1], 'o', color=f'C{i}', label=f'depth {run.depth}')
+            upper.plot(run.parameters, run.scores[score][-1], 'o', color=f'C{i}', label=run.name)
         draw_law(upper, laws[score]['parameters'], [run.parameters for run in runs])
         upper.set_title(title)
 

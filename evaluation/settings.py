@@ -313,7 +313,7 @@ class ScalingSettings:
 
     runs: str = opt('', 'folder with an output folder of train.py for each training', positional=True,
                     path=True)
-    draws: int = opt(1000, 'bootstrap draws for the intervals', limits=(1, INF))
+    draws: int = opt(1000, 'bootstrap draws for the intervals', limits=(1, 100_000))
     seed: int = opt(0, 'of these draws', limits=(0, 2 ** 63 - 1))
     json: str = opt('', 'file for trainings, laws and intervals', path=True)
     plot: str = opt('', 'PNG file for the plot', path=True)
