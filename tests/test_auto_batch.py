@@ -115,6 +115,7 @@ def test_another_number_of_ranks_tries_anew(data, tmp_path, monkeypatch):
     assert fit_batch(config, 4, dict(accumulate=3), 1).accumulate == 1  # --bs is another one now
 
 
+@pytest.mark.slow
 def test_what_a_step_takes_is_seen_on_this_machine(data, tmp_path, capsys):
     """Without a planted limit: two more of large tensors show in the peak, and a tiny training fits."""
     device = torch.device('cpu')

@@ -124,6 +124,7 @@ def test_a_second_interrupt_does_not_wait():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_within_the_step(data, tmp_path):
     flags = [f'--data_path={data[0]}', f'--vae_ckpt={data[1]}', *VAR_FLAGS, f'--output_dir={tmp_path}',
              '--ep=400']
@@ -354,6 +355,7 @@ def poisoned_backward(first):
     return backward
 
 
+@pytest.mark.slow
 def test_a_discriminator_forgets_a_step_that_is_not_finite(train_here, tmp_path, monkeypatch):
     discriminate = trainer.TokenizerLoss.discriminate
     flags = [flag.replace('1_2_4', '1_2_8') for flag in VQVAE_FLAGS if '--disc' not in flag]
@@ -554,6 +556,7 @@ def test_removing_images_within_an_epoch_is_no_dead_end(train_here, tmp_path, mo
     assert (final['epoch'], final['run']['steps_per_epoch']) == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_finished_folder_of_another_data_set_says_so(train_here, tmp_path, capsys):
     root = make_folder(tmp_path / 'images')
     train_here(tmp_path / 'run', '--ep=1', f'--data_path={root}', base=VQVAE_FLAGS)
@@ -643,6 +646,7 @@ def test_nothing_is_written_before_the_data_are_found(train_here, tmp_path, caps
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_two_processes_log_like_one(data, train_here, tmp_path):
     """What ranks exchange at every step does not change what is trained."""
     one = read(train_here(tmp_path / '1', '--ep=1'))

@@ -266,6 +266,7 @@ def test_pieces_that_cannot_be_read_are_named_in_one_line(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- memory
+@pytest.mark.slow
 def test_large_files_are_never_in_memory(tmp_path):
     """Writing and reading 79 MB, in a process whose peak memory the system tells."""
     code = '''

@@ -198,7 +198,8 @@ def test_pieces_of_a_stopped_job_are_kept(sample_here, tmp_path, monkeypatch):
     assert same_images(resumed, sample_here(tmp_path / 'b'))
 
 
-@pytest.mark.parametrize('form', [pytest.param('png', marks=pytest.mark.slow), 'npz'])
+@pytest.mark.slow
+@pytest.mark.parametrize('form', ['png', 'npz'])
 def test_killed_job_ends_in_the_same_bytes(sample_here, tmp_path, weights, form):
     flags = [f'--ckpt={weights[0]}', '--num_images=400', '--bs=4', f'--format={form}']
     sample_here(tmp_path / 'whole', *flags)

@@ -723,6 +723,7 @@ def import_flags(source, folder, size=SIDE):
     return ['--model=npp', f'--import_codes={source}', f'--code_path={folder}', f'--image_size={size}']
 
 
+@pytest.mark.slow
 def test_published_codes_are_imported(families, here, stops, tmp_path, monkeypatch):
     """Also where 10.npy comes before 2.npy; training takes them for images of as many classes."""
     made, folder = families['npp'], tmp_path / 'cache'

@@ -124,6 +124,7 @@ def test_accumulation_equals_the_large_batch():
 
 
 # ---------------------------------------------------------------------------------------------- discriminator
+@pytest.mark.slow
 def test_gan_schedule_and_who_moves_when():
     seed_everything(0)
     trainer = make_trainer(VQModel(codebook_size=64, z_channels=16, net='tiny', upkeep={'ema': False}), GAN)

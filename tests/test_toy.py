@@ -65,6 +65,7 @@ def test_event_file_has_every_curve_and_picture(toy):
     assert 'VAE_pictures/code_usage' in tags['images']
 
 
+@pytest.mark.slow
 def test_evaluation_agrees_with_the_training_and_draws(toy):
     run = toy(*SHORT)
     launch('evaluate.py', ['tokenizer', f'--ckpt={run.folder / "vae-ckpt-last.pth"}', '--data_path=toy',
