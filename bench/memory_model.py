@@ -28,8 +28,7 @@ from training.build import count_parameters
 from utils.amp_sc import autocast
 
 FLOAT32 = 4  # bytes
-# A count of FlowAR's sizes L and H takes more than a quarter of an hour: `--sizes` asks for them.
-SIZES = [*PRESETS['var'], *PRESETS['flexvar'], *SAMPLE_PRESETS['npp'], 'flowar_s']
+SIZES = [*PRESETS['var'], *PRESETS['flexvar'], *SAMPLE_PRESETS['npp'], *PRESETS['flowar']]
 
 
 class Memory(NamedTuple):

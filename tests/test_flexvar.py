@@ -485,7 +485,7 @@ def test_mask_is_kept_per_pyramid():
 def test_compiled_training_equals_eager():
     """One compilation serves pyramids of any length, and gives the same losses."""
     # Inductor treats layers of up to 4096 numbers apart, so that a few images would have graphs of their own.
-    images, label_B, losses = torch.rand(8, 3, 64, 64) * 2 - 1, torch.tensor([0, 2]).repeat(4), {}
+    images, label_B, losses = torch.rand(16, 3, 64, 64) * 2 - 1, torch.tensor([0, 2]).repeat(8), {}
     for drop_path in (0., 0.2):  # its draws differ in compiled code, so that losses are not compared
         for compiled in (False, True):
             torch._dynamo.reset()
@@ -497,7 +497,7 @@ def test_compiled_training_equals_eager():
             random.seed(1)
             results = []
             for step in range(12):
-                with GlobalBatch(8 * step, 96):  # as many micro-steps
+                with GlobalBatch(16 * step, 192):  # as many micro-steps
                     results.append(model.training_loss(images, label_B))
             losses[compiled] = [loss.item() for loss, _ in results]
         assert len({aux['patch_nums'] for _, aux in results}) > 6
