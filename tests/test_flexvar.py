@@ -502,7 +502,8 @@ def test_compiled_training_equals_eager():
             losses[compiled] = [loss.item() for loss, _ in results]
         assert len({aux['patch_nums'] for _, aux in results}) > 6
         assert drop_path or losses[True] == pytest.approx(losses[False], rel=1e-5)
-        assert torch._dynamo.utils.counters['stats']['unique_graphs'] <= 2
+        # Two parts of a block; the first block never drops its path, and has a graph of its own for that.
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == (3 if drop_path else 2)
 
 
 # ------------------------------------------------------------ image to image
