@@ -452,6 +452,7 @@ def test_torn_lines_of_logs_are_left_out(train_here, tmp_path):
     lines_of(tmp_path / 'steps.jsonl')
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_best_is_written_is_mended_by_the_next_start(train_here, tmp_path, monkeypatch):
     flags = '--ep=2', '--eval_every=1'
     expected = read(train_here(tmp_path / 'straight', *flags), 'ar-ckpt-best.pth')
@@ -488,8 +489,9 @@ def test_a_missing_export_is_made_by_the_next_start(train_here, tmp_path, monkey
 def test_a_checkpoint_says_what_it_was_made_with(train_here, tmp_path):
     checkpoint = read(train_here(tmp_path, '--ep=1'))
     assert checkpoint['versions']['torch'] == torch.__version__ and 'git_commit' in checkpoint
-    assert set(checkpoint) == {'epoch', 'iter', 'trainer', 'args', 'run', 'classes', 'data', 'git_commit',
-                               'versions'}
+    assert checkpoint['world_size'] == 1
+    assert set(checkpoint) == {'epoch', 'iter', 'trainer', 'args', 'run', 'classes', 'data', 'world_size',
+                               'git_commit', 'versions'}
     assert set(checkpoint['run']) == {'seed', 'steps_per_epoch', 'best', 'best_epoch', 'validation',
                                       'epochs_ended', 'skipped_steps', 'bad_images', 'left_out'}
     assert set(checkpoint['trainer']) == {'config', 'training_state', 'var_wo_ddp', 'vae_local', 'vae_config',
@@ -565,6 +567,7 @@ def test_a_finished_folder_of_another_data_set_says_so(train_here, tmp_path, cap
 
 
 # ---------------------------------------------------------------------------------------------- loaders
+@pytest.mark.slow
 def test_a_killed_loader_process_is_started_again(train_here, tmp_path, monkeypatch):
     expected = read(train_here(tmp_path / 'straight', '--ep=2'))
     step = train.Run.train_step

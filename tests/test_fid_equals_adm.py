@@ -340,8 +340,8 @@ def test_settings_of_precision_are_the_callers_again():
 
 
 @pytest.mark.skipif(not NEW_PRECISION, reason='torch has one setting of precision for all backends')
-@pytest.mark.parametrize('place', [pytest.param('matmul', marks=pytest.mark.slow),
-                                   pytest.param('conv', marks=pytest.mark.slow), 'everything'])
+@pytest.mark.slow
+@pytest.mark.parametrize('place', ['matmul', 'conv', 'everything'])
 def test_precision_set_backend_by_backend_neither_breaks_anything_nor_is_lost(place):
     """Once a caller has used the newer settings, torch refuses to read the older ones."""
     process = fork_server().Process(target=with_precision_of, args=(place,))

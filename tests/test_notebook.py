@@ -131,7 +131,8 @@ def test_first_cell_fetches_the_code_where_it_is_not(name, tmp_path, monkeypatch
 
 
 # ---------------------------------------------------------------------------------------------- sampling
-@pytest.mark.parametrize('given', [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize('given', [True, False])
 def test_sampling_notebook_runs(checkpoint, tmp_path, monkeypatch, without_hub, given):
     """With CKPT it loads that file, without it the demo's own checkpoint."""
     monkeypatch.setenv('CKPT', str(checkpoint) if given else '')
