@@ -84,8 +84,8 @@ def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
     # three ranks on that order decides how sums are rounded, and a restart begins with the first order again.
     # DDP leaves the buckets alone where it looks for unused parameters. A run with a seed is repeatable.
     keeps_order = torch.backends.cudnn.deterministic and dist.get_world_size() > 2
-    # Gradients live in the buckets that are exchanged, so that there is no second copy of them in memory. With
-    # --ac above 1 there is: those of the first micro-steps are made anew beside the buckets.
+    # Gradients live in the buckets that are exchanged, so that there is no second copy of them in memory.
+    # With --ac above 1 there is: those of the first micro-steps are made anew beside the buckets.
     return DistributedDataParallel(module, device_ids=device_ids,
                                    find_unused_parameters=some_unused or keeps_order,
                                    gradient_as_bucket_view=True, **no_buffers)
