@@ -546,10 +546,11 @@ class Run:
         is_best = score < self.state.best
         self.state.validation = scores
         self.state.best = min(self.state.best, score)
+        steps_done = min((epoch + 1) * self.state.steps_per_epoch, self.total_steps)
         if self.config.picture_every:
-            self.show_pictures(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
+            self.show_pictures(steps_done)
         if self.config.tb and self.config.tb_samples:
-            self.show_samples(min((epoch + 1) * self.state.steps_per_epoch, self.total_steps))
+            self.show_samples(steps_done)
         headline = [f'{name}: {scores[key]:.4f}' for name, key in self.model.headline.items()
                     if key in scores]
         seconds = time.time() - begin

@@ -1,9 +1,8 @@
-"""Pictures: rows of reconstructions and the use of the codes of a tokenizer; contact sheets, plots.
+"""Pictures: what a tokenizer does, by rows of reconstructions and by the use of the codes; contact sheets.
 
 Letters: B batch, V vocabulary, 3HW image. Pictures are uint8 (3, H, W).
 """
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -99,25 +98,3 @@ def save_png(path: str | Path, image_3HW: torch.Tensor) -> None:
     """Write a uint8 picture; a reader never sees half of it."""
     with atomic_path(path) as temporary:
         Image.fromarray(image_3HW.permute(1, 2, 0).cpu().numpy()).save(temporary, format='PNG')
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure that is drawn without a screen; None where matplotlib is not installed.
-
-    Args:
-        width, height: in inches of 120 pixels.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(width, height), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(path: str | Path, figure: Any) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format='png')

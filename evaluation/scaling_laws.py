@@ -24,11 +24,11 @@ import torch
 
 import dist
 from configs import VARConfig
-from evaluation.pictures import new_figure, save_figure
 from evaluation.score import write_json
 from evaluation.settings import ScalingSettings
 from models import VAR, Tokenizer
 from pipeline import load
+from utils.figures import new_figure, save_figure
 from utils.files import read_json
 from utils.log import read_json_lines
 from utils.provenance import versions

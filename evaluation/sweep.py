@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from evaluation.pictures import new_figure, save_figure
 from utils.checkpoint import atomic_path
+from utils.figures import new_figure, save_figure
 
 logger = logging.getLogger(__name__)
 PLOTTED = ('fid', 'sfid', 'is', 'precision', 'recall')

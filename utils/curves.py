@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.console import announce, one_line_errors
-from utils.files import atomic_path
+from utils.figures import new_figure, save_figure
 from utils.log import read_json_lines
 
 PANELS_PER_ROW = 3
@@ -71,21 +71,18 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     Raises:
         ValueError: see `read_curves`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('curves need a package: pip install matplotlib') from None
     curves = {run: read_curves(run) for run in runs}
     names = sorted({name for found in curves.values() for name in found})
     panels = [name for name in names if not (name.startswith('v') and name[1:] in names)]
     num_rows = math.ceil(len(panels) / PANELS_PER_ROW)
-    figure = Figure(figsize=(4.2 * min(len(panels), PANELS_PER_ROW), 3.2 * num_rows), dpi=120)
-    FigureCanvasAgg(figure)
+    num_columns = min(len(panels), PANELS_PER_ROW)
+    figure = new_figure(4.2 * num_columns, 3.2 * num_rows)
+    if figure is None:
+        raise ValueError('curves need a package: pip install matplotlib')
     labels = short_names(runs)
 
     for place, name in enumerate(panels, start=1):
-        axis = figure.add_subplot(num_rows, min(len(panels), PANELS_PER_ROW), place)
+        axis = figure.add_subplot(num_rows, num_columns, place)
         for colour, run in enumerate(runs):
             style: dict[str, Any] = dict(color=f'C{colour % 10}')
             if name in curves[run]:
@@ -96,9 +93,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         axis.set_xlabel('optimizer step')
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
-    with atomic_path(out) as temporary:
-        figure.savefig(temporary, format='png')
+    save_figure(out, figure)
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
