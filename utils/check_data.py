@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from configs.options import INF, check_values, expand_paths, opt, parse_settings
 from configs.training import VAL_SPLIT_HELP, VAL_SPLIT_LIMITS
 from utils.console import one_line_errors
-from utils.data import ListedImages, files_below, open_split
+from utils.data import ListedImages, open_split
 from utils.files import write_text
-from utils.images import ImageError
+from utils.images import ImageError, files_below
 from utils.loading import without_child_signal
 from utils.log import progress_bar, setup_logging
 from utils.machine import available_cpus

@@ -25,7 +25,15 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, To
 from torchvision.transforms.functional import ten_crop, to_tensor
 
 import dist
-from utils.images import ImageError, ResizedCrop, is_data, read_image, resized_part
+from utils.images import (
+    ImageError,
+    ResizedCrop,
+    files_below,
+    is_data,
+    is_folder,
+    read_image,
+    resized_part,
+)
 from utils.misc import mix_seed
 from utils.shards import PackedImages, is_packed
 
@@ -431,22 +439,14 @@ def _folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     entries = [entry for entry in os.scandir(folder) if is_data(entry.name)]
-    return sorted(entry.name for entry in entries if _is_folder(entry))
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder or a link to one; a link to itself, which cannot be followed, is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+    return sorted(entry.name for entry in entries if is_folder(entry))
 
 
 def _count_images(folder: Path) -> int:
     """Number of images that lie directly in a folder."""
     if not folder.is_dir():
         return 0
-    names = [entry.name for entry in os.scandir(folder) if is_data(entry.name) and not _is_folder(entry)]
+    names = [entry.name for entry in os.scandir(folder) if is_data(entry.name) and not is_folder(entry)]
     return len([name for name in names if name.lower().endswith(IMG_EXTENSIONS)])
 
 
@@ -513,34 +513,6 @@ def open_both(data_path: str, train_transform: Callable | None = None, val_trans
 
 
 # ---------------------------------------------------------------------------------------------- what is data
-def files_below(folder: str, around: frozenset[str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files that are data) for a folder and all below it; links are followed.
-
-    Args:
-        around: real paths of the folders that this one lies in; None looks them up. A link back to one of
-            them is not followed, since all files would be found again below it, in a wrong class.
-    """
-    here = os.path.realpath(folder)
-    if around is None:
-        parents = [*Path(os.path.abspath(folder)).parents, *Path(here).parents]
-        around = frozenset(map(os.path.realpath, parents))
-    if here in around:
-        return
-    names = []
-    below = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not is_data(entry.name):
-                continue
-            if _is_folder(entry):
-                below.append(entry.path)
-            else:
-                names.append(entry.name)
-    yield folder, names
-    for path in below:
-        yield from files_below(path, around | {here})
-
-
 class ClassFolders(DatasetFolder):
     """One folder of images per class, in the order of torchvision's `DatasetFolder`.
 

@@ -9,6 +9,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -51,6 +52,42 @@ def is_data(name: str) -> bool:
     which systems and disk stations keep previews or deleted files.
     """
     return not name.startswith('.') and name not in NOT_DATA
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; a link to itself, which cannot be followed, is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def files_below(folder: str, around: frozenset[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files that are data) for a folder and all below it; links are followed.
+
+    Args:
+        around: real paths of the folders that this one lies in; None looks them up. A link back to one of
+            them is not followed, since all files would be found again below it, in a wrong class.
+    """
+    here = os.path.realpath(folder)
+    if around is None:
+        parents = [*Path(os.path.abspath(folder)).parents, *Path(here).parents]
+        around = frozenset(map(os.path.realpath, parents))
+    if here in around:
+        return
+    names = []
+    below = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not is_data(entry.name):
+                continue
+            if is_folder(entry):
+                below.append(entry.path)
+            else:
+                names.append(entry.name)
+    yield folder, names
+    for path in below:
+        yield from files_below(path, around | {here})
 
 
 def read_image(path: str | os.PathLike, upright: bool = True) -> Image.Image:
