@@ -7,6 +7,7 @@ channels, V vocabulary, h w code map, 3HW image. Source: arXiv 2502.20313.
 """
 import math
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -35,7 +36,7 @@ from models.basic_var import (
 from models.editing import Keep, edit, keep_of_scale, mostly_kept, place
 from models.helpers import draw_codes, drop_labels, guide, token_losses
 from models.noise import Rng
-from models.sampling import mark_damaged, sampling_mode
+from models.sampling import mark_damaged, sampling_mode, with_finite
 from models.scales import (
     ScaleLayout,
     Side,
@@ -492,9 +493,7 @@ class FlexVAR(PublishedNames, ARModel):
         """Images (B, 3, h, w) in [0, 1] of the map of each scale, at its own size; see `sample`."""
         options = self._scale_options(guidance, infer_patch_nums, image_size, **options)
         label_B = self.as_labels(labels, len(labels), rng)
-        finite_B = torch.ones_like(label_B, dtype=torch.bool)
-        for step in self.sample_scales(label_B, rng=rng, **options):
-            finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
+        for step, finite_B in with_finite(self.sample_scales(label_B, rng=rng, **options)):
             yield self._decoded(step, finite_B).clamp_(-1, 1).add_(1).mul_(0.5)
 
     def _scale_options(self, guidance: float, infer_patch_nums: Sequence[Side] | None,
@@ -508,9 +507,8 @@ class FlexVAR(PublishedNames, ARModel):
 
     @torch.no_grad()
     def _pixels(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
-        finite_B = torch.ones_like(label_B, dtype=torch.bool)
-        for step in self.sample_scales(label_B, **options):
-            finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
+        last_step = deque(with_finite(self.sample_scales(label_B, **options)), maxlen=1)
+        step, finite_B = last_step.pop()
         return self._decoded(step, finite_B)
 
     def _decoded(self, step: ScaleStep, finite_B: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ Letters: B batch, 3HW image.
 """
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,3 +36,12 @@ def mark_damaged(images_B3HW: torch.Tensor, finite_B: torch.Tensor) -> torch.Ten
     Codes are drawn from such logits, too, and would make an image that looks like any other.
     """
     return images_B3HW.masked_fill_(~finite_B[:, None, None, None], torch.nan)
+
+
+def with_finite(steps: Iterable[Any]) -> Iterator[tuple[Any, torch.Tensor]]:
+    """(step, (B,) whether all logits of each image were finite so far), for `mark_damaged`."""
+    finite_B = None
+    for step in steps:
+        is_finite_B = step.logits_BlV.isfinite().flatten(1).all(1)
+        finite_B = is_finite_B if finite_B is None else finite_B & is_finite_B
+        yield step, finite_B

@@ -5,6 +5,7 @@ side of the last one, C width, D condition width, Z tokenizer channels, V vocabu
 Source: arXiv 2404.02905.
 """
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from models.helpers import (
     token_losses,
 )
 from models.noise import Rng
-from models.sampling import mark_damaged, sampling_mode
+from models.sampling import mark_damaged, sampling_mode, with_finite
 from models.scales import (
     ProgressiveSchedule,
     ScaleLayout,
@@ -336,9 +337,8 @@ class VAR(PublishedNames, ARModel):
 
     @torch.no_grad()
     def _images(self, label_B: torch.Tensor, **options: Any) -> torch.Tensor:
-        finite_B = torch.ones_like(label_B, dtype=torch.bool)
-        for step in self.sample_scales(label_B, **options):
-            finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
+        last_step = deque(with_finite(self.sample_scales(label_B, **options)), maxlen=1)
+        step, finite_B = last_step.pop()
         return self._decoded(step, finite_B)
 
     @torch.no_grad()
@@ -346,9 +346,8 @@ class VAR(PublishedNames, ARModel):
                 **options: Any) -> Iterator[torch.Tensor]:
         """Images (B, 3, H, W) in [0, 1] of the sum after each scale; see `sample`."""
         label_B = self.as_labels(labels, len(labels), rng)
-        finite_B = torch.ones_like(label_B, dtype=torch.bool)
-        for step in self.sample_scales(label_B, cfg=guidance - 1, rng=rng, **options):
-            finite_B &= step.logits_BlV.isfinite().flatten(1).all(1)
+        steps = self.sample_scales(label_B, cfg=guidance - 1, rng=rng, **options)
+        for step, finite_B in with_finite(steps):
             yield self._decoded(step, finite_B)
 
     def _decoded(self, step: ScaleStep, finite_B: torch.Tensor) -> torch.Tensor:
