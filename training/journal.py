@@ -42,6 +42,7 @@ from utils.log import (
     mirror_in_wandb,
     read_json_lines,
 )
+from utils.markdown import table_of
 
 logger = logging.getLogger(__name__)
 # Tags whose points are counted in epochs, and those of pictures and histograms.
@@ -82,7 +83,7 @@ class Journal:
             every=config.log_every,
         )
         if position is None:
-            self.tb.log_text('settings', in_markdown(header['args']), step=0)
+            self.tb.log_text('settings', table_of(header['args']), step=0)
 
     # ------------------------------------------------------------------------------ steps
     def begin_epoch(self, begin: int, rates: list[float]) -> MetricLogger:
@@ -262,12 +263,6 @@ class Journal:
         self.tb.flush()
         line = {'it': steps_done, 'ep': f'{epoch + 1}/{num_epochs}', name: value}
         append_json_line(self.folder / 'log.txt', line)
-
-
-def in_markdown(settings: dict[str, Any]) -> str:
-    """A table of settings as TensorBoard shows it."""
-    rows = [f'| {name} | {value} |' for name, value in settings.items()]
-    return '\n'.join(['| setting | value |', '|---|---|', *rows])
 
 
 def lines_per_epoch(steps: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from utils.files import read_json, write_text
+from utils.markdown import table_of
 from utils.tensor_files import UnusableFile, save_safetensors
 
 CONFIG = 'config.json'
@@ -159,29 +160,27 @@ def model_card(name: str, config: dict[str, Any], facts: dict[str, str]) -> str:
     else:
         what = f'An image tokenizer of the family `{tag}`.'
         example = f'tokenizer = load({name!r}).model'
-    kind = 'of the last step' if config['weights'] == 'raw' else f'averaged ({config["weights"]})'
-    facts = facts | dict(weights=kind)
-    sections = [_table('Facts', facts)]
+    facts = facts | dict(weights=weights_in_words(config['weights']))
+    sections = [_section('Facts', facts)]
     if config['sampling']:
-        sections.append(_table('Sampling', config['sampling']))
+        sections.append(_section('Sampling', config['sampling']))
     if config['classes']:
         listed = ', '.join(f'{i} {one}' for i, one in enumerate(config['classes']))
         sections.append(f'## Classes\n\n{listed}')
     training = {key: value for key, value in config['training'].items() if not isinstance(value, dict)}
     settings = config['training'].get('settings', {})
     if training or settings:
-        sections.append(_table('Training', training | settings))
+        sections.append(_section('Training', training | settings))
     return CARD_TEXT.format(
         pipeline_tag='pipeline_tag: unconditional-image-generation\n' if is_generator else '',
         tag=tag, title=title, what=what, example=example, sections='\n\n'.join(sections))
 
 
-def _table(title: str, rows: dict[str, Any]) -> str:
+def weights_in_words(weights: str) -> str:
+    """The kind of weights, as people call it."""
+    return 'of the last step' if weights == 'raw' else f'averaged ({weights})'
+
+
+def _section(title: str, rows: dict[str, Any]) -> str:
     """A heading and a table of names and values."""
-    lines = [f'| {name} | {_cell(value)} |' for name, value in rows.items()]
-    return '\n'.join([f'## {title}', '', '| name | value |', '|---|---|', *lines])
-
-
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return ' '.join(text.replace('|', '\\|').split())
+    return f'## {title}\n\n{table_of(rows)}'

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from models import Tokenizer
 from utils.hub import PUBLISHED
-from utils.model_folder import CARD
+from utils.markdown import table_of
+from utils.model_folder import CARD, weights_in_words
 from utils.provenance import versions
 from web.studio import Studio
 
@@ -13,9 +14,7 @@ LICENCE_LINE = re.compile(r'^license: *(\S+)', re.MULTILINE)  # of a model card
 
 def about(studio: Studio) -> str:
     """Files with their digests, sizes, training, settings to begin with and licences, in Markdown."""
-    lines = ['| | |', '|---|---|']
-    lines += [f'| {name} | {value} |' for name, value in facts_of(studio).items()]
-    return '\n'.join(lines)
+    return table_of(facts_of(studio))
 
 
 def facts_of(studio: Studio) -> dict[str, str]:
@@ -25,8 +24,7 @@ def facts_of(studio: Studio) -> dict[str, str]:
     for flag, digest in loaded.digests.items():
         facts[f'SHA-256 of {flag}'] = f'`{digest}`'
     facts |= loaded.facts()
-    is_last = loaded.weights == 'raw'
-    facts['kind of weights'] = 'of the last step' if is_last else f'averaged ({loaded.weights})'
+    facts['kind of weights'] = weights_in_words(loaded.weights)
     facts['pixels'] = f'{studio.side}x{studio.side}'
     if not isinstance(studio.model, Tokenizer):
         facts['settings to begin with'] = ', '.join(f'{one.flag} {one.value}' for one in studio.controls)
