@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ from configs.options import INF, REPO, check_values, expand_paths, ints, opt, pa
 from configs.training import SMALL_PYRAMIDS
 from utils.console import one_line_errors
 from utils.files import atomic_path, lock_folder, read_json, write_text
-from utils.images import ImageError, is_data, read_image
+from utils.images import ImageError, files_below, read_image
 from utils.machine import available_cpus
 from utils.stop import Stopped, StopRequest
 
@@ -135,8 +134,13 @@ def main() -> None:
         train('tokenizer', tokenizer_command(plan, out), out)
         train('generator', generator_command(plan, out), out)
         say(f'drawing {NUM_PICTURES} pictures')
-        run(program('sample.py', *sampling_flags(), f'--num_images={NUM_PICTURES}',
-                    f'--ckpt={out / "generator" / "ar-ckpt-last.pth"}', f'--output={out / "samples"}'))
+        run(program(
+            'sample.py',
+            *sampling_flags(),
+            f'--ckpt={weights_in(out)}',
+            f'--num_images={NUM_PICTURES}',
+            f'--output={out / "samples"}',
+        ))
     minutes = (time.time() - began) / 60
     say(f'done after {minutes:.1f} minutes, the pictures are in {shown(out / "samples.png")}')
     say(f'for more of them: {shlex.join(command_for_more(photos, out))}')
@@ -203,7 +207,8 @@ def find_photos(folder: Path) -> Photos:
                              f'{str(folder / "train")!r}, of which a tenth is held out')
     others: Counter[str] = Counter()
     classes: dict[str, list[Path]] = {}
-    for path in sorted(files_below(folder)):
+    paths = [Path(parent, name) for parent, names in files_below(str(folder)) for name in names]
+    for path in sorted(paths):
         if path.suffix.lower() not in PHOTO_SUFFIXES:
             others[path.suffix.lower() or 'without suffix'] += 1
             continue
@@ -220,13 +225,6 @@ def find_photos(folder: Path) -> Photos:
         raise ValueError(f'expected at least 2 photos of a class in {str(folder)!r}, found {photos.count}'
                          f'{f" and {found}" if found else ""}: images end with {", ".join(PHOTO_SUFFIXES)}')
     return photos
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and of the folders in it; hidden ones and those of file managers are left out."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = filter(is_data, folders)
-        yield from (Path(parent, name) for name in filter(is_data, names))
 
 
 def describe(photos: Photos) -> str:
@@ -439,24 +437,50 @@ def with_steps(plan: Plan, minutes: float, speed: Speed) -> Plan:
 # ---------------------------------------------------------------------------------------------- the commands
 def tokenizer_command(plan: Plan, out: Path) -> list[str]:
     """The training of the tokenizer, with pictures of held-out photos and what it keeps of them."""
-    picture = program('evaluate.py', 'tokenizer', *data_flags(out), '--num_images=8', '--metrics=psnr',
-                      '--workers=0', f'--pictures={out / "pictures"}')
-    return program('train.py', '--model=vqvae', '--preset=tiny', '--lpips=pyramid', '--lpips_min=32',
-                   *common_flags(plan, plan.tokenizer_steps, out, picture),
-                   f'--output_dir={out / "tokenizer"}')
+    picture = program(
+        'evaluate.py',
+        'tokenizer',
+        *data_flags(out),
+        '--num_images=8',
+        '--metrics=psnr',
+        '--workers=0',
+        f'--pictures={out / "pictures"}',
+    )
+    return program(
+        'train.py',
+        '--model=vqvae',
+        '--preset=tiny',
+        '--lpips=pyramid',
+        '--lpips_min=32',
+        *common_flags(plan, plan.tokenizer_steps, out, picture),
+        f'--output_dir={out / "tokenizer"}',
+    )
 
 
 def generator_command(plan: Plan, out: Path) -> list[str]:
     """The training of the VAR, with some of its pictures."""
-    picture = program('sample.py', *sampling_flags(), '--num_images=32', '--overwrite', '--pack=0',
-                      f'--output={out / "pictures" / "samples"}')
+    picture = program(
+        'sample.py',
+        *sampling_flags(),
+        '--num_images=32',
+        '--overwrite',
+        '--pack=0',
+        f'--output={out / "pictures" / "samples"}',
+    )
     # A small VAR learns fast; --tblr is the rate for 256 photos.
     rate = PEAK_RATE * min(4 / plan.depth, 1) * 256 / plan.batch
-    return program('train.py', f'--depth={plan.depth}', f'--fp16={plan.precision}', f'--tblr={rate:g}',
-                   '--alng=1e-2', '--ema=0.99', '--export=1',
-                   *common_flags(plan, plan.generator_steps, out, picture),
-                   f'--vae_ckpt={out / "tokenizer" / "vae-ckpt-last.pth"}',
-                   f'--output_dir={out / "generator"}')
+    return program(
+        'train.py',
+        f'--depth={plan.depth}',
+        f'--fp16={plan.precision}',
+        f'--tblr={rate:g}',
+        '--alng=1e-2',
+        '--ema=0.99',
+        '--export=1',
+        *common_flags(plan, plan.generator_steps, out, picture),
+        f'--vae_ckpt={out / "tokenizer" / "vae-ckpt-last.pth"}',
+        f'--output_dir={out / "generator"}',
+    )
 
 
 def common_flags(plan: Plan, num_steps: int, out: Path, picture: list[str]) -> list[str]:
@@ -469,10 +493,22 @@ def common_flags(plan: Plan, num_steps: int, out: Path, picture: list[str]) -> l
     num_train = (1 - VAL_SPLIT) * plan.num_photos
     repeat = math.ceil(num_steps * plan.batch / (NUM_PARTS * num_train))
     draw = f'{shlex.join(picture)} --ckpt="$CHECKPOINT" >/dev/null 2>&1'
-    flags = [*data_flags(out), f'--repeat={repeat}', f'--mid_reso={MARGIN}', '--hflip=1',
-             f'--image_size={plan.size}', f'--pn={plan.pn}', f'--patch_size={STRIDE}', f'--bs={plan.batch}',
-             f'--steps={num_steps}', '--workers=-1', '--seed=0', '--eval_every=1', '--save_every=5m',
-             f'--after_save={draw}']
+    flags = [
+        *data_flags(out),
+        f'--repeat={repeat}',
+        f'--mid_reso={MARGIN}',
+        '--hflip=1',
+        f'--image_size={plan.size}',
+        f'--pn={plan.pn}',
+        f'--patch_size={STRIDE}',
+        f'--bs={plan.batch}',
+        f'--steps={num_steps}',
+        '--workers=-1',
+        '--seed=0',
+        '--eval_every=1',
+        '--save_every=5m',
+        f'--after_save={draw}',
+    ]
     if plan.num_photos <= MOST_CACHED:
         flags.append('--cache=memory')
     return flags
@@ -481,6 +517,11 @@ def common_flags(plan: Plan, num_steps: int, out: Path, picture: list[str]) -> l
 def data_flags(out: Path) -> list[str]:
     """Where the small copies are; a tenth of each class is held out for validation."""
     return [f'--data_path={out / "photos"}', f'--val_split={VAL_SPLIT}']
+
+
+def weights_in(out: Path) -> Path:
+    """The checkpoint that pictures are drawn with."""
+    return out / 'generator' / 'ar-ckpt-last.pth'
 
 
 def sampling_flags() -> list[str]:
@@ -494,13 +535,20 @@ def program(script: str, *flags: str) -> list[str]:
 
 def command_for_more(photos: Photos, out: Path) -> list[str]:
     """The command that draws more pictures, as a person would type it here."""
-    flags = [*sampling_flags(), '--num_images=100', '--seed=1', f'--output={shown(out / "more")}']
+    words = [
+        'python',
+        shown(REPO / 'sample.py'),
+        f'--ckpt={shown(weights_in(out))}',
+        *sampling_flags(),
+        '--num_images=100',
+        '--seed=1',
+        f'--output={shown(out / "more")}',
+    ]
     if len(photos.classes) > 1:
         # A name that is a number would be read as the number of another class.
         first = next(iter(photos.classes))
-        flags.append(f'--classes={first if first.isalpha() else 0}')
-    return ['python', shown(REPO / 'sample.py'), f'--ckpt={shown(out / "generator" / "ar-ckpt-last.pth")}',
-            *flags]
+        words.append(f'--classes={first if first.isalpha() else 0}')
+    return words
 
 
 # ---------------------------------------------------------------------------------------------- running them
