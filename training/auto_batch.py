@@ -55,9 +55,18 @@ def fit_batch(config: GeneratorConfig, num_classes: int, saved: dict[str, Any],
     finally:
         trials.end()
     chosen = config.in_micro_steps(num_images // at_a_time, world_size)
-    logger.info('--auto_batch: %d images at a time fit (peak %.1f of %.1f GiB): --%s=%d --%s=%d', at_a_time,
-                peak / GIB, trials.memory / GIB, flag_of(config, 'images_per_step'), num_images * world_size,
-                flag_of(config, 'accumulate'), chosen.accumulate)
+    batch_flag = flag_of(config, 'images_per_step')
+    parts_flag = flag_of(config, 'accumulate')
+    logger.info(
+        '--auto_batch: %d images at a time fit (peak %.1f of %.1f GiB): --%s=%d --%s=%d',
+        at_a_time,
+        peak / GIB,
+        trials.memory / GIB,
+        batch_flag,
+        num_images * world_size,
+        parts_flag,
+        chosen.accumulate,
+    )
     return chosen
 
 
