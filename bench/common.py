@@ -22,6 +22,8 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 from bench.counter import Cost, cost_of, under_one_mask
+from evaluation.digits_features import DigitsFeatures
+from evaluation.metrics import FeatureStatistics, frechet_distance, to_uint8
 from models import ARModel
 from models.attention import optional_module
 from utils.data import EMBEDDED_SIZE, build_dataset
@@ -108,6 +110,29 @@ class DigitJudge:
     def diversity(self, images: torch.Tensor, wanted: np.ndarray) -> float:
         """Distance between images of a class, relative to that of real digits; 1 is as varied as these."""
         return within_class_distance(grey(images), wanted) / self.real_distance
+
+
+class FrechetJudge(DigitJudge):
+    """A judge of digits that also measures the Frechet distance from the training digits."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = DigitsFeatures()
+        self.statistics = self.statistics_of(self.train_images)
+
+    def statistics_of(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and covariance of the features of images (N, 3, H, W) in [-1, 1]."""
+        statistics = FeatureStatistics(self.network.num_features)
+        statistics.add(self.network(to_uint8(images)))
+        return statistics.mean, statistics.covariance()
+
+    def scores(self, images: torch.Tensor, wanted: np.ndarray) -> dict[str, float]:
+        """Class accuracy, diversity and Frechet distance of images that were to show certain digits (N,)."""
+        return dict(
+            class_accuracy=self.accuracy(images, wanted),
+            diversity=self.diversity(images, wanted),
+            distance=frechet_distance(*self.statistics_of(images), *self.statistics),
+        )
 
 
 def first_of_each_class(labels: np.ndarray) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench.common import (
-    DigitJudge,
+    FrechetJudge,
     conclude,
     draw_classes,
     draw_curves,
@@ -27,8 +27,6 @@ from bench.common import (
     seconds_since,
 )
 from bench.published_solver import both_halves
-from evaluation.digits_features import DigitsFeatures
-from evaluation.metrics import FeatureStatistics, frechet_distance, to_uint8
 from models import FlowAR
 from models.noise import ImageNoise
 from sample import load_generator
@@ -53,29 +51,6 @@ CURVES = [
     ('uniform', 'L_mean', 'uniform: velocity error'),
     ('debiased', 'L_mean', 'debiased: velocity error'),
 ]
-
-
-class FrechetJudge(DigitJudge):
-    """A judge of digits that also measures the Frechet distance from the training digits."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = DigitsFeatures()
-        self.statistics = self.statistics_of(self.train_images)
-
-    def statistics_of(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and covariance of the features of images (N, 3, H, W) in [-1, 1]."""
-        statistics = FeatureStatistics(self.network.num_features)
-        statistics.add(self.network(to_uint8(images)))
-        return statistics.mean, statistics.covariance()
-
-    def scores(self, images: torch.Tensor, wanted: np.ndarray) -> dict[str, float]:
-        """Class accuracy, diversity and Frechet distance of images that were to show certain digits (N,)."""
-        return dict(
-            class_accuracy=self.accuracy(images, wanted),
-            diversity=self.diversity(images, wanted),
-            distance=frechet_distance(*self.statistics_of(images), *self.statistics),
-        )
 
 
 @torch.no_grad()
