@@ -19,7 +19,7 @@ import torch
 from nbclient import NotebookClient
 from PIL import Image
 
-from bench import common, demo_flexvar_report, demo_flowar_report, demo_npp_report, demo_var_report
+from bench import common, demo_flexvar_report, demo_flowar_report, demo_npp_report, demo_var_report, speedrun
 from configs import parse_sampling, parse_training
 from configs.extraction import parse_extraction
 from configs.options import make_parser
@@ -142,6 +142,32 @@ def test_scaling_commands_parse_and_fit_together():
     assert len({config.output_dir for config in ladder}) == len(ladder)
 
 
+def test_speedrun_is_the_demo_with_other_lengths_and_rates():
+    """The same digits, codes and number of images, so that its bars mean the same."""
+    scripts, flags = zip(*((script, rest) for script, *rest in commands('speedrun.sh')), strict=True)
+    of_demo = [rest for _, *rest in commands('demo.sh')]
+    assert scripts == ('train.py', 'train.py', 'sample.py')
+    free = ('output_dir', 'vae_ckpt', 'steps', 'epochs', 'base_lr', 'depth', 'eval_every', 'tb')
+    for mine, theirs in zip(flags[:2], of_demo[:2], strict=True):
+        config, demo = parse_training(mine), parse_training(theirs)
+        config.check_batch(world_size=2)
+        assert dataclasses.replace(config, **{name: getattr(demo, name) for name in free
+                                              if hasattr(demo, name)}) == demo
+    assert parse_sampling(flags[2]).num_images == parse_sampling(of_demo[2]).num_images
+
+
+def test_leaderboard_is_in_the_order_of_seconds_and_takes_no_run_that_misses_a_bar(tmp_path):
+    path = tmp_path / 'results' / 'speedrun.json'
+    for seconds in (120., 100.5, 110.):
+        speedrun.add_row(dict(seconds=seconds), path)
+    assert [row['seconds'] for row in json.loads(path.read_text())] == [100.5, 110., 120.]
+
+    scores = dict(demo_var_report.BARS, distance=speedrun.MAX_DISTANCE)
+    assert speedrun.missed_bars(scores) == []
+    assert speedrun.missed_bars(scores | dict(distance=3.01)) == ['distance 3.010 > 3.0']
+    assert speedrun.missed_bars(scores | dict(class_accuracy=0.949)) == ['class_accuracy 0.949 < 0.95']
+
+
 @pytest.mark.parametrize(('epochs', 'expected'), [
     (4, [(10., 5.), (30., 3.)]), (5, [(10., 5.), (30., 3.), (40., 2.)])])
 def test_npp_curves_are_by_the_cost_of_each_phase(tmp_path, epochs, expected):
@@ -246,6 +272,17 @@ def run_demo(script: str, folder: Path, bars: dict[str, float], pictures: tuple[
     for name in pictures:
         assert (folder / name).stat().st_size > 10_000
     return report
+
+
+@pytest.mark.slow
+def test_speedrun_meets_the_bars_of_the_demo(tmp_path):
+    """Everything but the leaderboard, which belongs to whoever runs `make speedrun`."""
+    env = {**os.environ, 'PYTHON': sys.executable, 'OUT': str(tmp_path), 'SEED': '3',
+           'LEADERBOARD': str(tmp_path / 'leaderboard.json')}
+    subprocess.run(['bash', str(REPO / 'recipes' / 'speedrun.sh')], env=env, check=True)
+    row = json.loads((tmp_path / 'leaderboard.json').read_text())[0]
+    assert not speedrun.missed_bars(row) and row['seconds'] > 0
+    assert (tmp_path / 'samples.png').stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ A container, a batch system or `taskset` often grants only a few of the CPUs, an
 memory. This file needs the standard library alone.
 """
 import os
+import platform
 import shutil
 import socket
 from collections.abc import Iterator
@@ -55,15 +56,25 @@ def available_cpus() -> int:
 
 def cpu_features() -> set[str]:
     """Instruction sets of the processor under the names of Linux, such as avx2; empty on other systems."""
+    return set(_of_cpu('flags', 'Features').split())  # names of x86 and of ARM
+
+
+def cpu_name() -> str:
+    """Name of the processor as its maker gives it; its architecture where nothing tells the name."""
+    return _of_cpu('model name') or platform.machine()
+
+
+def _of_cpu(*names: str) -> str:
+    """A property of the first processor under the first of its names of Linux; empty on other systems."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
-        return set()
+        return ''
     for line in lines:
-        name, _, words = line.partition(':')
-        if name.strip() in ('flags', 'Features'):  # of x86, of ARM; all processors of a machine are alike
-            return set(words.split())
-    return set()
+        name, _, value = line.partition(':')
+        if name.strip() in names:  # all processors of a machine are alike
+            return value.strip()
+    return ''
 
 
 def _cpu_quotas() -> Iterator[float]:
