@@ -24,12 +24,12 @@ MAX_DISTANCE = 3.  # Frechet, of the digits features, to the training digits
 # of each training, by its folder, the settings that the leaderboard names
 SETTINGS = dict(
     vqvae=('steps', 'images_per_step', 'base_lr'),
-    var=('depth', 'epochs', 'images_per_step', 'base_lr'),
+    var=('depth', 'epochs', 'images_per_step', 'base_lr', 'seed'),
 )
 
 
 def main() -> None:
-    """Write report.json and samples.png; add a row to the leaderboard, or exit with the bars that it misses."""
+    """Write report.json and samples.png; add a row to the leaderboard, or exit with the missed bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--dir', type=Path, required=True, help='where the speedrun wrote')
     parser.add_argument('--began', type=float, required=True, help='Unix time before the first command')
