@@ -229,12 +229,13 @@ def step_flops(config: TrainConfig, model: ARModel) -> int:
 
 
 def sampling_flops(model: ARModel, options: dict[str, Any]) -> int:
-    """FLOPs of the products of a sampled image with guidance, its decoding included.
+    """FLOPs of the products of a sampled image, its decoding included.
 
-    About 4 N L and the attention: two forward passes over every token, which sees all those before it.
+    About 4 N L and the attention: two forward passes over every token, which sees all those before it. VAR
+    and FlexVAR take one pass where there is no guidance.
 
     Args:
-        options: arguments of `model.sample`.
+        options: arguments of `model.sample`; without a guidance there is some.
     """
     if isinstance(model, NPP):
         drawn = npp_flops(model)
@@ -247,7 +248,8 @@ def sampling_flops(model: ARModel, options: dict[str, Any]) -> int:
         M = num_class_weights(model)
         N = num_weights(model) - M
         attention = 4 * seen_pairs(layout) * model.C * len(model.blocks)
-        drawn = 2 * (2 * N * layout.total + attention + 2 * M)
+        num_passes = 1 if options.get('guidance') == 1 else 2
+        drawn = num_passes * (2 * N * layout.total + attention + 2 * M)
         side = layout.sizes[-1][0]
         if isinstance(model, VAR):
             # Every scale goes through a convolution of full size on its way to the sum.

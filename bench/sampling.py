@@ -100,13 +100,15 @@ def count_and_compile(name: str, model: ARModel, product: Callable[[], object], 
 def rows_of_var(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
     """VAR in float32 and in bfloat16 against the published way in float32."""
     model = to_device(make_var(args.depth), device)
-    return rows_by_precision('VAR', model, reference.sample_var, 1.5, args, device, batch)
+    cfg = 1.5 if args.cfg is None else args.cfg
+    return rows_by_precision('VAR', model, reference.sample_var, cfg, args, device, batch)
 
 
 def rows_of_flexvar(args: argparse.Namespace, device: torch.device, batch: int) -> list[dict]:
     """The same of FlexVAR."""
     model = to_device(make_flexvar(args.depth), device)
-    return rows_by_precision('FlexVAR', model, reference.sample_flexvar, 2.5, args, device, batch)
+    cfg = 2.5 if args.cfg is None else args.cfg
+    return rows_by_precision('FlexVAR', model, reference.sample_flexvar, cfg, args, device, batch)
 
 
 def rows_by_precision(family: str, model: VAR | FlexVAR, sample: Callable[..., torch.Tensor], cfg: float,
@@ -128,8 +130,9 @@ def rows_by_precision(family: str, model: VAR | FlexVAR, sample: Callable[..., t
         return sample(model, label_B, cfg, TOP_K, TOP_P, rng)
 
     require_equal(family, product(ImageNoise(0, numbers)), published(ImageNoise(0, numbers)), 1e-3)
-    name = row_name(f'{family} depth {args.depth}', batch, args)
-    flops = batch * sampling_flops(model, {})
+    guided = '' if cfg else ', without guidance'
+    name = row_name(f'{family} depth {args.depth}{guided}', batch, args)
+    flops = batch * sampling_flops(model, dict(guidance=1 + cfg))
     cost = count_and_compile(name, model, product, flops, args.compile)
     rows = [compare(f'{name}, float32', product, published, args.repeats, device, cost=cost)]
     if has_fast_bfloat16(device):
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument('--batches', type=int, nargs='+', default=[1, 4])
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--families', nargs='+', choices=ROWS, default=list(ROWS))
+    parser.add_argument('--cfg', type=float, help='guidance of VAR and FlexVAR; 0 is off')
     parser.add_argument('--compile', action='store_true', help='compile the product')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args()

@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from configs.options import INF, REPO, ints, opt, other, settings
-from configs.sampling import SampleConfig
+from configs.sampling import PyramidSampleConfig
 from configs.training import PATCH_NUMS, AdaLNConfig
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class FlexVARConfig(AdaLNConfig):
     ckpt=other('', text='generator weights: a checkpoint of train.py or a released file', flag='var_ckpt'),
     cfg=2.5,
 )
-class FlexVARSampleConfig(SampleConfig):
+class FlexVARSampleConfig(PyramidSampleConfig):
     """Sampling from FlexVAR."""
 
     CKPT_HINT: typing.ClassVar[str] = (
@@ -150,7 +150,7 @@ class FlexVARSampleConfig(SampleConfig):
 
     def sample_kwargs(self) -> dict[str, Any]:
         size = tuple(map(int, self.size.split('x'))) if self.size else None
-        return dict(
+        return super().sample_kwargs() | dict(
             guidance=self.cfg if self.used_llamagen_cfg else self.cfg + 1,
             top_k=self.top_k,
             top_p=self.top_p,

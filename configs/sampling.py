@@ -21,6 +21,9 @@ from configs.options import (
 )
 from utils.console import require_weights
 
+# Settings that earlier versions did not have. Their defaults change nothing.
+LATER = ('fixed_batch', 'compiled', 'cfg_from', 'cfg_to')
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -187,11 +190,12 @@ class SampleConfig:
 
         Those that earlier versions did not have are absent where they are off, as in the files of these.
         """
-        settings = {name: value for name, value in vars(self).items() if name not in names}
-        for name in ('fixed_batch', 'compiled'):
-            if not settings.get(name):
-                settings.pop(name, None)
-        return settings
+        off = {f.name: f.default for f in dataclasses.fields(self) if f.name in LATER}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in names and not (name in off and value == off[name])
+        }
 
     def require_files(self) -> None:
         """Make sure that the files of weights are there, where they were given by their paths.
@@ -257,3 +261,18 @@ class SampleConfig:
             score='',
             output=f'{self.output}/{re.sub(r"[^-+=.,a-zA-Z0-9_]", "-", name)}',
         )
+
+
+@dataclass(frozen=True)
+class PyramidSampleConfig(SampleConfig):
+    """Sampling scale by scale from logits, as VAR and FlexVAR do it."""
+
+    cfg_from: int = opt(0, 'scales before this one are not guided; the coarsest is 0', limits=(0, INF))
+    cfg_to: int = opt(
+        -1,
+        'scales after this one are not guided, and cost half; -1 is the finest',
+        limits=(-1, INF),
+    )
+
+    def sample_kwargs(self) -> dict[str, Any]:
+        return dict(cfg_from=self.cfg_from, cfg_to=self.cfg_to)

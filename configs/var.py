@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.options import INF, opt
-from configs.sampling import SampleConfig
+from configs.sampling import PyramidSampleConfig
 from configs.training import AdaLNConfig
 
 
@@ -65,7 +65,7 @@ class VARConfig(AdaLNConfig):
 
 
 @dataclass(frozen=True)
-class VARSampleConfig(SampleConfig):
+class VARSampleConfig(PyramidSampleConfig):
     """Sampling from VAR."""
 
     IGNORED: typing.ClassVar[dict[str, str]] = dict.fromkeys(
@@ -83,7 +83,9 @@ class VARSampleConfig(SampleConfig):
     more_smooth: bool = opt(False, 'mix code embeddings: smoother pictures, worse scores')
 
     def sample_kwargs(self) -> dict[str, Any]:
-        return dict(guidance=1 + self.cfg, top_k=self.top_k, top_p=self.top_p, more_smooth=self.more_smooth)
+        return super().sample_kwargs() | dict(
+            guidance=1 + self.cfg, top_k=self.top_k, top_p=self.top_p, more_smooth=self.more_smooth
+        )
 
 
 # Published runs (README of VAR); `recipes/*.sh` holds the same as commands.

@@ -36,7 +36,7 @@ from models.basic_var import (
 from models.editing import Keep, edit, keep_of_scale, mostly_kept, place
 from models.helpers import draw_codes, drop_labels, guide, token_losses
 from models.noise import Rng
-from models.sampling import mark_damaged, sampling_mode, with_finite
+from models.sampling import forget_null_class, limit_guidance, mark_damaged, sampling_mode, with_finite
 from models.scales import (
     ScaleLayout,
     Side,
@@ -119,6 +119,18 @@ class ScaleStep(NamedTuple):
     size: tuple[int, int]
     logits_BlV: torch.Tensor  # guided, before filtering
     idx_Bl: torch.Tensor      # drawn or kept codes, int64
+
+
+def published_guidance(layout: ScaleLayout, cfg: float, max_pn: int) -> list[float]:
+    """s of `guide` at every scale, as published; see `FlexVAR.sample_scales`."""
+    num_scales = len(layout.sizes)
+    scale_k = []
+    for k, size in enumerate(layout.sizes):
+        # It reaches cfg at the tenth scale and grows on from there; maps beyond max_pn have cfg itself.
+        ratio = k / min(num_scales - 1, 9) if num_scales > 1 else 1.
+        strength = cfg * ratio if max(size) <= max_pn else cfg
+        scale_k.append(1 + strength)
+    return scale_k
 
 
 def sinusoid_grid(width: int) -> torch.Tensor:
@@ -348,6 +360,8 @@ class FlexVAR(PublishedNames, ARModel):
         *,
         infer_patch_nums: Sequence[Side] | None = None,
         cfg: float = 1.5,
+        cfg_from: int = 0,
+        cfg_to: int = -1,
         top_k: int = 0,
         top_p: float = 0.,
         max_pn: int = 16,
@@ -366,17 +380,20 @@ class FlexVAR(PublishedNames, ARModel):
             label_B: (B,) int64, see `as_labels`.
             infer_patch_nums: sides p, or (rows, columns), of the scales; None means `patch_nums`.
             cfg: guidance; it grows linearly from 0 at the first scale to `cfg` at the last. Of more than ten
-                scales the tenth has `cfg`, and it grows on from there, as published.
+                scales the tenth has `cfg`, and it grows on from there, as published. 0 is off, and the null
+                class is then not computed.
+            cfg_from, cfg_to: scales before and after these are not guided, see `limit_guidance`.
             top_k, top_p: see `filter_top_k_top_p_`; 0 is off.
             max_pn: scales longer than this take the most likely codes, with constant `cfg`.
-            used_llamagen_cfg: guide every scale by uncond + cfg * (cond - uncond) instead.
+            used_llamagen_cfg: guide every scale by uncond + cfg * (cond - uncond) instead; 1 is then off.
             invalid_ids: codes that must not be drawn.
             greedy_unseen: take the most likely codes at sides that are not in DRAWN_SIDES, too.
             pos_mode: see `positions`.
             rng: a generator, `ImageNoise`, or None for torch's global generator.
             keep: codes that replace drawn ones; they consume the same noise.
         Raises:
-            ValueError: no scales, a first one that is not 1x1, or another pos_mode.
+            ValueError: no scales, a first one that is not 1x1, another pos_mode, or `cfg_from` and `cfg_to`
+                that are no scales in this order.
         """
         layout = ScaleLayout(as_sizes(self.patch_nums if infer_patch_nums is None else infer_patch_nums))
         check_sizes(layout.sizes)
@@ -384,16 +401,20 @@ class FlexVAR(PublishedNames, ARModel):
             raise ValueError(f"pos_mode must be 'stretch' or 'crop', got {pos_mode!r}")
         B = len(label_B)
         num_scales = len(layout.sizes)
+        scale_k = [cfg] * num_scales if used_llamagen_cfg else published_guidance(layout, cfg, max_pn)
+        scale_k, num_with_null = limit_guidance(scale_k, cfg_from, cfg_to)
 
-        # The first half of the batch has its classes, the second one the null class, for guidance.
-        null_B = torch.full_like(label_B, self.num_classes)
-        cond_BD = self.class_emb(torch.cat([label_B, null_B]))                             # (2B, D)
+        # With guidance the second half of the batch has the null class.
+        if num_with_null:
+            null_B = torch.full_like(label_B, self.num_classes)
+            label_B = torch.cat([label_B, null_B])
+        cond_BD = self.class_emb(label_B)                                                  # (2B, D)
         # What the class does to blocks and head is the same at every scale.
         shared = self.shared_ada_lin(cond_BD)
         modulations = [block.modulation(shared) for block in self.blocks]                  # (2B, 1, 6, C)
         head_modulation = self.head_nm.modulation(cond_BD)                                 # (2B, 1, 2, C)
 
-        x_BlC = (cond_BD + self.pos_start[0]).view(2 * B, 1, -1) + self.positions((1, 1), pos_mode)
+        x_BlC = (cond_BD + self.pos_start[0])[:, None] + self.positions((1, 1), pos_mode)  # (2B, 1, C)
         with sampling_mode(self, self.blocks, capacity=layout.num_seen_later):
             for k, size in enumerate(layout.sizes):
                 # 1. All tokens of the scale in one pass. There is no mask: the cache holds the coarser
@@ -401,16 +422,13 @@ class FlexVAR(PublishedNames, ARModel):
                 for block, mod_B16C in zip(self.blocks, modulations, strict=True):
                     x_BlC = block.modulated(x_BlC, mod_B16C)
 
-                # 2. Guidance, which reaches cfg at the tenth scale and grows on from there, as published;
-                #    maps beyond max_pn have cfg itself.
+                # 2. Guidance: u + s (c - u) of the logits with class and without.
                 logits_BlV = self._logits(x_BlC, head_modulation)
                 if invalid_ids is not None:
                     logits_BlV[:, :, list(invalid_ids)] = -100.
-                ratio = k / min(num_scales - 1, 9) if num_scales > 1 else 1.
-                strength = cfg * ratio if max(size) <= max_pn else cfg
-                scale = cfg if used_llamagen_cfg else 1 + strength
-                cond_BlV, uncond_BlV = logits_BlV.chunk(2)
-                logits_BlV = guide(cond_BlV, uncond_BlV, scale)                            # (B, l, V)
+                if k < num_with_null:
+                    cond_BlV, uncond_BlV = logits_BlV.chunk(2)
+                    logits_BlV = guide(cond_BlV, uncond_BlV, scale_k[k])                   # (B, l, V)
 
                 # 3. Codes: the most likely ones at sides that the published code does not draw at, else
                 #    drawn, or given by an edit.
@@ -420,11 +438,18 @@ class FlexVAR(PublishedNames, ARModel):
                 idx_Bl, _ = keep_of_scale(keep, k, drawn_Bl)
                 yield ScaleStep(k, size, logits_BlV, idx_Bl)
 
-                # 4. The next scale sees the map of this one, resized; there is no sum, unlike in VAR.
+                # 4. The next scale sees the map of this one, resized; there is no sum, unlike in VAR. After
+                #    the last guided scale nothing needs the null class, so its half leaves the batch.
                 if k < num_scales - 1:
                     next_size = layout.sizes[k + 1]
                     x_BlC = self.word_embed(self.next_input(idx_Bl, size, next_size))
-                    x_BlC = (x_BlC + self.positions(next_size, pos_mode)).repeat(2, 1, 1)
+                    x_BlC = x_BlC + self.positions(next_size, pos_mode)
+                    if k + 1 < num_with_null:
+                        x_BlC = x_BlC.repeat(2, 1, 1)
+                    elif k + 1 == num_with_null:
+                        forget_null_class(self.blocks, B)
+                        modulations = [mod_B16C[:B] for mod_B16C in modulations]
+                        head_modulation = head_modulation[:B]
 
     @torch.no_grad()
     def autoregressive_infer_cfg(

@@ -2,7 +2,7 @@
 
 Letters: B batch, 3HW image.
 """
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,38 @@ def sampling_mode(model: nn.Module, blocks: Iterable[nn.Module], capacity: int) 
             yield
     finally:
         model.train(was_training)
+
+
+def limit_guidance(scale_k: Sequence[float], first: int, last: int) -> tuple[list[float], int]:
+    """Guidance that acts at some scales alone, and how long sampling needs the null class for it.
+
+    A guided scale sees the keys of all coarser scales, those of the null class, too. So the null class takes
+    part in every scale up to the last guided one, and in no scale after it.
+
+    Args:
+        scale_k: s of `guide` at every scale; 1 is off.
+        first: scales before this one are not guided; the coarsest scale is 0.
+        last: scales after this one are not guided; -1 is the finest scale.
+    Returns:
+        s of every scale; and the number of leading scales that need the null class.
+    Raises:
+        ValueError: `first` or `last` is no scale, or no scale lies between them.
+    """
+    num_scales = len(scale_k)
+    end = num_scales if last < 0 else last + 1
+    if not 0 <= first < end <= num_scales:
+        raise ValueError(f'guidance must begin and end at scales in 0..{num_scales - 1}, got '
+                         f'cfg_from={first} and cfg_to={last}: pass two scales in this order, or cfg_to=-1 '
+                         'for the finest one')
+    limited_k = [scale if first <= k < end else 1. for k, scale in enumerate(scale_k)]
+    guided = [k for k, scale in enumerate(limited_k) if scale != 1]
+    return limited_k, max(guided, default=-1) + 1
+
+
+def forget_null_class(blocks: Iterable[nn.Module], num_images: int) -> None:
+    """Take the second half of the batch, which has the null class, out of all caches."""
+    for block in blocks:
+        block.attn.cache.truncate(num_images)
 
 
 def mark_damaged(images_B3HW: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:

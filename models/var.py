@@ -42,7 +42,7 @@ from models.helpers import (
     token_losses,
 )
 from models.noise import Rng
-from models.sampling import mark_damaged, sampling_mode, with_finite
+from models.sampling import forget_null_class, limit_guidance, mark_damaged, sampling_mode, with_finite
 from models.scales import (
     ProgressiveSchedule,
     ScaleLayout,
@@ -248,8 +248,8 @@ class VAR(PublishedNames, ARModel):
         return self.patch_nums[-1] * self.tokenizer.stride
 
     @torch.no_grad()
-    def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.,
-                      more_smooth: bool = False, rng: Rng = None,
+    def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1.5, cfg_from: int = 0, cfg_to: int = -1,
+                      top_k: int = 0, top_p: float = 0., more_smooth: bool = False, rng: Rng = None,
                       keep: Keep | None = None) -> Iterator[ScaleStep]:
         """Sample scale by scale, one step for each; in eval mode whatever the model's mode is.
 
@@ -257,18 +257,26 @@ class VAR(PublishedNames, ARModel):
 
         Args:
             label_B: (B,) int64, see `as_labels`.
-            cfg: guidance at the last scale; it grows linearly from 0 at the first.
+            cfg: guidance at the last scale; it grows linearly from 0 at the first. 0 is off, and the null
+                class is then not computed.
+            cfg_from, cfg_to: scales before and after these are not guided, see `limit_guidance`.
             top_k, top_p: see `filter_top_k_top_p_`; 0 is off.
             more_smooth: mix code embeddings by Gumbel softmax: smoother pictures, worse scores.
             rng: a generator, `ImageNoise`, or None for torch's global generator.
             keep: codes that replace drawn ones; they consume the same noise.
+        Raises:
+            ValueError: `cfg_from` and `cfg_to` are no scales in this order.
         """
         B = len(label_B)
         quantize = self.tokenizer.quantize
+        scale_k = [1 + cfg * self.layout.ratio(k) for k in range(len(self.patch_nums))]
+        scale_k, num_with_null = limit_guidance(scale_k, cfg_from, cfg_to)
 
-        # The first half of the batch has its classes, the second one the null class, for guidance.
-        null_B = torch.full_like(label_B, self.num_classes)
-        cond_BD = self.class_emb(torch.cat([label_B, null_B]))                             # (2B, D)
+        # With guidance the second half of the batch has the null class.
+        if num_with_null:
+            null_B = torch.full_like(label_B, self.num_classes)
+            label_B = torch.cat([label_B, null_B])
+        cond_BD = self.class_emb(label_B)                                                  # (2B, D)
         # What the class does to blocks and head is the same at every scale: a third of the weights of the
         # blocks is read once instead of once per scale.
         shared = self.shared_ada_lin(cond_BD)
@@ -276,7 +284,7 @@ class VAR(PublishedNames, ARModel):
         head_modulation = self.head_nm.modulation(cond_BD)                                 # (2B, 1, 2, C)
 
         position_1LC = self.lvl_embed(self.lvl_1L) + self.pos_1LC
-        next_BlC = (cond_BD[:, None].expand(2 * B, self.first_l, -1) + self.pos_start
+        next_BlC = (cond_BD[:, None].expand(-1, self.first_l, -1) + self.pos_start
                     + position_1LC[:, :self.first_l])
         f_hat = cond_BD.new_zeros(B, self.Cvae, self.patch_nums[-1], self.patch_nums[-1])
         with sampling_mode(self, self.blocks, capacity=self.layout.num_seen_later):
@@ -288,15 +296,17 @@ class VAR(PublishedNames, ARModel):
                     x_BlC = block.modulated(x_BlC, mod_B16C)
 
                 # 2. Guidance: u + s (c - u) of the logits with class and without, s = 1 + cfg * k / (K - 1).
-                cond_BlV, uncond_BlV = self._logits(x_BlC, head_modulation).chunk(2)
-                ratio = self.layout.ratio(k)
-                logits_BlV = guide(cond_BlV, uncond_BlV, 1 + cfg * ratio)                  # (B, pn^2, V)
+                logits_BlV = self._logits(x_BlC, head_modulation)
+                if k < num_with_null:
+                    cond_BlV, uncond_BlV = logits_BlV.chunk(2)
+                    logits_BlV = guide(cond_BlV, uncond_BlV, scale_k[k])                   # (B, pn^2, V)
 
                 # 3. Codes: drawn, or given by an edit; then their embeddings.
                 drawn_Bl = draw_codes(logits_BlV, top_k, top_p, rng)
                 idx_Bl, is_kept_Bl = keep_of_scale(keep, k, drawn_Bl)
                 h_BlZ = quantize.lookup(idx_Bl, k)
                 if more_smooth:
+                    ratio = self.layout.ratio(k)
                     tau = max(0.27 * (1 - 0.95 * ratio), 0.005)  # as published, like the factor 1 + ratio
                     filtered_BlV = filter_top_k_top_p(logits_BlV, top_k, top_p)
                     mix_BlV = gumbel_softmax_with_rng(filtered_BlV.mul(1 + ratio), tau=tau, rng=rng)
@@ -309,11 +319,18 @@ class VAR(PublishedNames, ARModel):
                     k, len(self.patch_nums), f_hat, h_BZpp)
                 yield ScaleStep(k, logits_BlV, idx_Bl, f_hat)
 
-                # 5. That sum, resized to the next side, is what the next scale sees.
+                # 5. That sum, resized to the next side, is what the next scale sees. After the last guided
+                #    scale nothing needs the null class, so its half leaves the batch.
                 if k < len(self.patch_nums) - 1:
                     begin, end = self.layout.spans[k + 1]
                     next_BlC = self.word_embed(next_BZpp.flatten(2).transpose(1, 2))
-                    next_BlC = (next_BlC + position_1LC[:, begin:end]).repeat(2, 1, 1)
+                    next_BlC = next_BlC + position_1LC[:, begin:end]
+                    if k + 1 < num_with_null:
+                        next_BlC = next_BlC.repeat(2, 1, 1)
+                    elif k + 1 == num_with_null:
+                        forget_null_class(self.blocks, B)
+                        modulations = [mod_B16C[:B] for mod_B16C in modulations]
+                        head_modulation = head_modulation[:B]
 
     @torch.no_grad()
     def autoregressive_infer_cfg(self, B: int, label_B: int | Sequence[int] | torch.Tensor | None,

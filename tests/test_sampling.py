@@ -1,14 +1,16 @@
 """Sampling and editing against the reference, and noise that belongs to the image."""
 import math
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from models.editing import box_mask
-from models.helpers import ImageNoise, gumbel_softmax_with_rng, sample_with_top_k_top_p_
+from models.helpers import ImageNoise, guide, gumbel_softmax_with_rng, sample_with_top_k_top_p_
+from models.sampling import limit_guidance
 from models.scales import ScaleLayout
-from models.var import AdaLNSelfAttn
+from models.var import VAR, AdaLNSelfAttn
 from tests.vectors import (
     assert_stats,
     assert_within,
@@ -16,6 +18,7 @@ from tests.vectors import (
     load_tensors,
     needs_rng,
     split_scales,
+    tiny_flexvar,
     tiny_var,
 )
 
@@ -354,6 +357,73 @@ def test_noise_of_images_in_sample(models):
     var = models['sep_l2']
     both = var.sample([1, 2], guidance=2., rng=ImageNoise(0, [7, 8]))
     assert_within(var.sample([2], guidance=2., rng=ImageNoise(0, [8])), both[1:], 1e-5)
+
+
+# ------------------------------------------------------------ guidance at some scales, or at none
+def steps_with_batches(model, **options):
+    """The steps of a sampling of two images over four scales, and how many rows the head saw at each."""
+    rows = []
+    hook = model.head.register_forward_hook(lambda head, args, logits: rows.append(len(logits)))
+    steps = list(model.sample_scales(torch.tensor([1, 3]), top_k=20, rng=ImageNoise(2, [0, 1]), **options))
+    hook.remove()
+    return steps, rows
+
+
+@pytest.fixture(params=['var', 'flexvar'])
+def pyramid(request, models):
+    """A model of four scales."""
+    if request.param == 'var':
+        return models['sep_l2']
+    return tiny_flexvar('sample_tiny', patch_nums=PATCH_NUMS)
+
+
+def with_both_halves(model, monkeypatch):
+    """Let the null class take part in every scale, as the published sampler has it."""
+    def keep_both(scale_k, first, last):
+        limited_k, _ = limit_guidance(scale_k, first, last)
+        return limited_k, len(limited_k)
+    monkeypatch.setattr(sys.modules[type(model).__module__], 'limit_guidance', keep_both)
+
+
+@pytest.mark.parametrize(('options', 'rows'), [
+    (dict(cfg=0.), [2, 2, 2, 2]),
+    (dict(cfg=3.), [4, 4, 4, 4]),
+    (dict(cfg=3., cfg_from=1, cfg_to=2), [4, 4, 4, 2]),
+    (dict(cfg=3., cfg_from=3), [4, 4, 4, 4]),
+    (dict(cfg=3., cfg_to=0), [2, 2, 2, 2]),  # the first of several scales is never guided
+])
+def test_the_null_class_takes_part_up_to_the_last_guided_scale(pyramid, monkeypatch, options, rows):
+    """The codes are those of a sampling that computes it at every scale."""
+    steps, seen = steps_with_batches(pyramid, **options)
+    assert seen == rows
+    with_both_halves(pyramid, monkeypatch)
+    expected, seen = steps_with_batches(pyramid, **options)
+    assert seen == [4, 4, 4, 4]
+    for step, other in zip(steps, expected, strict=True):
+        assert torch.equal(step.idx_Bl, other.idx_Bl)
+        assert_within(step.logits_BlV, other.logits_BlV, 1e-4)
+
+
+def test_guidance_between_two_scales(pyramid):
+    steps, _ = steps_with_batches(pyramid, cfg=3., cfg_from=1, cfg_to=2)
+    idx_kBl = [step.idx_Bl for step in steps]
+    if isinstance(pyramid, VAR):
+        teacher_BLZ = pyramid.tokenizer.quantize.idxBl_to_var_input(idx_kBl)
+    else:
+        teacher_BLZ = pyramid.teacher_input(idx_kBl, PATCH_NUMS)
+    label_B = torch.tensor([1, 3])
+    with torch.no_grad():
+        cond_BLV = pyramid(label_B, teacher_BLZ)
+        null_BLV = pyramid(torch.full_like(label_B, pyramid.num_classes), teacher_BLZ)
+    for step, (begin, end), scale in zip(steps, ScaleLayout(PATCH_NUMS).spans, (1, 2, 3, 1), strict=True):
+        expected = guide(cond_BLV[:, begin:end], null_BLV[:, begin:end], scale)
+        assert_within(step.logits_BlV, expected, 1e-4)
+
+
+@pytest.mark.parametrize(('first', 'last'), [(2, 1), (4, -1), (0, 4), (-1, 2)])
+def test_guidance_needs_scales_in_order(pyramid, first, last):
+    with pytest.raises(ValueError, match=rf'scales in 0..3, got cfg_from={first} and cfg_to={last}: pass'):
+        pyramid.sample([1], guidance=2., cfg_from=first, cfg_to=last)
 
 
 # ------------------------------------------------------------ layout
