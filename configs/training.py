@@ -53,10 +53,19 @@ class TrainConfig:
     # data
     data_path: str = opt(
         '/path/to/imagenet',
-        'root with train/ and val/ class folders, the same packed by utils.pack_data, or "digits"',
+        'root with train/ and val/ class folders, the same packed by utils.pack_data, "digits", or an npz '
+        'of sample.py, see --val_path',
         path=True,
         per_node=True,
         group='most used',
+    )
+    val_path: str = opt(
+        '',
+        'data set of the validation images where --data_path is an npz, which holds images for training '
+        'alone; the labels of the npz count its classes',
+        path=True,
+        per_node=True,
+        group='data',
     )
     num_classes: int = opt(
         0,
@@ -332,6 +341,19 @@ class TrainConfig:
             raise ValueError(
                 f'--save_every must be a number of steps ("500") or minutes ("20m"), got {self.save_every!r}'
             )
+        is_npz = self.data_path.endswith('.npz')
+        if is_npz and not self.val_path:
+            raise ValueError(
+                f'--data_path={self.data_path} holds images for training alone: pass --val_path=ROOT, the '
+                'data set that their generator was trained on, for validation'
+            )
+        if self.val_path and not is_npz:
+            raise ValueError(
+                '--val_path goes with an npz as --data_path, and other data sets hold validation images '
+                'themselves: leave it out'
+            )
+        if self.cache and is_npz:
+            raise ValueError('--cache is for files of images, and an npz holds pixels already: leave it out')
         if self.wandb and not self.tb:
             raise ValueError('--wandb sends what TensorBoard gets, and --tb=0 writes nothing: leave out one')
         if self.wandb and importlib.util.find_spec('wandb') is None:
@@ -351,6 +373,8 @@ class TrainConfig:
         if not self.dry_run:
             if not self.cached_path:
                 require_data(self.data_path)
+            if self.val_path:
+                require_data(self.val_path)
             require_weights(self.init_from)
 
     # ------------------------------------------------------------------------------ what follows

@@ -14,9 +14,10 @@ from configs.options import COMPILE_MODES, flag_of
 from models import FAMILIES, ARModel, Tokenizer, TokenizerLoss, Trainable, build_loss, build_tokenizer
 from models.recompute import set_recompute
 from trainer import GeneratorTrainer, TokenizerTrainer, Trainer, weights_checksum
-from training.finetune import freeze, take_over
+from training.finetune import check_same_classes, freeze, take_over
 from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import load_file, tokenizer_weights
+from utils.drawn_images import is_npz
 from utils.hub import dino_state, fetch, lpips_state
 from utils.lr_control import filter_params
 from utils.sharding import shard
@@ -70,6 +71,8 @@ def build_model(config: TrainConfig, num_classes: int, total_steps: int, steps_p
         model.init_weights(**config.init_kwargs())
 
     if path and is_generator:
+        if classes and is_npz(config.data_path):
+            check_same_classes(checkpoint, path, classes)
         take_over(model, checkpoint, path, classes, config.reset)
     elif path:
         model.warm_start(state, path)

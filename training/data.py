@@ -1,4 +1,5 @@
 """The data of a training: images or a token cache, their order, and their batches."""
+import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,12 +9,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import dist
-from configs import TrainConfig
+from configs import SAMPLE_CONFIGS, SampleConfig, TrainConfig
 from configs.options import flag_of
 from configs.training import CachedConfig
 from models import Trainable
 from utils.data import EMBEDDED, KeyedAugmentation, build_dataset, build_transforms, describe_data, open_split
 from utils.data_sampler import DistInfiniteBatchSampler, EvalDistributedSampler
+from utils.drawn_images import DrawnImages
 from utils.image_cache import cached_in_memory
 from utils.loading import restarting_batches, without_child_signal
 from utils.machine import available_cpus, local_ranks
@@ -55,7 +57,11 @@ def build_data(config: TrainConfig) -> Data:
     if not config.cached_path:
         _, train_set, val_set = build_dataset(config.data_path, config.image_size, config.hflip,
                                               config.mid_reso, config.crop, config.exif,
-                                              config.val_split)
+                                              config.val_split, config.val_path)
+        if isinstance(train_set, DrawnImages):
+            note = note_on_drawing(config.data_path, train_set.manifest)
+            if note and dist.is_master():
+                logger.warning('%s', note)
         if config.cache == 'memory' and config.data_path not in EMBEDDED:
             train_set, val_set = cached_in_memory(train_set, val_set)
         return Data(train_set, val_set, list(train_set.classes))
@@ -80,6 +86,36 @@ def build_data(config: TrainConfig) -> Data:
     if config.cached_val_path:
         caches['val'] = val_set
     return Data(train_set, val_set, list(val_set.classes), caches)
+
+
+def note_on_drawing(path: str, manifest: dict[str, Any]) -> str:
+    """One line where images were drawn from a model's own distribution; '' where they were not.
+
+    The expected gradient of such images is zero, so that nothing but noise is learnt from them.
+
+    Args:
+        manifest: of sample.py; {} where it is not known how the images were drawn.
+    """
+    settings = manifest.get('settings', {})
+    cls = SAMPLE_CONFIGS.get(settings.get('model'))
+    if cls is None:
+        return ''
+    shared = {f.name for f in dataclasses.fields(SampleConfig)} - {'model', 'cfg'}
+    own = {f.name for f in dataclasses.fields(cls)} - shared
+    job = cls(**{name: settings[name] for name in own if name in settings}, ckpt='drawn')
+    options = job.sample_kwargs()
+    favours_the_likely = [
+        options['guidance'] != 1,
+        options.get('top_k', 0) > 0,
+        0 < options.get('top_p', 0.) < 1,
+        options.get('temperature', 1.) != 1,
+        options.get('more_smooth', False),
+        options.get('ssg', 0.) > 0,
+    ]
+    if any(favours_the_likely):
+        return ''
+    return (f'{path} was drawn without guidance, top-k, top-p and temperature: from such images a model '
+            'learns noise alone; draw them with --cfg, --top_k or --top_p')
 
 
 def check_caches(caches: dict[str, TokenCache], config: TrainConfig, model: Trainable) -> None:

@@ -13,6 +13,7 @@ import torch
 
 import dist
 from models import ARModel, read_kwargs
+from training.resume import first_difference
 from utils.checkpoint import model_weights
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,23 @@ def take_over(model: ARModel, checkpoint: dict[str, Any], source: str, classes: 
     if anew:
         log_on_master('%s: %s stay as initialised', source, in_words(anew))
     model.warm_start(state | {name: fresh[name] for name in anew}, source)
+
+
+def check_same_classes(checkpoint: dict[str, Any], source: str, classes: list[str]) -> None:
+    """Make sure that labels which a generator has drawn for mean its own classes, in its own order.
+
+    Args:
+        checkpoint: the content of its file.
+        source: the file, for the message.
+        classes: names of the classes of this training, by label.
+    Raises:
+        ValueError: the file names other classes, or another order.
+    """
+    saved = checkpoint.get('classes')
+    # Published checkpoints do not name their classes.
+    if saved and list(saved) != list(classes):
+        raise ValueError(f'{source!r} has {first_difference(saved, classes)}: images that it has drawn are '
+                         'labelled by its classes, so pass the data set that it was trained on as --val_path')
 
 
 def freeze(model: ARModel, patterns: str) -> None:

@@ -25,6 +25,7 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, To
 from torchvision.transforms.functional import ten_crop, to_tensor
 
 import dist
+from utils.drawn_images import DrawnImages, is_npz
 from utils.images import (
     ImageError,
     ResizedCrop,
@@ -451,8 +452,8 @@ def _count_images(folder: Path) -> int:
 
 
 def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso: float = 1.125,
-                  crop: str = 'resize', exif: bool = True,
-                  val_split: float = 0.) -> tuple[int, Dataset, Dataset]:
+                  crop: str = 'resize', exif: bool = True, val_split: float = 0.,
+                  val_path: str = '') -> tuple[int, Dataset, Dataset]:
     """(number of classes, training set, validation set).
 
     Args:
@@ -464,21 +465,28 @@ def build_dataset(data_path: str, final_reso: int, hflip: bool = False, mid_reso
         crop: see `build_transforms`.
         exif: see `open_split`.
         val_split: see `open_split`.
+        val_path: see `open_both`.
     Raises:
         ValueError: a folder is missing or empty, or the classes differ.
     """
     train_aug, val_aug = build_transforms(final_reso, hflip, mid_reso, crop)
-    train_set, val_set = open_both(data_path, train_aug, val_aug, exif, val_split)
+    train_set, val_set = open_both(data_path, train_aug, val_aug, exif, val_split, val_path)
     return len(train_set.classes), train_set, val_set
 
 
 def open_both(data_path: str, train_transform: Callable | None = None, val_transform: Callable | None = None,
-              exif: bool = True, val_split: float = 0.) -> tuple[Dataset, Dataset]:
+              exif: bool = True, val_split: float = 0., val_path: str = '') -> tuple[Dataset, Dataset]:
     """Training and validation set, with the same classes; see `open_split`.
 
+    Args:
+        data_path: see `open_split`; or an npz of images for training alone, see `DrawnImages`.
+        val_path: with an npz, the data set of the validation images, which names its classes.
     Raises:
         ValueError: a folder is missing or empty, or the classes differ.
     """
+    if is_npz(data_path):
+        val_set = open_split(val_path, 'val', val_transform, exif, val_split)
+        return DrawnImages(data_path, val_set.classes, train_transform), val_set
     if val_split:
         whole = _open_whole(data_path, val_split, train_transform, exif)
         train_set = part_of(whole, 'train', val_split)
