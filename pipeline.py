@@ -312,7 +312,7 @@ def training_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
     Settings that may differ between two starts, and paths, are left out: they say nothing of the weights.
     """
-    training = {name: checkpoint[name] for name in ('git_commit', 'versions', 'epoch', 'iter')
+    training = {name: checkpoint[name] for name in ('git_commit', 'versions', 'epoch', 'iter', 'neon')
                 if name in checkpoint and 'git_commit' in checkpoint}
     args = checkpoint.get('args')
     settings = args if isinstance(args, dict) else {}

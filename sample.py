@@ -22,6 +22,7 @@ from typing import Any
 
 from configs import SampleConfig, parse_sampling
 from configs.options import COMPILE_MODES, flag_of, marked_fields, parse_flags
+from configs.sampling import WEIGHTS
 from utils.console import announce, one_line_errors
 
 if __name__ == '__main__':
@@ -48,6 +49,7 @@ from utils.hub import sha256_of
 from utils.image_sets import read_labels, shuffled, write_npz
 from utils.image_store import STORES, ImageStore
 from utils.log import progress_bar, setup_logging
+from utils.merge import extrapolate, read_tuned
 from utils.misc import allow_tf32
 from utils.provenance import device_name, git_commit, versions
 
@@ -81,7 +83,7 @@ def sample(config: SampleConfig) -> Path:
 
     # The model comes first, since the classes to sample are those that it knows.
     model, origin = load_generator(config.model, config.ckpt, config.vae_ckpt, config.weights, device,
-                                   config.compiled)
+                                   config.compiled, config.neon_from, config.neon_w)
     config.check_model(model)
     note = note_on_bfloat16(device.type, config.precision, flag_of(config, 'precision'))
     if note and dist.is_master():
@@ -131,6 +133,7 @@ def sample(config: SampleConfig) -> Path:
                 source=config.source,
                 ckpt=config.ckpt,
                 vae_ckpt=config.vae_ckpt,
+                **(dict(neon_from=config.neon_from) if config.neon_from else {}),
                 batch_size=config.images_per_batch,
                 npz=npz_path.name,
                 npz_sha256=sha256_of(npz_path),
@@ -158,6 +161,8 @@ def load_generator(
     weights: str,
     device: torch.device,
     compiled: int = 0,
+    neon_from: str = '',
+    neon_w: float = 1.,
 ) -> tuple[ARModel, dict[str, Any]]:
     """The generator and where it comes from; every rank calls it, and all of them get the same weights.
 
@@ -168,6 +173,9 @@ def load_generator(
         weights: 'ema' for the averaged weights, where the file has them, 'raw' for those of the last step, or
             the name of one of several averages, such as 'ema_0.9999'.
         compiled: a key of `COMPILE_MODES`; 0 compiles nothing.
+        neon_from: the file of the same generator after a training on its own samples; '' leaves the weights
+            as they are.
+        neon_w: how far the weights go away from that, see `utils.merge`.
     Returns:
         The generator in eval mode, and its origin: `weights`, the kind of weights that were loaded;
         `weights_sha256`, the digest of each file that was read, by flag; `classes`, the names of all classes,
@@ -179,12 +187,17 @@ def load_generator(
     if contents.generator is None:
         raise ValueError(f'{ckpt!r} holds a tokenizer: pass the weights of a generator')
     generator = build(contents, device)
+    digests = contents.digests
+    if neon_from:
+        tuned = read_tuned(neon_from, vae_ckpt)
+        extrapolate(generator, contents, tuned, neon_w)
+        digests = digests | dict(neon_from=tuned.digests['ckpt'])
     if compiled:
         generator.compile_sampling(mode=COMPILE_MODES[compiled])
     has_names = len(contents.classes) == generator.num_classes
     origin = dict(
         weights=contents.weights,
-        weights_sha256=contents.digests,
+        weights_sha256=digests,
         classes=contents.classes if has_names else (),
     )
     return generator, origin
@@ -255,7 +268,7 @@ def describe(config: SampleConfig, origin: dict[str, Any], labels_N: np.ndarray)
         origin: where the weights come from, see `load_generator`.
     """
     # Files of weights count by their digests, wherever they lie.
-    left_out = {*marked_fields(config, 'free'), 'ckpt', 'vae_ckpt', 'weights'}
+    left_out = {*marked_fields(config, 'free'), *WEIGHTS, 'weights'}
     settings = config.without(left_out)
     if config.labels:
         settings['labels'] = labels_N.tolist()
@@ -482,10 +495,15 @@ def sweep(config: SampleConfig) -> None:
         table = ScoreTable(folder, swept)
         if dist.is_master():
             # Rows of one table must be comparable: same weights, same reference, same other settings.
-            may_differ = {*marked_fields(config, 'free'), 'ckpt', 'vae_ckpt'} - {'num_images', 'score'}
+            may_differ = {*marked_fields(config, 'free'), *WEIGHTS} - {'num_images', 'score'}
+            fixed = {}
+            for combination in combinations:
+                # A setting may act in some of them alone.
+                tried = dataclasses.replace(config, **combination, sweep='')
+                fixed |= tried.without(may_differ | set(swept))
             description = dict(
                 swept=swept,
-                settings=config.without(may_differ | set(swept)),
+                settings=fixed,
                 sha256=hashes | hash_of_labels,
                 network=network.digest,
                 reference_sha256=reference.describe()['sha256'],
@@ -544,7 +562,7 @@ def load_for(job: SampleConfig, hashes: dict[str, str] | None = None) -> tuple[A
         ValueError: a file was replaced after the sweep had begun.
     """
     model, origin = load_generator(job.model, job.ckpt, job.vae_ckpt, job.weights, dist.get_device(),
-                                   job.compiled)
+                                   job.compiled, job.neon_from, job.neon_w)
     for flag, digest in (hashes or {}).items():
         if origin['weights_sha256'].get(flag) != digest:
             raise ValueError(f'{getattr(job, flag)!r} was replaced during the sweep: restore the '

@@ -21,8 +21,15 @@ from configs.options import (
 )
 from utils.console import require_weights
 
-# Settings that earlier versions did not have. Their defaults change nothing.
-LATER = ('fixed_batch', 'compiled', 'cfg_from', 'cfg_to')
+LATER = {  # settings that earlier versions did not have -> the one by whose default they are off
+    'fixed_batch': 'fixed_batch',
+    'compiled': 'compiled',
+    'cfg_from': 'cfg_from',
+    'cfg_to': 'cfg_to',
+    'neon_from': 'neon_from',
+    'neon_w': 'neon_from',
+}
+WEIGHTS = ('ckpt', 'vae_ckpt', 'neon_from')  # settings that are files, which count by their digests
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,19 @@ class SampleConfig:
         'ema',
         'ema: averaged weights where the file has them; raw: those of the last step; ema_0.9999: those of '
         'that decay, after the first one of several',
+        group='run',
+    )
+    neon_from: str = opt(
+        '',
+        'Neon: the generator after a short training on its own samples; the weights go away from it, see '
+        '--neon_w',
+        path=True,
+        group='run',
+    )
+    neon_w: float = opt(
+        1.0,
+        'how far the weights go away from --neon_from: 0 leaves those of --ckpt as they are',
+        limits=(-1000, 1000),
         group='run',
     )
     source: str = opt(
@@ -161,6 +181,8 @@ class SampleConfig:
                 f'--num_images must be at most 1,000,000 per job, got {self.num_images:,}: '
                 'sample several jobs with other seeds'
             )
+        if self.neon_w != 1 and not self.neon_from:
+            raise ValueError('--neon_w says how far to go away from --neon_from: pass both')
         if self.classes and self.labels:
             raise ValueError('expected --classes or --labels, got both: leave one out')
         if self.format == 'npz' and not self.pack:
@@ -190,12 +212,9 @@ class SampleConfig:
 
         Those that earlier versions did not have are absent where they are off, as in the files of these.
         """
-        off = {f.name: f.default for f in dataclasses.fields(self) if f.name in LATER}
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name not in names and not (name in off and value == off[name])
-        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        off = {name for name, switch in LATER.items() if vars(self).get(switch) == defaults.get(switch)}
+        return {name: value for name, value in vars(self).items() if name not in {*names, *off}}
 
     def require_files(self) -> None:
         """Make sure that the files of weights are there, where they were given by their paths.
@@ -206,6 +225,7 @@ class SampleConfig:
         if not self.sweep:  # which may be one over files
             require_weights(self.ckpt)
             require_weights(self.vae_ckpt)
+            require_weights(self.neon_from)
 
     def sample_kwargs(self) -> dict[str, Any]:
         """Arguments of the model's `sample`, beside labels and rng."""
@@ -220,6 +240,8 @@ class SampleConfig:
 
     def combinations(self) -> list[dict[str, Any]]:
         """Every combination of the sweep, the last name changing fastest.
+
+        Settings of Neon come first, so that all others are tried before weights are merged again.
 
         Raises:
             ValueError: it is no list of settings that decide the images.
@@ -248,6 +270,7 @@ class SampleConfig:
                 ) from None
         if not axes:
             raise ValueError(f'--sweep expects name=value,value, got {self.sweep!r}: name a setting')
+        axes.sort(key=lambda axis: not axis[0][0].startswith('neon_'))
         return [dict(combination) for combination in itertools.product(*axes)]
 
     def at(self, combination: dict[str, Any]) -> 'SampleConfig':

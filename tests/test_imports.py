@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'export', 'app', 'hubconf', 'utils.doctor',
-           'utils.curves', 'utils.pack_data', 'utils.check_data', 'utils.posthoc_ema'}
+           'utils.curves', 'utils.pack_data', 'utils.check_data', 'utils.posthoc_ema', 'utils.merge'}
 LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'pipeline'}, {'evaluation'}, {'trainer'}, {'training'},
           {'web'}]
 OPTIONAL = {'safetensors', 'safetensors.torch', 'sklearn.datasets', 'huggingface_hub',
