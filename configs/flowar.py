@@ -233,6 +233,13 @@ class FlowARSampleConfig(SampleConfig):
             'it is read from the files of weights',
         ),
     }
+    REFUSED: typing.ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ('ssg', 'ssg_prior', 'ssg_schedule'),
+            'SSG is about logits of codes, and FlowAR has none; guide by --cfg',
+        ),
+        **dict.fromkeys(('cfg_from', 'cfg_to'), 'FlowAR guides by time; pass --guidance, a time in [0, 1]'),
+    }
     CHANGE_NOTHING: typing.ClassVar[tuple[str, ...]] = ('temperature', 'cfg_schedule')
 
     guidance: float = opt(0.9, 'guide at times from 0 to this one; how strongly is --cfg')

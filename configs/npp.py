@@ -220,6 +220,13 @@ class NPPSampleConfig(SampleConfig):
             'it is read from the files of weights',
         ),
     }
+    REFUSED: typing.ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ('ssg', 'ssg_prior', 'ssg_schedule'),
+            'SSG compares a scale with the one before, and NPP has no scales; guide by --cfg_scale',
+        ),
+        **dict.fromkeys(('cfg_from', 'cfg_to'), 'NPP has no scales; pass --cfg_interval, in codes'),
+    }
     CHANGE_NOTHING: typing.ClassVar[tuple[str, ...]] = ('gpt_model',)
 
     gpt_model: str = opt(

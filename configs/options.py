@@ -322,6 +322,7 @@ def make_parser(cls: type, prog: str, description: str) -> 'OneLineParser':
         help_text = f.metadata['help'].replace('%', '%%') + f' (default: {f.default})'
         group.add_argument(*spellings, dest=f.name, default=argparse.SUPPRESS, help=help_text, **reading)
     parser.ignored = getattr(cls, 'IGNORED', {})
+    parser.refused = getattr(cls, 'REFUSED', {})
     for name in parser.ignored:
         parser.add_argument(f'--{name}', nargs='?', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -363,6 +364,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     source = ''  # the file that is being read, for errors
     ignored: dict[str, str] = {}  # flags that are accepted with a warning, and why they have no effect
+    refused: dict[str, str] = {}  # flags of other families, and why they are not for this one
 
     def error(self, message: str) -> typing.NoReturn:
         place = f' (in {self.source!r})' if self.source else ''
@@ -380,6 +382,8 @@ class OneLineParser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(underscored)
         if unknown:
             flag = unknown[0].split('=')[0]
+            if flag[2:] in self.refused:
+                self.error(f'{flag} is not for this model: {self.refused[flag[2:]]}')
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.0)
             self.error(
                 f'unknown argument {as_typed[unknown[0]]!r}: the nearest flag is {near[0]}; --help lists all'

@@ -26,6 +26,9 @@ LATER = {  # settings that earlier versions did not have -> the one by whose def
     'compiled': 'compiled',
     'cfg_from': 'cfg_from',
     'cfg_to': 'cfg_to',
+    'ssg': 'ssg',
+    'ssg_prior': 'ssg',
+    'ssg_schedule': 'ssg',
     'neon_from': 'neon_from',
     'neon_w': 'neon_from',
 }
@@ -163,6 +166,7 @@ class SampleConfig:
     )
 
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
+    REFUSED: typing.ClassVar[dict[str, str]] = {}  # flags of other families, and why this one lacks them
     CKPT_HINT: typing.ClassVar[str] = ''  # where such a file is to be had
     CHANGE_NOTHING: typing.ClassVar[tuple[str, ...]] = ()  # settings that change no image: for checks
 
@@ -296,6 +300,24 @@ class PyramidSampleConfig(SampleConfig):
         'scales after this one are not guided, and cost half; -1 is the finest',
         limits=(-1, INF),
     )
+    ssg: float = opt(
+        0.0,
+        'SSG: logits of a scale move away from those of the scale before it, so many times their distance; '
+        '0 is off',
+        limits=(0, 1000),
+    )
+    ssg_prior: str = opt(
+        'fused',
+        'how SSG enlarges the logits of the scale before: zero_pad keeps their spectrum, bilinear '
+        'interpolates, fused has the low frequencies of the one and the high ones of the other',
+        choices=('fused', 'zero_pad', 'bilinear'),
+    )
+    ssg_schedule: str = opt(
+        'constant',
+        'SSG at every scale but the first, or linear: growing from the first scale to the last',
+        choices=('constant', 'linear'),
+    )
 
     def sample_kwargs(self) -> dict[str, Any]:
-        return dict(cfg_from=self.cfg_from, cfg_to=self.cfg_to)
+        names = ('cfg_from', 'cfg_to', 'ssg', 'ssg_prior', 'ssg_schedule')
+        return {name: getattr(self, name) for name in names}

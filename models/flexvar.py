@@ -46,6 +46,7 @@ from models.scales import (
     rect_schedule,
     scale_metrics,
 )
+from models.ssg import SSG
 
 GRID = 32  # rows and columns of the position grid, twice the side of the finest published code map
 DRAWN_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)  # at others the published sampler is greedy
@@ -117,7 +118,7 @@ class ScaleStep(NamedTuple):
     """What sampling one scale produced."""
     k: int
     size: tuple[int, int]
-    logits_BlV: torch.Tensor  # guided, before filtering
+    logits_BlV: torch.Tensor  # after guidance and SSG, before filtering
     idx_Bl: torch.Tensor      # drawn or kept codes, int64
 
 
@@ -362,6 +363,9 @@ class FlexVAR(PublishedNames, ARModel):
         cfg: float = 1.5,
         cfg_from: int = 0,
         cfg_to: int = -1,
+        ssg: float = 0.,
+        ssg_prior: str = 'fused',
+        ssg_schedule: str = 'constant',
         top_k: int = 0,
         top_p: float = 0.,
         max_pn: int = 16,
@@ -383,6 +387,7 @@ class FlexVAR(PublishedNames, ARModel):
                 scales the tenth has `cfg`, and it grows on from there, as published. 0 is off, and the null
                 class is then not computed.
             cfg_from, cfg_to: scales before and after these are not guided, see `limit_guidance`.
+            ssg, ssg_prior, ssg_schedule: strength, prior and schedule of `SSG`; 0 is off.
             top_k, top_p: see `filter_top_k_top_p_`; 0 is off.
             max_pn: scales longer than this take the most likely codes, with constant `cfg`.
             used_llamagen_cfg: guide every scale by uncond + cfg * (cond - uncond) instead; 1 is then off.
@@ -392,8 +397,8 @@ class FlexVAR(PublishedNames, ARModel):
             rng: a generator, `ImageNoise`, or None for torch's global generator.
             keep: codes that replace drawn ones; they consume the same noise.
         Raises:
-            ValueError: no scales, a first one that is not 1x1, another pos_mode, or `cfg_from` and `cfg_to`
-                that are no scales in this order.
+            ValueError: no scales, a first one that is not 1x1, another pos_mode, an unknown choice of SSG,
+                or `cfg_from` and `cfg_to` that are no scales in this order.
         """
         layout = ScaleLayout(as_sizes(self.patch_nums if infer_patch_nums is None else infer_patch_nums))
         check_sizes(layout.sizes)
@@ -403,6 +408,7 @@ class FlexVAR(PublishedNames, ARModel):
         num_scales = len(layout.sizes)
         scale_k = [cfg] * num_scales if used_llamagen_cfg else published_guidance(layout, cfg, max_pn)
         scale_k, num_with_null = limit_guidance(scale_k, cfg_from, cfg_to)
+        apply_ssg = SSG(layout, ssg, ssg_prior, ssg_schedule)
 
         # With guidance the second half of the batch has the null class.
         if num_with_null:
@@ -429,6 +435,7 @@ class FlexVAR(PublishedNames, ARModel):
                 if k < num_with_null:
                     cond_BlV, uncond_BlV = logits_BlV.chunk(2)
                     logits_BlV = guide(cond_BlV, uncond_BlV, scale_k[k])                   # (B, l, V)
+                logits_BlV = apply_ssg(k, logits_BlV)
 
                 # 3. Codes: the most likely ones at sides that the published code does not draw at, else
                 #    drawn, or given by an edit.

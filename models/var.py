@@ -52,6 +52,7 @@ from models.scales import (
     resize_positions,
     scale_metrics,
 )
+from models.ssg import SSG
 from models.tokenizers.vqvae import VQVAE
 
 __all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 'SharedAdaLin',
@@ -61,7 +62,7 @@ __all__ = ['VAR', 'VARHF', 'AdaLNSelfAttn', 'ProgressiveSchedule', 'ScaleStep', 
 class ScaleStep(NamedTuple):
     """What sampling one scale produced."""
     k: int
-    logits_BlV: torch.Tensor  # guided, before filtering
+    logits_BlV: torch.Tensor  # after guidance and SSG, before filtering
     idx_Bl: torch.Tensor      # drawn or kept codes, int64
     f_hat: torch.Tensor       # sum so far, (B, Z, P, P), P = patch_nums[-1]; the next adds to it in place
 
@@ -249,6 +250,7 @@ class VAR(PublishedNames, ARModel):
 
     @torch.no_grad()
     def sample_scales(self, label_B: torch.Tensor, *, cfg: float = 1.5, cfg_from: int = 0, cfg_to: int = -1,
+                      ssg: float = 0., ssg_prior: str = 'fused', ssg_schedule: str = 'constant',
                       top_k: int = 0, top_p: float = 0., more_smooth: bool = False, rng: Rng = None,
                       keep: Keep | None = None) -> Iterator[ScaleStep]:
         """Sample scale by scale, one step for each; in eval mode whatever the model's mode is.
@@ -260,17 +262,19 @@ class VAR(PublishedNames, ARModel):
             cfg: guidance at the last scale; it grows linearly from 0 at the first. 0 is off, and the null
                 class is then not computed.
             cfg_from, cfg_to: scales before and after these are not guided, see `limit_guidance`.
+            ssg, ssg_prior, ssg_schedule: strength, prior and schedule of `SSG`; 0 is off.
             top_k, top_p: see `filter_top_k_top_p_`; 0 is off.
             more_smooth: mix code embeddings by Gumbel softmax: smoother pictures, worse scores.
             rng: a generator, `ImageNoise`, or None for torch's global generator.
             keep: codes that replace drawn ones; they consume the same noise.
         Raises:
-            ValueError: `cfg_from` and `cfg_to` are no scales in this order.
+            ValueError: `cfg_from` and `cfg_to` are no scales in this order, or a choice of SSG is unknown.
         """
         B = len(label_B)
         quantize = self.tokenizer.quantize
         scale_k = [1 + cfg * self.layout.ratio(k) for k in range(len(self.patch_nums))]
         scale_k, num_with_null = limit_guidance(scale_k, cfg_from, cfg_to)
+        apply_ssg = SSG(self.layout, ssg, ssg_prior, ssg_schedule)
 
         # With guidance the second half of the batch has the null class.
         if num_with_null:
@@ -300,6 +304,7 @@ class VAR(PublishedNames, ARModel):
                 if k < num_with_null:
                     cond_BlV, uncond_BlV = logits_BlV.chunk(2)
                     logits_BlV = guide(cond_BlV, uncond_BlV, scale_k[k])                   # (B, pn^2, V)
+                logits_BlV = apply_ssg(k, logits_BlV)
 
                 # 3. Codes: drawn, or given by an edit; then their embeddings.
                 drawn_Bl = draw_codes(logits_BlV, top_k, top_p, rng)

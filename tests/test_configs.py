@@ -478,7 +478,8 @@ def test_flexvar_presets_are_the_published_commands(preset, sides, cfg):
         by_preset['infer_patch_nums'] = FlexVAR.__init__.__defaults__[13]
     assert by_flags.sample_kwargs() == by_preset == dict(
         guidance=1 + cfg, top_k=900, top_p=0.95, max_pn=16, infer_patch_nums=sides, image_size=None,
-        pos_mode='stretch', greedy_unseen=True, used_llamagen_cfg=False, cfg_from=0, cfg_to=-1)
+        pos_mode='stretch', greedy_unseen=True, used_llamagen_cfg=False, cfg_from=0, cfg_to=-1, ssg=0.,
+        ssg_prior='fused', ssg_schedule='constant')
     assert parse_sampling([*argv, '--used_llamagen_cfg']).sample_kwargs()['guidance'] == cfg
 
 

@@ -74,7 +74,7 @@ def test_flags(capsys, flags, words):
 
 @pytest.mark.parametrize(('settings', 'is_named'), [
     (dict(model='var', cfg=0., top_k=0, top_p=0.), True), (dict(model='var', cfg=1.5), False),
-    (dict(model='var', cfg=0., top_k=9), False),
+    (dict(model='var', cfg=0., top_k=9), False), (dict(model='var', cfg=0., ssg=0.1), False),
     (dict(model='flexvar', cfg=1., used_llamagen_cfg=True, top_p=0.), True),
     (dict(model='flexvar', cfg=0., top_p=0.95), False), (dict(model='npp', cfg=1., top_p=1.), True),
     (dict(model='npp', cfg=1., temperature=0.9), False), (dict(model='flowar', cfg=1.), True),

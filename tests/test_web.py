@@ -188,10 +188,11 @@ def test_files_are_cut_to_the_size_that_is_drawn(studio_of, tmp_path):
 # ---------------------------------------------------------------------------------------------- controls
 def test_controls_are_the_settings_that_change_images():
     names = {family: {one.name for one in controls_of(family, {})} for family in FAMILIES}
+    by_scale = {'cfg_from', 'cfg_to', 'ssg', 'ssg_prior', 'ssg_schedule'}
     assert names == dict(
-        var={'cfg', 'cfg_from', 'cfg_to', 'top_k', 'top_p', 'more_smooth'},
-        flexvar={'cfg', 'cfg_from', 'cfg_to', 'infer_patch_nums', 'size', 'maxpn', 'greedy_unseen',
-                 'pos_mode', 'used_llamagen_cfg', 'top_k', 'top_p'},
+        var={*by_scale, 'cfg', 'top_k', 'top_p', 'more_smooth'},
+        flexvar={*by_scale, 'cfg', 'infer_patch_nums', 'size', 'maxpn', 'greedy_unseen', 'pos_mode',
+                 'used_llamagen_cfg', 'top_k', 'top_p'},
         npp={'cfg', 'img_size', 'image_size_eval', 'cfg_interval', 'temperature', 'top_k', 'top_p'},
         flowar={'cfg', 'guidance', 'num_step', 'flow_upper_steps', 'flow_lower_steps'})
     for family, shown in names.items():
@@ -202,7 +203,8 @@ def test_controls_are_the_settings_that_change_images():
 def test_published_weights_begin_with_their_settings():
     pipe = Pipeline(made('var'), sampling=dict(guidance=2.5, top_k=900, top_p=0.96, more_smooth=False))
     start = {one.name: one.value for one in Studio(pipe, 'x', Path('x')).controls}
-    assert start == dict(cfg=1.5, cfg_from=0, cfg_to=-1, top_k=900, top_p=0.96, more_smooth=False)
+    assert start == dict(cfg=1.5, cfg_from=0, cfg_to=-1, ssg=0., ssg_prior='fused', ssg_schedule='constant',
+                         top_k=900, top_p=0.96, more_smooth=False)
 
 
 @pytest.mark.parametrize(('name', 'text', 'value'), [
