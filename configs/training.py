@@ -29,6 +29,8 @@ SCHEDULES = 'cos, lin, lin0, lin00, lin<number>, exp, flat or flat<share before 
 CROP_KINDS = ('resize', 'adm', 'vae')
 CROPS = 'resize: as VAR; adm: random crop of ADM; vae: as resize, evaluated as adm'
 
+WEIGHTINGS = ('uniform', 'equal', 'lognorm')  # of the scales in the loss
+
 LARGEST_WIDTH = 0.288  # of an average of weights: 12 ** -0.5 is a plain mean of all steps
 RECOMPUTED = ('none', 'attention', 'block')
 
@@ -801,6 +803,17 @@ class PyramidConfig(TrainConfig):
         )
 
 
+def is_weighting(text: str, num_scales: int) -> bool:
+    """Whether a text says how so many scales share the loss: by name, or by a number for each."""
+    if text in WEIGHTINGS:
+        return True
+    try:
+        numbers = numbers_of(text)
+    except ValueError:
+        return False
+    return len(numbers) == num_scales and min(numbers) >= 0 and 0 < sum(numbers) < INF
+
+
 @dataclass(frozen=True)
 class AdaLNConfig(PyramidConfig, CachedConfig):
     """What VAR and FlexVAR have in common."""
@@ -828,9 +841,19 @@ class AdaLNConfig(PyramidConfig, CachedConfig):
     init_adaln: float = opt(0.5, 'multiplier of the AdaLN weights', 'aln')
     init_adaln_gamma: float = opt(1e-5, 'multiplier of the AdaLN gamma weights', 'alng')
     label_smooth: float = opt(0.0, 'label smoothing', 'ls', limits=(0, 0.999))
+    scale_weights: str = opt(
+        'uniform',
+        'share of each scale in the loss: uniform, as its tokens; equal; lognorm, most to middle scales; or '
+        'numbers joined by commas, one per side of --pn',
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if not is_weighting(self.scale_weights, len(self.patch_nums)):
+            raise ValueError(
+                f'--scale_weights must be {", ".join(WEIGHTINGS)}, or {len(self.patch_nums)} numbers of at '
+                f'least 0 joined by commas, one per side of --pn, got {self.scale_weights!r}'
+            )
         if self.width % self.depth:
             raise ValueError(
                 f'--width must be a multiple of --depth={self.depth}, the number of heads, got {self.width}: '
@@ -841,6 +864,11 @@ class AdaLNConfig(PyramidConfig, CachedConfig):
                 '--width needs --anorm=1, since weights without it do not tell their number of heads: '
                 'leave out one of them'
             )
+
+    @property
+    def weighting(self) -> str | tuple[float, ...]:
+        """How the scales share the loss: by name, or by a number for each."""
+        return self.scale_weights if self.scale_weights in WEIGHTINGS else numbers_of(self.scale_weights)
 
     def model_size(self) -> dict[str, Any]:
         return dict(depth=self.depth, width=self.width)
@@ -853,6 +881,7 @@ class AdaLNConfig(PyramidConfig, CachedConfig):
             patch_nums=self.patch_nums,
             flash_if_available=self.flash,
             label_smooth=self.label_smooth,
+            scale_weights=self.weighting,
         )
 
     def init_kwargs(self) -> dict[str, Any]:

@@ -40,11 +40,14 @@ from models.sampling import forget_null_class, limit_guidance, mark_damaged, sam
 from models.scales import (
     ScaleLayout,
     Side,
+    Weighting,
     as_sizes,
     block_causal,
     check_sizes,
+    nearest_scales,
     rect_schedule,
     scale_metrics,
+    token_weights,
 )
 from models.ssg import SSG
 
@@ -156,6 +159,7 @@ class FlexVAR(PublishedNames, ARModel):
         patch_nums: sides of the code maps of validation and of sampling by default, coarse to fine; training
             draws others, see `ScheduleSampler`.
         keep_last: see `ScheduleSampler`.
+        scale_weights: of the training loss, see `scale_shares`; published: 'uniform', all tokens alike.
     Raises:
         ValueError: `patch_nums` do not rise from 1, or the width is odd.
     """
@@ -187,6 +191,7 @@ class FlexVAR(PublishedNames, ARModel):
         fused_if_available: bool = True,
         label_smooth: float = 0.,
         keep_last: bool = False,
+        scale_weights: Weighting = 'uniform',
     ):
         super().__init__(vae_local)
         # 0. hyper-parameters
@@ -206,6 +211,7 @@ class FlexVAR(PublishedNames, ARModel):
         self.cond_drop_rate = cond_drop_rate
         self.drop_path_rate = drop_path_rate
         self.label_smooth = label_smooth
+        self.scale_weights = scale_weights
         self.patch_nums = tuple(sides)
         self.layout = ScaleLayout(self.patch_nums)
         self.schedule = ScheduleSampler(self.patch_nums, keep_last)
@@ -265,7 +271,10 @@ class FlexVAR(PublishedNames, ARModel):
     # ------------------------------------------------------------------------------ training
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Mean cross-entropy of all tokens given the coarser scales; training draws the pyramid anew."""
+        """Cross-entropy of all tokens given the coarser scales, their mean if all weigh alike.
+
+        Training draws the pyramid anew, and weights are those of the pyramid of the step.
+        """
         # Every scale is a complete image, so the sides of a step are free; validation has fixed ones.
         patch_nums = self.schedule.draw() if self.training else self.patch_nums
         idx_kBl = self.tokenizer.encode(images_B3HW, patch_nums)
@@ -274,7 +283,20 @@ class FlexVAR(PublishedNames, ARModel):
         h_BLC = self.before_head(label_B, teacher_BLZ, patch_nums)
         losses = token_losses(self.head, h_BLC, target_BL, self.label_smooth)
         aux = dict(losses=losses, target_BL=target_BL, patch_nums=patch_nums, num_tokens=target_BL.shape[1])
-        return losses.loss_BL.mean(), aux
+        if self.scale_weights == 'uniform':
+            return losses.loss_BL.mean(), aux
+        weight_L = token_weights(*self.weighting_of(patch_nums), target_BL.device)
+        return (losses.loss_BL * weight_L).sum(1).mean(), aux
+
+    def weighting_of(self, patch_nums: tuple[int, ...]) -> tuple[ScaleLayout, Weighting]:
+        """The layout of a pyramid and how its scales share the loss.
+
+        Numbers are those of the sides in `patch_nums` of the model: other sides have that of the nearest one.
+        """
+        layout = ScaleLayout(patch_nums)
+        if isinstance(self.scale_weights, str):
+            return layout, self.scale_weights
+        return layout, tuple(self.scale_weights[k] for k in nearest_scales(layout, self.layout))
 
     @torch.no_grad()
     def teacher_input(self, idx_kBl: list[torch.Tensor], patch_nums: Sequence[Side]) -> torch.Tensor | None:

@@ -1,4 +1,5 @@
-"""Token pyramids: which positions of the flat sequence belong to which scale, and what is measured of each.
+"""Token pyramids: which positions of the flat sequence belong to which scale, how scales share a loss, and
+what is measured of each.
 
 Letters: B batch, K scales, L all tokens, l tokens of one scale, V vocabulary.
 """
@@ -195,6 +196,48 @@ def block_causal(layout: ScaleLayout, device: torch.device) -> BlockCausal:
     with torch.inference_mode(False):
         bias_ll = leading.causal_bias(device)
     return BlockCausal(tuple(end for end in ends if end >= first_end), bias_ll[None, None])
+
+
+# ---------------------------------------------------------------------------------------------- training
+# How the scales share a training loss, see `scale_shares`; or a number for each scale.
+Weighting = str | tuple[float, ...]
+
+
+def scale_shares(layout: ScaleLayout, weighting: Weighting) -> list[float]:
+    """What share of a training loss each scale has; the tokens of a scale have equal parts of it.
+
+    Args:
+        weighting: 'uniform' weighs all tokens alike, so that fine scales count most; 'equal' all scales;
+            'lognorm' is a normal density of the sides in reverse order, so that middle scales count most
+            (HMAR, arXiv 2506.04421); or numbers to which the shares are proportional.
+    Returns:
+        K numbers whose sum is 1.
+    """
+    num_scales = len(layout.lengths)
+    if weighting == 'uniform':
+        shares = list(layout.lengths)
+    elif weighting == 'equal':
+        shares = [1.] * num_scales
+    elif weighting == 'lognorm':
+        # Of an oblong map, the side is that of a square of the same area.
+        side_K = np.sqrt(np.array(layout.lengths) / layout.lengths[-1])
+        spread = side_K.std(ddof=1) if num_scales > 1 else 0.
+        deviation_K = (side_K[::-1] - side_K.mean()) / spread if spread > 0 else np.zeros(num_scales)
+        shares = np.exp(-deviation_K ** 2 / 2).tolist()
+    else:
+        assert len(weighting) == num_scales, f'{len(weighting)} weights of {num_scales} scales'
+        shares = list(weighting)
+    return [share / sum(shares) for share in shares]
+
+
+def token_weights(layout: ScaleLayout, weighting: Weighting, device: torch.device) -> torch.Tensor:
+    """(L,) float32: the weight of every token in a training loss, see `scale_shares`; their sum is 1."""
+    if weighting == 'uniform':
+        return torch.full((layout.total,), 1 / layout.total, device=device)
+    shares = scale_shares(layout, weighting)
+    of_scales = [torch.full((length,), share / length)
+                 for length, share in zip(layout.lengths, shares, strict=True)]
+    return torch.cat(of_scales).to(device)
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,13 @@ from models.sampling import forget_null_class, limit_guidance, mark_damaged, sam
 from models.scales import (
     ProgressiveSchedule,
     ScaleLayout,
+    Weighting,
     about_resizing,
     block_causal,
     nearest_scales,
     resize_positions,
     scale_metrics,
+    token_weights,
 )
 from models.ssg import SSG
 from models.tokenizers.vqvae import VQVAE
@@ -83,6 +85,7 @@ class VAR(PublishedNames, ARModel):
         flash_if_available: False means torch's SDPA always. fused_if_available: accepted for compatibility.
         label_smooth: label smoothing of the training loss.
         progressive: arguments of `ProgressiveSchedule` beside num_scales, or None for all scales at once.
+        scale_weights: of the training loss, see `scale_shares`; published: 'uniform', 1 / L for each token.
     """
 
     headline = {'Lm': 'L_mean', 'Lt': 'L_tail', 'Accm': 'acc_mean', 'Acct': 'acc_tail'}
@@ -111,6 +114,7 @@ class VAR(PublishedNames, ARModel):
         fused_if_available: bool = True,
         label_smooth: float = 0.,
         progressive: dict[str, float] | None = None,
+        scale_weights: Weighting = 'uniform',
     ):
         super().__init__(vae_local)
         # 0. hyper-parameters
@@ -124,6 +128,7 @@ class VAR(PublishedNames, ARModel):
         self.cond_drop_rate = cond_drop_rate
         self.drop_path_rate = drop_path_rate
         self.label_smooth = label_smooth
+        self.scale_weights = scale_weights
         self.patch_nums = tuple(patch_nums)
         self.layout = ScaleLayout(self.patch_nums)
         self.progressive = ProgressiveSchedule(len(self.patch_nums), **progressive) if progressive else None
@@ -171,7 +176,7 @@ class VAR(PublishedNames, ARModel):
     # ------------------------------------------------------------------------------ training
     def training_loss(self, images_B3HW: torch.Tensor, label_B: torch.Tensor,
                       progress: float = 1.) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Cross-entropy of all tokens given the coarser scales (Eq. 6), each token weighted 1 / L."""
+        """Cross-entropy of all tokens given the coarser scales (Eq. 6), weighted by `scale_weights`."""
         # Progressive training leaves out the finest scales at first, and fades in the newest one.
         stage = len(self.patch_nums) - 1
         newest_weight = 1.
@@ -187,8 +192,8 @@ class VAR(PublishedNames, ARModel):
         h_BLC = self.before_head(label_B, teacher_BLZ)
         losses = token_losses(self.head, h_BLC, target_BL, self.label_smooth)
 
-        # Weights stay 1 / L of the whole pyramid, also where some scales are left out, as published.
-        weight_L = torch.full((target_BL.shape[1],), 1 / self.L, device=target_BL.device)
+        # Weights are those of the whole pyramid, also where some scales are left out, as published.
+        weight_L = token_weights(self.layout, self.scale_weights, target_BL.device)[:target_BL.shape[1]]
         weight_L[self.layout.spans[stage][0]:] *= newest_weight
         aux = dict(losses=losses, target_BL=target_BL, stage=stage, newest_weight=newest_weight,
                    num_tokens=target_BL.shape[1])
