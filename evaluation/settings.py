@@ -151,8 +151,11 @@ class PackSettings:
             refuse_overwriting(self.output, self.folder)
 
     def require_files(self) -> None:
-        """As of the other commands."""
-        require_images(self.folder)
+        """As of the other commands; a data set may be an embedded one, which needs no folder."""
+        if self.image_size:
+            require_data(self.folder)
+        else:
+            require_images(self.folder)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from evaluation.features import Inspection
 from evaluation.inception import Outputs
 from evaluation.metrics import to_uint8
 from evaluation.score import ScoreSettings, score_images
-from evaluation.settings import COMMANDS, SCORES
+from evaluation.settings import COMMANDS, SCORES, PackSettings
 from tests.runs import kept_logging, launch
 from utils import provenance
 from utils.data import build_dataset
@@ -627,6 +627,9 @@ def test_pack_shuffles_images_with_their_labels(run, files):
 
 
 def test_pack_of_a_data_set_is_a_reference(run, files, capsys):
+    PackSettings(folder='digits', output='x.npz', image_size=16).require_files()  # no folder of that name
+    with pytest.raises(ValueError, match='found nothing at digits'):
+        PackSettings(folder='digits', output='x.npz').require_files()
     run('pack', 'digits', files / 'val.npz', '--image_size=16', '--no_shuffle')
     run('pack', 'digits', files / 'mixed.npz', '--image_size=16', '--seed=2')
     images = build_dataset('digits', 16, crop='adm')[2]
