@@ -339,7 +339,7 @@ def test_malformed_folders_are_told_in_one_line(folder, monkeypatch, kind):
 @pytest.mark.parametrize(('source', 'kwargs', 'words'), [
     ('nowhere.pth', {}, "found no file 'nowhere.pth'"),
     ('var_d17', {}, 'such as var_d16'),
-    ('FlowAR-L.pth', {}, 'no hub repository of it is known'),
+    ('kl16.ckpt', {}, 'no hub repository of it is known'),
     ('empty', {}, 'has no config.json'),
     ('output', {}, 'pass a checkpoint in it, such as ar-ckpt-last.pth'),
     ('text.pth', {}, 'text, not weights'),

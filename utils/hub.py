@@ -23,22 +23,34 @@ class Published(NamedTuple):
     repo: str = ''            # hub repository; '' where nobody here has seen one, so that it is not fetched
     tokenizer: str = ''       # of a generator: the file of the tokenizer that it was trained with
     preset: str = ''          # of a generator: its sampling preset, which also is its short name
+    licence: str = ''         # that the repository states; '' where nobody here has seen one
     revision: str = ''        # commit of the repository; '' takes the newest one
     sha256: str = ''          # '' where the authors name no digest
 
 
 def _var(preset: str) -> Published:
-    return Published('var', VAR_REPO, 'vae_ch160v4096z32.pth', preset)
+    return Published('var', VAR_REPO, 'vae_ch160v4096z32.pth', preset, licence='MIT')
 
 
 def _flexvar(preset: str) -> Published:
     return Published('flexvar', FLEXVAR_REPO, 'FlexVAE.pth', preset)
 
 
+def _flowar(preset: str) -> Published:
+    return Published('flowar', FLOWAR_REPO, 'kl16.ckpt', preset, licence='Apache-2.0')
+
+
+def _npp(preset: str) -> Published:
+    return Published('npp', NPP_REPO, 'vq_ds16_c2i.pt', preset)
+
+
 VAR_REPO = 'FoundationVision/var'
 FLEXVAR_REPO = 'jiaosiyu1999/FlexVAR'
+FLOWAR_REPO = 'OliverRen/FlowAR'
+LLAMAGEN_REPO = 'FoundationVision/LlamaGen'
+NPP_REPO = 'pytttttt/LlamaGen-NPP'  # named by the README of NPP
 PUBLISHED = {  # by the name of the file
-    'vae_ch160v4096z32.pth': Published('vqvae', VAR_REPO),
+    'vae_ch160v4096z32.pth': Published('vqvae', VAR_REPO, licence='MIT'),
     'var_d16.pth': _var('var_d16'),
     'var_d20.pth': _var('var_d20'),
     'var_d24.pth': _var('var_d24'),
@@ -49,12 +61,16 @@ PUBLISHED = {  # by the name of the file
     'FlexVARd16-epo179.pth': _flexvar('flexvar_d16'),
     'FlexVARd20-epo249.pth': _flexvar('flexvar_d20'),
     'FlexVARd24-epo349.pth': _flexvar('flexvar_d24'),
-    'kl16.ckpt': Published('kl16'),
-    'FlowAR-S.pth': Published('flowar', '', 'kl16.ckpt', 'flowar_s'),
-    'FlowAR-L.pth': Published('flowar', '', 'kl16.ckpt', 'flowar_l'),
-    'FlowAR-H.pth': Published('flowar', '', 'kl16.ckpt', 'flowar_h'),
-    'vq_ds16_c2i.pt': Published('vq16'),
-    'c2i_B_256.pt': Published('npp', '', 'vq_ds16_c2i.pt', 'npp_b'),
+    'kl16.ckpt': Published('kl16'),  # of MAR, whose README links it elsewhere
+    'FlowAR-S.pth': _flowar('flowar_s'),
+    'FlowAR-L.pth': _flowar('flowar_l'),
+    'FlowAR-H.pth': _flowar('flowar_h'),
+    'vq_ds16_c2i.pt': Published('vq16', LLAMAGEN_REPO, licence='MIT'),
+    # LlamaGen has files of these names, too, which are other weights
+    'c2i_B_256.pt': _npp('npp_b'),
+    'c2i_L_256.pt': _npp('npp_l'),
+    'c2i_XL_256.pt': _npp('npp_xl'),
+    'c2i_XXL_256.pt': _npp('npp_xxl'),
 }
 SHORT_NAMES = {file.preset: name for name, file in PUBLISHED.items() if file.preset}
 HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')

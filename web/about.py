@@ -51,5 +51,6 @@ def licence_of(path: Path) -> str:
         return named[1] if named else 'its model card names none: ask its owner'
     published = PUBLISHED.get(path.name)
     if published:
-        return f'that of their authors{f", see {published.repo} on the hub" if published.repo else ""}'
+        named = published.licence or 'none is known here: ask their authors'
+        return f'{named} (hub repository {published.repo})' if published.repo else named
     return 'the file names none: it belongs to whoever trained it, and its data may have terms of their own'
