@@ -54,6 +54,7 @@ from training.faults import BadImages, LossSpikes, NotFinite, SkippedSteps
 from training.fid import build_training_fid
 from training.journal import Journal, lines_per_epoch
 from training.life import Heartbeat, History, describe_start, refuse_restart_after_stop
+from training.reference import find_reference
 from training.resume import (
     RunState,
     changed_settings,
@@ -244,6 +245,7 @@ class Run:
             write_text(path, config_text(config, f'python train.py --config={path}', seed=self.state.seed))
         self.checkpoints = CheckpointWriter(self.folder, config.CHECKPOINT_PREFIX, config.background_save,
                                             config.keep_newest, config.keep_every, config.after_save)
+        self.reference = dist.from_master(partial(find_reference, config))
         self.announce()
 
         # 7. What tells that it lives, and how it starts and ends.
@@ -277,6 +279,9 @@ class Run:
         if self.model.legend:
             logger.info('in the progress line, %s', self.model.legend)
         logger.info('%s', LEGEND)
+        if self.reference:
+            logger.info('these are the settings of %s: every evaluation is compared with the stored curves '
+                        'of that training', self.reference.recipe)
 
     def describe_start(self) -> dict[str, Any]:
         """What restarts.jsonl says of this start; every rank calls it."""
@@ -556,7 +561,18 @@ class Run:
         seconds = time.time() - begin
         logger.info(' [*] [ep%d]  (val %d)  %s  best %s: %.4f  Val cost: %.1fs', epoch, scores['count'],
                     '  '.join(headline), self.model.selection, self.state.best, seconds)
+        self.compare_with_reference((epoch + 1) * self.state.steps_per_epoch, scores)
         return is_best
+
+    def compare_with_reference(self, step: int, scores: dict[str, float]) -> None:
+        """Warn if scores leave the band of the recipe that this run has the settings of.
+
+        Args:
+            step: optimizer steps that are done, as log.txt counts them: in whole epochs.
+        """
+        departure = self.reference.departure(step, scores) if self.reference else ''
+        if departure and dist.is_master():
+            logger.warning('%s', departure)
 
     def images_to_calibrate(self) -> Iterator[torch.Tensor]:
         """Training images of this rank, by which a tokenizer is calibrated."""

@@ -20,11 +20,12 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from bench import common, demo_flexvar_report, demo_flowar_report, demo_npp_report, demo_var_report, speedrun
-from configs import parse_sampling, parse_training
+from configs import GeneratorConfig, parse_sampling, parse_training
 from configs.extraction import parse_extraction
 from configs.options import make_parser
 from extract import ExtractSettings
 from tests.test_imports import REPO
+from training.reference import TOKEN_FOLDERS, compared_settings, stored_entries
 
 
 def commands(script: str) -> list[list[str]]:
@@ -90,6 +91,22 @@ def test_flowar_commands_parse_and_fit_together():
     assert jobs[0].seed == jobs[1].seed
     for config in (kl, *trainings):
         config.check_batch(world_size=2)
+
+
+@pytest.mark.parametrize('recipe', ['demo', 'demo_flexvar', 'demo_flowar', 'demo_npp'])
+def test_stored_curves_are_of_the_trainings_of_the_recipe(recipe):
+    entries = stored_entries()
+    trainings = [parse_training(flags) for script, *flags in commands(f'{recipe}.sh') if script == 'train.py']
+    for config in trainings:
+        entry = entries[f'{recipe}/{Path(config.output_dir).name}']
+        stored = type(config)(**entry['settings'])
+        assert compared_settings(config) == compared_settings(stored)
+        if isinstance(config, GeneratorConfig):
+            assert entry['tokenizer'] == f'{recipe}/{Path(config.vae_ckpt).parent.name}'
+            assert [*entry['tokens']] == [name for name in TOKEN_FOLDERS if getattr(config, name, '')]
+        last_step = {name: band['steps'][-1] for name, band in entry['curves'].items()}
+        assert len(last_step) == 2 and len({*last_step.values()}) == 1
+    assert len(trainings) == len([name for name in entries if name.startswith(f'{recipe}/')])
 
 
 def test_npp_commands_parse_and_fit_together():

@@ -1,6 +1,8 @@
 """What a training leaves to read: log.txt, stdout.txt, TensorBoard, the checkpoint, and the first loss."""
+import dataclasses
 import importlib.util
 import json
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -9,8 +11,10 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bench import reference_curves
 from configs import parse_training
 from tests.runs import CLASSES, VQVAE_FLAGS, epochs_of, read
+from training import reference
 from training.data import waiting_note
 from utils import log
 from utils.curves import draw, read_curves, short_names
@@ -186,6 +190,55 @@ def test_curves_of_runs_are_drawn_side_by_side(folder, tmp_path):
     with Image.open(tmp_path / 'curves.png') as picture:
         assert picture.size[0] > 1000  # three panels in a row
     assert short_names([folder, folder.parent / 'vae']) == ['var', 'vae']
+
+
+@pytest.fixture
+def stored(folder, tmp_path, monkeypatch):
+    """A file of stored curves that holds the trainings of `folder`."""
+    path = tmp_path / 'curves.json'
+    monkeypatch.setattr(reference, 'STORED_CURVES', path)
+    monkeypatch.setattr(sys, 'argv', ['', 'demo', str(folder.parent)])
+    reference_curves.main()
+    return path
+
+
+def test_only_the_same_training_has_stored_curves(folder, stored):
+    config = reference.settings_of(folder)
+    elsewhere = dataclasses.replace(config, seed=9, output_dir='x', eval_every=1)
+    for same in (config, elsewhere):
+        assert reference.find_reference(same).name == 'demo/var'
+    for changed in (dict(base_lr=1e-3), dict(init_from='x.pth'), dict(vae_ckpt='x.pth'), dict(epochs=4)):
+        assert reference.find_reference(dataclasses.replace(config, **changed)) is None
+    stored.unlink()
+    assert reference.find_reference(config) is None
+
+
+def test_an_evaluation_outside_the_stored_band_is_told(stored, train_here, tmp_path):
+    entries = json.loads(stored.read_text())
+    band = entries['demo/vae']['curves']['vpsnr']
+    band['low'][-1] = 90.
+    stored.write_text(json.dumps(entries))
+    train_here(tmp_path / 'vae', '--ep=2', '--seed=4', '--eval_every=1', base=VQVAE_FLAGS)
+    lines = (tmp_path / 'vae' / 'stdout.txt').read_text().splitlines()
+    assert len([line for line in lines if 'these are the settings of recipes/demo.sh' in line]) == 1
+    outside = [line for line in lines if 'of held-out images, the band of' in line]
+    assert len(outside) == 1 and 'after 10 steps, psnr ' in outside[0] and ' is not in 90 to ' in outside[0]
+
+
+def test_numbers_that_are_not_finite_lie_outside_every_band():
+    bands = dict(vL_mean=reference.Band([5], [1.], [2.]))
+    stored_run = reference.Reference('demo/var', 'recipes/demo.sh', bands)
+    assert stored_run.departure(5, dict(L_mean=1.5, acc_mean=9.)) == ''
+    assert stored_run.departure(4, dict(L_mean=9.)) == '', 'nothing is stored of this step'
+    for value in (0.9, 2.1, math.nan, math.inf):
+        assert 'see demo/var in recipes/' in stored_run.departure(5, dict(L_mean=value))
+
+
+def test_the_band_is_drawn_behind_the_curve(folder, stored, tmp_path):
+    draw([folder], tmp_path / 'with.png')
+    stored.unlink()
+    draw([folder], tmp_path / 'without.png')
+    assert (tmp_path / 'with.png').read_bytes() != (tmp_path / 'without.png').read_bytes()
 
 
 def test_folders_without_a_log_have_no_curves(tmp_path):

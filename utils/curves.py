@@ -3,7 +3,8 @@
     python -m utils.curves local_output/a local_output/b --out=curves.png
 
 Each panel has one measure: a line for the means of the training, a dashed one with a mark per evaluation for
-held-out images. Measures that only some of the runs have are drawn for these.
+held-out images. Measures that only some of the runs have are drawn for these. Behind a run with the settings
+of a recipe lie the bands of its stored curves (see `training.reference`).
 """
 import argparse
 import math
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.reference import Band, find_reference, settings_of
 from utils.console import announce, one_line_errors
 from utils.figures import new_figure, save_figure
 from utils.log import read_json_lines
@@ -62,6 +64,17 @@ def read_curves(run: Path) -> dict[str, Curve]:
     return curves
 
 
+def stored_bands(run: Path) -> dict[str, Band]:
+    """Bands of the recipe whose settings a run has, by measure; {} if it has those of none.
+
+    Raises:
+        ValueError: the file of the bands is damaged.
+    """
+    config = settings_of(run)
+    reference = find_reference(config) if config else None
+    return reference.bands if reference else {}
+
+
 def draw(runs: Sequence[Path], out: Path) -> None:
     """Write a PNG with one panel for each measure that is not only of held-out images.
 
@@ -72,6 +85,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         ValueError: see `read_curves`.
     """
     curves = {run: read_curves(run) for run in runs}
+    bands = {run: stored_bands(run) for run in runs}
     names = sorted({name for found in curves.values() for name in found})
     panels = [name for name in names if not (name.startswith('v') and name[1:] in names)]
     num_rows = math.ceil(len(panels) / PANELS_PER_ROW)
@@ -89,6 +103,9 @@ def draw(runs: Sequence[Path], out: Path) -> None:
                 axis.plot(*curves[run][name], label=labels[colour], **style)
             if f'v{name}' in curves[run]:
                 axis.plot(*curves[run][f'v{name}'], '--o', markersize=3, **style)
+            for measure in (name, f'v{name}'):
+                if measure in bands[run]:
+                    axis.fill_between(*bands[run][measure], alpha=0.15, linewidth=0, **style)
         axis.set_title(name)
         axis.set_xlabel('optimizer step')
         axis.grid(alpha=0.3)
