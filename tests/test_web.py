@@ -3,6 +3,7 @@ import os
 import shlex
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.test_contract import SIDE, TOKENIZERS
 from tests.test_pipeline import CLASSES, made, write_checkpoint
 from utils.image_store import STORES
 from web import settings
-from web.about import about
+from web.about import about, licence_of
 from web.controls import command_of, controls_of, value_of, values_of
 from web.settings import AppSettings, parse_app
 from web.studio import MOST_IMAGES, Studio, painted
@@ -263,6 +264,16 @@ def test_classes_have_their_names(studio_of):
     assert Studio(Pipeline(made('var')), 'x', Path('x')).choices[0] == ('0', 0)
 
 
+def test_a_class_is_found_by_typing(studio_of):
+    gradio = pytest.importorskip('gradio', reason='the page needs requirements-web.txt')
+    page = pytest.importorskip('web.page')
+    widgets = page.Page(studio_of('flexvar')).build().blocks.values()
+    menus = [widget for widget in widgets if isinstance(widget, gradio.Dropdown)
+             and ('no class', 5) in widget.choices]
+    assert len(menus) == 5, 'one each to sample, compare, edit, refine and expand'
+    assert all(menu.filterable for menu in menus)
+
+
 # ---------------------------------------------------------------------------------------------- about
 def test_about_names_the_file_and_its_digest(studio_of, tmp_path):
     studio = studio_of('var')
@@ -278,6 +289,8 @@ def test_about_names_the_file_and_its_digest(studio_of, tmp_path):
     card = tmp_path / 'README.md'
     card.write_text(card.read_text().replace('---\n', '---\nlicense: mit\n', 1))
     assert '| licence of the weights | mit |' in about(folder)
+    assert licence_of(Path('FlowAR-S.pth')).startswith('Apache-2.0 (hub repository OliverRen/')
+    assert licence_of(Path('kl16.ckpt')) == 'none is known here: ask their authors'
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -311,6 +324,24 @@ def test_other_machines_need_a_password(tmp_path, capsys):
     file.unlink()
     with pytest.raises(ValueError, match=r'cannot read it \(No such file'):
         app.logins()
+
+
+def test_the_server_asks_for_the_password(tmp_path, monkeypatch):
+    pytest.importorskip('gradio', reason='the page needs requirements-web.txt')
+    app = pytest.importorskip('app')
+    served = {}
+
+    def launch(**options):
+        served.update(options)
+        return None, 'http://here', None
+    blocks = SimpleNamespace(launch=launch)
+    monkeypatch.setattr(app, 'Page', lambda studio: SimpleNamespace(build=lambda: blocks))
+    file = tmp_path / 'who'
+    file.write_text('ann:x\n')
+    app.serve(AppSettings(listen=True, auth=str(file)), SimpleNamespace(title='x'), wait=False)
+    assert (served['server_name'], served['auth']) == ('0.0.0.0', [('ann', 'x')])
+    app.serve(AppSettings(), SimpleNamespace(title='x'), wait=False)
+    assert (served['server_name'], served['auth']) == ('127.0.0.1', None)
 
 
 def test_a_port_in_use_is_named():
