@@ -336,6 +336,57 @@ def _trace_of_root_as_original(sigma1: torch.Tensor, sigma2: torch.Tensor) -> fl
     return root.diagonal().real.sum().item()
 
 
+class Line(NamedTuple):
+    """A straight line through distances over 1 / (number of images)."""
+    at_infinity: float  # its value for infinitely many images
+    slope: float
+
+
+def infinite_sample_counts(count: int) -> list[int]:
+    """The 15 numbers of images through whose distances `distance_at_infinity` draws its line."""
+    smallest = min(5000, max(count // 10, 2))
+    return np.linspace(smallest, count, 15).astype(int).tolist()
+
+
+def distance_at_infinity(counts: list[int], distances: list[float]) -> Line:
+    """What a Frechet distance would be for infinitely many images, by least squares.
+
+    The bias of a distance of n images is about a constant over n. For good sets the value may be negative.
+
+    Args:
+        counts: numbers of images.
+        distances: the distance of a random subset of each of these numbers.
+    Source: Chong and Forsyth, arXiv 1911.07023; 15 counts as in dgm-eval.
+    """
+    slope, at_infinity = np.polyfit(1 / np.asarray(counts, np.float64), np.asarray(distances, np.float64), 1)
+    return Line(float(at_infinity), float(slope))
+
+
+# ---------------------------------------------------------------------------------------------- diversity
+def vendi_score(rows_NF: torch.Tensor) -> float:
+    """How many different images a set seems to have: 1 where all rows are equal, N where all are orthogonal.
+
+    It is exp of the entropy of the eigenvalues of X X^T / N, with rows of unit length. Those of the smaller
+    X^T X / N are the same but for zeros, which add nothing, so that no N x N matrix is needed.
+
+    Raises:
+        ValueError: a row has no length.
+    Source: Friedman and Dieng, arXiv 2210.02410.
+    """
+    num_features = rows_NF.shape[1]
+    gram_FF = torch.zeros(num_features, num_features, dtype=torch.float64)
+    for part_nF in rows_NF.split(2000):
+        part_nF = part_nF.cpu().double()
+        lengths_n1 = part_nF.norm(dim=1, keepdim=True)
+        if not (lengths_n1 > 0).all():
+            raise ValueError('expected features that are not all zero, got an image whose are: leave vendi '
+                             'out of --metrics')
+        unit_nF = part_nF / lengths_n1
+        gram_FF += unit_nF.T @ unit_nF
+    eigenvalues = torch.linalg.eigvalsh(gram_FF / len(rows_NF))
+    return torch.special.entr(eigenvalues.clamp_min(0)).sum().exp().item()
+
+
 # ---------------------------------------------------------------------------------------------- classes
 class InceptionScore:
     """exp(mean KL(p(c|x) || p(c))) of images that arrive in any order on any rank.
