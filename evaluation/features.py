@@ -20,6 +20,7 @@ import torch
 
 import dist
 from evaluation.digits_features import DigitsFeatures
+from evaluation.encoders import EncoderFeatures
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import FeatureStatistics, InceptionScore
 from evaluation.settings import DeviceSettings, FeatureSettings
@@ -42,18 +43,31 @@ def torch_device(settings: DeviceSettings) -> torch.device:
     return torch.device('cpu') if settings.device == 'cpu' else here
 
 
-def load_network(settings: FeatureSettings) -> Any:
+def load_network(settings: FeatureSettings, encoder: str = '') -> Any:
     """The feature network; the first process of a node downloads what is missing. Every rank calls it.
 
+    Args:
+        encoder: of `evaluation.encoders.ENCODERS`; empty is the one that --features names.
     Raises (on all ranks, if on one of them):
         MissingWeights: there are no weights.
         ValueError: the weights are damaged or not the published ones.
     """
-    if settings.features == 'digits':
+    encoder = encoder or settings.features
+    if encoder == 'digits':
         return DigitsFeatures(torch_device(settings))
 
-    def load(is_first: bool) -> InceptionFeatures:
+    def load(is_first: bool) -> InceptionFeatures | EncoderFeatures:
         may_download = is_first and not settings.offline
+        if encoder != 'inception':
+            return EncoderFeatures(
+                encoder,
+                torch_device(settings),
+                settings.encoder_weights,
+                settings.cache,
+                may_download,
+                settings.encoder_dtype,
+                settings.allow_unverified_weights,
+            )
         return InceptionFeatures(settings.inception_weights, torch_device(settings),
                                  settings.allow_unverified_weights, settings.cache, may_download,
                                  settings.dtype)

@@ -20,8 +20,11 @@ STANDARD_COUNT = 50_000
 SCORES = {'is': 'Inception Score', 'fid': 'FID', 'sfid': 'sFID', 'precision': 'Precision',
           'recall': 'Recall'}  # in the original's order and words
 TOKENIZER_SCORES = ('psnr', 'ssim', 'lpips', 'rfid', 'usage')
+ENCODERS = ('inception', 'convnext', 'dinov2', 'mae', 'siglip', 'clip', 'dinov2_dgm', 'dinov2_edm2',
+            'clip336', 'digits')  # keys of `evaluation.encoders.ENCODERS`
 SSIM_KINDS = ('gauss11', 'uniform7', 'llamagen')
 VARIABLE = 'INCEPTION_WEIGHTS'  # environment variable that names the file of the Inception network
+ENCODER_VARIABLE = 'ENCODER_WEIGHTS'  # that names the folder of the other encoders' weights
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ class FeatureSettings(DeviceSettings):
     offline: bool = opt(False, 'never download')
     cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references',
                      path=True)
-    dtype: str = opt('float32', 'of the network: float32 or float64', choices=('float32', 'float64'))
+    dtype: str = opt('float32', 'of Inception: float32 or float64', choices=('float32', 'float64'))
+    encoder_weights: str = opt('', 'folder with <identifier of timm>.safetensors of the other encoders; '
+                                   'empty searches $ENCODER_WEIGHTS, the cache, that of the hub, then '
+                                   'downloads', path=True)
+    encoder_dtype: str = opt('', 'of these encoders: bfloat16 or float32; empty is that of the published '
+                                 'numbers', choices=('', 'bfloat16', 'float32'))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'pipeline'}, {'evaluation
           {'web'}]
 OPTIONAL = {'safetensors', 'safetensors.torch', 'sklearn.datasets', 'huggingface_hub',
             'huggingface_hub.utils', 'torch.utils.tensorboard',
-            'torch_fidelity.feature_extractor_inceptionv3',
+            'torch_fidelity.feature_extractor_inceptionv3', 'timm',
             'tensorboard.backend.event_processing.event_file_loader',
             'tensorboard.compat.proto.event_pb2', 'tensorboard.summary.writer.record_writer',
             'wandb', 'matplotlib.backends.backend_agg', 'matplotlib.figure', 'sklearn.neural_network', 'yaml'}

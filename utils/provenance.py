@@ -28,7 +28,7 @@ def versions() -> dict[str, str | None]:
         torchvision=torchvision.__version__,
         pillow=PIL.__version__,
     )
-    for package in ('scipy', 'scikit-learn', 'torch-fidelity'):
+    for package in ('scipy', 'scikit-learn', 'torch-fidelity', 'timm'):
         found[package] = installed(package)
     return found
 
