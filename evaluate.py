@@ -5,6 +5,7 @@
     evaluate.py pack FOLDER OUT.npz    PNG files as one npz, shuffled
     evaluate.py classify-eval SAMPLE   how often a classifier sees the requested class
     evaluate.py reject IN OUT.npz      keep the images of each class that a classifier is surest of
+    evaluate.py encoders               encoders of further scores, and which of their files are here
     evaluate.py scaling FOLDER         scaling laws of trainings of several depths
     evaluate.py tokenizer --ckpt=FILE  PSNR, SSIM, LPIPS, rFID and code usage (also: reconstruct-eval)
 
@@ -16,6 +17,7 @@ from typing import Any
 
 from evaluation.settings import (
     ClassifySettings,
+    EncodersSettings,
     PackSettings,
     RejectSettings,
     ScalingSettings,
@@ -35,6 +37,7 @@ if __name__ == '__main__':
 
 import dist
 from evaluation.classify import evaluate_classify, evaluate_reject
+from evaluation.encoder_list import list_encoders
 from evaluation.pack import evaluate_pack, evaluate_stats
 from evaluation.scaling_laws import evaluate_scaling
 from evaluation.score import evaluate_images
@@ -48,6 +51,7 @@ FUNCTIONS = {
     PackSettings: evaluate_pack,
     ClassifySettings: evaluate_classify,
     RejectSettings: evaluate_reject,
+    EncodersSettings: list_encoders,
     ScalingSettings: evaluate_scaling,
     TokenizerSettings: evaluate_tokenizer,
 }

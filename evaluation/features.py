@@ -9,7 +9,7 @@ import logging
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +28,7 @@ from utils.image_sets import ImageSet
 from utils.log import progress_bar
 
 logger = logging.getLogger(__name__)
+NewRows = Callable[[int, int], torch.Tensor]  # (N, F) -> a tensor for as many rows: float32, on the CPU
 MAX_ODD_FRACTION = 0.01  # of constant or repeated images; a set with more of them gets a warning
 
 
@@ -86,6 +87,7 @@ class FeatureSet:
         split_size: images per chunk of the Inception Score; 0 leaves the score out.
         num_rows: number of images of this rank whose pool features are kept, for precision and recall: all
             images or 0.
+        new_rows: makes the tensors for these features; by default they are in memory.
     Attributes:
         pool: statistics of pool features.
         spatial: statistics of spatial features; None if the network has none.
@@ -95,7 +97,7 @@ class FeatureSet:
     """
 
     def __init__(self, network: Any, num_images: int, device: torch.device, split_size: int = 0,
-                 num_rows: int = 0):
+                 num_rows: int = 0, new_rows: NewRows = torch.empty):
         self.network = network
         self.device = device
         self.pool = FeatureStatistics(network.num_features, device)
@@ -105,7 +107,10 @@ class FeatureSet:
         self.score = None
         if split_size:
             self.score = InceptionScore(num_images, network.num_classes, split_size, device)
-        self.rows_NF = torch.empty(num_rows, network.num_features)
+        self.new_rows = new_rows
+        self.rows_NF = torch.empty(0, network.num_features)
+        if num_rows:
+            self.rows_NF = new_rows(num_rows, network.num_features)
         self.num_filled = 0
 
     @torch.inference_mode()
@@ -137,7 +142,7 @@ class FeatureSet:
             self.spatial.reduce()
         if self.score is not None:
             self.score.reduce()
-        self.rows_NF = gather_rows(self.rows_NF, self.device)
+        self.rows_NF = gather_rows(self.rows_NF, self.device, self.new_rows)
 
     def statistics(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """(mean (F,), covariance (F, F)) by suffix: '' for pool features and '_s' for spatial ones."""
@@ -155,7 +160,8 @@ class FeatureSet:
         return arrays
 
 
-def gather_rows(rows_NF: torch.Tensor, device: torch.device) -> torch.Tensor:
+def gather_rows(rows_NF: torch.Tensor, device: torch.device,
+                new_rows: NewRows = torch.empty) -> torch.Tensor:
     """The rows of every rank, in the order of ranks, on the master; (0, F) on the other ranks.
 
     Every rank calls it. The rows travel in pieces of at most 1,000, so that a GPU need not hold all of them.
@@ -163,13 +169,15 @@ def gather_rows(rows_NF: torch.Tensor, device: torch.device) -> torch.Tensor:
     Args:
         rows_NF: float32 (N, F) rows of this rank on the CPU.
         device: through which the pieces travel.
+        new_rows: makes the tensor for all rows, on the master.
     """
     counts = dist.allgather_object(len(rows_NF))
     if len(counts) == 1 or not sum(counts):
         return rows_NF
     num_features = rows_NF.shape[1]
-    num_kept = sum(counts) if dist.is_master() else 0
-    gathered = torch.empty(num_kept, num_features)
+    gathered = torch.empty(0, num_features)
+    if dist.is_master():
+        gathered = new_rows(sum(counts), num_features)
     begin = 0
     for rank, count in enumerate(counts):
         for first in range(0, count, 1000):
@@ -276,12 +284,13 @@ def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
 
 
 def extract(image_set: ImageSet, network: Any, settings: FeatureSettings, split_size: int = 0,
-            keep_rows: bool = False) -> tuple[FeatureSet, Inspection]:
+            keep_rows: bool = False, new_rows: NewRows = torch.empty) -> tuple[FeatureSet, Inspection]:
     """Features of all images of a file or folder, computed by all ranks together; every rank calls it.
 
     Args:
         split_size: images per chunk of the Inception Score; 0 leaves the score out.
         keep_rows: whether the pool features of the images are kept, for precision and recall.
+        new_rows: makes the tensors for them; by default they are in memory.
     Returns:
         (features, inspection), both reduced.
     Raises:
@@ -290,7 +299,7 @@ def extract(image_set: ImageSet, network: Any, settings: FeatureSettings, split_
     device = torch_device(settings)
     begin, end = rank_range(image_set.count)
     num_rows = end - begin if keep_rows else 0
-    features = FeatureSet(network, image_set.count, device, split_size, num_rows)
+    features = FeatureSet(network, image_set.count, device, split_size, num_rows, new_rows)
     inspection = Inspection()
 
     # A thread reads and inspects the next images while the network works on these.

@@ -21,6 +21,12 @@ CMMD_SCALE = 1000.         # CMMD is a thousand times MMD^2
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # rows (n, F), (m, F) float64 -> values (n, m)
 
 
+class Pairwise(NamedTuple):
+    """A mean over pairs of rows in both forms, or a discrepancy that is made of such means."""
+    biased: float    # with the pairs of a row with itself
+    unbiased: float  # without them
+
+
 class Estimate(NamedTuple):
     """A score and how far it may be off."""
     value: float
@@ -75,9 +81,9 @@ def kernel_sum(x_NF: torch.Tensor, y_MF: torch.Tensor, kernel: Kernel, block: in
     return total
 
 
-def _sum_with_itself(x_NF: torch.Tensor, kernel: Kernel, block: int,
-                     device: torch.device | str | None) -> tuple[float, float]:
-    """Sum of k(x, x') over all pairs of rows of one set, and over the pairs of a row with itself alone."""
+def _means_with_itself(x_NF: torch.Tensor, kernel: Kernel, block: int,
+                       device: torch.device | str | None) -> Pairwise:
+    """Mean of k(x, x') over all pairs of rows of one set, and over those of two different rows."""
     total = 0.
     of_diagonal = 0.
     for number, x_nF in enumerate(_blocks(x_NF, block, device)):
@@ -89,25 +95,15 @@ def _sum_with_itself(x_NF: torch.Tensor, kernel: Kernel, block: int,
         after_MF = x_NF[(number + 1) * block:]
         for y_mF in _blocks(after_MF, block, device):
             total += 2 * kernel(x_nF, y_mF).sum().item()
-    return total, of_diagonal
-
-
-def _mean_with_itself(x_NF: torch.Tensor, kernel: Kernel, unbiased: bool, block: int,
-                      device: torch.device | str | None) -> float:
-    """Mean of k(x, x'); without the pairs of a row with itself if `unbiased`."""
     count = len(x_NF)
-    total, of_diagonal = _sum_with_itself(x_NF, kernel, block, device)
-    if unbiased:
-        return (total - of_diagonal) / (count * (count - 1))
-    return total / count ** 2
+    return Pairwise(total / count ** 2, (total - of_diagonal) / (count * (count - 1)))
 
 
-def squared_mmd(x_NF: torch.Tensor, y_MF: torch.Tensor, kernel: Kernel, unbiased: bool, block: int = BLOCK,
-                device: torch.device | str | None = None) -> float:
+def squared_mmd(x_NF: torch.Tensor, y_MF: torch.Tensor, kernel: Kernel, block: int = BLOCK,
+                device: torch.device | str | None = None) -> Pairwise:
     """MMD^2 of two sets of rows in float64; see the top of this file.
 
     Args:
-        unbiased: leave out the pairs of a row with itself.
         block: see `kernel_sum`.
         device: see `kernel_sum`.
     Raises:
@@ -115,10 +111,10 @@ def squared_mmd(x_NF: torch.Tensor, y_MF: torch.Tensor, kernel: Kernel, unbiased
     Source: Gretton et al., JMLR 2012, Eq. 3 (unbiased) and 5 (biased).
     """
     check_rows(x_NF, y_MF)
-    xx = _mean_with_itself(x_NF, kernel, unbiased, block, device)
-    yy = _mean_with_itself(y_MF, kernel, unbiased, block, device)
+    xx = _means_with_itself(x_NF, kernel, block, device)
+    yy = _means_with_itself(y_MF, kernel, block, device)
     xy = kernel_sum(x_NF, y_MF, kernel, block, device) / (len(x_NF) * len(y_MF))
-    return xx + yy - 2 * xy
+    return Pairwise(xx.biased + yy.biased - 2 * xy, xx.unbiased + yy.unbiased - 2 * xy)
 
 
 def check_rows(sample_NF: torch.Tensor, reference_MF: torch.Tensor, least: int = 2) -> None:
@@ -159,7 +155,7 @@ def kid(sample_NF: torch.Tensor, reference_MF: torch.Tensor, device: torch.devic
         ValueError: see `squared_mmd`.
     Source: Binkowski et al., arXiv 1801.01401.
     """
-    value = squared_mmd(sample_NF, reference_MF, cubic_kernel, True, block, device)
+    value = squared_mmd(sample_NF, reference_MF, cubic_kernel, block, device).unbiased
     return Estimate(value, _standard_error(sample_NF, reference_MF, cubic_kernel, block, device))
 
 
@@ -175,7 +171,7 @@ def _standard_error(sample_NF: torch.Tensor, reference_MF: torch.Tensor, kernel:
         return float('nan')
     values = []
     for part_nF in sample_NF.split(part_size)[:NUM_ERROR_BLOCKS]:
-        xx = _mean_with_itself(part_nF, kernel, True, block, device)
+        xx = _means_with_itself(part_nF, kernel, block, device).unbiased
         xy = kernel_sum(part_nF, reference_MF, kernel, block, device) / (part_size * len(reference_MF))
         values.append(xx - 2 * xy)
     return float(np.std(values, ddof=1) / NUM_ERROR_BLOCKS ** 0.5)
@@ -202,10 +198,9 @@ def kid_of_subsets(sample_NF: torch.Tensor, reference_MF: torch.Tensor, num_subs
             sample_NF[torch.from_numpy(sample_rows)],
             reference_MF[torch.from_numpy(reference_rows)],
             cubic_kernel,
-            unbiased=True,
             device=device,
         )
-        values.append(value)
+        values.append(value.unbiased)
     return Subsets(float(np.mean(values)), float(np.std(values)), np.array(values))
 
 
@@ -223,12 +218,12 @@ def cmmd(sample_NF: torch.Tensor, reference_MF: torch.Tensor, unbiased: bool = F
         ValueError: see `squared_mmd`.
     Source: Jayasumana et al., arXiv 2401.09603, Sec. 4.
     """
-    value = squared_mmd(sample_NF, reference_MF, gaussian_kernel_minus_one, unbiased, block, device)
-    return CMMD_SCALE * value
+    mmd = squared_mmd(sample_NF, reference_MF, gaussian_kernel_minus_one, block, device)
+    return Pairwise(CMMD_SCALE * mmd.biased, CMMD_SCALE * mmd.unbiased)
 
 
 def cmmd_error(sample_NF: torch.Tensor, reference_MF: torch.Tensor, device: torch.device | str | None = None,
                block: int = BLOCK) -> float:
-    """Standard error of `cmmd`, by the same parts of the sample as of `kid`."""
+    """Standard error of the unbiased `cmmd`, by the same parts of the sample as of `kid`."""
     error = _standard_error(sample_NF, reference_MF, gaussian_kernel_minus_one, block, device)
     return CMMD_SCALE * error

@@ -1,16 +1,18 @@
 """Files for `evaluate.py REF SAMPLE`: statistics of images (`stats`), and images as one npz (`pack`)."""
 import logging
+from typing import Any
 
 import numpy as np
 
 import dist
+from evaluation.beyond_fid import dtype_of
 from evaluation.features import extract, load_network
 from evaluation.metrics import to_uint8
 from evaluation.score import check_output
 from evaluation.settings import PackSettings, StatsSettings
 from utils.checkpoint import atomic_path
 from utils.data import build_transforms, open_split
-from utils.image_sets import NUM_READERS, open_images, pack_folder, shuffled, write_npz
+from utils.image_sets import NUM_READERS, ImageSet, open_images, pack_folder, shuffled, write_npz
 from utils.image_store import map_ahead
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 def evaluate_stats(settings: StatsSettings) -> None:
     """`evaluate.py stats`: write mu, sigma and, where the network has spatial features, mu_s, sigma_s.
+
+    With --encoder the file also says which encoder, precision and images it is of.
 
     Raises:
         MissingWeights: the feature network has no weights.
@@ -28,10 +32,12 @@ def evaluate_stats(settings: StatsSettings) -> None:
         raise ValueError(f'statistics need 2 images or more, {settings.images} holds {images.count}: '
                          'add some')
     check_output(settings.output)
-    network = load_network(settings)
+    network = load_network(settings, settings.encoder) if settings.encoder else load_network(settings)
     features, inspection = extract(images, network, settings)
     if dist.is_master():
         content = features.arrays()
+        if settings.encoder:
+            content |= description_of(images, network, settings.encoder)
         if settings.keep_images:
             write_npz(settings.output, images.blocks(), images.count, images.height, images.width, **content)
         else:
@@ -41,6 +47,17 @@ def evaluate_stats(settings: StatsSettings) -> None:
             logger.warning(note)
         logger.info('statistics of %d images are in %s', images.count, settings.output)
     dist.barrier()
+
+
+def description_of(images: ImageSet, network: Any, encoder: str) -> dict[str, np.ndarray]:
+    """What a file of statistics says about itself, so that it is compared with nothing else."""
+    return dict(
+        count=np.array(images.count),
+        image_size=np.array(images.width),
+        encoder=np.array(encoder),
+        dtype=np.array(dtype_of(network)),
+        weights_sha256=np.array(network.digest),
+    )
 
 
 def evaluate_pack(settings: PackSettings) -> None:

@@ -2,7 +2,8 @@
 
 `python evaluate.py REFERENCE SAMPLE` prints Inception Score, FID, sFID, precision and recall. Each
 side is an npz file (images as `arr_0`, uint8 (N, H, W, 3); stored statistics as `mu`, `sigma`, `mu_s`,
-`sigma_s`) or a folder of PNG files. Read it from `score_images`.
+`sigma_s`) or a folder of PNG files. Read it from `score_images`. Further scores, which --metrics names, are
+in `evaluation.beyond_fid`.
 """
 import dataclasses
 import hashlib
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 
 import dist
+from evaluation.beyond_fid import BeyondFid, lines_of
+from evaluation.feature_store import FeatureStore, SetFeatures
 from evaluation.features import (
-    FeatureSet,
     extract,
     load_network,
     read_cache,
@@ -84,8 +86,9 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
 
     # Precision and recall compare single images; FID needs images only where no statistics are stored.
     needs_rows = 'precision' in wanted or 'recall' in wanted
-    ref_is_read = needs_rows or (not ref.stored and wanted != ['is'])
-    sample_is_read = needs_rows or not sample.stored or 'is' in wanted
+    needs_statistics = 'fid' in wanted or 'sfid' in wanted
+    ref_is_read = needs_rows or (not ref.stored and needs_statistics)
+    sample_is_read = needs_rows or (not sample.stored and needs_statistics) or 'is' in wanted
     if ref_is_read:
         check_enough_images(ref, needs_rows)
     if sample_is_read:
@@ -102,19 +105,30 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     if dist.is_master():
         described = dict(reference=ref.describe(), sample=sample.describe())
     described = dist.allgather_object(described)[0]
-    manifest = read_manifest(sample.path, described['sample']['sha256'])
+    digests = {side: described[side]['sha256'] for side in described}
+    manifest = read_manifest(sample.path, digests['sample'])
+
+    # Further scores may need features of both sides, too, by this network and others. All of them are then
+    # kept on disk, and this network looks at each side once.
+    beyond = None
+    store = None
+    if settings.beyond:
+        beyond = BeyondFid(settings, ref.images, sample.images, network, digests, ref.stored)
+        with_rows = beyond.with_rows
+        if needs_rows:
+            with_rows.add(network.name)
+        store = FeatureStore(settings, settings.split_size, with_rows)
+        if beyond.needs_ref_statistics and not ref.stored:
+            ref_is_read = True
 
     # 3. Features of all images, which all ranks compute together.
-    ref_rows = None
-    features = None
+    comparison = None
     if ref_is_read:
-        digest = described['reference']['sha256']
-        ref_rows, found = features_of_reference(ref, network, settings, needs_rows, digest)
-        notes += found
+        notes += features_of_reference(ref, network, settings, needs_rows, digests['reference'], store)
     if sample_is_read:
-        features, inspection = extract(sample.images, network, settings, settings.split_size, needs_rows)
-        sample.statistics = features.statistics() | sample.statistics
-        notes += inspection.warnings('sample')
+        notes += features_of_sample(sample, network, settings, needs_rows, digests['sample'], store)
+    if beyond is not None:
+        comparison = beyond.extract(store, ref.statistics)
 
     # 4. The master has all features and statistics now, and computes the scores alone.
     if not dist.is_master():
@@ -122,12 +136,18 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     for side in (ref, sample):
         if side.images is not None:
             notes += side.images.warnings
-    scores = compute(wanted, settings, ref, sample, features, ref_rows, notes)
+    scores = compute(wanted, settings, ref, sample, notes)
+    further = {}
+    if beyond is not None:
+        further = dict(beyond=beyond.report(comparison))
+        scores |= further['beyond']['scores']
+        notes = list(dict.fromkeys(notes + beyond.notes))  # several encoders look at the same images
     return dict(
         command='score',
         scores=scores,
         unavailable=unavailable,
         warnings=notes,
+        **further,
         **described,
         manifest=manifest,
         rejection=(manifest or {}).get('rejection'),
@@ -143,12 +163,21 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
 # ---------------------------------------------------------------------------------------------- the files
 @dataclass
 class ScoredSide:
-    """One side of the comparison: its images, its stored statistics, or both."""
+    """One side of the comparison: its images, its stored statistics, or both; and their features.
+
+    Attributes:
+        keys: names of the arrays, if the side is an npz.
+        statistics: (mean, covariance) by suffix '' and '_s'.
+        rows_NF: pool features of single images, on the master; None where nobody needs them.
+        inception_scores: see `SetFeatures`.
+    """
 
     path: Path
     images: ImageSet | None
-    keys: tuple[str, ...] = ()  # names of the arrays, if the side is an npz
-    statistics: dict[str, tuple] = field(default_factory=dict)  # (mean, covariance) by suffix '' and '_s'
+    keys: tuple[str, ...] = ()
+    statistics: dict[str, tuple] = field(default_factory=dict)
+    rows_NF: torch.Tensor | None = None
+    inception_scores: tuple[float, float] | None = None
 
     def read_statistics(self, network: Any) -> None:
         """Read the stored statistics, if there are any; they win over images, as in the original.
@@ -159,6 +188,15 @@ class ScoredSide:
         for suffix, num_features in (('', network.num_features), ('_s', network.num_spatial)):
             if num_features and self.stored and f'mu{suffix}' in self.keys:
                 self.statistics[suffix] = read_statistics(self.path, num_features, suffix)
+
+    def take(self, features: SetFeatures | None) -> list[str]:
+        """Take over stored features, but for statistics that the side has already; warnings about it."""
+        if features is None:
+            return []  # on the other ranks
+        self.statistics = features.statistics | self.statistics
+        self.rows_NF = features.rows_NF
+        self.inception_scores = features.inception_scores
+        return features.warnings
 
     @property
     def stored(self) -> bool:
@@ -239,7 +277,7 @@ def unavailable_metrics(settings: ScoreSettings, ref: ScoredSide, sample: Scored
     if sample.images is None:
         reasons |= dict.fromkeys(('is', 'precision', 'recall'), f'{sample.path.name} holds no images (arr_0)')
     for name, reason in reasons.items():
-        if settings.metrics and name in settings.wanted:
+        if name in settings.named:
             raise ValueError(f'--metrics asks for {name}, but {reason}: leave it out')
     return {name: reason for name, reason in reasons.items() if name in settings.wanted}
 
@@ -287,18 +325,21 @@ def features_of_reference(
     settings: ScoreSettings,
     keep_rows: bool,
     digest: str,
-) -> tuple[torch.Tensor | None, list[str]]:
-    """Pool features of the reference, from the cache where an earlier run left them; every rank calls it.
+    store: FeatureStore | None,
+) -> list[str]:
+    """Features of the reference, from the cache where an earlier run left them; every rank calls it.
 
-    Where the reference stores no statistics, `ref` gets those of its images.
+    On the master `ref` gets pool features and, where it stores no statistics, those of its images.
 
     Args:
         keep_rows: whether the features themselves are wanted, not just their statistics.
         digest: SHA-256 of the reference.
+        store: where they are shared with other scores; None uses a file of their own.
     Returns:
-        Features (N, F), or None if they are not wanted; and warnings about the images. On the other ranks
-        None and no warnings, and `ref` gets no statistics there.
+        Warnings about the images, on the master.
     """
+    if store is not None:
+        return ref.take(store.get(ref.images, digest, network, 'reference'))
     pairs = {}
     if not ref.stored:
         pairs[''] = STATISTICS['']
@@ -330,13 +371,37 @@ def features_of_reference(
             if settings.cache:
                 write_cache(path, known)
     if known is None:
-        return None, []
+        return []
 
     # Computed or read, the arrays are used in the same way, so that both give the same scores.
     for suffix, (mean, covariance) in pairs.items():
         ref.statistics[suffix] = (torch.from_numpy(known[mean]), torch.from_numpy(known[covariance]))
-    rows_NF = torch.from_numpy(known['rows']) if keep_rows else None
-    return rows_NF, known['warnings'].tolist()
+    if keep_rows:
+        ref.rows_NF = torch.from_numpy(known['rows'])
+    return known['warnings'].tolist()
+
+
+def features_of_sample(
+    sample: ScoredSide,
+    network: Any,
+    settings: ScoreSettings,
+    keep_rows: bool,
+    digest: str,
+    store: FeatureStore | None,
+) -> list[str]:
+    """Features of the sample; every rank calls it, and arguments are those of `features_of_reference`.
+
+    Returns:
+        Warnings about the images.
+    """
+    if store is not None:
+        return sample.take(store.get(sample.images, digest, network, 'sample'))
+    features, inspection = extract(sample.images, network, settings, settings.split_size, keep_rows)
+    sample.statistics = features.statistics() | sample.statistics
+    sample.inception_scores = features.score.scores()
+    if keep_rows:
+        sample.rows_NF = features.rows_NF
+    return inspection.warnings('sample')
 
 
 def compute(
@@ -344,16 +409,12 @@ def compute(
     settings: ScoreSettings,
     ref: ScoredSide,
     sample: ScoredSide,
-    features: FeatureSet | None,
-    ref_rows: torch.Tensor | None,
     notes: list[str],
 ) -> dict[str, float]:
     """The scores by name.
 
     Args:
         wanted: names of the metrics, all of which the files allow.
-        features: of the sample; None if its images were not read.
-        ref_rows: pool features (N, F) of the reference, for precision and recall.
         notes: gets a line for everything that makes a score doubtful.
     """
     scores = {}
@@ -361,7 +422,7 @@ def compute(
     # The Inception Score is a mean over chunks of the file. Chunks of few classes each have a low score, so
     # a file that is sorted by class shows in a much higher score of all images at once.
     if 'is' in wanted:
-        scores['is'], scores['is_one_chunk'] = features.score.scores()
+        scores['is'], scores['is_one_chunk'] = sample.inception_scores
         if scores['is_one_chunk'] > 1.2 * scores['is']:
             notes.append('images look sorted by class: Inception Score '
                          f'{scores["is_one_chunk"]:.2f} over all, {scores["is"]:.2f} in chunks of '
@@ -394,8 +455,8 @@ def compute(
             notes.append(f'image sizes differ: reference {ref_size}, sample {sample_size}')
 
     # Precision and recall come last, as they take longest.
-    if ref_rows is not None:
-        both = precision_recall(ref_rows, features.rows_NF, settings.pr_mode, device=torch_device(settings))
+    if 'precision' in wanted or 'recall' in wanted:
+        both = precision_recall(ref.rows_NF, sample.rows_NF, settings.pr_mode, device=torch_device(settings))
         for name in ('precision', 'recall'):
             if name in wanted:
                 scores[name] = getattr(both, name)
@@ -433,6 +494,8 @@ def text_report(report: dict[str, Any]) -> str:
             lines.append(f'{words}: {report["scores"][name]:.6g}')
         elif name in report['unavailable']:
             lines.append(f'{words}: not available, {report["unavailable"][name]}')
+    if 'beyond' in report:
+        lines += lines_of(report)
     lines += [f'warning: {note}' for note in report['warnings']]
     return '\n'.join(lines)
 

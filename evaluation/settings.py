@@ -22,6 +22,19 @@ SCORES = {'is': 'Inception Score', 'fid': 'FID', 'sfid': 'sFID', 'precision': 'P
 TOKENIZER_SCORES = ('psnr', 'ssim', 'lpips', 'rfid', 'usage')
 ENCODERS = ('inception', 'convnext', 'dinov2', 'mae', 'siglip', 'clip', 'dinov2_dgm', 'dinov2_edm2',
             'clip336', 'digits')  # keys of `evaluation.encoders.ENCODERS`
+ADM = 'adm'  # in --metrics: all of SCORES that the files allow
+BEYOND = {  # scores beyond those of ADM, see `evaluation.beyond_fid`
+    'fdr6': 'Frechet distances of six encoders, divided by those of the validation images of ImageNet',
+    'fd_dinov2': 'FD-DINOv2 as EDM2 computes it',
+    'fd_dinov2_dgm': 'FD-DINOv2 as dgm-eval computes it',
+    'kid': 'Kernel Inception Distance',
+    'cmmd': 'CMMD, the distance of CLIP embeddings',
+    'prdc': 'density, coverage, and precision and recall with a strict comparison',
+    'mind': 'distance along random directions',
+    'vendi': 'Vendi score, the number of different images',
+    'fd_inf': 'Frechet distance for infinitely many images, from 15 numbers of images',
+    'memory': 'distances to the nearest training images of --bank, a diagnostic',
+}
 SSIM_KINDS = ('gauss11', 'uniform7', 'llamagen')
 VARIABLE = 'INCEPTION_WEIGHTS'  # environment variable that names the file of the Inception network
 ENCODER_VARIABLE = 'ENCODER_WEIGHTS'  # that names the folder of the other encoders' weights
@@ -57,7 +70,7 @@ class FeatureSettings(DeviceSettings):
                                      "torch's hub folder, then downloads", path=True)
     allow_unverified_weights: bool = opt(False, 'accept other weights: the scores compare with nothing')
     offline: bool = opt(False, 'never download')
-    cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights and features of references',
+    cache: str = opt(str(REPO / 'local_output' / 'cache'), 'folder for weights, and for features of sets',
                      path=True)
     dtype: str = opt('float32', 'of Inception: float32 or float64', choices=('float32', 'float64'))
     encoder_weights: str = opt('', 'folder with <identifier of timm>.safetensors of the other encoders; '
@@ -73,7 +86,8 @@ class ScoreSettings(FeatureSettings):
 
     ref: str = opt('', 'reference: npz or folder of PNG files', positional=True, path=True)
     sample: str = opt('', 'images to score: npz or folder of PNG files', positional=True, path=True)
-    metrics: str = opt('', f'{",".join(SCORES)} or some of them; empty takes all that the files allow')
+    metrics: str = opt('', f'{",".join(SCORES)}, {ADM} for all of these that the files allow, which is what '
+                           f'empty takes; and {", ".join(BEYOND)}')
     pr_mode: str = opt('adm', 'precision and recall: adm (float16 as the original) or fp32',
                        choices=('adm', 'fp32'))
     fd_method: str = opt('eigh', 'Frechet distance: eigh, or scipy (sqrtm as the original)',
@@ -81,6 +95,17 @@ class ScoreSettings(FeatureSettings):
     split_size: int = opt(5000, 'images per chunk of the Inception Score', limits=(1, INF))
     expected_count: int = opt(STANDARD_COUNT, 'number of images that the sample must hold', limits=(1, INF))
     allow_any_count: bool = opt(False, 'score any number of images')
+    statistics: str = opt('', 'folder with statistics of the training images by other encoders than '
+                              '--features', path=True)
+    real: str = opt('', 'images to compare with in place of those of REF, such as validation images',
+                    path=True)
+    bank: str = opt('', 'memory: training images', path=True)
+    pairs: str = opt('', 'memory: PNG file for the nearest samples, above the training images', path=True)
+    prdc_encoder: str = opt('', 'of prdc, vendi, fd_inf and memory; empty is that of --features',
+                            choices=('', *ENCODERS))
+    prdc_k: int = opt(5, 'prdc: which neighbour the radius of a ball reaches', limits=(1, INF))
+    prdc_count: int = opt(10_000, 'prdc: images of each side', limits=(2, INF))
+    mind_count: int = opt(5000, 'mind: images of each side', limits=(2, INF))
     json: str = opt('', 'file for scores, settings, hashes and versions', path=True)
 
     def __post_init__(self):
@@ -89,25 +114,47 @@ class ScoreSettings(FeatureSettings):
             if not value:
                 raise ValueError(f'expected REF and SAMPLE, got no {what}: evaluate.py REF.npz SAMPLE.npz, '
                                  'or one of the commands that --help lists')
-        unknown = sorted(set(self.wanted) - set(SCORES))
+        known = (*SCORES, ADM, *BEYOND)
+        unknown = [name for name in self.named if name not in known]
         if unknown:
-            raise ValueError(f'--metrics must be of {", ".join(SCORES)}, got {", ".join(unknown)}')
+            nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.)[0]
+            raise ValueError(f'--metrics must be of {", ".join(known)}, got {", ".join(unknown)}: '
+                             f'the nearest is {nearest}')
         if self.json:
-            refuse_overwriting(self.json, self.ref, self.sample)
-        if self.features == 'digits' and self.metrics and 'sfid' in self.wanted:
+            refuse_overwriting(self.json, *filter(None, (self.ref, self.sample, self.real, self.bank)))
+        if self.pairs:
+            refuse_overwriting(self.pairs, *filter(None, (self.ref, self.sample, self.real, self.bank)))
+        if 'memory' in self.named and not (self.bank and self.real):
+            raise ValueError('memory compares with training images: pass --bank=IMAGES, and '
+                             '--real=IMAGES with images that nobody trained on')
+        if self.features == 'digits' and 'sfid' in self.named:
             raise ValueError('--metrics asks for sfid, but the digits network has no spatial features: '
                              'leave it out')
 
     @property
+    def named(self) -> tuple[str, ...]:
+        """What --metrics lists, as it was typed; nothing for all that the files allow."""
+        return tuple(self.metrics.replace(' ', '').split(',')) if self.metrics else ()
+
+    @property
     def wanted(self) -> tuple[str, ...]:
-        """Names of the metrics that were asked for."""
-        if not self.metrics:
+        """Names of the metrics of ADM that were asked for."""
+        if not self.metrics or ADM in self.named:
             return tuple(SCORES)
-        return tuple(self.metrics.replace(' ', '').split(','))
+        return tuple(name for name in self.named if name in SCORES)
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Names of the scores beyond those of ADM that were asked for, in the order of the table."""
+        return tuple(name for name in BEYOND if name in self.named)
 
     def require_files(self) -> None:
-        require_images(self.ref)
-        require_images(self.sample)
+        for path in (self.ref, self.sample, self.real, self.bank):
+            if path:
+                require_images(path)
+        if self.statistics and not Path(self.statistics).is_dir():
+            raise ValueError(f'expected a folder of statistics, found none at {self.statistics}: pass the '
+                             'folder that holds the npz files; a .pkl can run code and is never read')
 
 
 @dataclass(frozen=True)
@@ -117,6 +164,8 @@ class StatsSettings(FeatureSettings):
     images: str = opt('', 'npz or folder of PNG files', positional=True, path=True)
     output: str = opt('', 'npz to write', positional=True, path=True)
     keep_images: bool = opt(False, 'store the images, too, as precision and recall need')
+    encoder: str = opt('', 'network whose statistics are written; empty is that of --features',
+                       choices=('', *ENCODERS))
 
     def __post_init__(self):
         super().__post_init__()
@@ -342,6 +391,22 @@ class ScalingSettings:
             raise ValueError(f'expected a folder of trainings, found none at {self.runs}: check the path')
 
 
+@dataclass(frozen=True)
+class EncodersSettings:
+    """Settings of `evaluate.py encoders`."""
+
+    encoder_weights: str = opt('', 'folder with <identifier of timm>.safetensors, as for scores', path=True)
+    statistics: str = opt('', 'folder with statistics of training images, as for scores', path=True)
+    cache: str = opt(FeatureSettings.cache, 'another folder for weights', path=True)
+
+    def __post_init__(self):
+        expand_paths(self)
+        check_values(self)
+
+    def require_files(self) -> None:
+        """As of the other commands; what is missing is what this one tells."""
+
+
 class Command(NamedTuple):
     """A command of `evaluate.py`."""
     settings: type    # dataclass of its flags
@@ -355,6 +420,7 @@ COMMANDS = {
     'pack': Command(PackSettings, 'Pack a folder of images into one npz.'),
     'classify-eval': Command(ClassifySettings, 'Rate images by a classifier.'),
     'reject': Command(RejectSettings, 'Rejection sampling by a classifier.'),
+    'encoders': Command(EncodersSettings, 'List encoders, and which of their files are on this machine.'),
     'scaling': Command(ScalingSettings, 'Fit scaling laws to trainings of several depths.'),
     'tokenizer': TOKENIZER,
     'reconstruct-eval': TOKENIZER,
