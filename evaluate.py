@@ -7,6 +7,8 @@
     evaluate.py reject IN OUT.npz      keep the images of each class that a classifier is surest of
     evaluate.py encoders               encoders of further scores, and which of their files are here
     evaluate.py scaling FOLDER         scaling laws of trainings of several depths
+    evaluate.py table FILE...          table of reported and measured scores
+    evaluate.py summary FILE...        mean and standard deviation of scores over seeds
     evaluate.py tokenizer --ckpt=FILE  PSNR, SSIM, LPIPS, rFID and code usage (also: reconstruct-eval)
 
 Exit codes: 0 done, 2 wrong usage or input, 3 weights of a feature network or classifier are missing; torchrun
@@ -23,6 +25,8 @@ from evaluation.settings import (
     ScalingSettings,
     ScoreSettings,
     StatsSettings,
+    SummarySettings,
+    TableSettings,
     TokenizerSettings,
     parse_evaluation,
 )
@@ -41,6 +45,7 @@ from evaluation.encoder_list import list_encoders
 from evaluation.pack import evaluate_pack, evaluate_stats
 from evaluation.scaling_laws import evaluate_scaling
 from evaluation.score import evaluate_images
+from evaluation.score_table import score_table, summarize
 from evaluation.tokenizer import evaluate_tokenizer
 from utils.log import setup_logging
 
@@ -53,6 +58,8 @@ FUNCTIONS = {
     RejectSettings: evaluate_reject,
     EncodersSettings: list_encoders,
     ScalingSettings: evaluate_scaling,
+    TableSettings: score_table,
+    SummarySettings: summarize,
     TokenizerSettings: evaluate_tokenizer,
 }
 

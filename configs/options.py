@@ -58,7 +58,7 @@ def opt(
         positional: the command line takes it by its place, without a flag.
         words: values by name, such as {'none': 0}; the name '' stands for the flag without a value.
         path: the value is a file or folder, in which `expand_paths` replaces `~`.
-        several: of a path: there may be several, joined by commas.
+        several: of a path: there may be several, joined by commas; by their place, as words of their own.
         limits: smallest and largest sensible value, also of each number of a list; `check_values` compares.
         choices: all values that are allowed; `check_values` compares.
         free: it may differ between two starts of one job.
@@ -304,8 +304,9 @@ def make_parser(cls: type, prog: str, description: str) -> 'OneLineParser':
     for f in dataclasses.fields(cls):
         group = parser.groups[_group_of(cls, f.name)]
         if f.metadata['positional']:
+            several = dict(nargs='*', action=_Joined) if f.metadata['several'] else dict(nargs='?')
             group.add_argument(
-                f.name, nargs='?', default=argparse.SUPPRESS, help=f.metadata['help'], metavar=f.name.upper()
+                f.name, default=argparse.SUPPRESS, help=f.metadata['help'], metavar=f.name.upper(), **several
             )
             continue
         # Where the flag of one field is the name of another, only the former answers to it.
@@ -357,6 +358,13 @@ def _with_words(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
 def _with_underscores(arg: str) -> str:
     """An argument whose flag, if it begins with one, is spelt with underscores; its value stays as it is."""
     return re.sub(r'^--[\w-]+', lambda flag: '--' + flag[0][2:].replace('-', '_'), arg)
+
+
+class _Joined(argparse.Action):
+    """Several words of a command line as one text, joined by commas."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, ','.join(values))
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -392,6 +392,41 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True)
+class TableSettings:
+    """Settings of `evaluate.py table`."""
+
+    files: str = opt('', 'reports of evaluate.py, lists of reported scores', positional=True, path=True,
+                     several=True)
+    output: str = opt('', 'Markdown file to write, too', path=True)
+
+    def __post_init__(self):
+        expand_paths(self)
+        if not self.files:
+            raise ValueError('expected files of scores: evaluate.py table docs/scores.json')
+        if self.output:
+            refuse_overwriting(self.output, *self.files.split(','))
+
+    def require_files(self) -> None:
+        require_files(self.files)
+
+
+@dataclass(frozen=True)
+class SummarySettings:
+    """Settings of `evaluate.py summary`."""
+
+    files: str = opt('', 'reports of evaluate.py for samples of several seeds', positional=True, path=True,
+                     several=True)
+
+    def __post_init__(self):
+        expand_paths(self)
+        if not self.files:
+            raise ValueError('expected reports: evaluate.py summary A.json B.json C.json')
+
+    def require_files(self) -> None:
+        require_files(self.files)
+
+
+@dataclass(frozen=True)
 class EncodersSettings:
     """Settings of `evaluate.py encoders`."""
 
@@ -422,6 +457,8 @@ COMMANDS = {
     'reject': Command(RejectSettings, 'Rejection sampling by a classifier.'),
     'encoders': Command(EncodersSettings, 'List encoders, and which of their files are on this machine.'),
     'scaling': Command(ScalingSettings, 'Fit scaling laws to trainings of several depths.'),
+    'table': Command(TableSettings, 'Table of reported and measured scores, as Markdown.'),
+    'summary': Command(SummarySettings, 'Mean and standard deviation of reports over seeds.'),
     'tokenizer': TOKENIZER,
     'reconstruct-eval': TOKENIZER,
 }
@@ -463,6 +500,17 @@ def require_images(path: str) -> None:
     if not Path(path).exists():
         raise ValueError(f'expected an npz file or a folder of images, found nothing at {path}: '
                          'check the path')
+
+
+def require_files(paths: str) -> None:
+    """Make sure that files, whose paths are joined by commas, are there.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for path in paths.split(','):
+        if not Path(path).is_file():
+            raise ValueError(f'expected a file of scores, found none at {path}: check the path')
 
 
 def manifest_of(path: Path) -> Path:

@@ -1,0 +1,109 @@
+"""`evaluate.py table` and `summary`: of lists of reported scores, of reports, over seeds."""
+import json
+import sys
+
+import pytest
+
+import evaluate
+from evaluation.score_table import read_rows, render
+from tests.runs import REPO, kept_logging
+from utils.console import one_line_errors
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """What a command of evaluate.py prints."""
+    def call(*argv):
+        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *map(str, argv)])
+        with one_line_errors('evaluate.py', exit_code=2):
+            evaluate.main()
+        return capsys.readouterr().out
+    with kept_logging():
+        yield call
+
+
+def report(seed=0, **changes):
+    """A report of `evaluate.py REF SAMPLE --json=FILE` as far as tables need it."""
+    content = dict(
+        command='score',
+        scores=dict(fid=2 + seed, fid_own=None, prdc5_inception_10k=dict(density=0.9, coverage=0.8)),
+        sample=dict(path='samples/var_d16.npz', sha256=f'{seed}' * 64, count=50_000),
+        reference=dict(path='ref.npz', sha256='r' * 64),
+        manifest=dict(ckpt='weights/var_d16.pth', settings=dict(cfg=1.5, top_k=900, seed=seed)),
+        network=dict(name='inception', digest='d' * 64),
+        settings=dict(features='inception', dtype='float32', pr_mode='adm', fd_method='eigh'),
+    )
+    return content | changes
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_page_of_models_is_the_rendering_of_its_scores():
+    table = render(read_rows(REPO / 'docs' / 'scores.json'))
+    page = (REPO / 'docs' / 'models.md').read_text()
+    assert page.endswith(f'\n{table}\n'), 'run: python evaluate.py table docs/scores.json'
+    assert page.count('| measured here |') == 1
+    rows = read_rows(REPO / 'docs' / 'scores.json')
+    values = {row['reported'] for row in rows if (row['model'], row['metric']) == ('FlowAR-H', 'fid')}
+    assert values == {'1.65', '1.68', '1.67'}  # of the authors, and of two others
+
+
+def test_table_of_a_report_and_of_a_list(run, tmp_path):
+    path = write(tmp_path / 'report.json', report())
+    row = dict(model='VAR | d16', metric='fid', reported='3.50', by='authors', settings='cfg 1.5')
+    listed = write(tmp_path / 'list.json', dict(scores=[row, row | dict(report='report.json')]))
+    printed = run('table', listed, path, f'--output={tmp_path / "table.md"}')
+    lines = printed.strip().splitlines()
+    assert lines[2] == r'| VAR \| d16 | fid | 3.50 | authors | - | cfg 1.5 | - |'
+    assert lines[3] == r'| VAR \| d16 | fid | 3.50 | authors | 2 | cfg 1.5 | 000000000000 |'
+    assert lines[4] == '| var_d16.pth | fid | - | - | 2 | cfg 1.5, top_k 900, seed 0 | 000000000000 |'
+    assert lines[5].startswith('| var_d16.pth | prdc5_inception_10k density | - | - | 0.9 |')
+    assert len(lines) == 7
+    assert (tmp_path / 'table.md').read_text() == printed
+
+
+def test_summary_over_seeds(run, tmp_path):
+    paths = [write(tmp_path / f'{seed}.json', report(seed)) for seed in range(3)]
+    printed = run('summary', *paths)
+    assert printed.splitlines()[:2] == ['3 samples of 50000 images', 'FID: 3 +- 1 (2, 3, 4)']
+    assert 'FID: 2 (1 seed)' in run('summary', paths[0])
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(reference=dict(path='x', sha256='s' * 64)), 'not of one definition'),
+    (dict(sample=dict(path='x', sha256='1' * 64, count=5000)), 'not of one definition'),
+    (dict(beyond=dict(encoders=dict(mae=dict(sha256='', dtype='float32')))), 'not of one definition'),
+    (dict(settings=dict(pr_mode='fp32')), 'not of one definition'),
+    (dict(sample=report()['sample']), 'two reports are of the same images'),
+    (dict(command='tokenizer'), 'expected a report of evaluate.py REF SAMPLE'),
+])
+def test_summary_mixes_nothing(run, tmp_path, change, message):
+    paths = [write(tmp_path / 'a.json', report()), write(tmp_path / 'b.json', report(1, **change))]
+    with pytest.raises(SystemExit, match=message) as stop:
+        run('summary', *paths)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (dict(scores=[dict(model='x', metric='fid', reported=3.5, by='x', settings='')]), 'in score 0 of'),
+    (dict(other=1), 'found neither'),
+    (dict(scores=[dict(model='x', metric='kid', reported='', by='', settings='', report='report.json')]),
+     'expected the score kid in'),
+])
+def test_lists_that_are_none(run, tmp_path, content, message):
+    write(tmp_path / 'report.json', report())
+    with pytest.raises(SystemExit, match=message):
+        run('table', write(tmp_path / 'list.json', content))
+
+
+def test_files_that_are_not_there(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run('table')
+    assert 'expected files of scores' in capsys.readouterr().err
+    settings = evaluate.parse_evaluation(['table', 'a.json', str(tmp_path / 'b.json')], '')
+    assert settings.files == f'a.json,{tmp_path / "b.json"}'
+    with pytest.raises(ValueError, match=r'found none at a\.json'):
+        settings.require_files()
