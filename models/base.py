@@ -432,3 +432,36 @@ class ARModel(Trainable):
         Until it is exhausted or closed, the model keeps a cache and serves nothing else.
         """
         yield self.sample(labels, guidance=guidance, rng=rng, **options)
+
+    # ------------------------------------------------------------------------------ for objectives
+    @property
+    def codes_per_image(self) -> int:
+        """Codes of an image over which its likelihood is summed."""
+        raise NotImplementedError
+
+    def encoding_of_step(self) -> tuple[Any, ...]:
+        """What `tokenizer.encode` takes beside the images of a training step, such as sides drawn for it."""
+        return ()
+
+    def log_probabilities(self, label_B: torch.Tensor, tokens: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Logarithms (B, L) of the probabilities of all codes, given those before them; float32.
+
+        No label is dropped, no loss is smoothed and no code weighs more than others.
+
+        Args:
+            label_B: class ids, int64; `num_classes` is the null class.
+            tokens: what `tokenizer.encode` gives.
+        Returns:
+            The logarithms, and what `metrics` needs.
+        """
+        raise NotImplementedError
+
+    def draw_tokens(self, label_B: torch.Tensor, rng: Any, *encoding: Any) -> Any:
+        """Tokens, as `tokenizer.encode` gives them, from the distribution of the model itself: without
+        guidance, and without a filter.
+
+        Args:
+            rng: see `sample`.
+            encoding: what `encoding_of_step` gave; nothing draws what validation sees.
+        """
+        raise NotImplementedError

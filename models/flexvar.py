@@ -280,9 +280,11 @@ class FlexVAR(PublishedNames, ARModel):
         idx_kBl = self.tokenizer.encode(images_B3HW, patch_nums)
         target_BL = torch.cat(idx_kBl, dim=1)
         teacher_BLZ = self.teacher_input(idx_kBl, patch_nums)
+        label_B = self.dropped(label_B)
         h_BLC = self.before_head(label_B, teacher_BLZ, patch_nums)
         losses = token_losses(self.head, h_BLC, target_BL, self.label_smooth)
-        aux = dict(losses=losses, target_BL=target_BL, patch_nums=patch_nums, num_tokens=target_BL.shape[1])
+        aux = dict(losses=losses, target_BL=target_BL, patch_nums=patch_nums, label_B=label_B,
+                   num_tokens=target_BL.shape[1])
         if self.scale_weights == 'uniform':
             return losses.loss_BL.mean(), aux
         weight_L = token_weights(*self.weighting_of(patch_nums), target_BL.device)
@@ -327,12 +329,30 @@ class FlexVAR(PublishedNames, ARModel):
         Raises:
             ValueError: the input has another number of tokens than these scales.
         """
-        h_BLC = self.before_head(label_B, x_BLCv_wo_first_l, infer_patch_nums)
+        h_BLC = self.before_head(self.dropped(label_B), x_BLCv_wo_first_l, infer_patch_nums)
         return self.head(h_BLC).float()                                                    # (B, L, V)
 
+    def dropped(self, label_B: torch.Tensor) -> torch.Tensor:
+        """In training mode, the labels with the null class in the place of some."""
+        return drop_labels(label_B, self.num_classes, self.cond_drop_rate) if self.training else label_B
+
+    def log_probabilities(self, label_B: torch.Tensor, tokens: list[torch.Tensor],
+                          ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """See `ARModel`; the tokens are codes (B, l) of square maps, coarse to fine."""
+        patch_nums = [math.isqrt(idx_Bl.shape[1]) for idx_Bl in tokens]
+        target_BL = torch.cat(tokens, dim=1)
+        h_BLC = self.before_head(label_B, self.teacher_input(tokens, patch_nums), patch_nums)
+        losses = token_losses(self.head, h_BLC, target_BL)
+        aux = dict(losses=losses, target_BL=target_BL, patch_nums=patch_nums, num_tokens=target_BL.shape[1])
+        return -losses.loss_BL, aux
+
     def before_head(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None,
-                    infer_patch_nums: Sequence[Side] | None = None) -> torch.Tensor:
-        """(B, L, C) float32, of which the head makes logits; see `forward`."""
+                    infer_patch_nums: Sequence[Side] | None = None, has_start: bool = True) -> torch.Tensor:
+        """(B, L, C) float32, of which the head makes logits; see `forward`, but no label is dropped.
+
+        Args:
+            has_start: whether `pos_start` is added to the first token.
+        """
         layout = ScaleLayout(as_sizes(self.patch_nums if infer_patch_nums is None else infer_patch_nums))
         check_sizes(layout.sizes)
         B = len(label_B)
@@ -343,11 +363,10 @@ class FlexVAR(PublishedNames, ARModel):
 
         # Embeddings are in float32 under any autocast, as published.
         with torch.autocast(label_B.device.type, enabled=False):
-            if self.training:
-                label_B = drop_labels(label_B, self.num_classes, self.cond_drop_rate)
             cond_BD = self.class_emb(label_B)                                              # (B, D), D = C
             # The first scale has nothing to see but the class, which is its start token.
-            x_BLC = (cond_BD + self.pos_start[0]).view(B, 1, -1)                           # (B, 1, C)
+            start_BC = cond_BD + self.pos_start[0] if has_start else cond_BD
+            x_BLC = start_BC.view(B, 1, -1)                                                # (B, 1, C)
             if num_given:
                 teacher_BLC = self.word_embed(x_BLCv_wo_first_l.float())
                 x_BLC = torch.cat([x_BLC, teacher_BLC], dim=1)                             # (B, L, C)
@@ -479,6 +498,17 @@ class FlexVAR(PublishedNames, ARModel):
                         forget_null_class(self.blocks, B)
                         modulations = [mod_B16C[:B] for mod_B16C in modulations]
                         head_modulation = head_modulation[:B]
+
+    def encoding_of_step(self) -> tuple[tuple[int, ...]]:
+        return (self.schedule.draw(),)
+
+    def draw_tokens(self, label_B: torch.Tensor, rng: Rng,
+                    patch_nums: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """See `ARModel`: codes (B, l) of square maps of these sides, all of them drawn."""
+        sides = patch_nums or self.patch_nums
+        steps = self.sample_scales(label_B, infer_patch_nums=sides, cfg=0., max_pn=max(sides),
+                                   greedy_unseen=False, rng=rng)
+        return [step.idx_Bl for step in steps]
 
     @torch.no_grad()
     def autoregressive_infer_cfg(
@@ -681,6 +711,10 @@ class FlexVAR(PublishedNames, ARModel):
 
     def sharded_parts(self) -> list[nn.Module]:
         return list(self.blocks)
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.layout.total
 
     def training_flops(self, num_tokens: int) -> int:
         return transformer_flops(self, num_tokens)

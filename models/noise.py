@@ -4,7 +4,7 @@ Sampling: `ImageNoise` is a function of the seed and the number of an image. Tra
 the images of all ranks and micro-steps and hands each its own part.
 Letters: B batch.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -30,7 +30,7 @@ class ImageNoise:
         index_B: number of each image of the batch in the job.
     """
 
-    def __init__(self, seed: int, index_B: list[int]):
+    def __init__(self, seed: int, index_B: Sequence[int]):
         self.seed = seed
         self.index_B = list(index_B)
         self.num_draws = 0
@@ -75,6 +75,16 @@ class ImageNoise:
         # codes that were filtered out would win the draw, and never 1.
         high = (x >> 41).bitwise_and_((1 << 23) - 1)
         return high.float().add_(0.5).mul_(2. ** -23)
+
+
+def noise_of_step(batch: int) -> ImageNoise:
+    """Noise of the `batch` images of a micro-step of a training, by the seed, the step and their places among
+    the images of all ranks.
+
+    Call it before anything seeds torch's generators anew: the loop seeds them by (seed, step), and this takes
+    the same number.
+    """
+    return ImageNoise(torch.initial_seed(), GlobalBatch.current.rows(batch))
 
 
 Rng = torch.Generator | ImageNoise | None
@@ -124,6 +134,11 @@ class GlobalBatch:
 
     def __exit__(self, *_) -> None:
         GlobalBatch.current = self._outer
+
+    def rows(self, batch: int) -> range:
+        """Places of the `batch` images of this micro-step among those of all ranks."""
+        start = self.start.item()
+        return range(start, start + batch)
 
     def per_image(self, batch: int, device: torch.device, fill: Callable[[torch.Tensor], torch.Tensor],
                   shape: tuple[int, ...] = ()) -> torch.Tensor:

@@ -310,6 +310,19 @@ class NPP(ARModel):
         hit_NM = predicted_N[:, None] == idx_NM
         return loss, dict(loss=loss.detach(), hit=hit_NM, p=p, num_tokens=x_BPC.shape[1])
 
+    def log_probabilities(self, label_B: torch.Tensor, tokens: torch.Tensor,
+                          ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """See `ARModel`; the tokens are codes (B, N), and every patch is a single one."""
+        if self.training:
+            # Dropout follows, whose masks must differ between ranks.
+            GlobalBatch.current.reseed_per_rank()
+        x_BNC = self.before_head(label_B, tokens)
+        idx_NM = tokens.reshape(-1, 1)
+        loss_NM, predicted_N = in_chunks(self.losses, self.vocab_size, x_BNC.flatten(0, 1), idx_NM)
+        hit_NM = predicted_N[:, None] == idx_NM
+        aux = dict(loss=loss_NM.detach().mean(), hit=hit_NM, p=1, num_tokens=tokens.shape[1])
+        return -loss_NM.view_as(tokens), aux
+
     def losses(self, x_NC: torch.Tensor, idx_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (N, M) of the codes of some patches, and the likeliest code (N,) of each patch."""
         logits_NV = self.output(x_NC).float()
@@ -411,6 +424,10 @@ class NPP(ARModel):
                 x_B1C = self.tok_embeddings(idx_B1).repeat(num_copies, 1, 1)
         return torch.cat(codes, dim=1)
 
+    def draw_tokens(self, label_B: torch.Tensor, rng: Rng) -> torch.Tensor:
+        """See `ARModel`: codes (B, N)."""
+        return self.sample_tokens(label_B, rng=rng)
+
     def draw(self, logits_B1V: torch.Tensor, temperature: float, top_k: int, top_p: float, greedy: bool,
              rng: Rng) -> torch.Tensor:
         """(B, 1) codes; see `sample_tokens`."""
@@ -470,6 +487,10 @@ class NPP(ARModel):
 
     def sharded_parts(self) -> list[nn.Module]:
         return list(self.layers)
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.grid ** 2
 
     def training_flops(self, num_tokens: int) -> int:
         """3 (2 N P + 4 P^2 C depth) for P patches, which are the tokens."""

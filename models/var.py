@@ -189,7 +189,7 @@ class VAR(PublishedNames, ARModel):
         target_BL = torch.cat(idx_kBl, dim=1)
         with torch.autocast(images_B3HW.device.type, enabled=False):
             teacher_BLZ = self.tokenizer.quantize.idxBl_to_var_input(idx_kBl)
-        h_BLC = self.before_head(label_B, teacher_BLZ)
+        h_BLC = self.before_head(self.dropped(label_B), teacher_BLZ)
         losses = token_losses(self.head, h_BLC, target_BL, self.label_smooth)
 
         # Weights are those of the whole pyramid, also where some scales are left out, as published.
@@ -209,10 +209,26 @@ class VAR(PublishedNames, ARModel):
         Returns:
             (B, first_l + tokens, V) float32.
         """
-        return self.head(self.before_head(label_B, x_BLCv_wo_first_l)).float()             # (B, L, V)
+        h_BLC = self.before_head(self.dropped(label_B), x_BLCv_wo_first_l)
+        return self.head(h_BLC).float()                                                    # (B, L, V)
+
+    def dropped(self, label_B: torch.Tensor) -> torch.Tensor:
+        """In training mode, the labels with the null class in the place of some."""
+        return drop_labels(label_B, self.num_classes, self.cond_drop_rate) if self.training else label_B
+
+    def log_probabilities(self, label_B: torch.Tensor, tokens: list[torch.Tensor],
+                          ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """See `ARModel`; the tokens are codes (B, l) of all scales, coarse to fine."""
+        target_BL = torch.cat(tokens, dim=1)
+        with torch.autocast(label_B.device.type, enabled=False):
+            teacher_BLZ = self.tokenizer.quantize.idxBl_to_var_input(tokens)
+        losses = token_losses(self.head, self.before_head(label_B, teacher_BLZ), target_BL)
+        aux = dict(losses=losses, target_BL=target_BL, stage=len(tokens) - 1, newest_weight=1.,
+                   num_tokens=target_BL.shape[1])
+        return -losses.loss_BL, aux
 
     def before_head(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor | None) -> torch.Tensor:
-        """(B, L, C) float32, of which the head makes logits; see `forward`."""
+        """(B, L, C) float32, of which the head makes logits; see `forward`, but no label is dropped."""
         B = len(label_B)
         num_given = 0 if x_BLCv_wo_first_l is None else x_BLCv_wo_first_l.shape[1]
         L = self.first_l + num_given
@@ -220,8 +236,6 @@ class VAR(PublishedNames, ARModel):
 
         # Embeddings are in float32 under any autocast, as published.
         with torch.autocast(label_B.device.type, enabled=False):
-            if self.training:
-                label_B = drop_labels(label_B, self.num_classes, self.cond_drop_rate)
             cond_BD = self.class_emb(label_B)                                              # (B, D), D = C
             # The first scale has nothing to see but the class, which is its start token.
             x_BLC = cond_BD[:, None].expand(B, self.first_l, -1) + self.pos_start          # (B, 1, C)
@@ -341,6 +355,10 @@ class VAR(PublishedNames, ARModel):
                         forget_null_class(self.blocks, B)
                         modulations = [mod_B16C[:B] for mod_B16C in modulations]
                         head_modulation = head_modulation[:B]
+
+    def draw_tokens(self, label_B: torch.Tensor, rng: Rng) -> list[torch.Tensor]:
+        """See `ARModel`: codes (B, l) of all scales, coarse to fine."""
+        return [step.idx_Bl for step in self.sample_scales(label_B, cfg=0., rng=rng)]
 
     @torch.no_grad()
     def autoregressive_infer_cfg(self, B: int, label_B: int | Sequence[int] | torch.Tensor | None,
@@ -476,6 +494,10 @@ class VAR(PublishedNames, ARModel):
 
     def sharded_parts(self) -> list[nn.Module]:
         return list(self.blocks)
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.layout.total
 
     def training_flops(self, num_tokens: int) -> int:
         return transformer_flops(self, num_tokens)
