@@ -61,6 +61,7 @@ from training.resume import (
     check_classes,
     check_frozen,
     check_model,
+    check_objective,
     choose_checkpoint,
     go_back_one_checkpoint,
     repair_best,
@@ -197,6 +198,7 @@ class Run:
             check_model(self.resumed_from, checkpoint, config.model)
             check_classes(self.resumed_from, checkpoint, data.classes, config.data_path)
             check_frozen(self.resumed_from, checkpoint, config.freeze)
+            check_objective(self.resumed_from, checkpoint, config.objective)
             self.start = self.state.take_over(self.resumed_from, checkpoint, self.described, config.steps)
         self.state.left_out += [steps for steps in left_out if steps not in self.state.left_out]
         self.has_checkpoint = self.resumed_from is not None  # this start has read or written one
@@ -226,7 +228,7 @@ class Run:
         if config.vae_bf16:
             images = calibration_images(config, data.train, self.state.seed, COMPARED_IMAGES)
             lower_tokenizer(self.model.tokenizer, images, config.vae_bf16)
-        self.trainer = build_trainer(config, self.model, self.total_steps)
+        self.trainer = build_trainer(config, self.model, self.total_steps, data.classes)
         if self.resumed_from:
             self.resume(checkpoint)
         self.compare_weights()
@@ -276,12 +278,15 @@ class Run:
                     self.config.model, count_parameters(self.model) / 1e6, self.device, world_size,
                     len(self.data.train), len(self.data.val), len(self.data.classes),
                     self.state.steps_per_epoch, self.state.seed)
-        if self.model.legend:
-            logger.info('in the progress line, %s', self.model.legend)
+        if self.trainer.legend:
+            logger.info('in the progress line, %s', self.trainer.legend)
         logger.info('%s', LEGEND)
         if self.reference:
             logger.info('these are the settings of %s: every evaluation is compared with the stored curves '
                         'of that training', self.reference.recipe)
+        if not self.trainer.selection and self.distance is None:
+            logger.warning('no score of the validation tells which checkpoint is the best one: there is no '
+                           '-best, unless --fid_images=N has it chosen by the distance of samples')
 
     def describe_start(self) -> dict[str, Any]:
         """What restarts.jsonl says of this start; every rank calls it."""
@@ -420,6 +425,7 @@ class Run:
         micro_batch = len(label_B) // num_micro
         first_row = dist.get_rank() * len(label_B)
         num_rows = dist.get_world_size() * len(label_B)
+        self.trainer.begin_step(label_B)
         for i in range(num_micro):
             rows = slice(i * micro_batch, (i + 1) * micro_batch)
             seed_everything(mix_seed(self.state.seed, step))
@@ -547,10 +553,11 @@ class Run:
         scores = self.trainer.eval_epoch(self.until_stopped(batches))
         if self.is_stopping():
             self.stop_at(epoch, self.last_step(epoch))
-        score = scores[self.model.selection]
-        is_best = score < self.state.best
+        selection = self.trainer.selection
+        is_best = bool(selection) and scores[selection] < self.state.best
         self.state.validation = scores
-        self.state.best = min(self.state.best, score)
+        if is_best:
+            self.state.best = scores[selection]
         steps_done = min((epoch + 1) * self.state.steps_per_epoch, self.total_steps)
         if self.config.picture_every:
             self.show_pictures(steps_done)
@@ -558,9 +565,10 @@ class Run:
             self.show_samples(steps_done)
         headline = [f'{name}: {scores[key]:.4f}' for name, key in self.model.headline.items()
                     if key in scores]
-        seconds = time.time() - begin
-        logger.info(' [*] [ep%d]  (val %d)  %s  best %s: %.4f  Val cost: %.1fs', epoch, scores['count'],
-                    '  '.join(headline), self.model.selection, self.state.best, seconds)
+        if selection:
+            headline.append(f'best {selection}: {self.state.best:.4f}')
+        logger.info(' [*] [ep%d]  (val %d)  %s  Val cost: %.1fs', epoch, scores['count'],
+                    '  '.join(headline), time.time() - begin)
         self.compare_with_reference((epoch + 1) * self.state.steps_per_epoch, scores)
         return is_best
 
@@ -629,6 +637,10 @@ class Run:
                                   after_batch=partial(self.show_life, 'evaluating'))
         if self.is_stopping():
             self.stop()
+        # Where no score of the validation tells which checkpoint is the best one, the distance does. The last
+        # one is that of the end of this epoch.
+        if not self.trainer.selection and self.journal.is_lowest(self.distance.name, value):
+            dist.from_master(self.checkpoints.mark_best)
         logger.info(' [*] [ep%d]  %s: %.4f  cost: %.1fs', epoch, self.distance.name, value,
                     time.time() - begin)
         self.journal.distance(epoch, self.config.epochs, (epoch + 1) * self.state.steps_per_epoch,

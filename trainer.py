@@ -23,6 +23,7 @@ from evaluation.pictures import reconstruction_rows, usage_heat_map
 from models import (
     ARModel,
     CodeUsage,
+    Reconstruction,
     Tokenizer,
     TokenizerLoss,
     Trainable,
@@ -30,6 +31,8 @@ from models import (
     load_weights,
 )
 from models.base import Stopwatch
+from objectives.base import Objective
+from objectives.likelihood import Likelihood
 from utils.amp_sc import AmpOptimizer
 from utils.checkpoint import save_file
 from utils.ema import PowerEMA, WeightEMA
@@ -48,21 +51,21 @@ class StepInfo(NamedTuple):
 
 
 class Wrapped(nn.Module):
-    """What DistributedDataParallel wraps: its forward is one method of the model.
+    """What DistributedDataParallel wraps: its forward is one function of the model.
 
     So the model itself is never wrapped, and the keys of its weights never gain a prefix.
 
     Args:
-        method: name of the method whose gradients are exchanged, such as `training_loss`.
+        function: what gradients are exchanged of; it takes the model before all other arguments.
     """
 
-    def __init__(self, model: Trainable, method: str):
+    def __init__(self, model: Trainable, function: Callable[..., Any]):
         super().__init__()
         self.model = model
-        self.method = method
+        self.function = function
 
     def forward(self, *args: Any) -> Any:
-        return getattr(self.model, self.method)(*args)
+        return self.function(self.model, *args)
 
 
 def distributed(module: nn.Module, some_unused: bool = False) -> nn.Module:
@@ -150,6 +153,13 @@ class Trainer:
         """All that the learning rate schedule acts on, the model's own first."""
         return [self.optimizer.optimizer]
 
+    def begin_step(self, label_B: torch.Tensor) -> None:
+        """Called once before the micro-steps of an optimizer step, on every rank.
+
+        Args:
+            label_B: class ids of all images of this rank in that step.
+        """
+
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:
         """Loss and gradient of one micro-batch; the optimizer moves when `stepping`.
@@ -175,6 +185,21 @@ class Trainer:
     def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
         """Metrics of a step, averaged over all ranks; every rank must call it."""
         raise NotImplementedError
+
+    @property
+    def headline(self) -> dict[str, str]:
+        """What the progress line shows of a step: name -> key of the metrics."""
+        return self.model.headline
+
+    @property
+    def legend(self) -> str:
+        """What these names mean, for people who read the line."""
+        return self.model.legend
+
+    @property
+    def selection(self) -> str:
+        """The validation score whose lowest value marks the best checkpoint; '' where no score tells."""
+        return self.model.selection
 
     def tokenizer_seconds(self) -> float:
         """Seconds that a frozen tokenizer took since the last call, for the progress line."""
@@ -271,6 +296,7 @@ class GeneratorTrainer(Trainer):
         ema_decays: of the averaged weights, of which evaluation and sampling use the first ones.
         ema_warmup, ema_device: see `WeightEMA`.
         profile_widths: of averages by power functions, which nothing here uses.
+        objective: what is minimised; None is plain likelihood.
     Attributes:
         profiles: these averages.
     """
@@ -284,12 +310,16 @@ class GeneratorTrainer(Trainer):
 
     def __init__(self, model: ARModel, optimizer: AmpOptimizer, ema_decays: Sequence[float] = (),
                  ema_warmup: bool = True, profile_widths: Sequence[float] = (),
-                 ema_device: str | None = None):
+                 ema_device: str | None = None, objective: Objective | None = None):
         super().__init__(model, optimizer)
-        self.loss_module = distributed(Wrapped(model, 'training_loss'))
+        self.objective = objective or Likelihood()
+        self.loss_module = distributed(Wrapped(model, self.objective.loss))
         self.flops_of_image = functools.lru_cache(model.training_flops)  # by its number of tokens
         self._begin_averages(ema_decays, warmup=ema_warmup, device=ema_device)
         self.profiles = [PowerEMA(model, width, ema_device) for width in profile_widths]
+
+    def begin_step(self, label_B: torch.Tensor) -> None:
+        self.objective.begin_step(label_B)
 
     def train_step(self, images_B3HW: torch.Tensor, label_B: torch.Tensor, progress: float,
                    stepping: bool = True) -> StepInfo:
@@ -299,7 +329,7 @@ class GeneratorTrainer(Trainer):
             with self.optimizer.step_ctx:
                 loss, aux = self.loss_module(images_B3HW, label_B, progress)
             grad_norm, scale_log2 = self.optimizer.backward_clip_step(stepping, loss)
-        self.flops += len(label_B) * self.flops_of_image(aux.get('num_tokens', 0))
+        self.flops += len(label_B) * self.objective.flops(self.flops_of_image, aux)
         is_finite = self.optimizer.moved if stepping else True
         if stepping:
             self._after_step(progress, is_finite)
@@ -312,7 +342,19 @@ class GeneratorTrainer(Trainer):
                 profile.update()
 
     def metrics(self, aux: dict[str, Any]) -> dict[str, float]:
-        return mean_over_ranks(self.model.metrics(aux))
+        return mean_over_ranks(self.objective.metrics(self.model, aux))
+
+    @property
+    def headline(self) -> dict[str, str]:
+        return self.model.headline | self.objective.headline
+
+    @property
+    def legend(self) -> str:
+        return '; '.join(filter(None, (self.model.legend, self.objective.legend)))
+
+    @property
+    def selection(self) -> str:
+        return self.objective.selection(self.model)
 
     def tokenizer_seconds(self) -> float:
         return self.model.tokenizer.clock.take()
@@ -346,7 +388,13 @@ class GeneratorTrainer(Trainer):
             state['ema_profiles'] = {str(profile.width): whole_state(profile.averaged_weights())
                                      for profile in self.profiles}
             state['profile_updates'] = self.profiles[0].num_updates
+        if self.objective.frozen:
+            state['frozen'] = self.digests_of_frozen()
         return state
+
+    def digests_of_frozen(self) -> dict[str, str]:
+        """A digest of the weights of every model that the objective needs and no step moves, by its name."""
+        return {name: weights_checksum(model) for name, model in self.objective.frozen.items()}
 
     def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
         super().load_state_dict(state, source)
@@ -372,6 +420,11 @@ class GeneratorTrainer(Trainer):
             raise ValueError(f'{source} holds no weights averaged with decay '
                              f'{self.more_averages[missing[0]].decay}: pass --ema as it was, or start in '
                              'another output folder')
+        for name, digest in self.digests_of_frozen().items():
+            saved = state.get('frozen', {}).get(name)
+            if saved != digest:
+                raise ValueError(f'{source} was trained against another {name} (digest {saved}, here '
+                                 f'{digest}): pass the file that it was, or start in another output folder')
         missing = [profile.width for profile in self.profiles
                    if str(profile.width) not in state.get('ema_profiles', {})]
         if missing:
@@ -399,7 +452,7 @@ class TokenizerTrainer(Trainer):
         super().__init__(model, optimizer)
         self.criterion = criterion
         self.disc_optimizer = disc_optimizer
-        self.module = distributed(Wrapped(model, 'reconstruct'), model.has_idle_parameters)
+        self.module = distributed(Wrapped(model, reconstruct), model.has_idle_parameters)
         self.disc_module = distributed(criterion.discriminator) if disc_optimizer else None
         self._begin_averages(ema_decays, model.not_averaged)
         if disc_optimizer:
@@ -566,6 +619,11 @@ class TokenizerTrainer(Trainer):
             used = [flag for flag, is_used in flags.items() if is_used]
             raise ValueError(f'{source} was trained with {", ".join(used) or "none"} of --disc, --ema and '
                              '--lecam: keep these, or start in another output folder with --init_from')
+
+
+def reconstruct(model: Tokenizer, images_B3HW: torch.Tensor, progress: float) -> Reconstruction:
+    """What a tokenizer makes of images, with gradients; see `Tokenizer.reconstruct`."""
+    return model.reconstruct(images_B3HW, progress)
 
 
 @torch.no_grad()

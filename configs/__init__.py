@@ -97,7 +97,7 @@ def _parse(argv: list[str], prog: str, classes: dict[str, type], all_presets: di
         parser.groups['most used'].add_argument(flag, metavar='NAME', default=argparse.SUPPRESS, help=text)
     parser._option_string_actions['--model'].help = f'one of: {", ".join(classes)} (here: {model})'
     values = parser.parse([f'--{flag}={value}' for flag, value in given.items()], chosen.config)
-    values |= {key: value for key, value in implied.items() if hasattr(cls, key)} | parser.parse(rest)
+    flags = {key: value for key, value in implied.items() if hasattr(cls, key)} | parser.parse(rest)
     if chosen.preset not in presets:
         others = [
             f'; pass --model={other} for that one'
@@ -107,8 +107,15 @@ def _parse(argv: list[str], prog: str, classes: dict[str, type], all_presets: di
         parser.error(
             f'unknown --preset={chosen.preset} of --model={model}: it has {names}' + ''.join(others[:1])
         )
+    # Where no flag gives them, settings may follow from another one. Those of a file were chosen for the
+    # value that the file has of this one.
+    values = presets[chosen.preset] | values
+    for name, defaults_of in getattr(cls, 'IMPLIED', {}).items():
+        value = flags.get(name, values.get(name))
+        defaults = defaults_of.get(value, {})
+        values = values | defaults if value != values.get(name) else defaults | values
     try:
-        return cls(**{**presets[chosen.preset], **values, 'model': model})
+        return cls(**{**values, **flags, 'model': model})
     except ValueError as error:
         parser.error(str(error))
 

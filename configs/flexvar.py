@@ -43,6 +43,37 @@ class FlexVARConfig(AdaLNConfig):
         limits=(0, INF),
     )
     keep_last: bool = opt(False, 'end every drawn pyramid at the last side of --pn; published: two thirds do')
+    objective: str = opt(
+        'mle',
+        'what is minimised: mle, the loss of the paper; ddo, real images against samples; cca, right labels '
+        'against wrong ones; sar, a second pass that sees predictions',
+    )
+    sar_sigma: float = opt(0.01, 'sar: weight of the second pass', limits=(0, INF), group='objective')
+    sar_scope: str = opt(
+        'last',
+        'sar: scales that the second pass predicts, last as published, or all but the first',
+        choices=('last', 'all'),
+        group='objective',
+    )
+    sar_target: str = opt(
+        'teacher',
+        'sar: what the second pass is to predict, the predictions of the teacher or the real codes',
+        choices=('teacher', 'real'),
+        group='objective',
+    )
+    sar_sample: bool = opt(
+        False, 'sar: draw the predictions, in place of the likeliest codes', group='objective'
+    )
+    sar_cfg: float = opt(2.5, 'sar_sample: guidance at the last scale', limits=(0, INF), group='objective')
+    sar_top_k: int = opt(
+        900, 'sar_sample: draw from the k most likely codes; 0 is off', limits=(0, INF), group='objective'
+    )
+    sar_top_p: float = opt(
+        0.96,
+        'sar_sample: draw from the smallest set of codes with this probability; 0 is off',
+        limits=(0, 1),
+        group='objective',
+    )
 
     def __post_init__(self):
         super().__post_init__()

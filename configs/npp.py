@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from configs.options import INF, REPO, opt, other, settings
 from configs.sampling import SampleConfig
-from configs.training import CachedConfig, TrainConfig
+from configs.training import CachedConfig, ContrastConfig, TrainConfig
 
 GPT_SIZES = (
     'GPT-B',
@@ -47,7 +47,7 @@ GPT_SIZES = (
     hflip=True,
     output_dir=other(str(REPO / 'local_output/npp'), flag='results_dir local_out_dir_path'),
 )
-class NPPConfig(CachedConfig):
+class NPPConfig(CachedConfig, ContrastConfig):
     """NPP on the codes of a frozen VQ-16. Flags are those of the published script."""
 
     IGNORED: ClassVar[dict[str, str]] = {
@@ -58,6 +58,10 @@ class NPPConfig(CachedConfig):
         'dataset': '--code_path is read',
         **dict.fromkeys(('vocab_size', 'vq_model'), 'it is read from the file of the tokenizer'),
         **dict.fromkeys(('gpt_type', 'cls_token_num'), 'there is one class token'),
+    }
+    # Model and reference are compared as they are evaluated.
+    IMPLIED: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        'objective': {name: dict(dropout_p=0.0, token_dropout_p=0.0) for name in ('ddo', 'cca')}
     }
 
     vae_ckpt: str = opt(
@@ -100,6 +104,11 @@ class NPPConfig(CachedConfig):
         super().__post_init__()
         if (self.schedule, self.lr_end) != (TrainConfig.schedule, TrainConfig.lr_end):
             raise ValueError('NPP does not use --sche and --wpe: pass --scheduler and --end_lr')
+        if self.patch_level > 1 and self.objective != 'mle':
+            raise ValueError(
+                f'--objective={self.objective} needs the likelihood of single codes, got '
+                f'--patch_level={self.patch_level}: pass --patch_level=1'
+            )
         if self.width and self.width % 64:
             raise ValueError(f'--width must be a multiple of 64, got {self.width}')
         largest = self.phases[0][1]

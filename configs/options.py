@@ -30,6 +30,7 @@ GROUPS = (  # headings of `--help`, in this order
     'reconstruction',
     'discriminator',
     'optimisation',
+    'objective',
     'run',
     'sweep',
     'numerics',

@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass, replace
 from typing import Any
 
+from configs.objectives import OBJECTIVES, check_objective
 from configs.options import INF, REPO, check_values, expand_paths, flag_of, ints, numbers_of, opt
 from utils.console import require_data, require_weights
 from utils.machine import automatic_workers, workers_note
@@ -325,9 +326,12 @@ class TrainConfig:
     ema_snapshot = 0
     train_only = ''
     init_from = ''
+    objective = 'mle'
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
+    # Other defaults on a command line, by a setting and its value: what the flags say comes on top.
+    IMPLIED: typing.ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
 
     def __post_init__(self):
         expand_paths(self)
@@ -647,9 +651,11 @@ class GeneratorConfig(TrainConfig):
         per_node=True,
         group='run',
     )
+    objective: str = opt('mle', 'what is minimised: mle, the loss of the paper', group='objective')
 
     def __post_init__(self):
         super().__post_init__()
+        check_objective(self)
         if self.shard_group and not self.shard:
             raise ValueError('--shard_group goes with --shard=1: pass both, or neither')
         if self.export and self.shard:
@@ -674,6 +680,11 @@ class GeneratorConfig(TrainConfig):
         if self.reset and not self.init_from:
             flag = flag_of(self, 'init_from')
             raise ValueError(f'--reset is about the weights of --{flag}: pass both, or leave out --reset')
+
+    @property
+    def reference(self) -> str:
+        """File of the frozen weights with which the objective compares the model; '' where it does not."""
+        return ''
 
     @property
     def profile_widths(self) -> tuple[float, ...]:
@@ -727,6 +738,59 @@ class CachedConfig(GeneratorConfig):
             return super().batch_bytes(world_size)
         num_codes = (self.image_size // self.stride) ** 2
         return self.local_batch(world_size) * self.accumulate * num_codes * TOKEN_BYTES
+
+
+@dataclass(frozen=True)
+class ContrastConfig(GeneratorConfig):
+    """A generator whose likelihood of an image can be compared with that of frozen weights."""
+
+    objective: str = opt(
+        'mle',
+        'what is minimised: mle, the loss of the paper; ddo, real images against samples; cca, right labels '
+        'against wrong ones',
+    )
+    ref_from: str = opt(
+        '',
+        'ddo, cca: weights of the frozen reference; empty takes those of --init_from',
+        path=True,
+        free=True,
+        per_node=True,
+        group='objective',
+    )
+    contrast_beta: float = opt(
+        0.02,
+        'ddo, cca: factor of the log-likelihood ratio; published for about 680 codes, it goes with one over '
+        'their number',
+        limits=(0, INF),
+        group='objective',
+    )
+    uncond_ratio: float = opt(
+        0.1, 'ddo, cca: share of labels replaced by the null class', limits=(0, 1), group='objective'
+    )
+    ddo_alpha: float = opt(10.0, 'ddo: weight of samples', limits=(0, INF), group='objective')
+    ddo_null_weight: str = opt(
+        '1',
+        'ddo: weight of real images of the null class, 1 as the published code has it, or alpha as it means',
+        choices=('1', 'alpha'),
+        group='objective',
+    )
+    ddo_codes: str = opt(
+        'reencoded',
+        'ddo: codes of samples, reencoded from their pixels as real ones are, or drawn, which is faster and '
+        'easier to tell from real ones',
+        choices=('reencoded', 'drawn'),
+        group='objective',
+    )
+    cca_lambda: float = opt(50.0, 'cca: weight of wrong labels', limits=(0, INF), group='objective')
+
+    @property
+    def reference(self) -> str:
+        return (self.ref_from or self.init_from) if OBJECTIVES[self.objective].needs_reference else ''
+
+    def require_files(self) -> None:
+        super().require_files()
+        if not self.dry_run:
+            require_weights(self.ref_from)
 
 
 def advice_on_size(size: int, stride: int) -> str:
@@ -815,13 +879,17 @@ def is_weighting(text: str, num_scales: int) -> bool:
 
 
 @dataclass(frozen=True)
-class AdaLNConfig(PyramidConfig, CachedConfig):
+class AdaLNConfig(PyramidConfig, CachedConfig, ContrastConfig):
     """What VAR and FlexVAR have in common."""
 
     IGNORED: typing.ClassVar[dict[str, str]] = {
         'data_name': 'classes and images are those of --data_path',
         'dbg_nan': 'steps that are not finite are always looked for, see --max_skipped_steps',
         'local_debug': 'a run without torchrun is local',
+    }
+    # Model and reference are compared as they are evaluated.
+    IMPLIED: typing.ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        'objective': {name: dict(drop_path=0.0) for name in ('ddo', 'cca')}
     }
 
     depth: int = opt(
@@ -858,6 +926,10 @@ class AdaLNConfig(PyramidConfig, CachedConfig):
             raise ValueError(
                 f'--width must be a multiple of --depth={self.depth}, the number of heads, got {self.width}: '
                 f'pass --width={max(self.width // self.depth, 1) * self.depth}'
+            )
+        if self.label_smooth and OBJECTIVES[self.objective].needs_reference:
+            raise ValueError(
+                f'--ls smooths a loss that --objective={self.objective} does not have: leave out one'
             )
         if self.width and not self.attn_l2_norm:
             raise ValueError(

@@ -32,6 +32,11 @@ class VARConfig(AdaLNConfig):
         last = len(self.patch_nums) - 1
         if self.progressive_until and not 0 <= self.progressive_first <= last:
             raise ValueError(f'--pg0 must be a scale index in 0..{last}, got {self.progressive_first}')
+        if self.progressive_until and self.objective != 'mle':
+            raise ValueError(
+                f'--objective={self.objective} sees all scales from the first step on, and --pg does not: '
+                'leave out --pg'
+            )
 
     @property
     def lr_schedule(self) -> str:

@@ -312,8 +312,8 @@ class ARModel(Trainable):
         trials, by which nothing is trained."""
 
     def sharded_parts(self) -> list[nn.Module]:
-        """Modules that are called once per training step and need no weights but their own: where weights are
-        spread over ranks, those of each are gathered when it is called, and all other weights at once."""
+        """Modules that are called as a whole in a step and need no weights but their own: where weights
+        are spread over ranks, those of each are gathered when it is called, and all other weights at once."""
         return []
 
     def training_flops(self, num_tokens: int) -> int:

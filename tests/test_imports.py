@@ -10,8 +10,8 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 ENTRIES = {'train', 'sample', 'evaluate', 'extract', 'export', 'app', 'hubconf', 'utils.doctor',
            'utils.curves', 'utils.pack_data', 'utils.check_data', 'utils.posthoc_ema', 'utils.merge'}
-LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'pipeline'}, {'evaluation'}, {'trainer'}, {'training'},
-          {'web'}]
+LAYERS = [{'dist'}, {'utils', 'models'}, {'configs'}, {'pipeline'}, {'evaluation'}, {'objectives'},
+          {'trainer'}, {'training'}, {'web'}]
 OPTIONAL = {'safetensors', 'safetensors.torch', 'sklearn.datasets', 'huggingface_hub',
             'huggingface_hub.utils', 'torch.utils.tensorboard',
             'torch_fidelity.feature_extractor_inceptionv3', 'timm',
@@ -27,7 +27,7 @@ ORDER = ['noise', 'scales', 'ssg', 'attention', 'sampling', 'loading', 'recomput
 def modules():
     files = [*REPO.glob('*.py'), *REPO.glob('models/**/*.py'), *REPO.glob('utils/*.py'),
              *REPO.glob('configs/*.py'), *REPO.glob('evaluation/*.py'), *REPO.glob('training/*.py'),
-             *REPO.glob('web/*.py')]
+             *REPO.glob('web/*.py'), *REPO.glob('objectives/*.py')]
     for path in files:
         name = '.'.join(path.relative_to(REPO).with_suffix('').parts).removesuffix('.__init__')
         yield name, ast.parse(path.read_text())

@@ -136,8 +136,8 @@ class Trials:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1., MOST_USED * self.memory / total), self.device)
 
-        # Weights of any value take the same memory.
-        config = replace(config, init_from='', reset='', compile_model=0, compile_tokenizer=0)
+        # Weights of any value take the same memory; only a reference must be read from its file.
+        config = replace(config, init_from=config.reference, reset='', compile_model=0, compile_tokenizer=0)
         self.model = build_model(config, num_classes, total_steps=config.epochs, steps_per_epoch=1,
                                  device=self.device)
         self.model.take_largest_steps()

@@ -1,7 +1,9 @@
 """Builds what a config describes: a model with its tokenizer, losses, optimizers, and the trainer."""
+import copy
 import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 from torch import nn
 
 import dist
-from configs import TokenizerConfig, TrainConfig
+from configs import GeneratorConfig, TokenizerConfig, TrainConfig
 from configs.options import COMPILE_MODES, flag_of
 from models import FAMILIES, ARModel, Tokenizer, TokenizerLoss, Trainable, build_loss, build_tokenizer
 from models.recompute import set_recompute
+from objectives import OBJECTIVES, Objective
 from trainer import GeneratorTrainer, TokenizerTrainer, Trainer, weights_checksum
 from training.finetune import check_same_classes, freeze, take_over
 from utils.amp_sc import AmpOptimizer
@@ -207,17 +210,53 @@ def build_criterion(config: TokenizerConfig, total_steps: int, device: torch.dev
         )
 
 
-def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Trainer:
+def build_objective(config: GeneratorConfig, model: ARModel, classes: list[str] | None) -> Objective:
+    """What a training of a generator minimises, ready for the first step.
+
+    Args:
+        model: with the weights that it begins with; neither compiled nor sharded.
+        classes: see `read_reference`.
+    Raises:
+        ValueError: see `read_reference`.
+    """
+    objective = OBJECTIVES[config.objective].from_config(config)
+    objective.prepare(model, partial(read_reference, config, model, classes))
+    return objective
+
+
+def read_reference(config: GeneratorConfig, model: ARModel, classes: list[str] | None) -> ARModel:
+    """A frozen copy of a model, in eval mode and over the same tokenizer, with the weights of `--ref_from`.
+
+    Args:
+        classes: names of the classes of the data set, see `take_over`.
+    Raises:
+        ValueError: the file cannot be used, or ranks have different files.
+    """
+    path = str(fetch(config.reference))
+    reference = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})
+    take_over(reference, load_file(path), path, classes, reset='')
+    dist.require_equal(weights_checksum(reference), f'the reference {config.reference!r}',
+                       'copy the same file to every node')
+    return reference.requires_grad_(False).eval()
+
+
+def build_trainer(config: TrainConfig, model: Trainable, total_steps: int,
+                  classes: list[str] | None = None) -> Trainer:
     """The model with its optimizer, and a tokenizer also with its losses and discriminator.
 
+    Args:
+        classes: names of the classes of the data set, see `take_over`.
     Raises:
-        ValueError: see `build_criterion` and `shard`.
+        ValueError: see `build_criterion`, `read_reference` and `shard`.
     """
+    # Before the model is compiled or sharded, since it may be copied.
+    objective = build_objective(config, model, classes) if isinstance(model, ARModel) else None
     if config.recompute != 'none':
         set_recompute(model, config.recompute)
     # Before the optimizer is made, which moves the parameters as they are spread over the ranks.
     if config.shard:
-        shard(model, model.sharded_parts(), ('training_loss', 'sample'), config.shard_group)
+        entries = 'training_loss', 'log_probabilities', 'sample'
+        shard(model, model.sharded_parts(), entries, config.shard_group)
     # Compiled in place, so that the keys of weights stay as they are.
     if config.compile_model:
         for part in model.compiled_parts():
@@ -227,7 +266,7 @@ def build_trainer(config: TrainConfig, model: Trainable, total_steps: int) -> Tr
     optimizer = build_optimizer(config, model, model.no_weight_decay())
     if isinstance(model, ARModel):
         return GeneratorTrainer(model, optimizer, config.ema_decays, config.ema_warmup,
-                                config.profile_widths, config.ema_device or None)
+                                config.profile_widths, config.ema_device or None, objective)
     criterion = build_criterion(config, total_steps, next(model.parameters()).device)
     disc_optimizer = None
     if criterion.discriminator is not None:

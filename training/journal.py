@@ -69,7 +69,7 @@ class Journal:
                  header: dict[str, Any], position: tuple[int, int] | None):
         self.folder = folder
         self.trainer = trainer
-        self.headline = trainer.model.headline  # name in the progress line -> key of the metrics
+        self.headline = trainer.headline  # name in the progress line -> key of the metrics
         self.meters = MetricLogger()
         self.pace = Pace(trainer.waiting)
         if dist.is_master():
@@ -208,14 +208,13 @@ class Journal:
             remaining: estimate of the seconds until the training is done.
         """
         means = {name: meter.global_avg for name, meter in self.meters.meters.items()}
-        headline = self.headline.items()
-        train = {key: means[name] for name, key in headline}
-        scores = {f'v{key}': validation.get(key) for _, key in headline}
+        train = {key: means[name] for name, key in self.headline.items()}
+        scores = {f'v{key}': validation.get(key) for key in self.trainer.model.headline.values()}
         if not self.trainer.has_scores_in_every_line:
             scores = {name: value for name, value in scores.items() if value is not None}
         finish = time.strftime('%m-%d %H:%M', time.localtime(time.time() + remaining))
         remain = str(datetime.timedelta(seconds=round(remaining)))
-        shown = '  '.join(f'{name}: {means[name]:.4f}' for name, _ in headline)
+        shown = '  '.join(f'{name}: {means[name]:.4f}' for name in self.headline)
         logger.info('     [ep%d]  (training)  %s  Remain: %s, Finish: %s', epoch, shown, remain, finish)
         if not dist.is_master():
             return
@@ -246,6 +245,14 @@ class Journal:
             lines = read_json_lines(self.folder / 'log.txt')
             is_there = any(name in line and epoch_of(line) == epoch + 1 for line in lines)
         return dist.allgather_object(is_there)[0]
+
+    def is_lowest(self, name: str, value: float) -> bool:
+        """Whether a distance of samples is lower than all of this name in log.txt; every rank calls it."""
+        def compare() -> bool:
+            lines = read_json_lines(self.folder / 'log.txt')
+            earlier = [line[name] for line in lines if math.isfinite(line.get(name, math.nan))]
+            return value < min(earlier, default=math.inf)
+        return dist.from_master(compare)
 
     def distance(self, epoch: int, num_epochs: int, steps_done: int, name: str, value: float) -> None:
         """Write the distance of samples after an epoch: a line of its own in log.txt, a point in TensorBoard.

@@ -246,6 +246,23 @@ def check_frozen(path: Path, content: dict[str, Any], freeze: str) -> None:
                          'in another output folder with --init_from')
 
 
+def check_objective(path: Path, content: dict[str, Any], objective: str) -> None:
+    """Make sure that a checkpoint was trained to minimise the same.
+
+    Args:
+        path: the checkpoint, for the message.
+        content: its content.
+        objective: `--objective` of this run.
+    Raises:
+        ValueError: the checkpoint was trained with another `--objective`.
+    """
+    trained = (content.get('args') or {}).get('objective', 'mle')
+    if trained != objective:
+        raise ValueError(f'{str(path)!r} was trained with --objective={trained}, got '
+                         f'--objective={objective}: correct it, or start in another output folder with '
+                         '--init_from')
+
+
 def check_classes(path: Path, content: dict[str, Any], classes: list[str], data_path: str) -> None:
     """Make sure that every label still means the class that it meant.
 

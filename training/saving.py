@@ -88,6 +88,15 @@ class CheckpointWriter:
                                         name='checkpoint')
         self._thread.start()
 
+    def mark_best(self) -> None:
+        """Give the last checkpoint the name `-best`, too.
+
+        Raises:
+            OSError: the last one could not be written.
+        """
+        self.wait()
+        link_or_copy(self.folder / f'{self.prefix}-last.pth', self.folder / f'{self.prefix}-best.pth')
+
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk.
 
