@@ -250,7 +250,7 @@ for i in {1..600}; do [ -e "$OUT/end" ] && exit "$(cat "$OUT/end")"; sleep 0.05;
         slurm.signal_tasks()
     else:
         (tmp_path / 'run' / 'end').write_text('0' if how == 'done' else '1')
-    assert (job.wait(30), slurm.requeued) == (code, is_requeued)
+    assert (job.wait(120), slurm.requeued) == (code, is_requeued)
     flags = (tmp_path / 'run' / 'flags').read_text().split()
     assert {'--nnodes=2', '--nproc_per_node=1', '--depth=3', f'--output_dir={tmp_path / "run"}'} <= {*flags}
 

@@ -366,7 +366,7 @@ def fails(argv, capsys, parse=parse_training):
     (['--model=flexvar', '--final_reso=250'], ['--final_reso', 'multiple of the stride 16', '250']),
     (['--model=flexvar', '--final_reso=128'], ['where --pn', '16 codes or 256 pixels', '128']),
     (['--model=flexvar', '--pg=0.5'], ['--pg', 'nearest']),
-    (['--model=flowar_tiny'], ['flowar_tiny', "'flowar_large'"]),
+    (['--model=flowar_tiny'], ['flowar_tiny', 'flowar_large']),
     (['--model=flowar', '--preset=small'], ['small', 'flowar_s']),
     (['--model=flowar', '--size=medium'], ['--size', 'one of small, large, huge', 'medium']),
     (['--model=flowar', '--buffer_size=64'], ['--buffer_size', '0', '64']),

@@ -110,7 +110,9 @@ def test_distance_of_features(name):
     a, b = (gaussian(features) for features in load('fid', f'{name}.a', f'{name}.b'))
     distance, original = frechet_distance(*a, *b), frechet_distance(*a, *b, method='scipy')
     assert distance == pytest.approx(case['expected'], rel=1e-8, abs=1e-6)
-    in_float32 = {'large_mean_small_var': 2e-4, 'wide_d512_n96': 3e-5}.get(name, 1e-6)
+    # Newer versions of SciPy find no root of zero, and the original then adds 1e-6 to five variances of both.
+    tolerances = dict(large_mean_small_var=2e-4, wide_d512_n96=3e-5, constant_both=1.01e-5)
+    in_float32 = tolerances.get(name, 1e-6)
     for value in (distance, original):
         assert value == pytest.approx(case['original'], rel=1e-6, abs=in_float32)
     traces = (a[1].trace() + b[1].trace()).item()
