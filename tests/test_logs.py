@@ -234,11 +234,14 @@ def test_numbers_that_are_not_finite_lie_outside_every_band():
         assert 'see demo/var in recipes/' in stored_run.departure(5, dict(L_mean=value))
 
 
-def test_the_band_is_drawn_behind_the_curve(folder, stored, tmp_path):
-    draw([folder], tmp_path / 'with.png')
-    stored.unlink()
-    draw([folder], tmp_path / 'without.png')
-    assert (tmp_path / 'with.png').read_bytes() != (tmp_path / 'without.png').read_bytes()
+def test_the_band_is_drawn_behind_the_curve(folder, stored, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr('matplotlib.axes.Axes.fill_between', lambda self, *band, **style: drawn.append(band))
+    draw([folder], tmp_path / 'curves.png')
+    curves = read_curves(folder)
+    assert [band[0] for band in drawn] == [curves[name].steps for name in ('L_mean', 'vL_mean')]
+    for (_, low, high), name in zip(drawn, ('L_mean', 'vL_mean'), strict=True):
+        assert all(map(lambda *values: sorted(values) == [*values], low, curves[name].values, high))
 
 
 def test_folders_without_a_log_have_no_curves(tmp_path):
