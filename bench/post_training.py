@@ -1,0 +1,284 @@
+"""Post-training on the embedded digits, judged: each method against a training of equal cost without it.
+
+    python -m bench.post_training neon --base=local_output/demo/var/ar-ckpt-last.pth --seeds=0,1,2
+
+Methods: neon, cca, ddo, ssg, and scale_weights, which trains from nothing on the codes of the base. The
+competitor of a method goes on from the same weights with the likelihood alone, for as many steps more as the
+method costs (docs/post_training.md). Both sides choose their settings on images of one noise, and are scored
+on images of another. Everything continues after an interruption; results are in OUT/METHOD.json.
+
+Scores: the Frechet distance of the digits features to all embedded digits, and the class accuracy.
+Letters: N images, S seeds.
+"""
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.common import DIGITS, DigitJudge, stack, write_json
+from evaluation.digits_features import DigitsFeatures
+from evaluation.metrics import FeatureStatistics, frechet_distance, to_uint8
+from models import ARModel
+from models.noise import ImageNoise
+from sample import load_generator
+from utils.data import EMBEDDED_SIZE, build_dataset
+from utils.provenance import git_commit
+
+BATCH = 250            # images drawn at once
+NUM_CHOOSING = 1000    # images by which settings are chosen
+NUM_DRAWN = 1000       # images of its own that Neon is trained on
+DRAWN_CFG = 1.5        # guidance of these
+CFGS = (0., 0.5, 1., 1.5, 2.)
+NEON_WS = (0.5, 1., 1.5)
+RATES = (1e-4, 3e-4)   # of the training that goes on as before
+BETA = 0.45            # 0.02 for 680 tokens is as much for 30
+FORMER_NOISE = 1000    # seeds of the images by which settings are chosen begin here,
+FINAL_NOISE = 2000     # and of those that are scored here
+TRAINING = ('--data_path=digits', '--mid_reso=1.07', '--pn=1_2_3_4', '--patch_size=8', '--depth=3', '--bs=64',
+            '--workers=0', '--tb=0', '--eval_every=1000')
+# as it goes on: one rate for all steps, and no weight decay, which a method with few steps has none of, too
+CONTINUED = ('--twd=0', '--twde=0', '--drop_path=0', '--sche=flat', '--wp0=1', '--wpe=1')
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights and how to sample them.
+
+    Attributes:
+        ckpt: the checkpoint of a generator.
+        options: of its `sample_scales`.
+        neon_from, neon_w: see `sample.load_generator`.
+    """
+    ckpt: Path
+    options: tuple[tuple[str, Any], ...] = ()
+    neon_from: str = ''
+    neon_w: float = 1.
+
+    def describe(self) -> dict[str, Any]:
+        """Settings that tell candidates of one checkpoint apart."""
+        return dict(self.options) | (dict(neon_w=self.neon_w) if self.neon_from else {})
+
+
+class Judge(DigitJudge):
+    """Scores of candidates, kept in a file, so that none is computed twice."""
+
+    def __init__(self, kept: Path):
+        super().__init__()
+        self.network = DigitsFeatures()
+        real = [stack(split)[0] for split in build_dataset('digits', EMBEDDED_SIZE, mid_reso=1.)[1:]]
+        self.statistics = self.statistics_of(torch.cat(real))
+        self.kept = kept
+        self.scores = json.loads(kept.read_text()) if kept.exists() else {}
+        self.loaded: tuple[Any, ARModel | None] = (None, None)
+
+    def statistics_of(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and covariance of the features of images (N, 3, H, W) in [-1, 1]."""
+        statistics_NF = FeatureStatistics(self.network.num_features)
+        statistics_NF.add(self.network(to_uint8(images)))
+        return statistics_NF.mean, statistics_NF.covariance()
+
+    def score(self, candidate: Candidate, num_images: int, noise: int) -> dict[str, float]:
+        """Distance and class accuracy of that many images, drawn with the noise of a seed."""
+        key = ' '.join(map(str, (candidate, num_images, noise)))
+        if key not in self.scores:
+            images, wanted_N = draw(self.generator(candidate), num_images, noise, dict(candidate.options))
+            self.scores[key] = dict(
+                distance=frechet_distance(*self.statistics_of(images), *self.statistics),
+                accuracy=self.accuracy(images, wanted_N),
+            )
+            write_json(self.scores, self.kept)
+        return self.scores[key]
+
+    def generator(self, candidate: Candidate) -> ARModel:
+        """The generator of a candidate; that of the last one is kept."""
+        wanted = (candidate.ckpt, candidate.neon_from, candidate.neon_w)
+        if self.loaded[0] != wanted:
+            model, _ = load_generator('var', str(candidate.ckpt), '', 'raw', torch.device('cpu'),
+                                      neon_from=candidate.neon_from, neon_w=candidate.neon_w)
+            self.loaded = (wanted, model)
+        return self.loaded[1]
+
+    def best(self, candidates: list[Candidate], noise: int) -> Candidate:
+        """The candidate with the lowest distance."""
+        return min(candidates, key=lambda one: self.score(one, NUM_CHOOSING, noise)['distance'])
+
+
+@torch.no_grad()
+def draw(model: ARModel, num_images: int, seed: int,
+         options: dict[str, Any]) -> tuple[torch.Tensor, np.ndarray]:
+    """Images (N, 3, H, W) in [-1, 1], the classes in turn, and these (N,)."""
+    wanted_N = DIGITS[np.arange(num_images) % len(DIGITS)]
+    images = []
+    for first in range(0, num_images, BATCH):
+        labels = wanted_N[first:first + BATCH]
+        rng = ImageNoise(seed, range(first, first + len(labels)))
+        cfg = options.get('cfg', 0.)
+        rest = {name: value for name, value in options.items() if name != 'cfg'}
+        images.append(model.sample(torch.from_numpy(labels), guidance=1 + cfg, rng=rng, **rest))
+    return torch.cat(images).mul(2).sub(1), wanted_N
+
+
+# ---------------------------------------------------------------------------------------------- trainings
+def run(*command: object) -> None:
+    """Run a command of this project; what it prints is shown if it fails."""
+    env = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()))
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f'{" ".join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}')
+
+
+def train(folder: Path, base: Path, *flags: str) -> Path:
+    """The checkpoint of a training from the weights of `base`, which continues or is done already."""
+    run('train.py', *TRAINING, *CONTINUED, f'--init_from={base}', f'--vae_ckpt={tokenizer_of(base)}',
+        f'--output_dir={folder}', *flags)
+    return folder / 'ar-ckpt-last.pth'
+
+
+def tokenizer_of(base: Path) -> Path:
+    """The tokenizer that `make demo` has trained for its generator."""
+    return base.parent.parent / 'vqvae' / 'vae-ckpt-last.pth'
+
+
+def continued(out: Path, base: Path, steps: int, seed: int) -> list[Path]:
+    """Checkpoints of trainings that go on as before, one for each rate."""
+    return [train(out / f'mle_{steps}_{rate:g}_s{seed}', base, f'--steps={steps}', f'--tlr={rate}',
+                  f'--seed={seed}')
+            for rate in RATES]
+
+
+def guided(ckpt: Path, cfgs: tuple[float, ...] = CFGS, **neon: Any) -> list[Candidate]:
+    """A checkpoint with each guidance."""
+    return [Candidate(ckpt, (('cfg', cfg),), **neon) for cfg in cfgs]
+
+
+# ---------------------------------------------------------------------------------------------- methods
+def neon(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
+    """Neon, 30 steps on 1,000 images of the base, against 46 more steps on digits: both at their best."""
+    drawn = out / f'drawn_s{seed}'
+    run('sample.py', f'--ckpt={base}', f'--output={drawn}', f'--num_images={NUM_DRAWN}', f'--cfg={DRAWN_CFG}',
+        '--bs=250', f'--seed={FORMER_NOISE + 500 + seed}')
+    # Drawing an image and encoding it costs as much as training on one: 1,000 of them are 16 steps of 64.
+    tuned = train(out / f'tuned_s{seed}', base, f'--data_path={drawn}.npz', '--val_path=digits', '--steps=30',
+                  '--tlr=1e-4', f'--seed={seed}')
+    of_method = [candidate for w in NEON_WS
+                 for candidate in guided(base, neon_from=str(tuned), neon_w=w)]
+    of_rival = [candidate for ckpt in continued(out, base, 46, seed) for candidate in guided(ckpt)]
+    return compare(judge, dict(base=guided(base), continued=of_rival, neon=of_method), seed, num_images)
+
+
+def cca(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
+    """CCA, 40 steps, against 92 more steps of likelihood; neither is guided."""
+    ckpt = train(out / f'cca_s{seed}', base, '--objective=cca', f'--contrast_beta={BETA}', '--cca_lambda=2',
+                 '--steps=40', '--tlr=1e-4', f'--seed={seed}')
+    of_rival = [Candidate(path) for path in continued(out, base, 92, seed)]
+    return compare(judge, dict(base=[Candidate(base)], continued=of_rival, cca=[Candidate(ckpt)]), seed,
+                   num_images)
+
+
+def ddo(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
+    """DDO, 12 steps and a second round of as many, against 3.1 times the steps; neither is guided."""
+    flags = ('--objective=ddo', f'--contrast_beta={BETA}', '--ddo_alpha=2', '--steps=12', '--tlr=1e-4')
+    first = train(out / f'ddo1_s{seed}', base, *flags, f'--seed={seed}')
+    second = out / f'ddo2_s{seed}'
+    run('train.py', *TRAINING, *CONTINUED, *flags, f'--init_from={first}', f'--output_dir={second}',
+        f'--vae_ckpt={tokenizer_of(base)}', f'--seed={FORMER_NOISE + seed}')
+    of_rival = [Candidate(path) for steps in (37, 74) for path in continued(out, base, steps, seed)]
+    sides = dict(base=[Candidate(base)], continued=of_rival, ddo=[Candidate(first)],
+                 ddo_second_round=[Candidate(second / 'ar-ckpt-last.pth')])
+    return compare(judge, sides, seed, num_images)
+
+
+def ssg(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
+    """SSG of several strengths and priors, without guidance and with it; the base has none."""
+    sides = {f'cfg {cfg}': [Candidate(base, (('cfg', cfg),))] for cfg in (0., 1.5)}
+    for cfg in (0., 1.5):
+        for prior in ('fused', 'zero_pad', 'bilinear'):
+            for strength in (0.05, 0.1, 0.2, 0.4):
+                options = (('cfg', cfg), ('ssg', strength), ('ssg_prior', prior))
+                sides[f'cfg {cfg}, {prior} {strength}'] = [Candidate(base, options)]
+    return compare(judge, sides, seed, num_images)
+
+
+def scale_weights(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
+    """A VAR from nothing, 12 epochs, with each weighting of the scales: each at its best guidance."""
+    sides = {}
+    for weighting in ('uniform', 'equal', 'lognorm'):
+        folder = out / f'{weighting}_s{seed}'
+        run('train.py', *TRAINING, f'--scale_weights={weighting}', f'--vae_ckpt={tokenizer_of(base)}',
+            f'--output_dir={folder}', '--ep=12', '--tblr=6e-3', '--alng=1e-2', '--wp=1', f'--seed={seed}')
+        sides[weighting] = guided(folder / 'ar-ckpt-last.pth')
+    return compare(judge, sides, seed, num_images)
+
+
+METHODS = dict(neon=neon, cca=cca, ddo=ddo, ssg=ssg, scale_weights=scale_weights)
+
+
+# ---------------------------------------------------------------------------------------------- report
+def compare(judge: Judge, sides: dict[str, list[Candidate]], seed: int, num_images: int) -> dict[str, Any]:
+    """Scores of each side with the settings that suit it best."""
+    rows = {}
+    for name, candidates in sides.items():
+        best = judge.best(candidates, FORMER_NOISE + seed) if len(candidates) > 1 else candidates[0]
+        scores = judge.score(best, num_images, FINAL_NOISE + seed)
+        rows[name] = dict(settings=best.describe(), tried=len(candidates), **scores)
+        print(f'seed {seed}, {name}: distance {scores["distance"]:.3f}, accuracy {scores["accuracy"]:.4f}, '
+              f'{best.ckpt.parent.name} {best.describe()}', flush=True)
+    return rows
+
+
+def summary(rows_by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Mean of every side over the seeds, and of its difference to the first rival, with standard errors."""
+    names = list(next(iter(rows_by_seed.values())))
+    rival = 'continued' if 'continued' in names else names[0]
+    table = {}
+    for name in names:
+        entry = {}
+        for score in ('distance', 'accuracy'):
+            values = [rows[name][score] for rows in rows_by_seed.values()]
+            differences = [rows[name][score] - rows[rival][score] for rows in rows_by_seed.values()]
+            entry[score] = statistics.mean(values)
+            entry[f'{score}_minus_{rival}'] = statistics.mean(differences)
+            if len(differences) > 1:
+                entry[f'{score}_standard_error'] = statistics.stdev(differences) / math.sqrt(len(differences))
+        table[name] = entry
+    return table
+
+
+def main() -> None:
+    """Run the experiment that the command line names, and write its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('method', choices=METHODS)
+    parser.add_argument('--base', type=Path, default=Path('local_output/demo/var/ar-ckpt-last.pth'),
+                        help='the generator of make demo, whose tokenizer is expected in its place there')
+    parser.add_argument('--out', type=Path, default=Path('local_output/post_training'))
+    parser.add_argument('--seeds', default='0,1,2')
+    parser.add_argument('--images', type=int, default=5000, help='images that a score counts')
+    args = parser.parse_args()
+
+    out = args.out / args.method
+    judge = Judge(out / 'scores.json')
+    rows_by_seed = {}
+    for seed in map(int, args.seeds.split(',')):
+        rows_by_seed[seed] = METHODS[args.method](judge, out, args.base, seed, args.images)
+    report = dict(
+        command=' '.join(['python', '-m', 'bench.post_training', *sys.argv[1:]]),
+        commit=git_commit(),
+        images=args.images,
+        summary=summary(rows_by_seed),
+        seeds=rows_by_seed,
+    )
+    print(json.dumps(report['summary'], indent=2))
+    write_json(report, args.out / f'{args.method}.json')
+
+
+if __name__ == '__main__':
+    main()
