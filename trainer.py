@@ -57,12 +57,14 @@ class Wrapped(nn.Module):
 
     Args:
         function: what gradients are exchanged of; it takes the model before all other arguments.
+        heads: parts beside the model whose gradients are exchanged, too.
     """
 
-    def __init__(self, model: Trainable, function: Callable[..., Any]):
+    def __init__(self, model: Trainable, function: Callable[..., Any], heads: nn.Module | None = None):
         super().__init__()
         self.model = model
         self.function = function
+        self.heads = heads
 
     def forward(self, *args: Any) -> Any:
         return self.function(self.model, *args)
@@ -313,7 +315,7 @@ class GeneratorTrainer(Trainer):
                  ema_device: str | None = None, objective: Objective | None = None):
         super().__init__(model, optimizer)
         self.objective = objective or Likelihood()
-        self.loss_module = distributed(Wrapped(model, self.objective.loss))
+        self.loss_module = distributed(Wrapped(model, self.objective.loss, self.objective.heads))
         self.flops_of_image = functools.lru_cache(model.training_flops)  # by its number of tokens
         self._begin_averages(ema_decays, warmup=ema_warmup, device=ema_device)
         self.profiles = [PowerEMA(model, width, ema_device) for width in profile_widths]
@@ -390,6 +392,8 @@ class GeneratorTrainer(Trainer):
             state['profile_updates'] = self.profiles[0].num_updates
         if self.objective.frozen:
             state['frozen'] = self.digests_of_frozen()
+        if self.objective.heads:
+            state['heads'] = whole_state(self.objective.heads.state_dict())
         return state
 
     def digests_of_frozen(self) -> dict[str, str]:
@@ -398,6 +402,8 @@ class GeneratorTrainer(Trainer):
 
     def load_state_dict(self, state: dict[str, Any], source: str = 'the checkpoint') -> None:
         super().load_state_dict(state, source)
+        if self.objective.heads:
+            self.objective.heads.load_state_dict(state['heads'])
         for profile in self.profiles:
             profile.load_state_dict(state['ema_profiles'][str(profile.width)], state['profile_updates'])
 

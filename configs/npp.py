@@ -100,11 +100,27 @@ class NPPConfig(CachedConfig, ContrastConfig):
     token_dropout_p: float = opt(0.1, 'dropout of the input', limits=(0, 0.999))
     drop_path_rate: float = opt(0.0, 'drop path of the last block, replaces dropout_p', limits=(0, 0.999))
 
+    objective: str = opt(
+        'mle',
+        'what is minimised: mle, the loss of the paper; ddo, real images against samples; cca, right labels '
+        'against wrong ones; rear, codes after contexts with wrong codes',
+    )
+    rear: bool = opt(False, 'the same as --objective=rear', group='objective')
+    rear_noise: float = opt(
+        0.75,
+        'rear: share of the training in which the share of wrong codes falls to 0',
+        limits=(0, 1),
+        group='objective',
+    )
+
     def __post_init__(self):
+        if self.rear and self.objective == 'mle':
+            object.__setattr__(self, 'objective', 'rear')
         super().__post_init__()
+        object.__setattr__(self, 'rear', self.objective == 'rear')
         if (self.schedule, self.lr_end) != (TrainConfig.schedule, TrainConfig.lr_end):
             raise ValueError('NPP does not use --sche and --wpe: pass --scheduler and --end_lr')
-        if self.patch_level > 1 and self.objective != 'mle':
+        if self.patch_level > 1 and self.objective not in ('mle', 'rear'):
             raise ValueError(
                 f'--objective={self.objective} needs the likelihood of single codes, got '
                 f'--patch_level={self.patch_level}: pass --patch_level=1'

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from configs.options import flag_of
 
 NO_LIKELIHOOD = 'it gives no likelihood of an image, only velocities: train on with --objective=mle'
+NO_RASTER = 'it replaces codes that are read one by one, and there are none'
 
 
 class Terms(NamedTuple):
@@ -53,6 +54,16 @@ OBJECTIVES: dict[str, Terms] = dict(
             'sar_top_k',
             'sar_top_p',
         ),
+        needs_reference=False,
+    ),
+    rear=Terms(
+        ('npp',),
+        dict(
+            var=f'{NO_RASTER}: pass --objective=cca or ddo',
+            flexvar=f'{NO_RASTER}: pass --objective=sar, which shows the model its own errors',
+            flowar=f'{NO_RASTER}: train on with --objective=mle',
+        ),
+        ('rear', 'rear_noise'),
         needs_reference=False,
     ),
 )

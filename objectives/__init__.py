@@ -6,8 +6,9 @@ from objectives.base import Objective
 from objectives.cca import CCA
 from objectives.ddo import DDO
 from objectives.likelihood import Likelihood
+from objectives.rear import REAR
 from objectives.sar import SAR
 
 __all__ = ['OBJECTIVES', 'Objective']
 
-OBJECTIVES: dict[str, type[Objective]] = dict(mle=Likelihood, ddo=DDO, cca=CCA, sar=SAR)
+OBJECTIVES: dict[str, type[Objective]] = dict(mle=Likelihood, ddo=DDO, cca=CCA, sar=SAR, rear=REAR)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from configs import GeneratorConfig
 from models import ARModel
@@ -19,6 +20,8 @@ class Objective:
         legend: what these names mean.
         frozen: models by name that the loss needs and no step moves. They are in no optimizer, average or
             checkpoint: that keeps a digest of their weights, by which a restart knows them again.
+        heads: parts by name that are trained beside the model, and are no part of it: a checkpoint has them
+            under a key of their own, and no average, export or sample does.
     """
 
     headline: dict[str, str] = {}
@@ -26,6 +29,7 @@ class Objective:
 
     def __init__(self):
         self.frozen: dict[str, ARModel] = {}
+        self.heads = nn.ModuleDict()
 
     @classmethod
     def from_config(cls, config: GeneratorConfig) -> 'Objective':

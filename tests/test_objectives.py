@@ -16,10 +16,11 @@ from models import VAR, VQVAE, FlexVAE, FlexVAR
 from models.flexvar import FixedSchedule
 from models.noise import GlobalBatch
 from models.scales import block_causal
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, rear
 from objectives.cca import CCA, cca_loss
 from objectives.contrast import advised_beta, log_likelihood
 from objectives.ddo import DDO, ddo_loss
+from objectives.rear import REAR, alignment_loss
 from objectives.sar import SAR
 from pipeline import load
 from tests.runs import (
@@ -563,7 +564,8 @@ def test_rounds_begin_with_the_result_of_the_last_one(command, here, files, tmp_
 @pytest.mark.parametrize(('model', 'name', 'flags'), [
     ('flexvar', 'ddo', ['--ep=1', '--ddo_codes=drawn']), ('flexvar', 'cca', ['--ep=1']),
     ('flexvar', 'sar', ['--ep=1', '--sar_scope=all']), ('flexvar', 'sar', ['--ep=1', '--sar_sample=1']),
-    ('npp', 'cca', ['--epochs=1', '--lr=1e-3']), ('npp', 'ddo', ['--epochs=1', '--lr=1e-3'])])
+    ('npp', 'cca', ['--epochs=1', '--lr=1e-3']), ('npp', 'ddo', ['--epochs=1', '--lr=1e-3']),
+    ('npp', 'rear', ['--epochs=2', '--lr=1e-3', '--patch_level=2'])])
 def test_every_family_trains_alike_on_two_processes(command, here, tmp_path, model, name, flags):
     launch('train.py', command(model, tmp_path / 'two', name, *flags), nproc=2)
     here(train, *command(model, tmp_path / 'one', name, *flags, '--ac=2'))
@@ -590,13 +592,67 @@ def test_ways_of_computing(command, here, tmp_path, flags):
     assert abs(first['gap']) < 1e-3
 
 
+# ---------------------------------------------------------------------------------------------- reAR
+def test_rear_is_the_published_one():
+    """Its sequences begin with a token more than ours, and read every code."""
+    t, stored = load_tensors('post_training/rear'), load_json('post_training/rear')
+    logits_BLV, encode_BLZ, decode_BLZ = (t[name].clone().requires_grad_()
+                                          for name in ('logits_BLV', 'encode_BLZ', 'decode_BLZ'))
+    likelihood = F.cross_entropy(logits_BLV[:, :-1].transpose(1, 2), t['idx_BN'])
+    alignment = alignment_loss(encode_BLZ[:, 2:], decode_BLZ[:, 1:-1], t['code_vectors_BNZ'],
+                               t['perturbed_BN'].bool())
+    (likelihood + alignment).backward()
+    assert likelihood.item() == pytest.approx(stored['ar_loss'], rel=1e-6)
+    assert alignment.item() == pytest.approx(stored['proj_loss'], rel=1e-6)
+    for name, given in (('logits', logits_BLV), ('encode', encode_BLZ), ('decode', decode_BLZ)):
+        assert_within(given.grad, t[f'grad_{name}'], 1e-6)
+
+
+def test_noise_of_rear_falls_and_follows_the_place_of_an_image():
+    idx_BN = torch.zeros(400, 16, dtype=torch.int64)
+    objective = REAR(noise_until=0.75)
+
+    def replaced(progress, rows=slice(None)):
+        torch.manual_seed(1)
+        with GlobalBatch(rows.start or 0, len(idx_BN)):
+            return objective.with_noise(idx_BN[rows], 1000, progress) != 0
+    assert replaced(0.).float().mean().item() == pytest.approx(1 / 2, abs=0.03)
+    assert replaced(0.25).float().mean().item() == pytest.approx(1 / 3, abs=0.03)
+    assert not replaced(0.75).any() and not replaced(1.).any()
+    assert torch.equal(replaced(0.)[100:], replaced(0., slice(100, None)))
+    shares_B = replaced(0.).float().mean(1)
+    assert shares_B.min() < 0.1 and shares_B.max() > 0.9, 'every image has a share of its own'
+
+
+def test_rear_trains_heads_beside_the_model(families, here, monkeypatch, tmp_path):
+    """Larger patches train as ever, a restart is exact, and the heads are no part of the model."""
+    monkeypatch.setattr(rear, 'HEAD_WIDTH', 32)
+
+    def flags(name, *more):
+        return training(families['npp'], tmp_path / name, '--lr=1e-3', '--save_every=2', '--tb=0', *more,
+                        '--tb_samples=0', model='npp')
+    here(train, *flags('plain'))
+    here(train, *flags('once', '--rear=1'))
+    interrupt(lambda: here(train, *flags('twice', '--rear=1')), 7)
+    here(train, *flags('twice', '--rear=1'))
+    plain, once, twice = (read(tmp_path / name)['trainer'] for name in ('plain', 'once', 'twice'))
+    assert_equal(once, twice)
+    assert once.keys() ^ plain.keys() == {'heads'}
+    assert once['var_wo_ddp'].keys() == plain['var_wo_ddp'].keys()
+    of_plain, of_rear = steps_of(tmp_path / 'plain'), steps_of(tmp_path / 'once')
+    for before, line in zip(of_plain, of_rear, strict=True):
+        assert (line['L_align'] != 0) == (line['prog_patch'] == 1)
+        assert (line['L_mean'] == before['L_mean']) == (line['step'] < 5)
+    assert len(load(tmp_path / 'once' / 'ar-ckpt-last.pth')([0, 1])) == 2
+
+
 # ---------------------------------------------------------------------------------------------- flags
 def test_both_tables_name_the_same_objectives():
     assert OBJECTIVES.keys() == terms.OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
-    (['--objective=ddp'], "--objective must be one of mle, ddo, cca, sar, got 'ddp'"),
+    (['--objective=ddp'], "--objective must be one of mle, ddo, cca, sar, rear, got 'ddp'"),
     (['--objective=cca'], 'pass --init_from=FILE, and --ref_from=FILE where'),
     (['--model=npp', '--objective=cca', '--patch_level=1'], 'pass --gpt_ckpt=FILE'),
     (['--model=npp', '--objective=cca', '--gpt_ckpt=f'], 'pass --patch_level=1'),
@@ -611,6 +667,9 @@ def test_both_tables_name_the_same_objectives():
     (['--objective=sar'], "nor the teacher's argmax is a consistent target: pass --model=flexvar"),
     (['--model=npp', '--objective=sar'], 'no scales'),
     (['--model=flowar', '--objective=sar'], 'it predicts velocities'),
+    (['--objective=rear'], 'codes that are read one by one'),
+    (['--model=npp', '--rear_noise=0.5'], '--rear_noise is for --objective=rear, got --objective=mle'),
+    (['--model=npp', '--rear=1', '--objective=cca'], '--rear is for --objective=rear, got --objective=cca'),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(capsys, flags, words):
     assert words in message(lambda: parse_training(flags), capsys)

@@ -263,7 +263,10 @@ def build_trainer(config: TrainConfig, model: Trainable, total_steps: int,
             part.compile(mode=COMPILE_MODES[config.compile_model])
     if config.compile_tokenizer and isinstance(model, ARModel):
         model.tokenizer.encoder.compile(mode=COMPILE_MODES[config.compile_tokenizer])
-    optimizer = build_optimizer(config, model, model.no_weight_decay())
+    trained = model
+    if isinstance(model, ARModel) and objective.heads:
+        trained = nn.ModuleDict(dict(model=model, heads=objective.heads))
+    optimizer = build_optimizer(config, trained, model.no_weight_decay())
     if isinstance(model, ARModel):
         return GeneratorTrainer(model, optimizer, config.ema_decays, config.ema_warmup,
                                 config.profile_widths, config.ema_device or None, objective)
