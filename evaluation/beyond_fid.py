@@ -206,7 +206,7 @@ def score_fdr6(given: Comparison) -> Scores:
         given.unavailable['fdr6_paper'] = ('some statistics of training images are not the published ones, '
                                            'to which its divisors belong')
     kinds = {given.training[encoder].described['kind'] for encoder in FDR_ENCODERS}
-    if 'real' in given.features and 'real' not in kinds:
+    if given.settings.real and 'real' not in kinds:
         divisors = {encoder: given.distance(encoder, 'real') for encoder in FDR_ENCODERS}
         for encoder, ratio in ratios(distances, divisors).items():
             scores[given.name(f'fdr_{encoder}_own', encoder)] = ratio

@@ -336,8 +336,10 @@ def test_six_encoders(run, files, small):
     for path in small.glob('*.npz'):
         with np.load(path) as arrays:
             np.savez(path, mu=arrays['mu'], sigma=arrays['sigma'])
-    report, printed = run(*flags, '--metrics=fdr6')
-    assert set(report['beyond']['unavailable']) == {'fdr6_own'}
+    with np.load(files / 'stats.npz') as arrays:
+        np.savez(files / 'full.npz', arr_0=images[0], **arrays)
+    report, printed = run(files / 'full.npz', *flags[1:], '--metrics=fdr6,kid')
+    assert set(report['beyond']['unavailable']) == {'fdr6_own', 'kid_inception_s100x1000'}
     for kind, divisors in DIVISORS.items():
         expected = np.mean([scores[names[key]] / divisors[key] for key in FDR_ENCODERS])
         assert report['scores'][f'fdr6_{kind}_0.006k_fp32_ref256'] == pytest.approx(expected, rel=1e-6)
