@@ -624,13 +624,13 @@ def test_noise_of_rear_falls_and_follows_the_place_of_an_image():
     assert shares_B.min() < 0.1 and shares_B.max() > 0.9, 'every image has a share of its own'
 
 
-def test_rear_trains_heads_beside_the_model(families, here, monkeypatch, tmp_path):
+def test_rear_trains_heads_beside_the_model(families, codes, here, monkeypatch, tmp_path):
     """Larger patches train as ever, a restart is exact, and the heads are no part of the model."""
     monkeypatch.setattr(rear, 'HEAD_WIDTH', 32)
 
     def flags(name, *more):
-        return training(families['npp'], tmp_path / name, '--lr=1e-3', '--save_every=2', '--tb=0', *more,
-                        '--tb_samples=0', model='npp')
+        return training(families['npp'], tmp_path / name, f'--code_path={codes}', '--lr=1e-3', '--ema=0.9',
+                        '--save_every=2', '--tb=0', *more, model='npp')
     here(train, *flags('plain'))
     here(train, *flags('once', '--rear=1'))
     interrupt(lambda: here(train, *flags('twice', '--rear=1')), 7)
