@@ -40,11 +40,13 @@ DRAWN_CFG = 1.5        # guidance of these
 CFGS = (0., 0.5, 1., 1.5, 2.)
 NEON_WS = (0.5, 1., 1.5)
 RATES = (1e-4, 3e-4)   # of the training that goes on as before
+METHOD_RATE = 1e-4     # of a method
+IMAGES_PER_STEP = 64
 BETA = 0.45            # 0.02 for 680 tokens is as much for 30
 FORMER_NOISE = 1000    # seeds of the images by which settings are chosen begin here,
 FINAL_NOISE = 2000     # and of those that are scored here
-TRAINING = ('--data_path=digits', '--mid_reso=1.07', '--pn=1_2_3_4', '--patch_size=8', '--depth=3', '--bs=64',
-            '--workers=0', '--tb=0', '--eval_every=1000')
+TRAINING = ('--data_path=digits', '--mid_reso=1.07', '--pn=1_2_3_4', '--patch_size=8', '--depth=3',
+            f'--bs={IMAGES_PER_STEP}', '--workers=0', '--tb=0', '--eval_every=1000')
 # as it goes on: one rate for all steps, and no weight decay, which a method with few steps has none of, too
 CONTINUED = ('--twd=0', '--twde=0', '--drop_path=0', '--sche=flat', '--wp0=1', '--wpe=1')
 
@@ -143,6 +145,11 @@ def train(folder: Path, base: Path, *flags: str) -> Path:
     return folder / 'ar-ckpt-last.pth'
 
 
+def flag_of_rate(rate: float) -> str:
+    """The flag of a learning rate: train.py takes it for 256 images."""
+    return f'--tblr={rate * 256 / IMAGES_PER_STEP:g}'
+
+
 def tokenizer_of(base: Path) -> Path:
     """The tokenizer that `make demo` has trained for its generator."""
     return base.parent.parent / 'vqvae' / 'vae-ckpt-last.pth'
@@ -150,7 +157,7 @@ def tokenizer_of(base: Path) -> Path:
 
 def continued(out: Path, base: Path, steps: int, seed: int) -> list[Path]:
     """Checkpoints of trainings that go on as before, one for each rate."""
-    return [train(out / f'mle_{steps}_{rate:g}_s{seed}', base, f'--steps={steps}', f'--tlr={rate}',
+    return [train(out / f'mle_{steps}_{rate:g}_s{seed}', base, f'--steps={steps}', flag_of_rate(rate),
                   f'--seed={seed}')
             for rate in RATES]
 
@@ -168,7 +175,7 @@ def neon(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dic
         '--bs=250', f'--seed={FORMER_NOISE + 500 + seed}')
     # Drawing an image and encoding it costs as much as training on one: 1,000 of them are 16 steps of 64.
     tuned = train(out / f'tuned_s{seed}', base, f'--data_path={drawn}.npz', '--val_path=digits', '--steps=30',
-                  '--tlr=1e-4', f'--seed={seed}')
+                  flag_of_rate(METHOD_RATE), f'--seed={seed}')
     of_method = [candidate for w in NEON_WS
                  for candidate in guided(base, neon_from=str(tuned), neon_w=w)]
     of_rival = [candidate for ckpt in continued(out, base, 46, seed) for candidate in guided(ckpt)]
@@ -178,7 +185,7 @@ def neon(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dic
 def cca(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
     """CCA, 40 steps, against 92 more steps of likelihood; neither is guided."""
     ckpt = train(out / f'cca_s{seed}', base, '--objective=cca', f'--contrast_beta={BETA}', '--cca_lambda=2',
-                 '--steps=40', '--tlr=1e-4', f'--seed={seed}')
+                 '--steps=40', flag_of_rate(METHOD_RATE), f'--seed={seed}')
     of_rival = [Candidate(path) for path in continued(out, base, 92, seed)]
     return compare(judge, dict(base=[Candidate(base)], continued=of_rival, cca=[Candidate(ckpt)]), seed,
                    num_images)
@@ -186,7 +193,8 @@ def cca(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict
 
 def ddo(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
     """DDO, 12 steps and a second round of as many, against 3.1 times the steps; neither is guided."""
-    flags = ('--objective=ddo', f'--contrast_beta={BETA}', '--ddo_alpha=2', '--steps=12', '--tlr=1e-4')
+    flags = ('--objective=ddo', f'--contrast_beta={BETA}', '--ddo_alpha=2', '--steps=12',
+             flag_of_rate(METHOD_RATE))
     first = train(out / f'ddo1_s{seed}', base, *flags, f'--seed={seed}')
     second = out / f'ddo2_s{seed}'
     run('train.py', *TRAINING, *CONTINUED, *flags, f'--init_from={first}', f'--output_dir={second}',
