@@ -358,6 +358,14 @@ METRICS = {
     'fd_inf': Metric(_row_encoder, score_fd_inf, training=True, rows=True),
     'memory': Metric(_row_encoder, score_memory, rows=True, real=True, bank=True),
 }
+
+
+def encoders_of(settings: ScoreSettings) -> list[str]:
+    """Names of the encoders that the scores of `settings.beyond` need, each once."""
+    names = [encoder for name in settings.beyond for encoder in METRICS[name].encoders(settings)]
+    return list(dict.fromkeys(names))
+
+
 SEEDS = {  # settings of a metric that its report names
     'kid': dict(seed=KID_SEED, subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE),
     'prdc': dict(seed=ROWS_SEED),
@@ -390,7 +398,7 @@ class BeyondFid:
         settings: of the command.
         ref_images: images of REF; None if it holds statistics alone.
         sample_images: of SAMPLE.
-        network: the one of --features.
+        network: the one of --features; None if no score needs it.
         digests: SHA-256 of both, by 'reference' and 'sample'.
         ref_is_stored: whether REF stores statistics.
     Raises:
@@ -401,7 +409,7 @@ class BeyondFid:
     def __init__(self, settings: ScoreSettings, ref_images: ImageSet | None, sample_images: ImageSet | None,
                  network: Any, digests: dict[str, str], ref_is_stored: bool):
         self.settings = settings
-        self.network = network
+        self.network_name = network.name if network is not None else ''
         self.ref_is_stored = ref_is_stored
         self.metrics = {name: METRICS[name] for name in settings.beyond}
         self.notes: list[str] = []
@@ -419,10 +427,9 @@ class BeyondFid:
             self.sets['bank'] = open_given(settings.bank)
 
         self._check_sets()
-        names = [encoder for metric in self.metrics.values() for encoder in metric.encoders(settings)]
         self.encoders = {}
-        for encoder in dict.fromkeys(names):
-            is_given = encoder == network.name
+        for encoder in encoders_of(settings):
+            is_given = encoder == self.network_name
             self.encoders[encoder] = network if is_given else load_network(settings, encoder)
         self.files = self._find_training()
 
@@ -466,7 +473,7 @@ class BeyondFid:
             if not metric.training:
                 continue
             for encoder in metric.encoders(self.settings):
-                if encoder == self.network.name:
+                if encoder == self.network_name:
                     continue
                 files[encoder] = find_statistics(self.settings.statistics, encoder, self.encoders[encoder])
                 if files[encoder] is None and not self.settings.real:
@@ -480,7 +487,7 @@ class BeyondFid:
     @property
     def needs_ref_statistics(self) -> bool:
         """Whether the statistics of REF are compared with."""
-        return self.network.name in self.encoders and self._is_compared_with_training(self.network.name)
+        return self.network_name in self.encoders and self._is_compared_with_training(self.network_name)
 
     @property
     def with_rows(self) -> set[str]:
@@ -540,7 +547,7 @@ class BeyondFid:
     def _training(self, encoder: str, features: dict[str, dict[str, SetFeatures]],
                   ref_statistics: dict[str, tuple]) -> Training:
         """Statistics of the training images by an encoder, from REF, a file, or the real images."""
-        if encoder == self.network.name:
+        if encoder == self.network_name:
             described = dict(kind='reference', path=self.settings.ref)
             return Training(ref_statistics[''], self.ref_is_stored, 0, described)
         file = self.files[encoder]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import dist
-from evaluation.beyond_fid import BeyondFid, lines_of
+from evaluation.beyond_fid import BeyondFid, encoders_of, lines_of
 from evaluation.feature_store import FeatureStore, SetFeatures
 from evaluation.features import (
     extract,
@@ -98,9 +98,11 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
 
     # 2. Stored statistics and the manifest come before the features, which take long: they may turn out to
     # belong to another network or to other images.
-    network = network or load_network(settings)
-    ref.read_statistics(network)
-    sample.read_statistics(network)
+    if network is None and (wanted or settings.features in encoders_of(settings)):
+        network = load_network(settings)
+    if network is not None:
+        ref.read_statistics(network)
+        sample.read_statistics(network)
     described = {}
     if dist.is_master():
         described = dict(reference=ref.describe(), sample=sample.describe())
@@ -151,13 +153,20 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
         **described,
         manifest=manifest,
         rejection=(manifest or {}).get('rejection'),
-        network=dict(name=network.name, digest=network.digest, published=network.digest == SHA256),
+        network=describe_network(network),
         settings=dataclasses.asdict(settings),
         versions=versions(),
         device=device_name(torch_device(settings)),
         world_size=dist.get_world_size(),
         seconds=round(time.time() - begin, 1),
     )
+
+
+def describe_network(network: Any) -> dict[str, Any] | None:
+    """The network of --features for the report; None where no score needs it."""
+    if network is None:
+        return None
+    return dict(name=network.name, digest=network.digest, published=network.digest == SHA256)
 
 
 # ---------------------------------------------------------------------------------------------- the files
@@ -475,20 +484,18 @@ def text_report(report: dict[str, Any]) -> str:
 
     network = report['network']
     settings = report['settings']
-    if network['published']:
-        published = 'published weights'
-    else:
-        published = 'no Inception weights of FID: these scores compare with nothing published'
     rejected = ''
     if report['rejection']:
         rejected = f' with rejection (ratio {report["rejection"]["ratio"]:g})'
 
-    lines = [
-        side('reference'),
-        side('sample') + rejected,
-        f'{"features":10} {network["name"]} {network["digest"][:8]} ({published}), {settings["dtype"]}, '
-        f'precision and recall {settings["pr_mode"]}, distance by {settings["fd_method"]}',
-    ]
+    lines = [side('reference'), side('sample') + rejected]
+    if network:
+        published = 'no Inception weights of FID: these scores compare with nothing published'
+        if network['published']:
+            published = 'published weights'
+        lines.append(f'{"features":10} {network["name"]} {network["digest"][:8]} ({published}), '
+                     f'{settings["dtype"]}, precision and recall {settings["pr_mode"]}, distance by '
+                     f'{settings["fd_method"]}')
     for name, words in SCORES.items():
         if name in report['scores']:
             lines.append(f'{words}: {report["scores"][name]:.6g}')

@@ -442,7 +442,7 @@ def test_weights_that_are_missing_end_the_run_before_images_are_read(run, files,
     assert not extracted and stop.value.code == MissingWeights.exit_code
 
 
-def test_shapes_that_are_refused(run, files, small, extracted):
+def test_shapes_that_are_refused(run, files, small, extracted, monkeypatch):
     np.savez(files / 'sample.npz', arr_0=noise(6, 1)[:, :, :6])
     flags = [files / 'train.npz', files / 'sample.npz', '--allow_any_count', f'--statistics={small}',
              '--encoder_dtype=float32', f'--encoder_weights={small}']
@@ -450,5 +450,8 @@ def test_shapes_that_are_refused(run, files, small, extracted):
     with pytest.raises(SystemExit, match=r'mae is defined for square images, .* has 6x8'):
         run(*flags, '--metrics=prdc', '--prdc_encoder=mae')
     assert not extracted
-    report, _ = run(*flags, '--metrics=cmmd')
-    assert 'cmmd_clip336_0.006k' in report['scores']
+    with monkeypatch.context() as patched:  # CMMD needs no Inception
+        patched.setattr(command, 'load_network', None)
+        report, printed = run(*flags, '--metrics=cmmd')
+    assert 'cmmd_clip336_0.006k' in report['scores'] and report['network'] is None
+    assert 'cmmd_clip336_0.006k: ' in printed and 'features' not in printed.splitlines()[2]
