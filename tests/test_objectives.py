@@ -24,6 +24,7 @@ from objectives.rear import REAR, alignment_loss
 from objectives.sar import SAR
 from pipeline import load
 from tests.runs import (
+    BATCH,
     TINY_VQVAE,
     Interrupt,
     assert_equal,
@@ -409,6 +410,30 @@ def test_nothing_differs_before_the_first_step(command, tmp_path, model, objecti
     assert_within(gap.gap_B, likelihoods[0] - likelihoods[1], 5e-4)
     assert gap.gap_B.abs().min() > 1e-4
     assert not reference.training
+
+
+@pytest.mark.parametrize('codes', ['reencoded', 'drawn'])
+@pytest.mark.parametrize('model', EXACT)
+def test_samples_follow_the_place_in_the_global_batch(command, tmp_path, model, codes):
+    """And the seed of the step; the generators of torch stay where they are."""
+    run = prepared(command(model, tmp_path, 'ddo', f'--ddo_codes={codes}'))
+    objective, label_B = run.trainer.objective, torch.arange(BATCH) % 4
+    encoding = run.model.encoding_of_step()
+
+    def drawn(seed, start, end):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        with GlobalBatch(start, BATCH):
+            tokens, is_finite_B = objective.fakes(label_B[start:end], encoding)
+        assert torch.equal(torch.get_rng_state(), before) and is_finite_B.all()
+        return tokens if isinstance(tokens, torch.Tensor) else torch.cat(tokens, dim=1)
+    whole_BL = drawn(1, 0, BATCH)
+    assert torch.equal(torch.cat([drawn(1, 0, 5), drawn(1, 5, BATCH)]), whole_BL)
+    assert not torch.equal(drawn(2, 0, BATCH), whole_BL)
+    reference = objective.frozen['reference']
+    assert run.model.training and not reference.training
+    blocks = reference.layers if model == 'npp' else reference.blocks
+    assert all(block.attn.cache is None for block in blocks)
 
 
 def test_equal_labels_are_positive_examples():
