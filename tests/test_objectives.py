@@ -498,7 +498,7 @@ def whole(families, files, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize('name', CONTRASTS)
+@pytest.mark.parametrize('name', ['cca', pytest.param('ddo', marks=pytest.mark.slow)])
 def test_micro_steps_equal_the_large_batch(command, here, whole, tmp_path, name):
     """With drop path and the null class; samples and wrong labels follow the place in the global batch."""
     here(train, *command('var', tmp_path, name, *OF[name], '--ac=4'))
@@ -525,6 +525,7 @@ def test_a_checkpoint_holds_no_more_than_a_digest_of_the_reference(command, whol
     assert_equal(dict(begun.model.state_dict()), dict(content['trainer']['var_wo_ddp']))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_that_of_the_lowest_distance(command, here, monkeypatch, tmp_path):
     """Also of a start that is killed between the checkpoint and its distance."""
     class Distance:
@@ -571,6 +572,7 @@ def test_an_interrupted_run_continues_to_the_last_bit(command, here, whole, stop
     assert_equal(read(tmp_path)['trainer'], read(whole('ddo'))['trainer'])
 
 
+@pytest.mark.slow
 def test_rounds_begin_with_the_result_of_the_last_one(command, here, files, tmp_path):
     """A reference of its own is not the start; averaged weights come first in both."""
     run = prepared(command('var', tmp_path / 'a', 'ddo', f'--ref_from={files["var", "two"]}'))
@@ -649,6 +651,7 @@ def test_noise_of_rear_falls_and_follows_the_place_of_an_image():
     assert shares_B.min() < 0.1 and shares_B.max() > 0.9, 'every image has a share of its own'
 
 
+@pytest.mark.slow
 def test_rear_trains_heads_beside_the_model(families, codes, here, monkeypatch, tmp_path):
     """Larger patches train as ever, a restart is exact, and the heads are no part of the model."""
     monkeypatch.setattr(rear, 'HEAD_WIDTH', 32)
