@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import DIGITS, DigitJudge, stack, write_json
-from evaluation.digits_features import DigitsFeatures
-from evaluation.metrics import FeatureStatistics, frechet_distance, to_uint8
+from bench.common import DIGITS, FrechetJudge, stack, write_json
+from evaluation.metrics import frechet_distance
 from models import ARModel
 from models.noise import ImageNoise
 from sample import load_generator
 from utils.data import EMBEDDED_SIZE, build_dataset
+from utils.hub import sha256_of
 from utils.provenance import git_commit
 
 BATCH = 250            # images drawn at once
@@ -42,12 +42,12 @@ NEON_WS = (0.5, 1., 1.5)
 RATES = (1e-4, 3e-4)   # of the training that goes on as before
 METHOD_RATE = 1e-4     # of a method
 IMAGES_PER_STEP = 64
-BETA = 0.45            # 0.02 for 680 tokens is as much for 30
-FORMER_NOISE = 1000    # seeds of the images by which settings are chosen begin here,
+BETA = 0.45            # by the rule 0.02 * 680 / L, for 30 codes
+CHOOSING_NOISE = 1000  # seeds of the images by which settings are chosen begin here,
 FINAL_NOISE = 2000     # and of those that are scored here
 TRAINING = ('--data_path=digits', '--mid_reso=1.07', '--pn=1_2_3_4', '--patch_size=8', '--depth=3',
             f'--bs={IMAGES_PER_STEP}', '--workers=0', '--tb=0', '--eval_every=1000')
-# as it goes on: one rate for all steps, and no weight decay, which a method with few steps has none of, too
+# as it goes on: one rate for all steps, and no weight decay, as the methods have none
 CONTINUED = ('--twd=0', '--twde=0', '--drop_path=0', '--sche=flat', '--wp0=1', '--wpe=1')
 
 
@@ -70,23 +70,16 @@ class Candidate:
         return dict(self.options) | (dict(neon_w=self.neon_w) if self.neon_from else {})
 
 
-class Judge(DigitJudge):
-    """Scores of candidates, kept in a file, so that none is computed twice."""
+class Judge(FrechetJudge):
+    """Scores of candidates, kept in a file, so that none is computed twice; distances are to all digits."""
 
     def __init__(self, kept: Path):
         super().__init__()
-        self.network = DigitsFeatures()
         real = [stack(split)[0] for split in build_dataset('digits', EMBEDDED_SIZE, mid_reso=1.)[1:]]
         self.statistics = self.statistics_of(torch.cat(real))
         self.kept = kept
         self.scores = json.loads(kept.read_text()) if kept.exists() else {}
         self.loaded: tuple[Any, ARModel | None] = (None, None)
-
-    def statistics_of(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and covariance of the features of images (N, 3, H, W) in [-1, 1]."""
-        statistics_NF = FeatureStatistics(self.network.num_features)
-        statistics_NF.add(self.network(to_uint8(images)))
-        return statistics_NF.mean, statistics_NF.covariance()
 
     def score(self, candidate: Candidate, num_images: int, noise: int) -> dict[str, float]:
         """Distance and class accuracy of that many images, drawn with the noise of a seed."""
@@ -172,7 +165,7 @@ def neon(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dic
     """Neon, 30 steps on 1,000 images of the base, against 46 more steps on digits: both at their best."""
     drawn = out / f'drawn_s{seed}'
     run('sample.py', f'--ckpt={base}', f'--output={drawn}', f'--num_images={NUM_DRAWN}', f'--cfg={DRAWN_CFG}',
-        '--bs=250', f'--seed={FORMER_NOISE + 500 + seed}')
+        '--bs=250', f'--seed={CHOOSING_NOISE + 500 + seed}')
     # Drawing an image and encoding it costs as much as training on one: 1,000 of them are 16 steps of 64.
     tuned = train(out / f'tuned_s{seed}', base, f'--data_path={drawn}.npz', '--val_path=digits', '--steps=30',
                   flag_of_rate(METHOD_RATE), f'--seed={seed}')
@@ -198,7 +191,7 @@ def ddo(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict
     first = train(out / f'ddo1_s{seed}', base, *flags, f'--seed={seed}')
     second = out / f'ddo2_s{seed}'
     run('train.py', *TRAINING, *CONTINUED, *flags, f'--init_from={first}', f'--output_dir={second}',
-        f'--vae_ckpt={tokenizer_of(base)}', f'--seed={FORMER_NOISE + seed}')
+        f'--vae_ckpt={tokenizer_of(base)}', f'--seed={CHOOSING_NOISE + seed}')
     of_rival = [Candidate(path) for steps in (37, 74) for path in continued(out, base, steps, seed)]
     sides = dict(base=[Candidate(base)], continued=of_rival, ddo=[Candidate(first)],
                  ddo_second_round=[Candidate(second / 'ar-ckpt-last.pth')])
@@ -206,13 +199,15 @@ def ddo(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict
 
 
 def ssg(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
-    """SSG of several strengths and priors, without guidance and with it; the base has none."""
-    sides = {f'cfg {cfg}': [Candidate(base, (('cfg', cfg),))] for cfg in (0., 1.5)}
+    """SSG with the strength and the prior that suit it best, against none, at the same guidance."""
+    sides = {}
     for cfg in (0., 1.5):
-        for prior in ('fused', 'zero_pad', 'bilinear'):
-            for strength in (0.05, 0.1, 0.2, 0.4):
-                options = (('cfg', cfg), ('ssg', strength), ('ssg_prior', prior))
-                sides[f'cfg {cfg}, {prior} {strength}'] = [Candidate(base, options)]
+        sides[f'cfg {cfg}'] = [Candidate(base, (('cfg', cfg),))]
+        sides[f'cfg {cfg}, ssg'] = [
+            Candidate(base, (('cfg', cfg), ('ssg', strength), ('ssg_prior', prior)))
+            for prior in ('fused', 'zero_pad', 'bilinear')
+            for strength in (0.05, 0.1, 0.2, 0.4)
+        ]
     return compare(judge, sides, seed, num_images)
 
 
@@ -235,7 +230,7 @@ def compare(judge: Judge, sides: dict[str, list[Candidate]], seed: int, num_imag
     """Scores of each side with the settings that suit it best."""
     rows = {}
     for name, candidates in sides.items():
-        best = judge.best(candidates, FORMER_NOISE + seed) if len(candidates) > 1 else candidates[0]
+        best = judge.best(candidates, CHOOSING_NOISE + seed) if len(candidates) > 1 else candidates[0]
         scores = judge.score(best, num_images, FINAL_NOISE + seed)
         rows[name] = dict(settings=best.describe(), tried=len(candidates), **scores)
         print(f'seed {seed}, {name}: distance {scores["distance"]:.3f}, accuracy {scores["accuracy"]:.4f}, '
@@ -243,20 +238,29 @@ def compare(judge: Judge, sides: dict[str, list[Candidate]], seed: int, num_imag
     return rows
 
 
+def rival_of(name: str, names: list[str]) -> str:
+    """What a side is compared with: the same guidance, else the training that goes on, else the first."""
+    same_guidance = name.partition(', ')[0]
+    if same_guidance in names and same_guidance != name:
+        return same_guidance
+    return 'continued' if 'continued' in names else names[0]
+
+
 def summary(rows_by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Mean of every side over the seeds, and of its difference to the first rival, with standard errors."""
+    """Means over the seeds: of every side, and of its difference to another one, with the error of that."""
     names = list(next(iter(rows_by_seed.values())))
-    rival = 'continued' if 'continued' in names else names[0]
     table = {}
     for name in names:
-        entry = {}
+        rival = rival_of(name, names)
+        entry = dict(compared_with=rival)
         for score in ('distance', 'accuracy'):
             values = [rows[name][score] for rows in rows_by_seed.values()]
             differences = [rows[name][score] - rows[rival][score] for rows in rows_by_seed.values()]
             entry[score] = statistics.mean(values)
-            entry[f'{score}_minus_{rival}'] = statistics.mean(differences)
+            entry[f'{score}_difference'] = statistics.mean(differences)
             if len(differences) > 1:
-                entry[f'{score}_standard_error'] = statistics.stdev(differences) / math.sqrt(len(differences))
+                spread = statistics.stdev(differences)
+                entry[f'{score}_difference_error'] = spread / math.sqrt(len(differences))
         table[name] = entry
     return table
 
@@ -272,7 +276,9 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=5000, help='images that a score counts')
     args = parser.parse_args()
 
-    out = args.out / args.method
+    # Results are of this very base: another file at the same place begins anew.
+    digest = sha256_of(args.base)
+    out = args.out / args.method / digest[:8]
     judge = Judge(out / 'scores.json')
     rows_by_seed = {}
     for seed in map(int, args.seeds.split(',')):
@@ -280,6 +286,7 @@ def main() -> None:
     report = dict(
         command=' '.join(['python', '-m', 'bench.post_training', *sys.argv[1:]]),
         commit=git_commit(),
+        base_sha256=digest,
         images=args.images,
         summary=summary(rows_by_seed),
         seeds=rows_by_seed,

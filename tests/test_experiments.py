@@ -1,7 +1,7 @@
 """The table of an experiment: what it chooses, and what its errors are of."""
 import pytest
 
-from bench.post_training import NUM_CHOOSING, Candidate, Judge, compare, summary
+from bench.post_training import NUM_CHOOSING, Candidate, Judge, compare, rival_of, summary
 
 
 class JudgeOfStoredScores(Judge):
@@ -35,8 +35,14 @@ def test_errors_are_those_of_paired_differences():
                        neon=dict(distance=0.5 + seed + gain, accuracy=0.5))
             for seed, gain in enumerate((-0.1, 0., 0.1))}
     table = summary(rows)
-    assert table['neon']['distance_minus_continued'] == pytest.approx(-0.5)
+    assert table['neon']['distance_difference'] == pytest.approx(-0.5)
     # The seeds differ by 1, their differences by 0.1: 0.1 over the root of 3.
-    assert table['neon']['distance_standard_error'] == pytest.approx(0.1 / 3 ** 0.5)
-    assert table['continued']['distance_minus_continued'] == 0
-    assert table['neon']['accuracy_standard_error'] == 0
+    assert table['neon']['distance_difference_error'] == pytest.approx(0.1 / 3 ** 0.5)
+    assert table['continued']['distance_difference'] == 0
+    assert table['neon']['accuracy_difference_error'] == 0
+
+
+def test_what_a_side_is_compared_with():
+    assert rival_of('neon', ['base', 'continued', 'neon']) == 'continued'
+    assert rival_of('cfg 1.5, ssg', ['cfg 0.0', 'cfg 0.0, ssg', 'cfg 1.5', 'cfg 1.5, ssg']) == 'cfg 1.5'
+    assert rival_of('lognorm', ['uniform', 'equal', 'lognorm']) == 'uniform'
