@@ -39,6 +39,7 @@ import dist
 from evaluation.features import load_network
 from evaluation.pictures import save_contact_sheet
 from evaluation.score import ScoreSettings, open_set, score_images, write_json
+from evaluation.score_table import flat
 from evaluation.sweep import ScoreTable
 from models import ARModel
 from pipeline import build, draw, read, to_bytes
@@ -526,7 +527,7 @@ def sweep(config: SampleConfig) -> None:
             npz_path = sample(job)
             report = score_images(dataclasses.replace(settings, sample=str(npz_path)), network)
             if report:
-                scores = report['scores']
+                scores = flat(report['scores'])
                 table.add(combination | scores)
                 line = ', '.join(f'{name} {score:.5g}' for name, score in scores.items())
                 logger.info('%s: %s', npz_path, line)

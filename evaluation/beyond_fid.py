@@ -457,10 +457,14 @@ class BeyondFid:
                     raise ValueError(f'{encoder} is defined for square images, {sample.path} has '
                                      f'{sample.width}x{sample.height}: crop them, or leave {name} out of '
                                      '--metrics')
+        owner_of = {digest: sample.path}
         for of, (images, other) in self.sets.items():
-            if of != 'sample' and other == digest:
-                raise ValueError(f'{sample.path} and {images.path} are the same images: comparing a set with '
-                                 'itself says nothing, pass others')
+            if of == 'sample':
+                continue
+            if other in owner_of:
+                raise ValueError(f'{owner_of[other]} and {images.path} are the same images: comparing a set '
+                                 'with itself says nothing, pass others')
+            owner_of[other] = images.path
 
     def _find_training(self) -> dict[str, StatisticsFile | None]:
         """Files with statistics of training images by encoder; None where REF or the real images give them.

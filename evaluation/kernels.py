@@ -205,15 +205,16 @@ def kid_of_subsets(sample_NF: torch.Tensor, reference_MF: torch.Tensor, num_subs
 
 
 # ---------------------------------------------------------------------------------------------- CMMD
-def cmmd(sample_NF: torch.Tensor, reference_MF: torch.Tensor, unbiased: bool = False,
-         device: torch.device | str | None = None, block: int = BLOCK) -> float:
+def cmmd(sample_NF: torch.Tensor, reference_MF: torch.Tensor, device: torch.device | str | None = None,
+         block: int = BLOCK) -> Pairwise:
     """CMMD of embeddings of unit length: 1000 MMD^2 with a Gaussian kernel.
 
     Args:
-        unbiased: leave out the pairs of a row with itself. The abstract of the paper says so, its code and
-            its numbers are of the biased form.
         device: see `kernel_sum`.
         block: see `kernel_sum`.
+    Returns:
+        Both forms. The abstract of the paper speaks of the unbiased one, its code and its numbers are of the
+        biased one.
     Raises:
         ValueError: see `squared_mmd`.
     Source: Jayasumana et al., arXiv 2401.09603, Sec. 4.

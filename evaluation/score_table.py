@@ -78,7 +78,7 @@ def _with_measured(row: Row, folder: Path) -> Row:
         return row
     path = folder / row['report']
     report = _read(path)
-    found = _flat(report.get('scores', {}))
+    found = flat(report.get('scores', {}))
     if row['metric'] not in found:
         raise ValueError(f'expected the score {row["metric"]} in {path}, it has {", ".join(found)}: correct '
                          'the row')
@@ -92,7 +92,7 @@ def _rows_of_report(report: dict[str, Any]) -> list[Row]:
     shown = [f'{name} {settings[name]}' for name in SHOWN if name in settings]
     model = Path(manifest.get('ckpt') or report['sample']['path']).name
     rows = []
-    for metric, value in _flat(report['scores']).items():
+    for metric, value in flat(report['scores']).items():
         rows.append({
             'model': model,
             'metric': metric,
@@ -108,12 +108,12 @@ def _manifest_of(report: dict[str, Any]) -> str:
     return str(report.get('sample', {}).get('sha256', ''))[:12]
 
 
-def _flat(scores: dict[str, Any]) -> dict[str, float]:
+def flat(scores: dict[str, Any]) -> dict[str, float]:
     """Numbers by name; those of a group have its name in front, and lists are left out."""
     found = {}
     for name, value in scores.items():
         if isinstance(value, dict):
-            for part, number in _flat(value).items():
+            for part, number in flat(value).items():
                 found[f'{name} {part}'] = number
         elif isinstance(value, int | float):
             found[name] = value
@@ -156,7 +156,7 @@ def summarize(settings: SummarySettings) -> str | None:
                          'seeds')
 
     lines = [f'{len(reports)} samples of {first["count"]} images']
-    values = [_flat(report['scores']) for report in reports]
+    values = [flat(report['scores']) for report in reports]
     for name in values[0]:
         numbers = [value[name] for value in values]
         listed = ', '.join(f'{number:.6g}' for number in numbers)
@@ -173,7 +173,7 @@ def _definition(report: dict[str, Any]) -> dict[str, Any]:
     encoders = report.get('beyond', {}).get('encoders', {})
     names = ('features', 'dtype', 'pr_mode', 'fd_method', 'split_size')
     return dict(
-        scores=list(_flat(report['scores'])),
+        scores=list(flat(report['scores'])),
         count=report['sample'].get('count'),
         reference=report['reference']['sha256'],
         network=report['network'],
