@@ -108,7 +108,7 @@ class NPPConfig(CachedConfig, ContrastConfig):
     rear: bool = opt(False, 'the same as --objective=rear', group='objective')
     rear_noise: float = opt(
         0.75,
-        'rear: share of the training in which the share of wrong codes falls to 0',
+        'rear: part of the training after which no code is replaced any more; the limit falls to there',
         limits=(0, 1),
         group='objective',
     )
@@ -124,6 +124,11 @@ class NPPConfig(CachedConfig, ContrastConfig):
             raise ValueError(
                 f'--objective={self.objective} needs the likelihood of single codes, got '
                 f'--patch_level={self.patch_level}: pass --patch_level=1'
+            )
+        if self.objective == 'rear' and self.shard:
+            raise ValueError(
+                '--objective=rear trains heads beside the model, which --shard does not spread: '
+                'leave out --shard'
             )
         if self.width and self.width % 64:
             raise ValueError(f'--width must be a multiple of 64, got {self.width}')

@@ -462,6 +462,6 @@ class ARModel(Trainable):
 
         Args:
             rng: see `sample`.
-            encoding: what `encoding_of_step` gave; nothing draws what validation sees.
+            encoding: what `encoding_of_step` gave; left out, that of validation.
         """
         raise NotImplementedError

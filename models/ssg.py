@@ -110,7 +110,7 @@ class SSG:
         if k == 0:
             return logits_BlV
 
-        # In full precision under any autocast: logits are large, and their differences small.
+        # In float32 under any autocast: logits are large, and their differences small.
         sizes = self.layout.sizes
         with torch.autocast(logits_BlV.device.type, enabled=False):
             enlarge_ll = enlargement(sizes[k - 1], sizes[k], self.prior).to(logits_BlV)

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import train
+from configs import CONFIGS, parse_training
 from configs import objectives as terms
-from configs import parse_training
 from configs.options import config_text
 from models import VAR, VQVAE, FlexVAE, FlexVAR
 from models.flexvar import FixedSchedule
@@ -633,6 +633,11 @@ def test_rear_is_the_published_one():
     assert alignment.item() == pytest.approx(stored['proj_loss'], rel=1e-6)
     for name, given in (('logits', logits_BLV), ('encode', encode_BLZ), ('decode', decode_BLZ)):
         assert_within(given.grad, t[f'grad_{name}'], 1e-6)
+
+
+def test_rear_is_refused_where_weights_are_sharded():
+    with pytest.raises(ValueError, match=r'--objective=rear trains heads.*leave out --shard'):
+        CONFIGS['npp'](rear=True, shard=True, data_path='digits')
 
 
 def test_noise_of_rear_falls_and_follows_the_place_of_an_image():

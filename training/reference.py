@@ -96,7 +96,11 @@ def is_same_training(config: TrainConfig, entry: dict[str, Any]) -> bool:
     # Weights to begin with are a free setting, and change everything that follows.
     if config.model != entry['settings']['model'] or config.init_from:
         return False
-    if compared_settings(config) != compared_settings(CONFIGS[config.model](**entry['settings'])):
+    try:
+        stored = CONFIGS[config.model](**entry['settings'])
+    except (TypeError, ValueError):  # of another version, which had other settings
+        return False
+    if compared_settings(config) != compared_settings(stored):
         return False
     if describe_tokens(config) != entry['tokens']:
         return False
