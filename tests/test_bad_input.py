@@ -52,7 +52,7 @@ def test_non_finite_loss_stops_with_a_line(train_here, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------- images
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_unreadable_images_are_replaced_and_listed_up_to_a_limit(train_here, tmp_path, capsys, workers):
     root = make_folder(tmp_path / 'images')
     (root / 'train' / 'bee' / '01.png').write_bytes(b'broken')

@@ -364,6 +364,7 @@ def test_results_are_labelled_and_the_manifest_of_candidates_kept(run, toy, cand
     assert report['rejection'] == manifest['rejection']
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(run, candidates, network_file, tmp_path):
     np.savez(candidates, arr_0=noise(21), arr_1=np.arange(21) % 2)
     files = {}

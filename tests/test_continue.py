@@ -239,7 +239,7 @@ def test_the_checksum_notices_every_bit_and_every_swap():
     assert trainer.weights_checksum(model) != before
 
 
-@pytest.mark.parametrize('model', ['vq16', 'flexvae', 'kl16'])
+@pytest.mark.parametrize('model', [pytest.param('vq16', marks=pytest.mark.slow), 'flexvae', 'kl16'])
 def test_ranks_that_train_a_tokenizer_agree(data, tmp_path, model):
     """Their weights are compared at every save; what a rank notes of its own images does not count."""
     launch('train.py', [f'--model={model}', '--preset=tiny', f'--data_path={data[0]}', '--image_size=16',

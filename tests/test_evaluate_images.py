@@ -158,6 +158,7 @@ def test_report_equals_that_of_the_original(run, tmp_path, monkeypatch, case):
 
 
 # ---------------------------------------------------------------------------------------------- ranks
+@pytest.mark.slow
 def test_processes_do_not_change_scores(run, files):
     flags = [files / 'ref.npz', files / 'sample.npz', *DIGITS, '--split_size=40', '--bs=7']
     launch('evaluate.py', [*flags, f'--json={files / "many.json"}'], nproc=2)
