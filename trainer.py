@@ -391,11 +391,12 @@ class GeneratorTrainer(Trainer):
                                      for profile in self.profiles}
             state['profile_updates'] = self.profiles[0].num_updates
         if self.objective.frozen:
-            state['frozen'] = self.digests_of_frozen()
+            state['frozen'] = self.digests_of_frozen
         if self.objective.heads:
             state['heads'] = whole_state(self.objective.heads.state_dict())
         return state
 
+    @functools.cached_property
     def digests_of_frozen(self) -> dict[str, str]:
         """A digest of the weights of every model that the objective needs and no step moves, by its name."""
         return {name: weights_checksum(model) for name, model in self.objective.frozen.items()}
@@ -426,7 +427,7 @@ class GeneratorTrainer(Trainer):
             raise ValueError(f'{source} holds no weights averaged with decay '
                              f'{self.more_averages[missing[0]].decay}: pass --ema as it was, or start in '
                              'another output folder')
-        for name, digest in self.digests_of_frozen().items():
+        for name, digest in self.digests_of_frozen.items():
             saved = state.get('frozen', {}).get(name)
             if saved != digest:
                 raise ValueError(f'{source} was trained against another {name} (digest {saved}, here '
