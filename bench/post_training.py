@@ -131,10 +131,21 @@ def run(*command: object) -> None:
         sys.exit(f'{" ".join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}')
 
 
-def train(folder: Path, base: Path, *flags: str) -> Path:
-    """The checkpoint of a training from the weights of `base`, which continues or is done already."""
-    run('train.py', *TRAINING, *CONTINUED, f'--init_from={base}', f'--vae_ckpt={tokenizer_of(base)}',
-        f'--output_dir={folder}', *flags)
+def train(folder: Path, base: Path, *flags: str, init_from: Path | None = None) -> Path:
+    """The checkpoint of a training on the codes of `base`, which continues or is done already.
+
+    Args:
+        init_from: the weights that it begins with; None are those of the base.
+    """
+    run(
+        'train.py',
+        *TRAINING,
+        *CONTINUED,
+        f'--init_from={init_from or base}',
+        f'--vae_ckpt={tokenizer_of(base)}',
+        f'--output_dir={folder}',
+        *flags,
+    )
     return folder / 'ar-ckpt-last.pth'
 
 
@@ -164,8 +175,15 @@ def guided(ckpt: Path, cfgs: tuple[float, ...] = CFGS, **neon: Any) -> list[Cand
 def neon(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
     """Neon, 30 steps on 1,000 images of the base, against 46 more steps on digits: both at their best."""
     drawn = out / f'drawn_s{seed}'
-    run('sample.py', f'--ckpt={base}', f'--output={drawn}', f'--num_images={NUM_DRAWN}', f'--cfg={DRAWN_CFG}',
-        '--bs=250', f'--seed={CHOOSING_NOISE + 500 + seed}')
+    run(
+        'sample.py',
+        f'--ckpt={base}',
+        f'--output={drawn}',
+        f'--num_images={NUM_DRAWN}',
+        f'--cfg={DRAWN_CFG}',
+        f'--bs={BATCH}',
+        f'--seed={CHOOSING_NOISE + 500 + seed}',
+    )
     # Drawing an image and encoding it costs as much as training on one: 1,000 of them are 16 steps of 64.
     tuned = train(out / f'tuned_s{seed}', base, f'--data_path={drawn}.npz', '--val_path=digits', '--steps=30',
                   flag_of_rate(METHOD_RATE), f'--seed={seed}')
@@ -189,12 +207,10 @@ def ddo(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict
     flags = ('--objective=ddo', f'--contrast_beta={BETA}', '--ddo_alpha=2', '--steps=12',
              flag_of_rate(METHOD_RATE))
     first = train(out / f'ddo1_s{seed}', base, *flags, f'--seed={seed}')
-    second = out / f'ddo2_s{seed}'
-    run('train.py', *TRAINING, *CONTINUED, *flags, f'--init_from={first}', f'--output_dir={second}',
-        f'--vae_ckpt={tokenizer_of(base)}', f'--seed={CHOOSING_NOISE + seed}')
+    second = train(out / f'ddo2_s{seed}', base, *flags, f'--seed={CHOOSING_NOISE + seed}', init_from=first)
     of_rival = [Candidate(path) for steps in (37, 74) for path in continued(out, base, steps, seed)]
     sides = dict(base=[Candidate(base)], continued=of_rival, ddo=[Candidate(first)],
-                 ddo_second_round=[Candidate(second / 'ar-ckpt-last.pth')])
+                 ddo_second_round=[Candidate(second)])
     return compare(judge, sides, seed, num_images)
 
 
@@ -216,8 +232,18 @@ def scale_weights(judge: Judge, out: Path, base: Path, seed: int, num_images: in
     sides = {}
     for weighting in ('uniform', 'equal', 'lognorm'):
         folder = out / f'{weighting}_s{seed}'
-        run('train.py', *TRAINING, f'--scale_weights={weighting}', f'--vae_ckpt={tokenizer_of(base)}',
-            f'--output_dir={folder}', '--ep=12', '--tblr=6e-3', '--alng=1e-2', '--wp=1', f'--seed={seed}')
+        run(
+            'train.py',
+            *TRAINING,
+            f'--scale_weights={weighting}',
+            f'--vae_ckpt={tokenizer_of(base)}',
+            f'--output_dir={folder}',
+            '--ep=12',
+            '--tblr=6e-3',
+            '--alng=1e-2',
+            '--wp=1',
+            f'--seed={seed}',
+        )
         sides[weighting] = guided(folder / 'ar-ckpt-last.pth')
     return compare(judge, sides, seed, num_images)
 
