@@ -2,13 +2,14 @@
 
     python -m bench.post_training neon --base=local_output/demo/var/ar-ckpt-last.pth --seeds=0,1,2
 
-Methods: neon, cca, ddo, ssg, and scale_weights, which trains from nothing on the codes of the base. The
-competitor of a method goes on from the same weights with the likelihood alone, for as many steps more as the
-method costs (docs/post_training.md). Both sides choose their settings on images of one noise, and are scored
-on images of another. Everything continues after an interruption; results are in OUT/METHOD.json.
+Methods: neon, cca, ddo, ssg, scale_weights, which trains from nothing on the codes of the base, and sar,
+whose base is the FlexVAR of `make demo-flexvar`. The competitor of a method goes on from the same weights
+with the likelihood alone, for as many steps more as the method costs (docs/post_training.md). Both sides
+choose their settings on images of one noise, and are scored on images of another. Everything continues after
+an interruption; results are in OUT/METHOD.json.
 
 Scores: the Frechet distance of the digits features to all embedded digits, and the class accuracy.
-Letters: N images, S seeds.
+Letter: N images.
 """
 import argparse
 import json
@@ -38,6 +39,7 @@ NUM_CHOOSING = 1000    # images by which settings are chosen
 NUM_DRAWN = 1000       # images of its own that Neon is trained on
 DRAWN_CFG = 1.5        # guidance of these
 CFGS = (0., 0.5, 1., 1.5, 2.)
+SAR_CFGS = (0., 0.75, 1.5)
 NEON_WS = (0.5, 1., 1.5)
 RATES = (1e-4, 3e-4)   # of the training that goes on as before
 METHOD_RATE = 1e-4     # of a method
@@ -45,8 +47,14 @@ IMAGES_PER_STEP = 64
 BETA = 0.45            # by the rule 0.02 * 680 / L, for 30 codes
 CHOOSING_NOISE = 1000  # seeds of the images by which settings are chosen begin here,
 FINAL_NOISE = 2000     # and of those that are scored here
-TRAINING = ('--data_path=digits', '--mid_reso=1.07', '--pn=1_2_3_4', '--patch_size=8', '--depth=3',
-            f'--bs={IMAGES_PER_STEP}', '--workers=0', '--tb=0', '--eval_every=1000')
+TRAINING = ('--data_path=digits', '--mid_reso=1.07', '--patch_size=8', '--depth=3', f'--bs={IMAGES_PER_STEP}',
+            '--workers=0', '--tb=0', '--eval_every=1000')
+# what the demos train their generators with
+OF_FAMILY = dict(
+    var=('--model=var', '--pn=1_2_3_4'),
+    flexvar=('--model=flexvar', '--pn=1_2_3_4_6', '--crop=resize'),
+)
+IMAGE_SIDE = dict(var=EMBEDDED_SIZE, flexvar=48)
 # as it goes on: one rate for all steps, and no weight decay, as the methods have none
 CONTINUED = ('--twd=0', '--twde=0', '--drop_path=0', '--sche=flat', '--wp0=1', '--wpe=1')
 
@@ -57,7 +65,7 @@ class Candidate:
 
     Attributes:
         ckpt: the checkpoint of a generator.
-        options: of its `sample_scales`.
+        options: of its `sample`, but `cfg` in place of the guidance.
         neon_from, neon_w: see `sample.load_generator`.
     """
     ckpt: Path
@@ -70,13 +78,21 @@ class Candidate:
         return dict(self.options) | (dict(neon_w=self.neon_w) if self.neon_from else {})
 
 
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: what its best settings are chosen from, and the side it is compared with."""
+    candidates: list[Candidate]
+    rival: str = ''
+
+
 class Judge(FrechetJudge):
     """Scores of candidates, kept in a file, so that none is computed twice; distances are to all digits."""
 
-    def __init__(self, kept: Path):
+    def __init__(self, kept: Path, family: str):
         super().__init__()
-        real = [stack(split)[0] for split in build_dataset('digits', EMBEDDED_SIZE, mid_reso=1.)[1:]]
+        real = [stack(split)[0] for split in build_dataset('digits', IMAGE_SIDE[family], mid_reso=1.)[1:]]
         self.statistics = self.statistics_of(torch.cat(real))
+        self.family = family
         self.kept = kept
         self.scores = json.loads(kept.read_text()) if kept.exists() else {}
         self.loaded: tuple[Any, ARModel | None] = (None, None)
@@ -97,7 +113,7 @@ class Judge(FrechetJudge):
         """The generator of a candidate; that of the last one is kept."""
         wanted = (candidate.ckpt, candidate.neon_from, candidate.neon_w)
         if self.loaded[0] != wanted:
-            model, _ = load_generator('var', str(candidate.ckpt), '', 'raw', torch.device('cpu'),
+            model, _ = load_generator(self.family, str(candidate.ckpt), '', 'raw', torch.device('cpu'),
                                       neon_from=candidate.neon_from, neon_w=candidate.neon_w)
             self.loaded = (wanted, model)
         return self.loaded[1]
@@ -131,18 +147,15 @@ def run(*command: object) -> None:
         sys.exit(f'{" ".join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}')
 
 
-def train(folder: Path, base: Path, *flags: str, init_from: Path | None = None) -> Path:
-    """The checkpoint of a training on the codes of `base`, which continues or is done already.
-
-    Args:
-        init_from: the weights that it begins with; None are those of the base.
-    """
+def train(folder: Path, start: Path, *flags: str, family: str = 'var') -> Path:
+    """The checkpoint of a training that goes on from the weights of `start`, or that is done already."""
     run(
         'train.py',
         *TRAINING,
+        *OF_FAMILY[family],
         *CONTINUED,
-        f'--init_from={init_from or base}',
-        f'--vae_ckpt={tokenizer_of(base)}',
+        f'--init_from={start}',
+        f'--vae_ckpt={start}',
         f'--output_dir={folder}',
         *flags,
     )
@@ -154,21 +167,18 @@ def flag_of_rate(rate: float) -> str:
     return f'--tblr={rate * 256 / IMAGES_PER_STEP:g}'
 
 
-def tokenizer_of(base: Path) -> Path:
-    """The tokenizer that `make demo` has trained for its generator."""
-    return base.parent.parent / 'vqvae' / 'vae-ckpt-last.pth'
-
-
-def continued(out: Path, base: Path, steps: int, seed: int) -> list[Path]:
+def continued(out: Path, base: Path, steps: int, seed: int, family: str = 'var') -> list[Path]:
     """Checkpoints of trainings that go on as before, one for each rate."""
     return [train(out / f'mle_{steps}_{rate:g}_s{seed}', base, f'--steps={steps}', flag_of_rate(rate),
-                  f'--seed={seed}')
+                  f'--seed={seed}', family=family)
             for rate in RATES]
 
 
-def guided(ckpt: Path, cfgs: tuple[float, ...] = CFGS, **neon: Any) -> list[Candidate]:
-    """A checkpoint with each guidance."""
-    return [Candidate(ckpt, (('cfg', cfg),), **neon) for cfg in cfgs]
+def guided(*ckpts: Path, cfgs: tuple[float, ...] = CFGS, scales: tuple[int, ...] = (),
+           **neon: Any) -> list[Candidate]:
+    """Each checkpoint with each guidance; `scales` are the sides that it draws, () those of its training."""
+    drawn = (('infer_patch_nums', scales),) if scales else ()
+    return [Candidate(ckpt, (('cfg', cfg), *drawn), **neon) for ckpt in ckpts for cfg in cfgs]
 
 
 # ---------------------------------------------------------------------------------------------- methods
@@ -189,8 +199,13 @@ def neon(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dic
                   flag_of_rate(METHOD_RATE), f'--seed={seed}')
     of_method = [candidate for w in NEON_WS
                  for candidate in guided(base, neon_from=str(tuned), neon_w=w)]
-    of_rival = [candidate for ckpt in continued(out, base, 46, seed) for candidate in guided(ckpt)]
-    return compare(judge, dict(base=guided(base), continued=of_rival, neon=of_method), seed, num_images)
+    of_rival = guided(*continued(out, base, 46, seed))
+    sides = dict(
+        base=Side(guided(base), 'continued'),
+        continued=Side(of_rival),
+        neon=Side(of_method, 'continued'),
+    )
+    return compare(judge, sides, seed, num_images)
 
 
 def cca(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
@@ -198,8 +213,12 @@ def cca(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict
     ckpt = train(out / f'cca_s{seed}', base, '--objective=cca', f'--contrast_beta={BETA}', '--cca_lambda=2',
                  '--steps=40', flag_of_rate(METHOD_RATE), f'--seed={seed}')
     of_rival = [Candidate(path) for path in continued(out, base, 92, seed)]
-    return compare(judge, dict(base=[Candidate(base)], continued=of_rival, cca=[Candidate(ckpt)]), seed,
-                   num_images)
+    sides = dict(
+        base=Side([Candidate(base)], 'continued'),
+        continued=Side(of_rival),
+        cca=Side([Candidate(ckpt)], 'continued'),
+    )
+    return compare(judge, sides, seed, num_images)
 
 
 def ddo(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
@@ -207,10 +226,14 @@ def ddo(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict
     flags = ('--objective=ddo', f'--contrast_beta={BETA}', '--ddo_alpha=2', '--steps=12',
              flag_of_rate(METHOD_RATE))
     first = train(out / f'ddo1_s{seed}', base, *flags, f'--seed={seed}')
-    second = train(out / f'ddo2_s{seed}', base, *flags, f'--seed={CHOOSING_NOISE + seed}', init_from=first)
+    second = train(out / f'ddo2_s{seed}', first, *flags, f'--seed={CHOOSING_NOISE + seed}')
     of_rival = [Candidate(path) for steps in (37, 74) for path in continued(out, base, steps, seed)]
-    sides = dict(base=[Candidate(base)], continued=of_rival, ddo=[Candidate(first)],
-                 ddo_second_round=[Candidate(second)])
+    sides = dict(
+        base=Side([Candidate(base)], 'continued'),
+        continued=Side(of_rival),
+        ddo=Side([Candidate(first)], 'continued'),
+        ddo_second_round=Side([Candidate(second)], 'continued'),
+    )
     return compare(judge, sides, seed, num_images)
 
 
@@ -218,12 +241,13 @@ def ssg(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict
     """SSG with the strength and the prior that suit it best, against none, at the same guidance."""
     sides = {}
     for cfg in (0., 1.5):
-        sides[f'cfg {cfg}'] = [Candidate(base, (('cfg', cfg),))]
-        sides[f'cfg {cfg}, ssg'] = [
+        of_method = [
             Candidate(base, (('cfg', cfg), ('ssg', strength), ('ssg_prior', prior)))
             for prior in ('fused', 'zero_pad', 'bilinear')
             for strength in (0.05, 0.1, 0.2, 0.4)
         ]
+        sides[f'cfg {cfg}'] = Side([Candidate(base, (('cfg', cfg),))])
+        sides[f'cfg {cfg}, ssg'] = Side(of_method, f'cfg {cfg}')
     return compare(judge, sides, seed, num_images)
 
 
@@ -235,8 +259,9 @@ def scale_weights(judge: Judge, out: Path, base: Path, seed: int, num_images: in
         run(
             'train.py',
             *TRAINING,
+            *OF_FAMILY['var'],
             f'--scale_weights={weighting}',
-            f'--vae_ckpt={tokenizer_of(base)}',
+            f'--vae_ckpt={base}',
             f'--output_dir={folder}',
             '--ep=12',
             '--tblr=6e-3',
@@ -244,71 +269,107 @@ def scale_weights(judge: Judge, out: Path, base: Path, seed: int, num_images: in
             '--wp=1',
             f'--seed={seed}',
         )
-        sides[weighting] = guided(folder / 'ar-ckpt-last.pth')
+        rival = '' if weighting == 'uniform' else 'uniform'
+        sides[weighting] = Side(guided(folder / 'ar-ckpt-last.pth'), rival)
     return compare(judge, sides, seed, num_images)
 
 
-METHODS = dict(neon=neon, cca=cca, ddo=ddo, ssg=ssg, scale_weights=scale_weights)
+def sar(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict[str, Any]:
+    """SAR, 100 steps for the last scale or all of them, against 130 or 180 steps of likelihood.
+
+    Each at its best guidance, with the five scales of training and with six.
+    """
+    scopes = dict(last=130, all=180)
+    tuned = {
+        scope: [
+            train(out / f'sar_{scope}_{sigma}_s{seed}', base, '--objective=sar', f'--sar_scope={scope}',
+                  f'--sar_sigma={sigma}', '--steps=100', flag_of_rate(METHOD_RATE), f'--seed={seed}',
+                  family='flexvar')
+            for sigma in (0.01, 0.1)
+        ]
+        for scope in scopes
+    }
+    sides = {}
+    for scales in ((1, 2, 3, 4, 6), (1, 2, 3, 4, 5, 6)):
+        settings = dict(cfgs=SAR_CFGS, scales=scales)
+        for scope, steps in scopes.items():
+            rival = f'{len(scales)} scales, {steps} steps'
+            rivals = continued(out, base, steps, seed, 'flexvar')
+            sides[rival] = Side(guided(*rivals, **settings))
+            sides[f'{len(scales)} scales, sar {scope}'] = Side(guided(*tuned[scope], **settings), rival)
+        sides[f'{len(scales)} scales, base'] = Side(guided(base, **settings), rival)
+    return compare(judge, sides, seed, num_images)
+
+
+METHODS = dict(neon=neon, cca=cca, ddo=ddo, ssg=ssg, scale_weights=scale_weights, sar=sar)
+FAMILY = dict(sar='flexvar')  # of the base, where it is not VAR
+BASE = dict(
+    var='local_output/demo/var/ar-ckpt-last.pth',
+    flexvar='local_output/demo_flexvar/flexvar/ar-ckpt-last.pth',
+)
 
 
 # ---------------------------------------------------------------------------------------------- report
-def compare(judge: Judge, sides: dict[str, list[Candidate]], seed: int, num_images: int) -> dict[str, Any]:
+def compare(judge: Judge, sides: dict[str, Side], seed: int, num_images: int) -> dict[str, Any]:
     """Scores of each side with the settings that suit it best."""
     rows = {}
-    for name, candidates in sides.items():
+    for name, side in sides.items():
+        candidates = side.candidates
         best = judge.best(candidates, CHOOSING_NOISE + seed) if len(candidates) > 1 else candidates[0]
         scores = judge.score(best, num_images, FINAL_NOISE + seed)
-        rows[name] = dict(settings=best.describe(), tried=len(candidates), **scores)
+        rows[name] = dict(
+            compared_with=side.rival,
+            run=best.ckpt.parent.name,
+            settings=best.describe(),
+            tried=len(candidates),
+            **scores,
+        )
         print(f'seed {seed}, {name}: distance {scores["distance"]:.3f}, accuracy {scores["accuracy"]:.4f}, '
               f'{best.ckpt.parent.name} {best.describe()}', flush=True)
     return rows
 
 
-def rival_of(name: str, names: list[str]) -> str:
-    """What a side is compared with: the same guidance, else the training that goes on, else the first."""
-    same_guidance = name.partition(', ')[0]
-    if same_guidance in names and same_guidance != name:
-        return same_guidance
-    return 'continued' if 'continued' in names else names[0]
-
-
 def summary(rows_by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds: of every side, and of its difference to another one, with the error of that."""
-    names = list(next(iter(rows_by_seed.values())))
-    table = {}
-    for name in names:
-        rival = rival_of(name, names)
-        entry = dict(compared_with=rival)
-        for score in ('distance', 'accuracy'):
-            values = [rows[name][score] for rows in rows_by_seed.values()]
-            differences = [rows[name][score] - rows[rival][score] for rows in rows_by_seed.values()]
-            entry[score] = statistics.mean(values)
-            entry[f'{score}_difference'] = statistics.mean(differences)
-            if len(differences) > 1:
-                spread = statistics.stdev(differences)
-                entry[f'{score}_difference_error'] = spread / math.sqrt(len(differences))
-        table[name] = entry
-    return table
+    """Means over the seeds: of every side, and of its difference to its rival, with the error of that."""
+    runs = list(rows_by_seed.values())
+    return {name: summary_of_side(name, runs) for name in runs[0]}
+
+
+def summary_of_side(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of `summary` of one side; `runs` has the rows of each seed."""
+    rival = runs[0][name]['compared_with']
+    entry = dict(compared_with=rival)
+    for score in ('distance', 'accuracy'):
+        entry[score] = statistics.mean(rows[name][score] for rows in runs)
+        if not rival:
+            continue
+        differences = [rows[name][score] - rows[rival][score] for rows in runs]
+        entry[f'{score}_difference'] = statistics.mean(differences)
+        if len(differences) > 1:
+            entry[f'{score}_difference_error'] = statistics.stdev(differences) / math.sqrt(len(differences))
+    return entry
 
 
 def main() -> None:
     """Run the experiment that the command line names, and write its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('method', choices=METHODS)
-    parser.add_argument('--base', type=Path, default=Path('local_output/demo/var/ar-ckpt-last.pth'),
-                        help='the generator of make demo, whose tokenizer is expected in its place there')
+    parser.add_argument('--base', type=Path,
+                        help='the generator of make demo, or of make demo-flexvar for sar')
     parser.add_argument('--out', type=Path, default=Path('local_output/post_training'))
     parser.add_argument('--seeds', default='0,1,2')
     parser.add_argument('--images', type=int, default=5000, help='images that a score counts')
     args = parser.parse_args()
+    family = FAMILY.get(args.method, 'var')
+    base = args.base or Path(BASE[family])
 
     # Results are of this very base: another file at the same place begins anew.
-    digest = sha256_of(args.base)
+    digest = sha256_of(base)
     out = args.out / args.method / digest[:8]
-    judge = Judge(out / 'scores.json')
+    judge = Judge(out / 'scores.json', family)
     rows_by_seed = {}
     for seed in map(int, args.seeds.split(',')):
-        rows_by_seed[seed] = METHODS[args.method](judge, out, args.base, seed, args.images)
+        rows_by_seed[seed] = METHODS[args.method](judge, out, base, seed, args.images)
     report = dict(
         command=' '.join(['python', '-m', 'bench.post_training', *sys.argv[1:]]),
         commit=git_commit(),
