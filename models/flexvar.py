@@ -495,9 +495,8 @@ class FlexVAR(PublishedNames, ARModel):
                     if k + 1 < num_with_null:
                         x_BlC = x_BlC.repeat(2, 1, 1)
                     elif k + 1 == num_with_null:
-                        forget_null_class(self.blocks, B)
-                        modulations = [mod_B16C[:B] for mod_B16C in modulations]
-                        head_modulation = head_modulation[:B]
+                        modulations, head_modulation = forget_null_class(
+                            self.blocks, modulations, head_modulation, B)
 
     def encoding_of_step(self) -> tuple[tuple[int, ...]]:
         return (self.schedule.draw(),)

@@ -56,10 +56,24 @@ def limit_guidance(scale_k: Sequence[float], first: int, last: int) -> tuple[lis
     return limited_k, max(guided, default=-1) + 1
 
 
-def forget_null_class(blocks: Iterable[nn.Module], num_images: int) -> None:
-    """Take the second half of the batch, which has the null class, out of all caches."""
+def forget_null_class(
+    blocks: Iterable[nn.Module],
+    modulations: Sequence[torch.Tensor],
+    head_modulation: torch.Tensor,
+    num_images: int,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Take the second half of the batch, which has the null class, out of all that outlives a scale.
+
+    Args:
+        blocks: their caches keep the keys and values of the images alone.
+        modulations, head_modulation: what the class does to each block and to the head, of both halves.
+        num_images: length of the first half.
+    Returns:
+        Both modulations of the first half.
+    """
     for block in blocks:
         block.attn.cache.truncate(num_images)
+    return [of_block[:num_images] for of_block in modulations], head_modulation[:num_images]
 
 
 def mark_damaged(images_B3HW: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:

@@ -352,9 +352,8 @@ class VAR(PublishedNames, ARModel):
                     if k + 1 < num_with_null:
                         next_BlC = next_BlC.repeat(2, 1, 1)
                     elif k + 1 == num_with_null:
-                        forget_null_class(self.blocks, B)
-                        modulations = [mod_B16C[:B] for mod_B16C in modulations]
-                        head_modulation = head_modulation[:B]
+                        modulations, head_modulation = forget_null_class(
+                            self.blocks, modulations, head_modulation, B)
 
     def draw_tokens(self, label_B: torch.Tensor, rng: Rng) -> list[torch.Tensor]:
         """See `ARModel`: codes (B, l) of all scales, coarse to fine."""
