@@ -59,9 +59,7 @@ from training.resume import (
     RunState,
     changed_settings,
     check_classes,
-    check_frozen,
-    check_model,
-    check_objective,
+    check_settings,
     choose_checkpoint,
     go_back_one_checkpoint,
     repair_best,
@@ -195,10 +193,8 @@ class Run:
         self.start = 0, 0  # (epoch, step within it)
         self.changed: list[str] = []  # settings that differ from those of the checkpoint
         if self.resumed_from:
-            check_model(self.resumed_from, checkpoint, config.model)
+            check_settings(self.resumed_from, checkpoint, config)
             check_classes(self.resumed_from, checkpoint, data.classes, config.data_path)
-            check_frozen(self.resumed_from, checkpoint, config.freeze)
-            check_objective(self.resumed_from, checkpoint, config.objective)
             self.start = self.state.take_over(self.resumed_from, checkpoint, self.described, config.steps)
         self.state.left_out += [steps for steps in left_out if steps not in self.state.left_out]
         self.has_checkpoint = self.resumed_from is not None  # this start has read or written one

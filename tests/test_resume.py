@@ -1,6 +1,8 @@
 """Trainings that stop and go on: exactly as if nothing had happened, from whatever checkpoint is left."""
 import os
 import resource
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tests.runs import (
     same_weights,
     steps_of,
 )
+from training.resume import check_settings
 from utils.checkpoint import newest_checkpoint
 from utils.misc import auto_resume
 
@@ -96,6 +99,22 @@ def test_changed_settings_are_named_on_resume(train_here, tmp_path):
     text = (tmp_path / 'stdout.txt').read_text()
     assert 'another training: tblr 0.01 -> 0.02, ep 2 -> 1\n' in text
     assert 'nothing left to train: the checkpoint holds 10 steps of 5' in text
+
+
+@pytest.mark.parametrize(('saved', 'words'), [
+    (dict(model='npp'), 'with --model=npp, got --model=var: correct it, or start in another output folder'),
+    (dict(freeze='head'), 'with --freeze=head, got --freeze=trunk: pass the flag as it was, or start in '
+                          'another output folder with --init_from'),
+    (dict(model='var', objective='mle'), 'without --freeze, got --freeze=trunk: pass the flag as it was'),
+    (dict(freeze='trunk'), 'with --objective=mle, got --objective=cca: correct it, or start in another'),
+])
+def test_checkpoint_of_another_training(saved, words):
+    """Checkpoints of older versions name neither --freeze nor --objective, published ones not the model."""
+    config = SimpleNamespace(model='var', freeze='trunk', objective='cca')
+    with pytest.raises(ValueError, match=f"'ckpt.pth' was trained {words}"):
+        check_settings(Path('ckpt.pth'), dict(args=saved), config)
+    check_settings(Path('ckpt.pth'), dict(args=vars(config)), config)
+    check_settings(Path('ckpt.pth'), {}, SimpleNamespace(model='var', freeze='', objective='mle'))
 
 
 def test_best_score_survives_a_restart(train_here, tmp_path, monkeypatch):

@@ -29,6 +29,14 @@ FORMER_NAMES = {  # of settings in checkpoints of older versions
     'images_per_step': 'batch_size',
     'images_per_rank': 'batch_per_process',
 }
+# Settings that stay what they were: they decide what kind of model the weights are, which parameters the
+# optimizer knows, and what it minimises. Of each, the value in checkpoints that do not name it, where None is
+# that of the run; and what helps.
+SETTLED = dict(
+    model=(None, 'correct it, or start in another output folder'),
+    freeze=('', 'pass the flag as it was, or start in another output folder with --init_from'),
+    objective=('mle', 'correct it, or start in another output folder with --init_from'),
+)
 NO_SCORE = 999.  # "best so far" before the first evaluation, as published
 WAIT_SECONDS = 30  # for a shared file system to show a file that another node has just written
 
@@ -212,55 +220,24 @@ def go_back_one_checkpoint(path: Path, prefix: str) -> None:
 
 
 # ------------------------------------------------------------------------------ of this run or of another
-def check_model(path: Path, content: dict[str, Any], model: str) -> None:
-    """Make sure that a checkpoint holds this kind of model.
+def check_settings(path: Path, content: dict[str, Any], config: Any) -> None:
+    """Make sure that a checkpoint is of the same training, as far as `SETTLED` says.
 
     Args:
         path: the checkpoint, for the message.
         content: its content.
-        model: the kind that is trained here.
+        config: of this run.
     Raises:
-        ValueError: it holds another kind.
+        ValueError: one of these settings was another one.
     """
-    trained = (content.get('args') or {}).get('model', model)
-    if trained != model:
-        raise ValueError(f'{str(path)!r} was trained with --model={trained}, got --model={model}: '
-                         'correct it, or start in another output folder')
-
-
-def check_frozen(path: Path, content: dict[str, Any], freeze: str) -> None:
-    """Make sure that the same parameters are trained as before: the optimizer knows no other ones.
-
-    Args:
-        path: the checkpoint, for the message.
-        content: its content.
-        freeze: `--freeze` of this run.
-    Raises:
-        ValueError: the checkpoint was trained with another `--freeze`.
-    """
-    trained = (content.get('args') or {}).get('freeze', '')
-    if trained != freeze:
-        before = f'with --freeze={trained}' if trained else 'without --freeze'
-        now = f'--freeze={freeze}' if freeze else 'none'
-        raise ValueError(f'{str(path)!r} was trained {before}, got {now}: pass the flag as it was, or start '
-                         'in another output folder with --init_from')
-
-
-def check_objective(path: Path, content: dict[str, Any], objective: str) -> None:
-    """Make sure that a checkpoint was trained to minimise the same.
-
-    Args:
-        path: the checkpoint, for the message.
-        content: its content.
-        objective: `--objective` of this run.
-    Raises:
-        ValueError: the checkpoint was trained with another `--objective`.
-    """
-    trained = (content.get('args') or {}).get('objective', 'mle')
-    if trained != objective:
-        raise ValueError(f'{str(path)!r} was trained with --objective={trained}, got '
-                         f'--objective={objective}: correct it, or start in another output folder with '
-                         '--init_from')
+    saved = content.get('args') or {}
+    for name, (former, advice) in SETTLED.items():
+        here = getattr(config, name)
+        trained = saved.get(name, here if former is None else former)
+        if trained != here:
+            before = f'with --{name}={trained}' if trained else f'without --{name}'
+            now = f'--{name}={here}' if here else 'none'
+            raise ValueError(f'{str(path)!r} was trained {before}, got {now}: {advice}')
 
 
 def check_classes(path: Path, content: dict[str, Any], classes: list[str], data_path: str) -> None:
