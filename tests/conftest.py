@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+import evaluate
 import extract
 import sample
 import train
@@ -44,6 +45,18 @@ def here(monkeypatch):
         sample.load_generator.cache_clear()
         with one_line_errors(script.__name__):
             script.main()
+    with kept_logging():
+        yield run
+
+
+@pytest.fixture
+def evaluate_here(monkeypatch, capsys):
+    """Run evaluate.py in this process: what it printed."""
+    def run(*argv):
+        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *map(str, argv)])
+        with one_line_errors('evaluate.py', exit_code=2):
+            evaluate.main()
+        return capsys.readouterr().out
     with kept_logging():
         yield run
 

@@ -2,7 +2,6 @@
 import json
 import multiprocessing
 import shutil
-import sys
 from unittest import mock
 
 import numpy as np
@@ -25,7 +24,6 @@ from evaluation.precision_recall import density_coverage
 from evaluation.settings import BEYOND
 from evaluation.sliced import mind
 from tests.replicas import KEYS, small_table, write_replicas
-from tests.runs import kept_logging
 from utils.console import one_line_errors
 
 DIGITS = ['--features=digits', '--allow_any_count']
@@ -55,7 +53,7 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(evaluate_here, monkeypatch, tmp_path):
     """Run evaluate.py in this process: (report or None, what it printed)."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.delenv('ENCODER_WEIGHTS', raising=False)
@@ -67,12 +65,9 @@ def run(monkeypatch, tmp_path, capsys):
         flags = [] if argv[0] in ('stats', 'encoders') else [f'--json={path}']
         if argv[0] != 'encoders':
             flags += [f'--cache={tmp_path / "cache"}', '--offline']
-        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *argv, *flags])
-        with one_line_errors('evaluate.py', exit_code=2):
-            evaluate.main()
-        return json.loads(path.read_text()) if path.exists() else None, capsys.readouterr().out
-    with kept_logging():
-        yield call
+        printed = evaluate_here(*argv, *flags)
+        return json.loads(path.read_text()) if path.exists() else None, printed
+    return call
 
 
 @pytest.fixture

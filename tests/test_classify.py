@@ -1,7 +1,6 @@
 """classify-eval and reject: classifiers and their weights, accuracy, what is kept, processes, bad input."""
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,17 +9,15 @@ from torch import nn
 from torchvision import models
 
 import dist
-import evaluate
 from evaluation import classifiers, classify
 from evaluation.classifiers import Classifier, load_classifier
 from evaluation.classify import Judgement, judge, select
 from evaluation.inception import MissingWeights
 from evaluation.score import read_manifest
-from tests.runs import kept_logging, launch
+from tests.runs import launch
 from utils.data import open_split
 from utils.hub import sha256_of
 from utils.image_sets import open_images, shuffled
-from utils.log import one_line_errors
 
 NET = 'shufflenet_v2_x0_5'  # the fastest of torchvision here
 
@@ -50,23 +47,11 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run evaluate.py in this process: what it printed."""
-    def call(*argv):
-        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *map(str, argv)])
-        with one_line_errors('evaluate.py', exit_code=2):
-            evaluate.main()
-        return capsys.readouterr().out
-    with kept_logging():
-        yield call
-
-
-@pytest.fixture
-def fails(run, capsys):
+def fails(evaluate_here, capsys):
     """Run evaluate.py, which must fail with one line; that line."""
     def call(*argv, code=2):
         with pytest.raises(SystemExit) as stop:
-            run(*argv)
+            evaluate_here(*argv)
         assert stop.value.code == code
         message = capsys.readouterr().err
         assert message.count('\n') == 1 and message.endswith('\n')
@@ -212,8 +197,9 @@ def test_weights_of_another_network(content, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- judgement
-def test_accuracy_equals_a_numpy_reference(run, toy, candidates, tmp_path):
-    out = run('classify-eval', candidates, '--classifier=toy', f'--json={tmp_path / "r.json"}', '--bs=7')
+def test_accuracy_equals_a_numpy_reference(evaluate_here, toy, candidates, tmp_path):
+    out = evaluate_here('classify-eval', candidates, '--classifier=toy', f'--json={tmp_path / "r.json"}',
+                        '--bs=7')
     report = json.loads((tmp_path / 'r.json').read_text())
     labels_N, reference = np.load(candidates)['arr_1'], log_probs(noise(200))
     order = np.argsort(-reference.round(6), axis=1, kind='stable')  # of equal ones the first class
@@ -230,12 +216,12 @@ def test_accuracy_equals_a_numpy_reference(run, toy, candidates, tmp_path):
     assert f'top-1 {report["scores"]["top1"]:.2%}, top-5' in out and 'rejection' not in out
 
 
-def test_given_labels_replace_the_stored_ones(run, toy, candidates, tmp_path):
+def test_given_labels_replace_the_stored_ones(evaluate_here, toy, candidates, tmp_path):
     labels_N = log_probs(noise(200)).round(6).argmax(1)
     np.save(tmp_path / 'labels.npy', labels_N.astype(np.uint8))
     path = tmp_path / 'r.json'
-    run('classify-eval', candidates, '--classifier=toy', f'--labels={tmp_path / "labels.npy"}',
-        f'--json={path}')
+    evaluate_here('classify-eval', candidates, '--classifier=toy', f'--labels={tmp_path / "labels.npy"}',
+                  f'--json={path}')
     report = json.loads(path.read_text())
     assert report['scores']['top1'] == 1 and report['labels']['sha256'] == sha256_of(tmp_path / 'labels.npy')
 
@@ -291,17 +277,17 @@ def test_threshold_takes_the_first_and_counts_no_further():
         select({3: np.array([0, 1, 2, 3])}, log_prob_N, 3, threshold=-2.5)
 
 
-def reject(run, source, target, *flags):
+def reject(evaluate_here, source, target, *flags):
     """(npz, manifest, what was printed)."""
-    out = run('reject', source, target, '--classifier=toy', *flags)
+    out = evaluate_here('reject', source, target, '--classifier=toy', *flags)
     with np.load(target) as file:
         return dict(file), json.loads(target.with_suffix('.json').read_text()), out
 
 
 @pytest.mark.parametrize(('ratio', 'threshold'), [(2, None), (0, None), (3, None), (0, -3.1), (3, -4.3)])
-def test_reject_equals_a_numpy_reference(ratio, threshold, run, toy, candidates, tmp_path):
+def test_reject_equals_a_numpy_reference(ratio, threshold, evaluate_here, toy, candidates, tmp_path):
     flags = [f'--ratio={ratio}', '--n_keep=5'] + ([f'--threshold={threshold}'] if threshold else [])
-    npz, manifest, out = reject(run, candidates, tmp_path / 'kept.npz', *flags)
+    npz, manifest, out = reject(evaluate_here, candidates, tmp_path / 'kept.npz', *flags)
     images, labels_N = noise(200), np.load(candidates)['arr_1']
     log_prob_N = log_probs(images)[np.arange(200), labels_N].round(5)
     kept, seen = [], {}
@@ -330,34 +316,34 @@ def test_reject_equals_a_numpy_reference(ratio, threshold, run, toy, candidates,
     assert f'(ratio {rejection["ratio"]:g})' in out
 
 
-def test_order_of_what_is_kept(run, toy, candidates, tmp_path):
+def test_order_of_what_is_kept(evaluate_here, toy, candidates, tmp_path):
     target = tmp_path / 'kept.npz'
 
     def kept(*flags):
-        return reject(run, candidates, target, '--n_keep=4', *flags)[1]['rejection']['kept']
+        return reject(evaluate_here, candidates, target, '--n_keep=4', *flags)[1]['rejection']['kept']
     plain = kept('--no_shuffle')
     assert plain == sorted(plain)
     assert kept() == [plain[i] for i in shuffled(40, 0)]
     assert kept('--seed=5') == [plain[i] for i in shuffled(40, 5)]
 
 
-def test_repeated_images_are_kept_in_file_order(run, toy, tmp_path):
+def test_repeated_images_are_kept_in_file_order(evaluate_here, toy, tmp_path):
     images = np.repeat(noise(2), 8, axis=0)
     np.savez(tmp_path / 'in.npz', arr_0=images, arr_1=np.zeros(16, int))
-    _, manifest, _ = reject(run, tmp_path / 'in.npz', tmp_path / 'out.npz', '--n_keep=3', '--ratio=0',
-                            '--no_shuffle')
+    _, manifest, _ = reject(evaluate_here, tmp_path / 'in.npz', tmp_path / 'out.npz', '--n_keep=3',
+                            '--ratio=0', '--no_shuffle')
     first = 0 if log_probs(images)[0, 0] > log_probs(images)[8, 0] else 8
     assert manifest['rejection']['kept'] == [first, first + 1, first + 2]
 
 
-def test_results_are_labelled_and_the_manifest_of_candidates_kept(run, toy, candidates, tmp_path):
+def test_results_are_labelled_and_the_manifest_of_candidates_kept(evaluate_here, toy, candidates, tmp_path):
     source = dict(npz_sha256=sha256_of(candidates), settings=dict(seed=11))
     candidates.with_suffix('.json').write_text(json.dumps(source))
     target = tmp_path / 'kept.npz'
-    _, manifest, _ = reject(run, candidates, target, '--n_keep=5', '--ratio=3')
+    _, manifest, _ = reject(evaluate_here, candidates, target, '--n_keep=5', '--ratio=3')
     assert manifest['candidates'] == source
     assert read_manifest(target, sha256_of(target)) == manifest
-    out = run('classify-eval', target, '--classifier=toy', f'--json={tmp_path / "r.json"}')
+    out = evaluate_here('classify-eval', target, '--classifier=toy', f'--json={tmp_path / "r.json"}')
     assert 'with rejection (ratio 3)' in out
     report = json.loads((tmp_path / 'r.json').read_text())
     assert report['scores'] == pytest.approx(manifest['rejection']['scores']['kept'])
@@ -365,20 +351,20 @@ def test_results_are_labelled_and_the_manifest_of_candidates_kept(run, toy, cand
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(run, candidates, network_file, tmp_path):
+def test_two_processes_write_the_same_bytes(evaluate_here, candidates, network_file, tmp_path):
     np.savez(candidates, arr_0=noise(21), arr_1=np.arange(21) % 2)
     files = {}
     for nproc in (1, 2):
         target = tmp_path / f'{nproc}' / 'kept.npz'
         flags = ['reject', candidates, target, f'--classifier={NET}', f'--classifier_weights={network_file}',
                  '--n_keep=5', '--bs=4']
-        out = run(*flags) if nproc == 1 else launch('evaluate.py', flags, nproc=2).stdout
+        out = evaluate_here(*flags) if nproc == 1 else launch('evaluate.py', flags, nproc=2).stdout
         assert out.count('ratio 2') == 1
         files[nproc] = [path.read_bytes() for path in (target, target.with_suffix('.json'))]
     assert files[1] == files[2]
 
 
-def test_digits_rejection_throws_out_wrong_labels(run, tmp_path, monkeypatch):
+def test_digits_rejection_throws_out_wrong_labels(evaluate_here, tmp_path, monkeypatch):
     """Of real held-out digits nearly all are seen as what they are; half of them get another label."""
     network = classifiers.DigitsFeatures()
     monkeypatch.setattr(classifiers, 'DigitsFeatures', lambda _: network)
@@ -390,12 +376,12 @@ def test_digits_rejection_throws_out_wrong_labels(run, tmp_path, monkeypatch):
     top1 = {}
     for name in ('true', 'half'):
         path = tmp_path / f'{name}.json.report'
-        run('classify-eval', tmp_path / f'{name}.npz', '--classifier=digits', f'--json={path}')
+        evaluate_here('classify-eval', tmp_path / f'{name}.npz', '--classifier=digits', f'--json={path}')
         top1[name] = json.loads(path.read_text())['scores']['top1']
     assert top1['true'] >= 0.97 and 0.45 < top1['half'] < 0.55
 
-    out = run('reject', tmp_path / 'half.npz', tmp_path / 'kept.npz', '--classifier=digits', '--n_keep=10',
-              '--ratio=0')
+    out = evaluate_here('reject', tmp_path / 'half.npz', tmp_path / 'kept.npz', '--classifier=digits',
+                        '--n_keep=10', '--ratio=0')
     kept = json.loads((tmp_path / 'kept.json').read_text())['rejection']['kept']
     labels_K = np.load(tmp_path / 'kept.npz')['arr_1']
     assert np.bincount(labels_K).tolist() == [10] * 10

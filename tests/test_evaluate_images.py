@@ -24,11 +24,10 @@ from evaluation.inception import Outputs
 from evaluation.metrics import to_uint8
 from evaluation.score import ScoreSettings, score_images
 from evaluation.settings import COMMANDS, SCORES, PackSettings
-from tests.runs import kept_logging, launch
+from tests.runs import launch
 from utils import provenance
 from utils.data import build_dataset
 from utils.image_sets import shuffled
-from utils.log import one_line_errors
 
 DATA = Path(__file__).parent / 'data' / 'evaluation'
 CASES = json.loads((DATA / 'cases.json').read_text())
@@ -36,7 +35,7 @@ DIGITS = ['--features=digits', '--cache=', '--allow_any_count']
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(evaluate_here, monkeypatch, tmp_path):
     """Run evaluate.py in this process: (report or None, what it printed)."""
     monkeypatch.delenv('INCEPTION_WEIGHTS', raising=False)
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
@@ -45,13 +44,9 @@ def run(monkeypatch, tmp_path, capsys):
         path = tmp_path / 'report.json'
         path.unlink(missing_ok=True)
         scoring = str(argv[0]) not in COMMANDS
-        argv = [f'--json={path}'] * scoring + [str(arg) for arg in argv]  # a later one wins
-        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *argv])
-        with one_line_errors('evaluate.py', exit_code=2):
-            evaluate.main()
-        return json.loads(path.read_text()) if scoring else None, capsys.readouterr().out
-    with kept_logging():
-        yield call
+        printed = evaluate_here(*[f'--json={path}'] * scoring, *argv)  # a later --json wins
+        return json.loads(path.read_text()) if scoring else None, printed
+    return call
 
 
 def noise(count, seed, side=8):

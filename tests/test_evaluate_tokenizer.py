@@ -14,9 +14,8 @@ from evaluation import tokenizer as command
 from evaluation.metrics import psnr, ssim, to_uint8
 from evaluation.settings import COMMANDS
 from models import LPIPS, VQVAE, AutoencoderKL, FlexVAE, VQModel
-from tests.runs import TINY_VQVAE, kept_logging, launch
+from tests.runs import TINY_VQVAE, launch
 from utils.data import build_dataset
-from utils.log import one_line_errors
 
 PIXELS = '--metrics=psnr,ssim,usage'
 
@@ -46,20 +45,17 @@ def checkpoints(tmp_path_factory, vqvae):
 
 
 @pytest.fixture
-def rate(monkeypatch, tmp_path, capsys):
+def rate(evaluate_here, monkeypatch, tmp_path):
     """Run the command in this process: (report, what it printed)."""
     monkeypatch.chdir(tmp_path)  # no LPIPS file lies here
     monkeypatch.setenv('INCEPTION_WEIGHTS', str(tmp_path / 'no_such_file.pth'))
 
     def run(ckpt, *flags, data='digits'):
         report = tmp_path / 'report.json'
-        monkeypatch.setattr(sys, 'argv', ['evaluate.py', 'tokenizer', f'--ckpt={ckpt}', f'--data_path={data}',
-                                          '--num_images=24', '--workers=0', f'--json={report}', *flags])
-        with one_line_errors('evaluate.py', exit_code=2):
-            evaluate.main()
-        return json.loads(report.read_text()), capsys.readouterr().out
-    with kept_logging():
-        yield run
+        printed = evaluate_here('tokenizer', f'--ckpt={ckpt}', f'--data_path={data}', '--num_images=24',
+                                '--workers=0', f'--json={report}', *flags)
+        return json.loads(report.read_text()), printed
+    return run
 
 
 # ---------------------------------------------------------------------------------------------- scores

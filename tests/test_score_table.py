@@ -1,25 +1,11 @@
 """`evaluate.py table` and `summary`: of lists of reported scores, of reports, over seeds."""
 import json
-import sys
 
 import pytest
 
 import evaluate
 from evaluation.score_table import read_rows, render
-from tests.runs import REPO, kept_logging
-from utils.console import one_line_errors
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """What a command of evaluate.py prints."""
-    def call(*argv):
-        monkeypatch.setattr(sys, 'argv', ['evaluate.py', *map(str, argv)])
-        with one_line_errors('evaluate.py', exit_code=2):
-            evaluate.main()
-        return capsys.readouterr().out
-    with kept_logging():
-        yield call
+from tests.runs import REPO
 
 
 def report(seed=0, **changes):
@@ -51,11 +37,11 @@ def test_page_of_models_is_the_rendering_of_its_scores():
     assert values == {'1.65', '1.68', '1.67'}  # of the authors, and of two others
 
 
-def test_table_of_a_report_and_of_a_list(run, tmp_path):
+def test_table_of_a_report_and_of_a_list(evaluate_here, tmp_path):
     path = write(tmp_path / 'report.json', report())
     row = dict(model='VAR | d16', metric='fid', reported='3.50', by='authors', settings='cfg 1.5')
     listed = write(tmp_path / 'list.json', dict(scores=[row, row | dict(report='report.json')]))
-    printed = run('table', listed, path, f'--output={tmp_path / "table.md"}')
+    printed = evaluate_here('table', listed, path, f'--output={tmp_path / "table.md"}')
     lines = printed.strip().splitlines()
     assert lines[2] == r'| VAR \| d16 | fid | 3.50 | authors | - | cfg 1.5 | - |'
     assert lines[3] == r'| VAR \| d16 | fid | 3.50 | authors | 2 | cfg 1.5 | 000000000000 |'
@@ -65,11 +51,11 @@ def test_table_of_a_report_and_of_a_list(run, tmp_path):
     assert (tmp_path / 'table.md').read_text() == printed
 
 
-def test_summary_over_seeds(run, tmp_path):
+def test_summary_over_seeds(evaluate_here, tmp_path):
     paths = [write(tmp_path / f'{seed}.json', report(seed)) for seed in range(3)]
-    printed = run('summary', *paths)
+    printed = evaluate_here('summary', *paths)
     assert printed.splitlines()[:2] == ['3 samples of 50000 images', 'FID: 3 +- 1 (2, 3, 4)']
-    assert 'FID: 2 (1 seed)' in run('summary', paths[0])
+    assert 'FID: 2 (1 seed)' in evaluate_here('summary', paths[0])
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -80,10 +66,10 @@ def test_summary_over_seeds(run, tmp_path):
     (dict(sample=report()['sample']), 'two reports are of the same images'),
     (dict(command='tokenizer'), 'expected a report of evaluate.py REF SAMPLE'),
 ])
-def test_summary_mixes_nothing(run, tmp_path, change, message):
+def test_summary_mixes_nothing(evaluate_here, tmp_path, change, message):
     paths = [write(tmp_path / 'a.json', report()), write(tmp_path / 'b.json', report(1, **change))]
     with pytest.raises(SystemExit, match=message) as stop:
-        run('summary', *paths)
+        evaluate_here('summary', *paths)
     assert stop.value.code == 2
 
 
@@ -93,15 +79,15 @@ def test_summary_mixes_nothing(run, tmp_path, change, message):
     (dict(scores=[dict(model='x', metric='kid', reported='', by='', settings='', report='report.json')]),
      'expected the score kid in'),
 ])
-def test_lists_that_are_none(run, tmp_path, content, message):
+def test_lists_that_are_none(evaluate_here, tmp_path, content, message):
     write(tmp_path / 'report.json', report())
     with pytest.raises(SystemExit, match=message):
-        run('table', write(tmp_path / 'list.json', content))
+        evaluate_here('table', write(tmp_path / 'list.json', content))
 
 
-def test_files_that_are_not_there(run, tmp_path, capsys):
+def test_files_that_are_not_there(evaluate_here, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run('table')
+        evaluate_here('table')
     assert 'expected files of scores' in capsys.readouterr().err
     settings = evaluate.parse_evaluation(['table', 'a.json', str(tmp_path / 'b.json')], '')
     assert settings.files == f'a.json,{tmp_path / "b.json"}'
