@@ -15,8 +15,8 @@ from bench.common import (
     read_samples,
     seconds_since,
 )
-from models import VQVAE, CodeUsage, build_tokenizer
-from utils.checkpoint import load_file, tokenizer_weights
+from models import CodeUsage
+from pipeline import load
 
 # lowest acceptable values
 BARS = dict(class_accuracy=0.95, diversity=0.7, tokenizer_psnr=22., svm_real_accuracy=0.96)
@@ -38,9 +38,7 @@ def main() -> None:
     is_right = judge.is_right(samples, wanted)
 
     # 2. How much of a digit that it never saw does the tokenizer keep, and how many codes does it use?
-    path = args.dir / 'vqvae' / 'vae-ckpt-last.pth'
-    state, config = tokenizer_weights(load_file(path))
-    vae = build_tokenizer(VQVAE, state, str(path), 'cpu', **config)
+    vae = load(args.dir / 'vqvae' / 'vae-ckpt-last.pth').model
     idx_kBl = vae.encode(judge.real_images)
     after_scale = vae.idxBl_to_img(idx_kBl, same_shape=True)
     sides = vae.quantize.v_patch_nums

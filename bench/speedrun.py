@@ -14,8 +14,8 @@ from typing import Any
 
 from bench.common import FrechetJudge, draw_classes, psnr, read_samples, write_json
 from bench.demo_var_report import BARS
-from models import VQVAE, build_tokenizer
-from utils.checkpoint import load_file, tokenizer_weights
+from pipeline import load
+from utils.checkpoint import load_file
 from utils.machine import available_cpus, cpu_name
 from utils.provenance import git_commit, versions
 
@@ -62,9 +62,7 @@ def scores_of(folder: Path) -> dict[str, float]:
     samples, wanted = read_samples(folder / 'samples.npz')
     draw_classes(folder / 'samples.png', samples, wanted, 'digits of a speedrun, one class per row')
 
-    path = folder / 'vqvae' / 'vae-ckpt-last.pth'
-    state, config = tokenizer_weights(load_file(path))
-    vae = build_tokenizer(VQVAE, state, str(path), 'cpu', **config)
+    vae = load(folder / 'vqvae' / 'vae-ckpt-last.pth').model
     reconstructed = vae.idxBl_to_img(vae.encode(judge.real_images), same_shape=True)[-1]
     return judge.scores(samples, wanted) | dict(
         tokenizer_psnr=psnr(reconstructed, judge.real_images),
