@@ -107,13 +107,13 @@ def _parse(argv: list[str], prog: str, classes: dict[str, type], all_presets: di
         parser.error(
             f'unknown --preset={chosen.preset} of --model={model}: it has {names}' + ''.join(others[:1])
         )
-    # Where no flag gives them, settings may follow from another one. Those of a file were chosen for the
-    # value that the file has of this one.
+    # Settings may follow from another one, see `configs.options.settings`. A preset and a file have chosen
+    # them for their own value of this one, which says nothing about another value.
     values = presets[chosen.preset] | values
     for name, defaults_of in getattr(cls, 'IMPLIED', {}).items():
         value = flags.get(name, values.get(name))
-        defaults = defaults_of.get(value, {})
-        values = values | defaults if value != values.get(name) else defaults | values
+        if value != values.get(name):
+            values = values | defaults_of.get(value, {})
     try:
         return cls(**{**values, **flags, 'model': model})
     except ValueError as error:

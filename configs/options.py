@@ -6,6 +6,7 @@ Only the standard library is needed here, and PyYAML for `--config`.
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -100,7 +101,8 @@ def settings(**defaults: Any) -> Callable[[type], type]:
     """Make a class a frozen dataclass of `opt` fields, with other defaults for those that it inherits.
 
     `@settings(epochs=400, clip=other(3.0, flag='grad_clip'))` changes the default of two fields, and the
-    published flag of one; all else that is known about them stays as the base class says.
+    published flag of one; all else that is known about them stays as the base class says. Where the class has
+    a table IMPLIED, the default of a field may also follow from the value of another one.
     """
 
     def decorate(cls: type) -> type:
@@ -114,9 +116,27 @@ def settings(**defaults: Any) -> Callable[[type], type]:
             assert not unknown, f'{sorted(unknown)} of {name} are no arguments of opt()'
             cls.__annotations__[name] = inherited.type
             setattr(cls, name, field(default=value, metadata={**inherited.metadata, **changes}))
-        return dataclasses.dataclass(frozen=True)(cls)
+        return _with_implied(dataclasses.dataclass(frozen=True)(cls))
 
     return decorate
+
+
+def _with_implied(cls: type) -> type:
+    """The class, whose constructor takes what it is not given from the table IMPLIED, where that has it."""
+    implied = getattr(cls, 'IMPLIED', {})
+    if not implied:
+        return cls
+    plain_init = cls.__init__
+
+    @functools.wraps(plain_init)
+    def __init__(self, *args: Any, **given: Any) -> None:
+        for name, defaults_of in implied.items():
+            value = given.get(name, getattr(cls, name))
+            given = defaults_of.get(value, {}) | given
+        plain_init(self, *args, **given)
+
+    cls.__init__ = __init__
+    return cls
 
 
 def marked_fields(settings: Any, mark: str) -> tuple[str, ...]:

@@ -330,7 +330,7 @@ class TrainConfig:
 
     CHECKPOINT_PREFIX: typing.ClassVar[str] = 'ar-ckpt'
     IGNORED: typing.ClassVar[dict[str, str]] = {}  # published flags that have no effect here, and why
-    # Other defaults on a command line, by a setting and its value: what the flags say comes on top.
+    # Other defaults, by a setting and its value: what flags or a constructor say comes on top.
     IMPLIED: typing.ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
 
     def __post_init__(self):

@@ -4,12 +4,12 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from configs.options import INF, opt
+from configs.options import INF, opt, settings
 from configs.sampling import PyramidSampleConfig
 from configs.training import AdaLNConfig
 
 
-@dataclass(frozen=True)
+@settings(model='var')
 class VARConfig(AdaLNConfig):
     """VAR on the codes of a frozen VQVAE."""
 

@@ -1,5 +1,6 @@
 """What a training minimises beside likelihood: published numbers, closed forms, ranks, restarts, refusals."""
 import contextlib
+import dataclasses
 import math
 import types
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import train
-from configs import CONFIGS, parse_training
+from configs import CONFIGS, FlexVARConfig, NPPConfig, VARConfig, parse_training
 from configs import objectives as terms
 from configs.options import config_text
 from models import VAR, VQVAE, FlexVAE, FlexVAR
@@ -727,6 +728,20 @@ def test_dropout_is_off_unless_a_flag_gives_it():
     assert parse_training([*with_reference, '--drop_path=0.2']).model_kwargs(1, 1)['drop_path_rate'] == 0.2
     npp = parse_training(['--model=npp', '--objective=cca', '--gpt_ckpt=f', '--patch_level=1',
                           '--dropout_p=0.1'])
+    assert (npp.dropout_p, npp.token_dropout_p) == (0.1, 0)
+
+
+def test_dropout_is_off_in_settings_from_python_unless_they_give_it():
+    with_reference = dict(objective='cca', init_from='f')
+    for cls in (VARConfig, FlexVARConfig):
+        assert cls(depth=24).model_kwargs(1, 1)['drop_path_rate'] == pytest.approx(0.1)
+        config = cls(**with_reference)
+        assert config.drop_path == 0
+        for given in (-1., 0.2):
+            assert cls(**with_reference, drop_path=given).drop_path == given
+            assert dataclasses.replace(config, drop_path=given).drop_path == given
+    assert NPPConfig().token_dropout_p == 0.1
+    npp = NPPConfig(**with_reference, patch_level=1, dropout_p=0.1)
     assert (npp.dropout_p, npp.token_dropout_p) == (0.1, 0)
 
 
