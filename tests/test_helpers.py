@@ -24,7 +24,7 @@ from models.helpers import (
     sample_with_top_k_top_p_,
 )
 from models.noise import GlobalBatch, ImageNoise
-from models.tokenizers.codebook import float32_matmul
+from models.precision import float32_matmul
 from tests.runs import TINY_VQVAE
 from tests.vectors import assert_within, load_json, load_tensors, needs_rng
 from utils.misc import allow_tf32, full_precision

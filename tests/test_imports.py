@@ -19,9 +19,9 @@ OPTIONAL = {'safetensors', 'safetensors.torch', 'sklearn.datasets', 'huggingface
             'tensorboard.compat.proto.event_pb2', 'tensorboard.summary.writer.record_writer',
             'wandb', 'matplotlib.backends.backend_agg', 'matplotlib.figure', 'sklearn.neural_network', 'yaml'}
 # inside models
-ORDER = ['noise', 'scales', 'ssg', 'attention', 'sampling', 'loading', 'recompute', 'base', 'helpers',
-         'layers', 'editing', 'basic_var', 'tokenizers', 'vqvae', 'quant', 'basic_vae', 'var', 'flexvar',
-         'flowar', 'npp', '']
+ORDER = ['noise', 'precision', 'scales', 'ssg', 'attention', 'sampling', 'loading', 'recompute', 'base',
+         'helpers', 'layers', 'editing', 'basic_var', 'tokenizers', 'vqvae', 'quant', 'basic_vae', 'var',
+         'flexvar', 'flowar', 'npp', '']
 
 
 def modules():

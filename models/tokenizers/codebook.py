@@ -5,17 +5,14 @@ Source: EMA codebook of arXiv 1711.00937 App. A.1; restart candidates are drawn 
 since in a pyramid 1 token of 680 is the 1x1 one and a uniform pool would serve the finest scale only.
 """
 import copy
-import functools
 import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 import dist
+from models.precision import float32_matmul
 from models.tokenizers.usage import CodeUsage
 
 logger = logging.getLogger(__name__)
@@ -263,45 +260,9 @@ def balanced_candidates(queries: list[torch.Tensor], count: int) -> torch.Tensor
     return candidates
 
 
-@functools.cache
-def spend_deprecation_warnings() -> None:
-    """Some releases of torch warn once per process at the first use of the older setting of precision."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
-
-
-@contextmanager
-def float32_matmul() -> Iterator[None]:
-    """Full float32 products inside: near-equal distances must not be decided by TF32's 10 bits.
-
-    Since torch 2.9 there is a setting for every kind of product, which falls back on that of its library and
-    of all libraries, beside the older single one, which cannot be read where they contradict each other. The
-    newer ones are cleared from the general to the special, so that each shows what it holds itself, and are
-    all restored exactly.
-    """
-    backends = torch.backends
-    newer = []
-    if hasattr(backends.cuda.matmul, 'fp32_precision'):
-        newer = [backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul]
-    before = []
-    for setting in newer:
-        before.append(setting.fp32_precision)
-        setting.fp32_precision = 'none'
-    if newer:
-        spend_deprecation_warnings()
-    older = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(older)
-        for setting, precision in zip(newer, before, strict=True):
-            setting.fp32_precision = precision
-
-
 def squared_distances(query_NZ: torch.Tensor, code_VZ: torch.Tensor) -> torch.Tensor:
     """(N, V) between queries and codes, |q|^2 + |c|^2 - 2 qc."""
+    # Near-equal distances must not be decided by TF32.
     with float32_matmul():
         distance_NV = query_NZ.square().sum(1, keepdim=True) + code_VZ.square().sum(1)
         return distance_NV.addmm_(query_NZ, code_VZ.T, alpha=-2)

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import dist
 from models.base import at_least_float32
+from models.precision import float32_matmul
 from models.scales import Side, as_sizes, scale_name
-from models.tokenizers.codebook import float32_matmul, squared_distances
+from models.tokenizers.codebook import squared_distances
 
 if TYPE_CHECKING:
     from models.tokenizers.quantizer_training import QuantizerTraining
