@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
+from models.precision import float32_matmul
 from models.scales import ScaleLayout
 
 Size = tuple[int, int]  # rows and columns of a code map
@@ -110,9 +111,9 @@ class SSG:
         if k == 0:
             return logits_BlV
 
-        # In float32 under any autocast: logits are large, and their differences small.
+        # In full float32 under any autocast: logits are large, and their differences small.
         sizes = self.layout.sizes
-        with torch.autocast(logits_BlV.device.type, enabled=False):
+        with torch.autocast(logits_BlV.device.type, enabled=False), float32_matmul():
             enlarge_ll = enlargement(sizes[k - 1], sizes[k], self.prior).to(logits_BlV)
             prior_BlV = enlarge_ll @ previous_BlV
             factor = self.strength if self.schedule == 'constant' else self.strength * self.layout.ratio(k)

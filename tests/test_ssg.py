@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from configs import parse_sampling
 from models.noise import ImageNoise
@@ -110,6 +111,28 @@ def test_a_number_added_to_the_logits_of_a_token_changes_no_probability():
         ssg(0, maps((2, 2)) + factor * offsets[0])
         return ssg(1, maps((3, 3), seed=1) + factor * offsets[1]).softmax(-1)
     assert_within(probabilities(5.), probabilities(0.), 1e-12)
+
+
+def test_tf32_of_the_caller_does_not_reach_the_product():
+    """Logits are large and their differences small, so that the 10 bits of TF32 would be seen in them."""
+    seen = []
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if 'matmul' in function.__name__ and args[0].dtype == torch.float32:
+                seen.append(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs or {})
+
+    ssg = SSG(ScaleLayout((1, 2)), 0.5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    try:
+        ssg(0, torch.ones(1, 1, 3))
+        with Products():
+            ssg(1, torch.ones(1, 4, 3))
+        assert seen == ['highest'] and torch.get_float32_matmul_precision() == 'high'
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ------------------------------------------------------------ sampling
