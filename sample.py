@@ -476,7 +476,7 @@ def sweep(config: SampleConfig) -> None:
     Raises:
         MissingWeights: the feature network has no weights.
         ValueError: the reference cannot be read, or a setting cannot be sampled. Both are found before the
-            first job.
+            first job, but for a `neon_w` so large that images are not finite, which its own job finds.
     """
     combinations = config.combinations()
     swept = list(combinations[0])
@@ -512,8 +512,12 @@ def sweep(config: SampleConfig) -> None:
             begin_or_continue(folder / 'sweep.json', description, is_empty=not table.rows)
 
         # One image of every combination, without --fixed_bs, shows what the model refuses, before hours of
-        # sampling.
+        # sampling. No setting is refused for --neon_w, so that the first one stands for all of them, and
+        # weights are merged once for each.
+        first_w = combinations[0].get('neon_w')
         for combination in combinations:
+            if combination.get('neon_w') != first_w:
+                continue
             job = dataclasses.replace(config.at(combination), fixed_batch=0)
             model, origin = load_for(job, hashes)
             labels_N = image_labels(job, model.num_classes, origin['classes'])
