@@ -127,7 +127,7 @@ def check_rows(sample_NF: torch.Tensor, reference_MF: torch.Tensor, least: int =
     """
     if sample_NF.shape[1] != reference_MF.shape[1]:
         raise ValueError(f'expected features of one network, got {reference_MF.shape[1]} of the reference, '
-                         f'{sample_NF.shape[1]} of the sample: compute both anew')
+                         f'{sample_NF.shape[1]} of the samples: compute both anew')
     for name, rows in (('sample', sample_NF), ('reference', reference_MF)):
         if len(rows) < least:
             raise ValueError(f'expected at least {least} images in the {name}, got {len(rows)}: pass more '

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from evaluation.kernels import check_rows
 from utils.misc import full_precision
 
 
@@ -195,18 +196,11 @@ def _check_points(reference_NF: torch.Tensor, sample_MF: torch.Tensor, k: int) -
     Raises:
         ValueError: a set has k points or fewer, a feature is not finite, or the sets differ in F.
     """
-    if reference_NF.shape[1] != sample_MF.shape[1]:
-        raise ValueError(f'expected features of one network, got {reference_NF.shape[1]} of the reference, '
-                         f'{sample_MF.shape[1]} of the samples: compute both anew')
     for name, points in (('reference', reference_NF), ('sample', sample_MF)):
         if len(points) <= k:
             raise ValueError(f'precision and recall need at least {k + 1} {name} images, got {len(points)}: '
                              'pass more images, or leave them out of the metrics')
-        # The extremes are finite only where all features are, and need no copy of all points.
-        if not torch.stack(points.aminmax()).isfinite().all():
-            raise ValueError(f'expected finite features, {name} image '
-                             f'{points.isfinite().all(1).int().argmin().item()} has nan or infinite ones: '
-                             'check its pixels and the weights')
+    check_rows(sample_MF, reference_NF)
 
 
 def precision_recall(reference_NF: torch.Tensor, sample_MF: torch.Tensor, mode: str = 'adm', k: int = 3,
