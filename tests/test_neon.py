@@ -1,6 +1,7 @@
 """Neon: weights beyond a reference, in files and on the fly, and what is refused."""
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.runs import CLASSES, TINY_VQVAE, make_tokenizer, message, prepared, r
 from tests.test_sample import by_index, read_table
 from tests.vectors import assert_within, load_json, load_tensors
 from utils import merge as merging
+from utils import posthoc_ema
 from utils.merge import MergeSettings, extrapolated, merge
 
 FACTORS = load_json('post_training/neon')['w']
@@ -198,6 +200,14 @@ def test_requests_are_complete():
         MergeSettings(reference='a', tuned='b')
     with pytest.raises(ValueError, match=r'--w must be in'):
         MergeSettings(reference='a', tuned='b', out='c', w=1e9)
+
+
+@pytest.mark.parametrize(('module', 'flag'), [(merging, '--w=1e9'), (posthoc_ema, '--width=7')])
+def test_wrong_values_end_a_command_as_wrong_flags_do(module, flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['command', 'a', flag])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 # ------------------------------------------------------------ sampling

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from configs.options import check_values, check_weights, expand_paths, make_parser, opt
+from configs.options import check_values, check_weights, expand_paths, opt, parse_settings
 from models import ARModel, read_kwargs
 from pipeline import Contents, Part, build, check_same_codes, read
 from utils.checkpoint import save_file
@@ -180,9 +180,9 @@ def merge(settings: MergeSettings) -> None:
 
 def main() -> None:
     """Merge what the command line names."""
-    parser = make_parser(MergeSettings, 'merge', __doc__.splitlines()[0])
+    settings = parse_settings(MergeSettings, sys.argv[1:], 'merge', __doc__.splitlines()[0])
     setup_logging(None, is_master=True)
-    merge(MergeSettings(**parser.parse(sys.argv[1:])))
+    merge(settings)
 
 
 if __name__ == '__main__':

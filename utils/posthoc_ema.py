@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.options import INF, check_values, expand_paths, make_parser, numbers_of, opt
+from configs.options import INF, check_values, expand_paths, numbers_of, opt, parse_settings
 from configs.training import LARGEST_WIDTH
 from utils.checkpoint import load_with_digest, model_weights, newest_checkpoint, save_file
 from utils.console import one_line_errors
@@ -177,9 +177,9 @@ def make_averages(settings: PosthocSettings) -> list[float]:
 
 def main() -> None:
     """Make the averages that the command line asks for."""
-    parser = make_parser(PosthocSettings, 'posthoc_ema', __doc__.splitlines()[0])
+    settings = parse_settings(PosthocSettings, sys.argv[1:], 'posthoc_ema', __doc__.splitlines()[0])
     setup_logging(None, is_master=True)
-    make_averages(PosthocSettings(**parser.parse(sys.argv[1:])))
+    make_averages(settings)
 
 
 if __name__ == '__main__':
