@@ -19,6 +19,7 @@ COLUMNS = ('model', 'metric', 'reported', 'by', 'measured here', 'settings', 'ma
 LISTED = ('model', 'metric', 'reported', 'by', 'settings')
 SHOWN = ('cfg', 'top_k', 'top_p', 'num_step', 'guidance', 'temperature', 'seed')  # settings of a manifest
 EMPTY = '-'
+SETS = dict(real='the real images', bank='the bank of training images')  # that scores are compared with
 
 Row = dict[str, str]
 
@@ -146,16 +147,17 @@ def summarize(settings: SummarySettings) -> str | None:
     first = _definition(reports[0])
     for path, report in zip(paths[1:], reports[1:], strict=True):
         other = _definition(report)
-        if other != first:
-            ours, theirs = dist.what_differs(first, other)
-            raise ValueError(f'{paths[0]} and {path} are not of one definition ({ours} against {theirs}): '
-                             'summarize reports that differ in the seed of the sample alone')
+        differing = [what for what in first | other if first.get(what) != other.get(what)]
+        if differing:
+            ours, theirs = dist.what_differs(first.get(differing[0]), other.get(differing[0]))
+            raise ValueError(f'{paths[0]} and {path} differ in {" and ".join(differing)} ({ours} against '
+                             f'{theirs}): summarize reports that differ in the seed of the sample alone')
     digests = [report['sample']['sha256'] for report in reports]
     if len(set(digests)) < len(digests):
         raise ValueError('two reports are of the same images, which have one seed: pass reports of other '
                          'seeds')
 
-    lines = [f'{len(reports)} samples of {first["count"]} images']
+    lines = [f'{len(reports)} samples of {first["the number of images"]} images']
     values = [flat(report['scores']) for report in reports]
     for name in values[0]:
         numbers = [value[name] for value in values]
@@ -169,14 +171,23 @@ def summarize(settings: SummarySettings) -> str | None:
 
 
 def _definition(report: dict[str, Any]) -> dict[str, Any]:
-    """All that must be the same for scores to be averaged."""
-    encoders = report.get('beyond', {}).get('encoders', {})
-    names = ('features', 'dtype', 'pr_mode', 'fd_method', 'split_size')
-    return dict(
-        scores=list(flat(report['scores'])),
-        count=report['sample'].get('count'),
-        reference=report['reference']['sha256'],
-        network=report['network'],
-        encoders={name: (encoder['sha256'], encoder['dtype']) for name, encoder in encoders.items()},
-        **{name: report['settings'].get(name) for name in names},
-    )
+    """All that must be the same for scores to be averaged, by what a message calls it."""
+    definition = {
+        'the scores': list(flat(report['scores'])),
+        'the number of images': report['sample'].get('count'),
+        'the reference': report['reference']['sha256'],
+        'the network': report['network'],
+    }
+    for name in ('features', 'dtype', 'pr_mode', 'fd_method', 'split_size'):
+        definition[f'--{name}'] = report['settings'].get(name)
+
+    # Scores beyond ADM's have encoders, statistics and images of their own.
+    beyond = report.get('beyond', {})
+    for name, encoder in beyond.get('encoders', {}).items():
+        definition[f'the encoder {name}'] = [encoder['sha256'], encoder['dtype']]
+        if 'training' in encoder:
+            definition[f'the statistics of {name}'] = encoder['training'].get('sha256')
+    for metric in beyond.get('metrics', {}).values():
+        for of, images in metric['references'].items():
+            definition[SETS[of]] = images['sha256']
+    return definition

@@ -8,6 +8,13 @@ from evaluation.score_table import read_rows, render
 from tests.runs import REPO
 
 
+def beyond(real='a', bank='b', statistics='c'):
+    """What scores beyond ADM's were compared with, by the first letter of each digest."""
+    references = dict(real=dict(sha256=real * 64), bank=dict(sha256=bank * 64))
+    mae = dict(sha256='m' * 64, dtype='float32', training=dict(kind='statistics', sha256=statistics * 64))
+    return dict(metrics=dict(memory=dict(references=references)), encoders=dict(mae=mae))
+
+
 def report(seed=0, **changes):
     """A report of `evaluate.py REF SAMPLE --json=FILE` as far as tables need it."""
     content = dict(
@@ -18,6 +25,7 @@ def report(seed=0, **changes):
         manifest=dict(ckpt='weights/var_d16.pth', settings=dict(cfg=1.5, top_k=900, seed=seed)),
         network=dict(name='inception', digest='d' * 64),
         settings=dict(features='inception', dtype='float32', pr_mode='adm', fd_method='eigh'),
+        beyond=beyond(),
     )
     return content | changes
 
@@ -59,10 +67,26 @@ def test_summary_over_seeds(evaluate_here, tmp_path):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(reference=dict(path='x', sha256='s' * 64)), 'not of one definition'),
-    (dict(sample=dict(path='x', sha256='1' * 64, count=5000)), 'not of one definition'),
-    (dict(beyond=dict(encoders=dict(mae=dict(sha256='', dtype='float32')))), 'not of one definition'),
-    (dict(settings=dict(pr_mode='fp32')), 'not of one definition'),
+    (dict(reference=dict(path='x', sha256='s' * 64)), f'the reference ({"r" * 64} against {"s" * 64})'),
+    (dict(sample=dict(path='x', sha256='1' * 64, count=5000)), 'the number of images (50000 against 5000)'),
+    (dict(beyond=beyond(real='x')), f'the real images ({"a" * 64} against {"x" * 64})'),
+    (dict(beyond=beyond(bank='x')), f'the bank of training images ({"b" * 64} against {"x" * 64})'),
+    (dict(beyond=beyond(statistics='x')), f'the statistics of mae ({"c" * 64} against {"x" * 64})'),
+    (dict(beyond=beyond(real='x', bank='y')), f'the real images and the bank of training images ({"a" * 64}'),
+    (dict(beyond=beyond() | dict(encoders={})), 'the encoder mae and the statistics of mae'),
+    (dict(settings=report()['settings'] | dict(pr_mode='fp32')), '--pr_mode (adm against fp32)'),
+    (dict(scores=dict(fid=3)), 'the scores'),
+])
+def test_summary_names_what_differs(run, tmp_path, change, message):
+    paths = [write(tmp_path / f'{seed}.json', report(seed)) for seed in range(2)]
+    paths.append(write(tmp_path / 'other.json', report(2, **change)))
+    with pytest.raises(SystemExit) as stop:
+        run('summary', *paths)
+    assert f'{paths[0]} and {paths[2]} differ in {message}' in str(stop.value)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(('change', 'message'), [
     (dict(sample=report()['sample']), 'two reports are of the same images'),
     (dict(command='tokenizer'), 'expected a report of evaluate.py REF SAMPLE'),
 ])
