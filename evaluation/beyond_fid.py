@@ -506,12 +506,8 @@ class BeyondFid:
         """Names of the sets that an encoder must look at."""
         needed = {'sample'}
         for metric in self.metrics.values():
-            if encoder not in metric.encoders(self.settings):
-                continue
-            if metric.real or (metric.training and self.settings.real):
-                needed.add('real')
-            if metric.bank:
-                needed.add('bank')
+            if encoder in metric.encoders(self.settings):
+                needed.update(self._references(metric))
         return [of for of in SET_NAMES if of in needed]
 
     def extract(self, store: FeatureStore, ref_statistics: dict[str, tuple]) -> Comparison | None:
@@ -619,7 +615,13 @@ class BeyondFid:
 
     def _references(self, metric: Metric) -> list[str]:
         """Names of the sets of images that a metric compares with."""
-        return [of for of in ('real', 'bank') if getattr(metric, of)]
+        found = []
+        # Real images may stand for training images, and FDr^6 has own divisors by them.
+        if metric.real or (metric.training and self.settings.real):
+            found.append('real')
+        if metric.bank:
+            found.append('bank')
+        return found
 
     def _describe(self, name: str, given: Comparison) -> dict[str, Any]:
         """An encoder for the report; an unknown file of weights is also a warning."""

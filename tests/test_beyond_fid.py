@@ -317,6 +317,7 @@ def test_six_encoders(run, files, small):
     ratios = [value for name, value in scores.items() if name.startswith('fdr_') and '_own_' in name]
     assert len(ratios) == 6 and scores['fdr6_own_0.006k_fp32'] == pytest.approx(np.mean(ratios), rel=1e-9)
     assert report['beyond']['unavailable'].keys() == {'fdr6_paper'}
+    assert report['beyond']['metrics']['fdr6']['references']['real']['count'] == 5  # of its divisors
     clip = encoders.EncoderFeatures('clip336', folder=str(small))
     expected = cmmd(rows_of(images[1], clip), rows_of(images[2], clip)).biased
     assert scores['cmmd_clip336_0.006k'] == pytest.approx(expected, rel=1e-4)
