@@ -47,7 +47,7 @@ from utils.amp_sc import note_on_bfloat16
 from utils.checkpoint import atomic_path, lock_folder
 from utils.files import read_json
 from utils.hub import sha256_of
-from utils.image_sets import read_labels, shuffled, write_npz
+from utils.image_sets import open_images, read_labels, shuffled, write_npz
 from utils.image_store import STORES, ImageStore
 from utils.log import progress_bar, setup_logging
 from utils.merge import extrapolate, read_tuned
@@ -138,6 +138,7 @@ def sample(config: SampleConfig) -> Path:
                 batch_size=config.images_per_batch,
                 npz=npz_path.name,
                 npz_sha256=sha256_of(npz_path),
+                **digest_of_folder(config),
                 git_commit=git_commit(),
                 versions=versions(),
                 device=device_name(device),
@@ -449,6 +450,16 @@ def class_names_of(labels_N: np.ndarray, classes: Sequence[str]) -> dict[str, di
     # The label after the last class means "no class" and has no name.
     names = {label: classes[label] for label in label_ids if label < len(classes)}
     return dict(classes=names)
+
+
+def digest_of_folder(config: SampleConfig) -> dict[str, str]:
+    """The manifest's entry `folder_sha256`, by which evaluate.py knows the PNG files; {} if none are kept."""
+    if config.format != 'png':
+        return {}
+    try:
+        return dict(folder_sha256=open_images(config.output).sha256())
+    except ValueError:
+        return {}  # beside them lies an image of another size, with which nobody can score the folder
 
 
 def is_packed(npz_path: Path, manifest_path: Path, expected: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from models import VAR, VQVAE
 from tests.runs import TINY_VQVAE, kept_logging, kill_tree, launch, make_tokenizer, same_images, start
 from tests.test_contract import GENERATORS
 from utils.hub import fetch, sha256_of
-from utils.image_sets import shuffled
+from utils.image_sets import open_images, shuffled
 from utils.log import one_line_errors
 
 
@@ -224,6 +224,7 @@ def test_manifest_names_all_that_repeats_the_file(sample_here, tmp_path, weights
     assert manifest['weights_sha256'] == dict(ckpt=sha256_of(weights[0]))
     assert manifest['ckpt'] == str(weights[0])
     assert manifest['npz_sha256'] == sha256_of(tmp_path / 'a.npz')
+    assert manifest['folder_sha256'] == open_images(tmp_path / 'a').sha256()
     assert len(manifest['git_commit'].removesuffix('+changes')) == 40
     with Image.open(tmp_path / 'a' / '000005.png') as image:
         assert np.array_equal(np.asarray(image), images[5])
@@ -233,6 +234,12 @@ def test_manifest_names_all_that_repeats_the_file(sample_here, tmp_path, weights
     again = sample_here(tmp_path / 'b', *flags, f'--num_images={manifest["num_images"]}')
     assert np.array_equal(again, images)
     assert (tmp_path / 'b.npz').read_bytes() == (tmp_path / 'a.npz').read_bytes()
+
+    # An image of somebody else neither ends the job, nor gets into the manifest.
+    Image.new('RGB', (8, 4)).save(tmp_path / 'b' / 'mine.png')
+    (tmp_path / 'b.npz').unlink()
+    sample_here(tmp_path / 'b', *flags, f'--num_images={manifest["num_images"]}')
+    assert 'folder_sha256' not in json.loads((tmp_path / 'b.json').read_text())
 
 
 def test_manifest_is_of_the_file_that_was_loaded(sample_here, tmp_path, weights, monkeypatch):
