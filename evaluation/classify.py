@@ -145,13 +145,15 @@ def judge(images: ImageSet, labels_N: np.ndarray, classifier: Classifier, batch_
 def describe_images(images: ImageSet) -> tuple[str, dict[str, Any] | None]:
     """SHA-256 of the images, and the manifest beside them or None; every rank calls it.
 
+    The images get a warning about a manifest that is not used.
+
     Raises:
-        ValueError: the manifest belongs to other images.
+        ValueError: the manifest belongs to another file.
     """
     # The digest needs the whole file, so the master alone reads it for all ranks.
     digest = images.sha256() if dist.is_master() else ''
     digest = dist.allgather_object(digest)[0]
-    return digest, read_manifest(images.path, digest)
+    return digest, read_manifest(images.path, digest, images.warnings)
 
 
 def line(scores: dict[str, float]) -> str:

@@ -108,7 +108,7 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
         described = dict(reference=ref.describe(), sample=sample.describe())
     described = dist.allgather_object(described)[0]
     digests = {side: described[side]['sha256'] for side in described}
-    manifest = read_manifest(sample.path, digests['sample'])
+    manifest = read_manifest(sample.path, digests['sample'], notes)
 
     # Further scores may need features of both sides, too, by this network and others. All of them are then
     # kept on disk, and this network looks at each side once.
@@ -244,13 +244,15 @@ def open_set(path: str, needs_images: bool) -> ScoredSide:
     return ScoredSide(Path(path), images, keys)
 
 
-def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
-    """The manifest that sample.py wrote beside a file of images; None if there is no such manifest.
+def read_manifest(path: Path, digest: str, notes: list[str]) -> dict[str, Any] | None:
+    """The manifest that sample.py wrote beside images; None if there is none, or it may be of other images.
 
     Args:
-        digest: SHA-256 of the file of images.
+        path: the file, or the folder of PNG files.
+        digest: its SHA-256.
+        notes: gets a line about the manifest of a folder that is not used.
     Raises:
-        ValueError: the manifest cannot be read, or describes other images.
+        ValueError: the manifest cannot be read, or describes another file.
     """
     manifest_path = manifest_of(path)
     try:
@@ -262,7 +264,19 @@ def read_manifest(path: Path, digest: str) -> dict[str, Any] | None:
                          f'({error}): restore or remove it') from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get('npz_sha256'), str):
         return None  # a JSON file of another program, which happens to have this name
-    if path.suffix == '.npz' and manifest['npz_sha256'] != digest:
+
+    # Files come and go in a folder, so that other ones are no damage there. The digest of the npz beside it
+    # says nothing of them, and earlier versions of sample.py wrote no other one.
+    if path.is_dir():
+        described = manifest.get('folder_sha256')
+        if described == digest:
+            return manifest
+        problem = 'describes other PNG files than those in'
+        if described is None:
+            problem = 'does not name the SHA-256 of the PNG files in'
+        notes.append(f'{manifest_path} {problem} {path}, so that nothing of it is in this report')
+        return None
+    if manifest['npz_sha256'] != digest:
         raise ValueError(f'{path} has SHA-256 {digest[:16]}..., its manifest {manifest_path} says '
                          f'{manifest["npz_sha256"][:16]}...: the images are others than those that were '
                          'sampled; sample again, or remove the manifest')

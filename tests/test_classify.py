@@ -342,7 +342,7 @@ def test_results_are_labelled_and_the_manifest_of_candidates_kept(evaluate_here,
     target = tmp_path / 'kept.npz'
     _, manifest, _ = reject(evaluate_here, candidates, target, '--n_keep=5', '--ratio=3')
     assert manifest['candidates'] == source
-    assert read_manifest(target, sha256_of(target)) == manifest
+    assert read_manifest(target, sha256_of(target), []) == manifest
     out = evaluate_here('classify-eval', target, '--classifier=toy', f'--json={tmp_path / "r.json"}')
     assert 'with rejection (ratio 3)' in out
     report = json.loads((tmp_path / 'r.json').read_text())

@@ -380,6 +380,29 @@ def test_manifest_is_checked(run, files):
         run(files / 'ref.npz', sample, *DIGITS)
 
 
+def test_manifest_of_a_folder_is_used_only_if_it_describes_its_files(run, files):
+    """The digest of the npz says nothing of PNG files beside it, which may have been replaced."""
+    folder = write_pngs(files / 'drawn', noise(40, 1))
+    content = dict(npz_sha256='0' * 64, settings=dict(cfg=1.5), rejection=dict(ratio=2.0))
+    manifest = files / 'drawn.json'
+
+    manifest.write_text(json.dumps(content))
+    report, printed = run(files / 'ref.npz', folder, *DIGITS)
+    assert report['manifest'] is None and 'with rejection' not in printed
+    assert f'warning: {manifest} does not name the SHA-256 of the PNG files in {folder}' in printed
+
+    content |= dict(folder_sha256=report['sample']['sha256'])
+    manifest.write_text(json.dumps(content))
+    report, printed = run(files / 'ref.npz', folder, *DIGITS)
+    assert report['manifest'] == content and 'with rejection (ratio 2)' in printed
+    assert str(manifest) not in printed
+
+    Image.fromarray(noise(1, 2)[0]).save(folder / '007.png')
+    report, printed = run(files / 'ref.npz', folder, *DIGITS)
+    assert report['manifest'] is None and 'with rejection' not in printed
+    assert f'warning: {manifest} describes other PNG files than those in {folder}' in printed
+
+
 @pytest.mark.parametrize('name', ['sample.json', 'ref.json', 'sample.npz', 'ref.npz', 'a/../sample.json'])
 def test_report_replaces_neither_manifests_nor_images(run, files, capsys, name):
     before = {path: path.read_bytes() for path in files.iterdir()}
