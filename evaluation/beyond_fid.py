@@ -35,6 +35,7 @@ from evaluation.pictures import save_contact_sheet
 from evaluation.precision_recall import density_coverage
 from evaluation.settings import BEYOND, STANDARD_COUNT, ScoreSettings
 from evaluation.sliced import MIND_DIRECTIONS, MIND_SEED, mind
+from evaluation.trained_on import mark_of
 from utils.hub import sha256_of
 from utils.image_sets import ImageSet, npz_keys, open_images, read_npz_arrays, shuffled
 
@@ -653,25 +654,24 @@ def lines_of(report: dict[str, Any]) -> list[str]:
     for name, metric in beyond['metrics'].items():
         for score in metric['scores']:
             value = beyond['scores'][score]
+            mark = mark_of(report, score)
             if isinstance(value, dict):
                 numbers = {key: number for key, number in value.items() if isinstance(number, float)}
                 parts = [f'{key} {number:.6g}' for key, number in numbers.items()]
-                lines.append(f'{score}: {", ".join(parts)}')
+                lines.append(f'{score}: {", ".join(parts)}{mark}')
             elif name != 'fdr6' or score.startswith('fdr6'):
-                lines.append(f'{score}: {value:.6g}')
+                lines.append(f'{score}: {value:.6g}{mark}')
         if name == 'fdr6':
-            lines += _table_of_ratios(metric['scores'], beyond['scores'])
+            lines += _table_of_ratios(metric['scores'], report)
     lines += [f'{name}: not available, {reason}' for name, reason in beyond['unavailable'].items()]
     return lines
 
 
-def _table_of_ratios(names: list[str], scores: Scores) -> list[str]:
+def _table_of_ratios(names: list[str], report: dict[str, Any]) -> list[str]:
     """A row per encoder: its distance, and its ratios."""
     rows = []
     for encoder in FDR_ENCODERS:
-        cells = []
-        for name in names:
-            if name.startswith((f'fd_{encoder}', f'fdr_{encoder}')):
-                cells.append(f'{name} {scores[name]:.6g}')
-        rows.append(f'    {encoder:9} {"   ".join(cells)}')
+        of_encoder = [name for name in names if name.startswith((f'fd_{encoder}', f'fdr_{encoder}'))]
+        cells = [f'{name} {report["beyond"]["scores"][name]:.6g}' for name in of_encoder]
+        rows.append(f'    {encoder:9} {"   ".join(cells)}{mark_of(report, *of_encoder)}')
     return rows

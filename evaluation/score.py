@@ -32,6 +32,7 @@ from evaluation.inception import SHA256
 from evaluation.metrics import frechet_distance, read_statistics
 from evaluation.precision_recall import precision_recall
 from evaluation.settings import SCORES, STANDARD_COUNT, ScoreSettings, manifest_of
+from evaluation.trained_on import mark_of, marked_scores, targets_of
 from utils.files import write_text
 from utils.hub import sha256_of
 from utils.image_sets import ImageSet, npz_keys, open_images
@@ -109,6 +110,7 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     described = dist.allgather_object(described)[0]
     digests = {side: described[side]['sha256'] for side in described}
     manifest = read_manifest(sample.path, digests['sample'], notes)
+    targets = targets_of(manifest)
 
     # Further scores may need features of both sides, too, by this network and others. All of them are then
     # kept on disk, and this network looks at each side once.
@@ -144,6 +146,10 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
         further = dict(beyond=beyond.report(comparison))
         scores |= further['beyond']['scores']
         notes = list(dict.fromkeys(notes + beyond.notes))  # several encoders look at the same images
+    trained_on = marked_scores(targets, scores, network, further.get('beyond'))
+    if targets:
+        notes.append(f'the generator was trained on {", ".join(targets)}: such scores say how well that '
+                     'worked; look at those of other encoders')
     return dict(
         command='score',
         scores=scores,
@@ -153,6 +159,7 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
         **described,
         manifest=manifest,
         rejection=(manifest or {}).get('rejection'),
+        trained_on=trained_on,
         network=describe_network(network),
         settings=dataclasses.asdict(settings),
         versions=versions(),
@@ -512,7 +519,7 @@ def text_report(report: dict[str, Any]) -> str:
                      f'{settings["fd_method"]}')
     for name, words in SCORES.items():
         if name in report['scores']:
-            lines.append(f'{words}: {report["scores"][name]:.6g}')
+            lines.append(f'{words}: {report["scores"][name]:.6g}{mark_of(report, name)}')
         elif name in report['unavailable']:
             lines.append(f'{words}: not available, {report["unavailable"][name]}')
     if 'beyond' in report:

@@ -25,6 +25,7 @@ from evaluation.settings import BEYOND
 from evaluation.sliced import mind
 from tests.replicas import KEYS, small_table, write_replicas
 from utils.console import one_line_errors
+from utils.hub import sha256_of
 
 DIGITS = ['--features=digits', '--allow_any_count']
 ON_DIGITS = '--metrics=adm,kid,prdc,mind,vendi,fd_inf'
@@ -154,6 +155,32 @@ def test_copies_are_reported(run, files):
     assert copies['share_nearer'] >= 0.5 and {tuple(pair[:2]) for pair in copies['pairs']} \
         == {(20 + i, i) for i in range(20)}
     assert Image.open(files / 'pairs.png').size == (20 * 8 + 19 * 2, 8 + 2 + 8)
+
+
+def test_scores_that_a_generator_was_trained_on_are_marked(run, files):
+    flags = [files / 'ref.npz', files / 'sample.npz', *DIGITS, '--metrics=fid,is,kid,prdc']
+    report, printed = run(*flags)
+    assert report['trained_on'] == {} and 'trained on' not in printed
+    manifest = dict(npz_sha256=report['sample']['sha256'], trained_on=['kid', 'fid'])
+    (files / 'sample.json').write_text(json.dumps(manifest))
+    report, printed = run(*flags)
+    assert report['trained_on'] == {'fid': ['fid'], 'kid_digits_all_0.04k': ['kid'],
+                                    'kid_digits_all_0.04k_error': ['kid']}
+    scores = report['scores']
+    assert f'FID: {scores["fid"]:.6g} (trained on fid)\n' in printed
+    assert f'Inception Score: {scores["is"]:.6g}\n' in printed
+    assert f'kid_digits_all_0.04k: {scores["kid_digits_all_0.04k"]:.6g} (trained on kid)\n' in printed
+    assert 'warning: the generator was trained on kid, fid: ' in printed
+
+    # An encoder stands for all that is made of its features; what was rejected is still of that generator.
+    manifest = dict(npz_sha256=report['sample']['sha256'], candidates=dict(trained_on=['digits']))
+    (files / 'sample.json').write_text(json.dumps(manifest))
+    report, printed = run(*flags)
+    assert report['trained_on'] == {name: ['digits'] for name in report['scores']}
+    assert printed.count(' (trained on digits)\n') == 5
+    (files / 'sample.json').write_text(json.dumps(manifest | dict(trained_on='fid')))
+    with pytest.raises(SystemExit, match='expected a list of names as trained_on'):
+        run(*flags)
 
 
 def rank_of_two(rank, settings, folder):
@@ -297,6 +324,8 @@ def test_six_encoders(run, files, small):
     flags = [files / 'stats.npz', files / 'sample.npz', '--allow_any_count', f'--statistics={small}',
              '--encoder_dtype=float32', f'--encoder_weights={small}']
     np.savez(files / 'real.npz', arr_0=noise(5, 7))
+    manifest = dict(npz_sha256=sha256_of(files / 'sample.npz'), trained_on=['mae'])
+    (files / 'sample.json').write_text(json.dumps(manifest))
     report, printed = run(*flags, '--metrics=fdr6,fd_dinov2,fd_dinov2_dgm,cmmd',
                           f'--real={files / "real.npz"}')
     scores = report['scores']
@@ -327,6 +356,11 @@ def test_six_encoders(run, files, small):
     assert mae['identifier'] == 'vit_large_patch16_224.mae' and not mae['pinned'] and mae['px'] == 224
     assert mae['training']['path'].endswith('vit_large_patch16_224_mae_in256_t224_stats.npz')
     assert any(note.startswith('mae: weights with SHA-256') for note in report['warnings'])
+
+    # The generator was trained on one of the encoders.
+    marked = ('fd_mae_0.006k_fp32_own', 'fdr_mae_own_0.006k_fp32', 'fdr6_own_0.006k_fp32')
+    assert report['trained_on'] == {name: ['mae'] for name in marked}
+    assert printed.count(' (trained on mae)\n') == 2  # FDr^6, and a row of its table
 
     # Published statistics have no name inside; the divisors of the paper belong to them.
     for path in small.glob('*.npz'):
