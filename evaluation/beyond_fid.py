@@ -100,7 +100,7 @@ def read_texts(path: Path, names: Iterable[str]) -> list[str]:
 
 
 def dtype_of(network: Any) -> str:
-    """The precision of a network: the older ones run in float32."""
+    """The precision of a network: that of the digits has no choice."""
     return getattr(network, 'dtype', 'float32')
 
 
@@ -158,7 +158,7 @@ class Comparison:
         dtype = dtype_of(self.encoders[encoder])
         if dtype == ENCODERS[encoder].dtype:
             return ''
-        return {'float32': '_fp32', 'bfloat16': '_bf16'}[dtype]
+        return {'float64': '_fp64', 'float32': '_fp32', 'bfloat16': '_bf16'}[dtype]
 
     def distance_name(self, base: str, *encoders: str) -> str:
         """The name of a score that compares with training images; see `name`."""

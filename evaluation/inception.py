@@ -157,6 +157,7 @@ class InceptionFeatures:
         dtype: of the arithmetic, 'float32' or 'float64'.
     Attributes:
         digest: SHA-256 of the weights' file.
+        dtype: as given.
     Raises:
         MissingWeights: there is no such file.
         ValueError: the package torch-fidelity is missing, or the file is not the published one.
@@ -169,6 +170,7 @@ class InceptionFeatures:
 
     def __init__(self, path: str = '', device: torch.device | str = 'cpu', allow_unverified: bool = False,
                  cache: str = '', download: bool = False, dtype: str = 'float32'):
+        self.dtype = dtype
         weights = find_weights(path, cache, download)
 
         def accept(digest: str) -> None:

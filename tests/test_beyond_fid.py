@@ -282,6 +282,9 @@ class SmallInception:
 
     name, digest, num_features, num_spatial, num_classes = 'inception', '1' * 64, 6, 0, 4
 
+    def __init__(self, dtype='float32'):
+        self.dtype = dtype
+
     def outputs(self, images_u8):
         pixels = images_u8.flatten(1).float() / 32
         return Outputs(pixels[:, :6], None, pixels[:, 15:19])
@@ -290,7 +293,7 @@ class SmallInception:
 def load_small(settings, encoder=''):
     """`load_network` with the small Inception."""
     if (encoder or settings.features) == 'inception':
-        return SmallInception()
+        return SmallInception(settings.dtype)
     return load_network(settings, encoder)
 
 
@@ -395,6 +398,15 @@ def test_statistics_say_what_they_are_of(run, files, small):
     (small / 'paper_ref_stats.pkl').write_bytes(b'')
     with pytest.raises(SystemExit, match=r'paper_ref_stats\.pkl, which can run code .*nanogen-evals-stats'):
         run(*flags)
+
+
+def test_names_say_that_inception_ran_in_float64(run, files, small):
+    flags = [files / 'stats.npz', files / 'sample.npz', '--allow_any_count', '--metrics=fid,vendi,fd_inf']
+    plain, _ = run(*flags)
+    assert set(plain['scores']) == {'fid', 'vendi_inception_0.006k', 'fd_inf15_inception_0.006k'}
+    report, printed = run(*flags, '--dtype=float64')
+    assert set(report['scores']) == {'fid', 'vendi_inception_0.006k_fp64', 'fd_inf15_inception_0.006k_fp64'}
+    assert report['beyond']['encoders']['inception']['dtype'] == 'float64' and ', float64, ' in printed
 
 
 # ---------------------------------------------------------------------------------------------- more metrics

@@ -155,6 +155,7 @@ def test_weights_with_counters_and_in_float64(tmp_path, features):
     torch.save(features.network.state_dict(), path)
     assert sum(name.endswith('num_batches_tracked') for name in torch.load(path)) == 94
     again = InceptionFeatures(str(path), allow_unverified=True, dtype='float64')
+    assert (features.dtype, again.dtype) == ('float32', 'float64')  # by which names of scores tell them apart
     for expected, actual in zip(features.outputs(images), again.outputs(images), strict=True):
         assert actual.dtype == torch.float32 and 0 < (actual - expected).abs().max() <= 1e-4
     stripped = features.network.state_dict()  # keeps the versions
