@@ -36,9 +36,8 @@ import numpy as np
 import torch
 
 import dist
-from evaluation.features import load_network
 from evaluation.pictures import save_contact_sheet
-from evaluation.score import ScoreSettings, open_set, score_images, write_json
+from evaluation.score import ScoreSettings, check_scoring, score_images, write_json
 from evaluation.score_table import flat
 from evaluation.sweep import ScoreTable
 from models import ARModel
@@ -485,9 +484,10 @@ def sweep(config: SampleConfig) -> None:
     `<output>.png`, a plot of the table, is drawn at the end. Every rank calls it.
 
     Raises:
-        MissingWeights: the feature network has no weights.
-        ValueError: the reference cannot be read, or a setting cannot be sampled. Both are found before the
-            first job, but for a `neon_w` so large that images are not finite, which its own job finds.
+        MissingWeights: a network that the scores need has no weights.
+        ValueError: a file that the scores need cannot be used, or a setting cannot be sampled. All of this is
+            found before the first job, but for a `neon_w` so large that images are not finite, which its own
+            job finds.
     """
     combinations = config.combinations()
     swept = list(combinations[0])
@@ -495,8 +495,7 @@ def sweep(config: SampleConfig) -> None:
 
     # Whatever can fail is read now, and not after hours of sampling.
     settings = score_settings(config, config.output)
-    reference = open_set(config.ref, needs_images=False)
-    network = load_network(settings)
+    network, reference_sha256 = check_scoring(settings, config.num_images)
     _, origin = load_for(config.at(combinations[0]))
     hashes = {flag: digest for flag, digest in origin['weights_sha256'].items() if flag not in swept}
     hash_of_labels = {}
@@ -517,8 +516,8 @@ def sweep(config: SampleConfig) -> None:
                 swept=swept,
                 settings=fixed,
                 sha256=hashes | hash_of_labels,
-                network=network.digest,
-                reference_sha256=reference.describe()['sha256'],
+                network=None if network is None else network.digest,
+                reference_sha256=reference_sha256,
             )
             begin_or_continue(folder / 'sweep.json', description, is_empty=not table.rows)
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,7 +70,8 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     """Everything that `evaluate.py REF SAMPLE` reports, on the master; None on the other ranks.
 
     Args:
-        network: a feature network that is already loaded; None loads the one of the settings.
+        network: a feature network that is already loaded; None loads that of the settings if a score needs
+            it.
     Raises:
         MissingWeights: the feature network has no weights.
         ValueError: a file cannot be read, has another number of images than expected, or lacks what a metric
@@ -78,32 +79,14 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     """
     begin = time.time()
 
-    # 1. The files come before the network, so that a wrong path is found at once.
+    # 1. The files come before the network, so that a wrong path is found at once. Stored statistics and the
+    # manifest come before the features, which take long: they may turn out to belong to another network or to
+    # other images.
     ref = open_set(settings.ref, needs_images=False)
     sample = open_set(settings.sample, needs_images=False)
-    unavailable = unavailable_metrics(settings, ref, sample)
-    wanted = [name for name in SCORES if name in settings.wanted and name not in unavailable]
-    notes = check_count(settings, sample)
-
-    # Precision and recall compare single images; FID needs images only where no statistics are stored.
-    needs_rows = 'precision' in wanted or 'recall' in wanted
-    needs_statistics = 'fid' in wanted or 'sfid' in wanted
-    ref_is_read = needs_rows or (not ref.stored and needs_statistics)
-    sample_is_read = needs_rows or (not sample.stored and needs_statistics) or 'is' in wanted
-    if ref_is_read:
-        check_enough_images(ref, needs_rows)
-    if sample_is_read:
-        check_enough_images(sample, needs_rows)
-    if sample.stored and sample.images is not None:
-        notes.append(f'{sample.path.name} carries mu: these statistics are used, not those of its images')
-
-    # 2. Stored statistics and the manifest come before the features, which take long: they may turn out to
-    # belong to another network or to other images.
-    if network is None and (wanted or settings.features in encoders_of(settings)):
-        network = load_network(settings)
-    if network is not None:
-        ref.read_statistics(network)
-        sample.read_statistics(network)
+    plan = make_plan(settings, ref, sample, network)
+    network = plan.network
+    notes = plan.notes
     described = {}
     if dist.is_master():
         described = dict(reference=ref.describe(), sample=sample.describe())
@@ -119,28 +102,26 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     if settings.beyond:
         beyond = BeyondFid(settings, ref.images, sample.images, network, digests, ref.stored)
         with_rows = beyond.with_rows
-        if needs_rows:
+        if plan.needs_rows:
             with_rows.add(network.name)
         store = FeatureStore(settings, settings.split_size, with_rows)
-        if beyond.needs_ref_statistics and not ref.stored:
-            ref_is_read = True
 
-    # 3. Features of all images, which all ranks compute together.
+    # 2. Features of all images, which all ranks compute together.
     comparison = None
-    if ref_is_read:
-        notes += features_of_reference(ref, network, settings, needs_rows, digests['reference'], store)
-    if sample_is_read:
-        notes += features_of_sample(sample, network, settings, needs_rows, digests['sample'], store)
+    if plan.ref_is_read or (beyond is not None and beyond.needs_ref_statistics and not ref.stored):
+        notes += features_of_reference(ref, network, settings, plan.needs_rows, digests['reference'], store)
+    if plan.sample_is_read:
+        notes += features_of_sample(sample, network, settings, plan.needs_rows, digests['sample'], store)
     if beyond is not None:
         comparison = beyond.extract(store, ref.statistics)
 
-    # 4. The master has all features and statistics now, and computes the scores alone.
+    # 3. The master has all features and statistics now, and computes the scores alone.
     if not dist.is_master():
         return None
     for side in (ref, sample):
         if side.images is not None:
             notes += side.images.warnings
-    scores = compute(wanted, settings, ref, sample, notes)
+    scores = compute(plan.wanted, settings, ref, sample, notes)
     further = {}
     if beyond is not None:
         further = dict(beyond=beyond.report(comparison))
@@ -153,7 +134,7 @@ def score_images(settings: ScoreSettings, network: Any = None) -> dict[str, Any]
     return dict(
         command='score',
         scores=scores,
-        unavailable=unavailable,
+        unavailable=plan.unavailable,
         warnings=notes,
         **further,
         **described,
@@ -346,6 +327,87 @@ def check_enough_images(side: ScoredSide, needs_rows: bool) -> None:
                          'or leave them out of --metrics')
     if count < 2:
         raise ValueError(f'statistics need at least 2 images, {side.path} holds {count}: add some')
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+class Plan(NamedTuple):
+    """What there is to do for the scores of ADM, and the network of --features."""
+    wanted: list[str]            # names of the scores that the files allow
+    unavailable: dict[str, str]  # those that were wanted and that they do not allow, with the reason
+    network: Any                 # None if no score needs it
+    needs_rows: bool             # whether single images are compared
+    ref_is_read: bool            # whether the network must look at the images of the reference
+    sample_is_read: bool         # and at those of the sample
+    notes: list[str]             # warnings
+
+
+def make_plan(settings: ScoreSettings, ref: ScoredSide, sample: ScoredSide, network: Any) -> Plan:
+    """Find out what must be done, and whether it can be done; no image is read. Every rank calls it.
+
+    Args:
+        network: see `score_images`.
+    Raises:
+        MissingWeights, ValueError: see `score_images`.
+    """
+    unavailable = unavailable_metrics(settings, ref, sample)
+    wanted = [name for name in SCORES if name in settings.wanted and name not in unavailable]
+    notes = check_count(settings, sample)
+
+    # Precision and recall compare single images; FID needs images only where no statistics are stored.
+    needs_rows = 'precision' in wanted or 'recall' in wanted
+    needs_statistics = 'fid' in wanted or 'sfid' in wanted
+    ref_is_read = needs_rows or (not ref.stored and needs_statistics)
+    sample_is_read = needs_rows or (not sample.stored and needs_statistics) or 'is' in wanted
+    if ref_is_read:
+        check_enough_images(ref, needs_rows)
+    if sample_is_read:
+        check_enough_images(sample, needs_rows)
+    if sample.stored and sample.images is not None:
+        notes.append(f'{sample.path.name} carries mu: these statistics are used, not those of its images')
+
+    if network is None and (wanted or settings.features in encoders_of(settings)):
+        network = load_network(settings)
+    if network is not None:
+        ref.read_statistics(network)
+        sample.read_statistics(network)
+    return Plan(wanted, unavailable, network, needs_rows, ref_is_read, sample_is_read, notes)
+
+
+def check_scoring(settings: ScoreSettings, count: int) -> tuple[Any, str]:
+    """Find out what would keep `score_images` from scoring images that are still to be drawn.
+
+    Every rank calls it.
+
+    Args:
+        settings: with the path at which the images will be.
+        count: how many they will be.
+    Returns:
+        The network for `score_images`, None if no score needs it; and the SHA-256 of the reference.
+    Raises:
+        MissingWeights, ValueError: see `score_images`.
+    """
+    ref = open_set(settings.ref, needs_images=False)
+    sample = ScoredSide(Path(settings.sample), PlannedImages(settings.sample, count))
+    plan = make_plan(settings, ref, sample, None)
+    described = dist.from_master(ref.describe)
+    if settings.beyond:
+        # No other set has the digest of images that are not there.
+        digests = dict(reference=described['sha256'], sample='')
+        BeyondFid(settings, ref.images, sample.images, plan.network, digests, ref.stored)
+    return plan.network, described['sha256']
+
+
+class PlannedImages(ImageSet):
+    """Square images that are not drawn yet; nobody knows their size before."""
+
+    height = 0
+    width = 0
+    labels = None
+
+    def __init__(self, path: str, count: int):
+        self.path = Path(path)
+        self.count = count
+        self.warnings = []
 
 
 # ---------------------------------------------------------------------------------------------- scoring

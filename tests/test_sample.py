@@ -647,6 +647,37 @@ def test_sweeps_notice_that_weights_are_replaced(sample_here, tmp_path, weights,
     assert len(read_table(tmp_path / 'sweep.csv')) == 1
 
 
+@pytest.mark.parametrize(('score', 'message'), [
+    ('--features=digits --metrics=kid --real=nowhere.npz', 'found nothing at nowhere.npz'),
+    ('--features=digits --metrics=fid,prdc --prdc_k=20', 'prdc needs at least 21 images'),
+    ('--features=digits --metrics=fd_dinov2', 'no weights of dinov2_edm2'),
+    ('--metrics=cmmd', 'no weights of clip336'),
+    ('--metrics=fid', 'no Inception weights'),
+])
+def test_sweeps_look_first_for_what_the_scores_need(sample_here, tmp_path, monkeypatch, score, message):
+    """And for nothing else: CMMD needs no Inception."""
+    np.savez(tmp_path / 'ref.npz', arr_0=np.random.RandomState(0).randint(0, 256, (30, 16, 16, 3), np.uint8))
+    for variable in ('INCEPTION_WEIGHTS', 'ENCODER_WEIGHTS'):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    monkeypatch.setattr(sample, 'sample_batch', None)
+    with pytest.raises(SystemExit) as stop:
+        sample_here(tmp_path / 'a', '--sweep=cfg=1,2', f'--ref={tmp_path / "ref.npz"}',
+                    f'--score=--offline --cache={tmp_path / "cache"} {score}')
+    assert message in str(stop.value)
+
+
+def test_sweeps_without_inception(sample_here, tmp_path, monkeypatch):
+    np.savez(tmp_path / 'ref.npz', arr_0=np.random.RandomState(0).randint(0, 256, (30, 16, 16, 3), np.uint8))
+    monkeypatch.delenv('INCEPTION_WEIGHTS', raising=False)
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    with pytest.raises(FileNotFoundError):  # a sweep packs no npz of its own
+        sample_here(tmp_path / 'a', '--sweep=cfg=1', '--num_images=4', f'--ref={tmp_path / "ref.npz"}',
+                    '--score=--offline --cache= --metrics=vendi --prdc_encoder=digits')
+    row, = read_table(tmp_path / 'a.csv')
+    assert 1 < float(row['vendi_digits_0.004k']) <= 4
+
+
 def evaluation_report(ref, npz):
     return score_images(ScoreSettings(features='digits', ref=str(ref), sample=str(npz), allow_any_count=True,
                                       cache=''))
