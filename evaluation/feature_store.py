@@ -19,7 +19,7 @@ import torch
 
 import dist
 from evaluation.features import extract, read_cache, write_cache
-from evaluation.settings import FeatureSettings
+from evaluation.settings import FeatureSettings, ScoreSettings
 from utils.hub import sha256_of
 from utils.image_sets import ImageSet
 
@@ -86,7 +86,10 @@ class FeatureStore:
         """
         needs_rows = network.name in self.with_rows
         variant = getattr(network, 'variant', self.settings.dtype)
-        text = f'{digest} {network.name} {network.digest} {variant} {STORE_VERSION} {self.split_size}'
+        # Without classes there is no Inception Score. Keys of earlier versions had its chunks all the same,
+        # which were most often the default, so that their entries are found.
+        split_size = self.split_size if network.num_classes else ScoreSettings.split_size
+        text = f'{digest} {network.name} {network.digest} {variant} {STORE_VERSION} {split_size}'
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
         path = self.folder / f'set-{key}.npz'
         found = None

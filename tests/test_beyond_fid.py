@@ -228,6 +228,15 @@ def test_kept_features_give_the_same_report(run, files, extracted):
     assert not [path for path in (files / 'cache').iterdir() if path.suffix not in ('.npy', '.npz')]
 
 
+def test_features_without_classes_serve_any_chunks_of_the_inception_score(run, files, small, extracted):
+    flags = [files / 'stats.npz', files / 'sample.npz', '--allow_any_count', '--metrics=is,vendi',
+             '--prdc_encoder=mae', '--encoder_dtype=float32', f'--encoder_weights={small}']
+    run(*flags)
+    assert [encoder for _, encoder in extracted] == ['inception', 'mae']
+    run(*flags, '--split_size=3')
+    assert [encoder for _, encoder in extracted] == ['inception', 'mae', 'inception']
+
+
 @pytest.mark.parametrize('suffix', ['.npy', '.npz'])
 def test_damaged_features_are_computed_again(run, files, extracted, suffix):
     flags = [files / 'ref.npz', files / 'sample.npz', *DIGITS, '--metrics=kid']
