@@ -77,11 +77,11 @@ def test_summary_over_seeds(evaluate_here, tmp_path):
     (dict(settings=report()['settings'] | dict(pr_mode='fp32')), '--pr_mode (adm against fp32)'),
     (dict(scores=dict(fid=3)), 'the scores'),
 ])
-def test_summary_names_what_differs(run, tmp_path, change, message):
+def test_summary_names_what_differs(evaluate_here, tmp_path, change, message):
     paths = [write(tmp_path / f'{seed}.json', report(seed)) for seed in range(2)]
     paths.append(write(tmp_path / 'other.json', report(2, **change)))
     with pytest.raises(SystemExit) as stop:
-        run('summary', *paths)
+        evaluate_here('summary', *paths)
     assert f'{paths[0]} and {paths[2]} differ in {message}' in str(stop.value)
     assert stop.value.code == 2
 
