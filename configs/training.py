@@ -931,6 +931,11 @@ class AdaLNConfig(PyramidConfig, CachedConfig, ContrastConfig):
             raise ValueError(
                 f'--ls smooths a loss that --objective={self.objective} does not have: leave out one'
             )
+        if self.scale_weights != 'uniform' and OBJECTIVES[self.objective].needs_reference:
+            raise ValueError(
+                f'--scale_weights weighs a loss that --objective={self.objective} does not have, since a '
+                f'likelihood is the sum over all codes, got {self.scale_weights!r}: leave it out'
+            )
         if self.width and not self.attn_l2_norm:
             raise ValueError(
                 '--width needs --anorm=1, since weights without it do not tell their number of heads: '

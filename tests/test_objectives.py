@@ -693,6 +693,8 @@ def test_both_tables_name_the_same_objectives():
     (['--objective=ddo', '--init_from=f', '--reset=head'], '--reset=head does not'),
     (['--objective=ddo', '--init_from=f', '--pg=0.5'], 'leave out --pg'),
     (['--objective=ddo', '--init_from=f', '--ls=0.1'], '--ls smooths a loss'),
+    (['--objective=cca', '--init_from=f', '--scale_weights=equal'], '--scale_weights weighs a loss that'),
+    (['--objective=cca', '--init_from=f', '--scale_weights=1,1,1,1,1,1,1,1,1,1'], 'the sum over all codes'),
     (['--objective=cca', '--init_from=f', '--ddo_alpha=3'], '--ddo_alpha is for --objective=ddo, got'),
     (['--contrast_beta=3'], '--contrast_beta is for --objective=ddo or cca, got --objective=mle'),
     (['--objective=ddo', '--init_from=f', '--ddo_codes=x'], '--ddo_codes must be reencoded or drawn, got'),
