@@ -58,6 +58,37 @@ def test_files_that_cannot_be_trained_on(data, tmp_path, change, words):
         build_dataset(str(path), 16, val_path=str(data[0]))
 
 
+@pytest.mark.parametrize('labels', [
+    np.arange(4.), np.arange(3), np.eye(4, dtype=int), np.array(list('abcd'))])
+def test_labels_of_another_kind_are_described(tmp_path, labels):
+    path = tmp_path / 'S.npz'
+    np.savez(path, np.zeros((4, 8, 8, 3), np.uint8), labels)
+    with pytest.raises(ValueError, match='4 integers, got ') as error:
+        DrawnImages(path, CLASSES)
+    assert f'{labels.dtype} of shape {labels.shape}' in str(error.value)
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    ('{', 'cannot read it'), ('[1]', 'a list instead'), (dict(classes=['ant']), 'its classes are no object'),
+    (dict(classes=dict(ant=0)), "a class 'ant', which is no number"),
+    (dict(settings=3), 'its settings are no object'),
+    (dict(classes={'99': 'elk'}), "class 99 of .* is 'elk', that of the validation images is missing")])
+def test_a_damaged_manifest_is_named(tmp_path, change, words):
+    path = drawn(tmp_path / 'S.npz')
+    manifest = path.with_suffix('.json')
+    text = change if isinstance(change, str) else json.dumps(json.loads(manifest.read_text()) | change)
+    manifest.write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        DrawnImages(path, CLASSES)
+    assert 'S.' in str(error.value)
+
+
+def test_a_file_of_another_program_is_no_manifest(tmp_path):
+    path = drawn(tmp_path / 'S.npz')
+    path.with_suffix('.json').write_text('{"classes": ["red"], "settings": 1}')
+    assert DrawnImages(path, CLASSES).manifest == {}
+
+
 @pytest.mark.parametrize(('flags', 'words'), [
     (['--data_path=S.npz'], 'pass --val_path=ROOT'),
     (['--data_path=digits', '--val_path=toy'], 'leave it out'),
@@ -78,7 +109,8 @@ def test_flags(capsys, flags, words):
     (dict(model='flexvar', cfg=1., used_llamagen_cfg=True, top_p=0.), True),
     (dict(model='flexvar', cfg=0., top_p=0.95), False), (dict(model='npp', cfg=1., top_p=1.), True),
     (dict(model='npp', cfg=1., temperature=0.9), False), (dict(model='flowar', cfg=1.), True),
-    (dict(model='flowar', cfg=2.), False), ({}, False)])
+    (dict(model='flowar', cfg=2.), False), ({}, False), (dict(model=['var']), False),
+    (dict(model='var', cfg=0., top_k='few'), False)])
 def test_samples_that_teach_nothing_are_named(settings, is_named):
     """Nothing is said of an npz without a manifest."""
     manifest = dict(settings=settings) if settings else {}

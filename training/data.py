@@ -97,12 +97,16 @@ def note_on_drawing(path: str, manifest: dict[str, Any]) -> str:
         manifest: of sample.py; {} where it is not known how the images were drawn.
     """
     settings = manifest.get('settings', {})
-    cls = SAMPLE_CONFIGS.get(settings.get('model'))
-    if cls is None:
+    family = settings.get('model')
+    if not isinstance(family, str) or family not in SAMPLE_CONFIGS:
         return ''
+    cls = SAMPLE_CONFIGS[family]
     shared = {f.name for f in dataclasses.fields(SampleConfig)} - {'model', 'cfg'}
     own = {f.name for f in dataclasses.fields(cls)} - shared
-    job = cls(**{name: settings[name] for name in own if name in settings}, ckpt='drawn')
+    try:
+        job = cls(**{name: settings[name] for name in own if name in settings}, ckpt='drawn')
+    except (TypeError, ValueError):  # of another version, whose settings had other values
+        return ''
     options = job.sample_kwargs()
     favours_the_likely = [
         options['guidance'] != 1,

@@ -38,8 +38,10 @@ class DrawnImages(Dataset):
             raise ValueError(f'expected images that can be read in any order, got compressed ones in {path}: '
                              'store them by np.savez')
         if self.images.labels is None:
-            raise ValueError(f'expected a class id for each image as arr_1 of {path}, found none: store them '
-                             'by np.savez(file, images, labels), as sample.py does')
+            found = self.images.describe_array('arr_1')
+            raise ValueError(f'expected a class id for each image as arr_1 of {path}, {self.images.count} '
+                             f'integers, got {found}: store them by np.savez(file, '
+                             'images, labels), as sample.py does')
         self.targets = self.images.labels
         self.check_classes()
         # The digest of the file that `describe_data` looks for; hashing a large file takes minutes.
@@ -57,10 +59,10 @@ class DrawnImages(Dataset):
                              f'validation images have classes 0..{last}: pass the data set that the '
                              'generator was trained on as --val_path')
         for label, name in self.manifest.get('classes', {}).items():
-            here = self.classes[int(label)]
-            if name != here:
+            here = repr(self.classes[int(label)]) if int(label) <= last else 'missing'
+            if repr(name) != here:
                 raise ValueError(f'class {label} of {self.images.path} is {name!r}, that of the validation '
-                                 f'images is {here!r}: pass the data set that the generator was trained on '
+                                 f'images is {here}: pass the data set that the generator was trained on '
                                  'as --val_path')
 
     def __len__(self) -> int:
@@ -72,8 +74,25 @@ class DrawnImages(Dataset):
 
 
 def manifest_beside(path: str | Path) -> dict[str, Any]:
-    """The manifest that sample.py has written beside an npz; {} where there is none."""
+    """The manifest that sample.py has written beside an npz; {} where there is none.
+
+    Raises:
+        ValueError: the file of that name cannot be read, or its settings or classes are damaged.
+    """
+    manifest_path = Path(path).with_suffix('.json')
     try:
-        return read_json(Path(path).with_suffix('.json'))
+        manifest = read_json(manifest_path)
+        if not isinstance(manifest.get('npz_sha256'), str):
+            return {}  # a JSON file of another program, which happens to have this name
+        for name in ('settings', 'classes'):
+            if not isinstance(manifest.get(name, {}), dict):
+                raise ValueError(f'its {name} are no object')
+        odd = [label for label in manifest.get('classes', {}) if not label.isdecimal()]
+        if odd:
+            raise ValueError(f'it names a class {odd[0]!r}, which is no number')
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ValueError(f'expected the manifest of sample.py at {str(manifest_path)!r}, cannot read it '
+                         f'({error}): restore or remove it') from None
+    return manifest

@@ -146,6 +146,14 @@ class NpzImages(ImageSet):
             data = _read(stream, self.count * dtype.itemsize, self.path)
         return np.frombuffer(data, dtype).astype(np.int64)
 
+    def describe_array(self, name: str) -> str:
+        """What an array of the file is, for a message: `float32 of shape (70,)`, or `none`."""
+        if name not in npz_keys(self.path):
+            return 'none'
+        with _open_npz(self.path) as archive, archive.open(f'{name}.npy') as stream:
+            shape, _, dtype = _read_header(stream, self.path)
+        return f'{dtype} of shape {shape}'
+
     def blocks(self, begin: int = 0, end: int | None = None, size: int = 64) -> Iterator[np.ndarray]:
         begin, end, _ = slice(begin, end).indices(self.count)
         blocks = [slice(first, min(first + size, end)) for first in range(begin, end, size)]
