@@ -380,7 +380,7 @@ class TrainConfig:
             if not self.cached_path:
                 require_data(self.data_path)
             if self.val_path:
-                require_data(self.val_path)
+                require_data(self.val_path, '--val_path=')
             require_weights(self.init_from)
 
     # ------------------------------------------------------------------------------ what follows

@@ -210,7 +210,7 @@ class PackSettings:
     def require_files(self) -> None:
         """As of the other commands; a data set may be an embedded one, which needs no folder."""
         if self.image_size:
-            require_data(self.folder)
+            require_data(self.folder, flag='')
         else:
             require_images(self.folder)
 

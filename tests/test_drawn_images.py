@@ -103,6 +103,16 @@ def test_flags(capsys, flags, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--data_path=nowhere.npz', '--val_path=digits'], 'found no such file: pass --data_path=FOLDER'),
+    (['--data_path={}', '--val_path=nowhere'], 'found no such folder: pass --val_path=FOLDER')])
+def test_a_missing_set_is_named_by_its_flag(tmp_path, flags, words):
+    path = drawn(tmp_path / 'S.npz')
+    config = parse_training([flag.format(path) for flag in flags])
+    with pytest.raises(ValueError, match=words):
+        config.require_files()
+
+
 @pytest.mark.parametrize(('settings', 'is_named'), [
     (dict(model='var', cfg=0., top_k=0, top_p=0.), True), (dict(model='var', cfg=1.5), False),
     (dict(model='var', cfg=0., top_k=9), False), (dict(model='var', cfg=0., ssg=0.1), False),

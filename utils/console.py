@@ -29,15 +29,18 @@ def announce(program: str, text: str) -> None:
         sys.stderr.flush()
 
 
-def require_data(path: str) -> None:
-    """Make sure that the folder of a data set is there; what it must hold is looked at later.
+def require_data(path: str, flag: str = '--data_path=') -> None:
+    """Make sure that a data set is there; what it must hold is looked at later.
 
+    Args:
+        flag: stands before the path on the command line.
     Raises:
         ValueError: it is not.
     """
     if path not in EMBEDDED_SETS and not Path(path).exists():
-        raise ValueError(f'expected a data set in {path!r}, found no such folder: pass --data_path=FOLDER, '
-                         '--data_path=digits or toy')
+        what = 'file' if path.endswith('.npz') else 'folder'
+        raise ValueError(f'expected a data set in {path!r}, found no such {what}: pass {flag}FOLDER, '
+                         f'{flag}digits or toy')
 
 
 def require_weights(path: str) -> None:
