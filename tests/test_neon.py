@@ -202,6 +202,12 @@ def test_requests_are_complete():
         MergeSettings(reference='a', tuned='b', out='c', w=1e9)
 
 
+@pytest.mark.parametrize('out', ['a', 'folder/../b'])
+def test_a_result_takes_the_place_of_no_input(out):
+    with pytest.raises(ValueError, match='which would be overwritten: pass another name as OUT'):
+        MergeSettings(reference='a', tuned='b', out=out)
+
+
 @pytest.mark.parametrize(('module', 'flag'), [(merging, '--w=1e9'), (posthoc_ema, '--width=7')])
 def test_wrong_values_end_a_command_as_wrong_flags_do(module, flag, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['command', 'a', flag])
