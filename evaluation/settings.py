@@ -117,7 +117,7 @@ class ScoreSettings(FeatureSettings):
         known = (*SCORES, ADM, *BEYOND)
         unknown = [name for name in self.named if name not in known]
         if unknown:
-            nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.)[0]
+            nearest = difflib.get_close_matches(unknown[0].lower(), known, n=1, cutoff=0.)[0]
             raise ValueError(f'--metrics must be of {", ".join(known)}, got {", ".join(unknown)}: '
                              f'the nearest is {nearest}')
         if self.json:

@@ -46,8 +46,8 @@ class MergeSettings:
             raise ValueError('expected three files: pass REFERENCE TUNED OUT --w=1')
         for source in (self.reference, self.tuned):
             if Path(self.out).resolve() == Path(source).resolve():
-                raise ValueError(f'expected a file of its own for the result, got {self.out!r}, which would be '
-                                 'overwritten: pass another name as OUT')
+                raise ValueError(f'expected a file of its own for the result, got {self.out!r}, which would '
+                                 'be overwritten: pass another name as OUT')
 
 
 # ---------------------------------------------------------------------------------------------- weights
