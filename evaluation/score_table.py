@@ -59,6 +59,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     content = _read(path)
     if content.get('command') == 'score':
+        check_report(content, path)
         return _rows_of_report(content)
     scores = content.get('scores')
     if not isinstance(scores, list):
@@ -69,8 +70,33 @@ def read_rows(path: Path) -> list[Row]:
         if not (isinstance(row, dict) and all(isinstance(row.get(name), str) for name in LISTED)):
             raise ValueError(f'expected the texts {", ".join(LISTED)} in score {number} of {path}, got '
                              f'{row}: complete it')
+        if not isinstance(row.get('report', ''), str):
+            raise ValueError(f'expected the path of a report in score {number} of {path}, got '
+                             f'{row["report"]!r}: correct it')
         rows.append(_with_measured(row, path.parent))
     return rows
+
+
+def check_report(report: dict[str, Any], path: str | Path) -> None:
+    """Make sure that a report of `evaluate.py REF SAMPLE` has the parts that are read here.
+
+    Raises:
+        ValueError: one is missing, or something else than `evaluate.py` writes.
+    """
+    odd = [name for name in ('scores', 'sample', 'reference', 'settings')
+           if not isinstance(report.get(name), dict)]
+    odd += [name for name in ('manifest', 'beyond') if not isinstance(report.get(name) or {}, dict)]
+    if not odd:
+        sample = report['sample']
+        texts = {
+            'path and sha256 of the sample': (sample.get('path'), sample.get('sha256')),
+            'sha256 of the reference': (report['reference'].get('sha256'),),
+        }
+        odd = [name for name, values in texts.items()
+               if not all(isinstance(value, str) for value in values)]
+    if odd:
+        raise ValueError(f'expected a report of evaluate.py REF SAMPLE --json=FILE in {path}, its {odd[0]} '
+                         'is missing or something else: score the images again')
 
 
 def _with_measured(row: Row, folder: Path) -> Row:
@@ -79,7 +105,8 @@ def _with_measured(row: Row, folder: Path) -> Row:
         return row
     path = folder / row['report']
     report = _read(path)
-    found = flat(report.get('scores', {}))
+    check_report(report, path)
+    found = flat(report['scores'])
     if row['metric'] not in found:
         raise ValueError(f'expected the score {row["metric"]} in {path}, it has {", ".join(found)}: correct '
                          'the row')
@@ -144,6 +171,7 @@ def summarize(settings: SummarySettings) -> str | None:
         if report.get('command') != 'score':
             raise ValueError(f'expected a report of evaluate.py REF SAMPLE --json=FILE in {path}, got '
                              'something else: pass another file')
+        check_report(report, path)
     first = _definition(reports[0])
     for path, report in zip(paths[1:], reports[1:], strict=True):
         other = _definition(report)

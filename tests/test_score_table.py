@@ -100,6 +100,8 @@ def test_summary_mixes_nothing(evaluate_here, tmp_path, change, message):
 @pytest.mark.parametrize(('content', 'message'), [
     (dict(scores=[dict(model='x', metric='fid', reported=3.5, by='x', settings='')]), 'in score 0 of'),
     (dict(other=1), 'found neither'),
+    (dict(scores=[dict(model='x', metric='fid', reported='', by='', settings='', report=7)]),
+     'expected the path of a report in score 0'),
     (dict(scores=[dict(model='x', metric='kid', reported='', by='', settings='', report='report.json')]),
      'expected the score kid in'),
 ])
@@ -107,6 +109,17 @@ def test_lists_that_are_none(evaluate_here, tmp_path, content, message):
     write(tmp_path / 'report.json', report())
     with pytest.raises(SystemExit, match=message):
         evaluate_here('table', write(tmp_path / 'list.json', content))
+
+
+@pytest.mark.parametrize(('change', 'part'), [
+    (dict(scores=[1]), 'scores'), (dict(sample=dict(path='x')), 'path and sha256 of the sample'),
+    (dict(reference=None), 'reference'), (dict(settings=[]), 'settings'), (dict(manifest=[1]), 'manifest')])
+def test_damaged_reports_are_named(evaluate_here, tmp_path, change, part):
+    path = write(tmp_path / 'a.json', report(**change))
+    for command in ('table', 'summary'):
+        with pytest.raises(SystemExit, match=f'a.json, its {part} is missing or something else') as stop:
+            evaluate_here(command, path)
+        assert stop.value.code == 2
 
 
 def test_files_that_are_not_there(evaluate_here, tmp_path, capsys):
