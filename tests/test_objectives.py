@@ -573,6 +573,16 @@ def test_an_interrupted_run_continues_to_the_last_bit(command, here, whole, stop
     assert_equal(read(tmp_path)['trainer'], read(whole('ddo'))['trainer'])
 
 
+def test_a_reference_alone_is_no_beginning(command, files, tmp_path, caplog):
+    """Without --init_from the weights are random, which a line says."""
+    begun = command('var', tmp_path, 'cca')
+    reference = str(files['var', 'one'])
+    prepared(begun)
+    assert 'random weights' not in caplog.text
+    prepared([flag.replace('--init_from=', '--ref_from=') for flag in begun])
+    assert f'random weights, not with those of the reference {reference!r}: pass --init_from=' in caplog.text
+
+
 @pytest.mark.slow
 def test_rounds_begin_with_the_result_of_the_last_one(command, here, files, tmp_path):
     """A reference of its own is not the start; averaged weights come first in both."""

@@ -232,6 +232,9 @@ def read_reference(config: GeneratorConfig, model: ARModel, classes: list[str] |
     Raises:
         ValueError: the file cannot be used, or ranks have different files.
     """
+    if not config.init_from and dist.is_master():
+        logger.warning('the model begins with random weights, not with those of the reference %r: pass '
+                       '--%s=FILE, too', config.reference, flag_of(config, 'init_from'))
     path = str(fetch(config.reference))
     reference = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})
     take_over(reference, load_file(path), path, classes, reset='')
