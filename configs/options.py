@@ -209,6 +209,8 @@ def check_values(settings: Any) -> None:
             low, high = limits
             bounds = f'at least {low:g}' if high == INF else f'in [{low:g}, {high:g}]'
             for number in _numbers_of_field(settings, f.name):
+                if low <= number == INF:
+                    raise ValueError(f'--{flag_of(settings, f.name)} must be finite, got {number:g}')
                 if not low <= number <= high:
                     raise ValueError(f'--{flag_of(settings, f.name)} must be {bounds}, got {number:g}')
         if choices and value not in choices:

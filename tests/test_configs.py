@@ -346,6 +346,8 @@ def fails(argv, capsys, parse=parse_training):
     (['--depth=0'], ['--depth', 'at least 1']),
     (['--vfast=9'], ['--vfast', '[0, 3]']),
     (['--tblr=-1'], ['--tblr']),
+    (['--tblr=inf'], ['--tblr', 'finite', 'inf']),
+    (['--tblr=nan'], ['--tblr', 'nan']),
     (['--workers=-5'], ['--workers']),
     (['--mid_reso=0.5'], ['--mid_reso']),
     (['--model=vqvae', '--vocab_size=0'], ['--vocab_size']),
