@@ -85,6 +85,11 @@ class FlexVARConfig(AdaLNConfig):
                 f'--final_reso must be a multiple of the stride {self.stride} and at least where --pn '
                 f'ends, {self.patch_nums[-1]} codes or {super().image_size} pixels, got {self.final_reso}'
             )
+        for name in ('sar_cfg', 'sar_top_k', 'sar_top_p'):
+            if getattr(self, name) != getattr(type(self), name) and not self.sar_sample:
+                raise ValueError(
+                    f'--{name} is of drawn predictions: pass --sar_sample=1, too, or leave it out'
+                )
 
     @property
     def image_size(self) -> int:
