@@ -189,7 +189,8 @@ def test_any_width_becomes_a_file_for_sampling(here, profiled, tmp_path, caplog)
     (dict(width=''), 'pass RUN --width'), (dict(width='0.1,x'), '--width: expected numbers'),
     (dict(width='0.3'), r'--width must be in \[0.005, 0.288\], got 0.3'),
     (dict(width='0.1,0.2'), '--out must hold {} for each of 2'), (dict(run='/nowhere'), 'none: train with'),
-    (dict(step=1), 'the first averages are those of step 2'), (dict(damaged=True), 'is another file than')])
+    (dict(step=1), 'the first averages are those of step 2'), (dict(damaged=True), 'is another file than'),
+    (dict(over_a_checkpoint=True), 'another name for --out')])
 def test_bad_requests_are_one_line(profiled, tmp_path, change, words):
     run = profiled
     if change.pop('damaged', False):
@@ -198,6 +199,8 @@ def test_bad_requests_are_one_line(profiled, tmp_path, change, words):
         for path in (profiled / 'snapshots').iterdir():
             (run / 'snapshots' / path.name).write_bytes(path.read_bytes())
         torch.save(dict(model={}), run / 'snapshots' / '00000004-0.1.pth')
+    if change.pop('over_a_checkpoint', False):
+        change['out'] = str(run / 'ar-ckpt-last.pth')
     request = dict(run=str(run), width='0.1', out=str(tmp_path / 'x.pth')) | change
     with pytest.raises(ValueError, match=words):
         make_averages(PosthocSettings(**request))

@@ -202,10 +202,10 @@ def test_requests_are_complete():
         MergeSettings(reference='a', tuned='b', out='c', w=1e9)
 
 
-@pytest.mark.parametrize('out', ['a', 'folder/../b'])
+@pytest.mark.parametrize('out', ['a', 'folder/../b', 'vae'])
 def test_a_result_takes_the_place_of_no_input(out):
     with pytest.raises(ValueError, match='which would be overwritten: pass another name as OUT'):
-        MergeSettings(reference='a', tuned='b', out=out)
+        MergeSettings(reference='a', tuned='b', out=out, vae_ckpt='vae')
 
 
 @pytest.mark.parametrize(('module', 'flag'), [(merging, '--w=1e9'), (posthoc_ema, '--width=7')])

@@ -44,8 +44,8 @@ class MergeSettings:
         check_weights(self.weights, 'weights')
         if not (self.reference and self.tuned and self.out):
             raise ValueError('expected three files: pass REFERENCE TUNED OUT --w=1')
-        for source in (self.reference, self.tuned):
-            if Path(self.out).resolve() == Path(source).resolve():
+        for source in (self.reference, self.tuned, self.vae_ckpt):
+            if source and Path(self.out).resolve() == Path(source).resolve():
                 raise ValueError(f'expected a file of its own for the result, got {self.out!r}, which would '
                                  'be overwritten: pass another name as OUT')
 

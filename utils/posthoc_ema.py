@@ -45,6 +45,10 @@ class PosthocSettings:
         if len(self.widths) > 1 and '{}' not in self.out:
             raise ValueError(f'--out must hold {{}} for each of {len(self.widths)} widths, got {self.out!r}: '
                              'pass for example --out=width_{}.pth')
+        target = Path(self.out).resolve()
+        if target.parent == Path(self.run).resolve() and '-ckpt-' in target.name:
+            raise ValueError(f'expected another name for --out than that of a checkpoint of the training, got '
+                             f'{self.out!r}: pass for example --out={self.run}/width_{{}}.pth')
 
     @property
     def widths(self) -> tuple[float, ...]:
