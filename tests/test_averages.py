@@ -190,7 +190,7 @@ def test_any_width_becomes_a_file_for_sampling(here, profiled, tmp_path, caplog)
     (dict(width='0.3'), r'--width must be in \[0.005, 0.288\], got 0.3'),
     (dict(width='0.1,0.2'), '--out must hold {} for each of 2'), (dict(run='/nowhere'), 'none: train with'),
     (dict(step=1), 'the first averages are those of step 2'), (dict(damaged=True), 'is another file than'),
-    (dict(over_a_checkpoint=True), 'another name for --out')])
+    (dict(over_a_checkpoint=True), '--out must not be a checkpoint')])
 def test_bad_requests_are_one_line(profiled, tmp_path, change, words):
     run = profiled
     if change.pop('damaged', False):

@@ -713,7 +713,7 @@ def test_both_tables_name_the_same_objectives():
     (['--objective=sar'], "nor the teacher's argmax is a consistent target: pass --model=flexvar"),
     (['--model=npp', '--objective=sar'], 'no scales'),
     (['--model=flowar', '--objective=sar'], 'it predicts velocities'),
-    (['--model=flexvar', '--objective=sar', '--sar_cfg=9'], '--sar_cfg is of drawn predictions: pass --sar_s'),
+    (['--model=flexvar', '--objective=sar', '--sar_cfg=9'], '--sar_cfg is of drawn predictions: pass'),
     (['--objective=rear'], 'codes that are read one by one'),
     (['--model=npp', '--rear_noise=0.5'], '--rear_noise is for --objective=rear, got --objective=mle'),
     (['--model=npp', '--rear=1', '--objective=cca'], '--rear is for --objective=rear, got --objective=cca'),

@@ -47,8 +47,8 @@ class PosthocSettings:
                              'pass for example --out=width_{}.pth')
         target = Path(self.out).resolve()
         if target.parent == Path(self.run).resolve() and '-ckpt-' in target.name:
-            raise ValueError(f'expected another name for --out than that of a checkpoint of the training, got '
-                             f'{self.out!r}: pass for example --out={self.run}/width_{{}}.pth')
+            raise ValueError(f'--out must not be a checkpoint of the training, got {self.out!r}: pass for '
+                             f'example --out={self.run}/width_{{}}.pth')
 
     @property
     def widths(self) -> tuple[float, ...]:
