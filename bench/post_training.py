@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import DIGITS, FrechetJudge, stack, write_json
+from bench.common import DIGITS, FrechetJudge, report_header, stack, write_json
 from evaluation.metrics import frechet_distance
 from models import ARModel
 from models.noise import ImageNoise
@@ -369,8 +369,7 @@ def main() -> None:
     rows_by_seed = {}
     for seed in map(int, args.seeds.split(',')):
         rows_by_seed[seed] = METHODS[args.method](judge, out, base, seed, args.images)
-    report = dict(
-        command=' '.join(['python', '-m', 'bench.post_training', *sys.argv[1:]]),
+    report = report_header('post_training', torch.device('cpu')) | dict(
         commit=git_commit(),
         base_sha256=digest,
         images=args.images,
