@@ -90,6 +90,7 @@ def test_every_kind_of_file(rate, checkpoints):
     assert report['checkpoint']['weights'] == 'raw' and report['scores']['psnr'] != expected['psnr']
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(rate, checkpoints, tmp_path):
     flags = ['tokenizer', f'--ckpt={checkpoints / "trained.pth"}', '--data_path=digits', '--num_images=25',
              '--workers=0', '--bs=4', PIXELS]
