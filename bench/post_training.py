@@ -48,8 +48,16 @@ IMAGES_PER_STEP = 64
 BETA = 0.45            # by the rule 0.02 * 680 / L, for 30 codes
 CHOOSING_NOISE = 1000  # seeds of the images by which settings are chosen begin here,
 FINAL_NOISE = 2000     # and of those that are scored here
-TRAINING = ('--data_path=digits', '--mid_reso=1.07', '--patch_size=8', '--depth=3', f'--bs={IMAGES_PER_STEP}',
-            '--workers=0', '--tb=0', '--eval_every=1000')
+TRAINING = (
+    '--data_path=digits',
+    '--mid_reso=1.07',
+    '--patch_size=8',
+    '--depth=3',
+    f'--bs={IMAGES_PER_STEP}',
+    '--workers=0',
+    '--tb=0',
+    '--eval_every=1000',
+)
 # what the demos train their generators with
 OF_FAMILY = dict(
     var=('--model=var', '--pn=1_2_3_4'),
@@ -114,8 +122,15 @@ class Judge(FrechetJudge):
         """The generator of a candidate; that of the last one is kept."""
         wanted = (candidate.ckpt, candidate.neon_from, candidate.neon_w)
         if self.loaded[0] != wanted:
-            model, _ = load_generator(self.family, str(candidate.ckpt), '', 'raw', torch.device('cpu'),
-                                      neon_from=candidate.neon_from, neon_w=candidate.neon_w)
+            model, _ = load_generator(
+                self.family,
+                str(candidate.ckpt),
+                vae_ckpt='',
+                weights='raw',
+                device=torch.device('cpu'),
+                neon_from=candidate.neon_from,
+                neon_w=candidate.neon_w,
+            )
             self.loaded = (wanted, model)
         return self.loaded[1]
 
@@ -288,12 +303,20 @@ def sar(judge: Judge, out: Path, base: Path, seed: int, num_images: int) -> dict
         'as many steps': Side(guided(*as_long, cfgs=SAR_CFGS), 'continued'),
     }
     for scope in ('last', 'all'):
-        of_method = [
-            train(out / f'sar_{scope}_{sigma}_s{seed}', base, '--objective=sar', f'--sar_scope={scope}',
-                  f'--sar_sigma={sigma}', '--steps=50', flag_of_rate(METHOD_RATE), f'--seed={seed}',
-                  family='flexvar')
-            for sigma in (0.01, 0.1)
-        ]
+        of_method = []
+        for sigma in (0.01, 0.1):
+            ckpt = train(
+                out / f'sar_{scope}_{sigma}_s{seed}',
+                base,
+                '--objective=sar',
+                f'--sar_scope={scope}',
+                f'--sar_sigma={sigma}',
+                '--steps=50',
+                flag_of_rate(METHOD_RATE),
+                f'--seed={seed}',
+                family='flexvar',
+            )
+            of_method.append(ckpt)
         sides[f'sar {scope}'] = Side(guided(*of_method, cfgs=SAR_CFGS), 'continued')
 
     # The judge keeps the scores of this choice, so that `compare` makes it again for nothing.
